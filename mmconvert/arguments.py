@@ -1,0 +1,192 @@
+"""The command line's spelling: the reference tool's way of writing flags, brought to tyro's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from mmconvert.config import Options
+from mmconvert.errors import CheckpointError, LayoutError, RequestError
+from mmconvert.sharding.stages import StageGrid, parse_grid, show
+
+REGISTRY = ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _grid(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """A stage grid is one word: ``[1,10,10,7]`` or ``[[0,1],[4,4]]``."""
+    if info.type != StageGrid:
+        return None
+
+    def read(words: list[str]) -> StageGrid:
+        try:
+            return parse_grid(json.loads(words[0]), words[0])
+        except (LayoutError, ValueError, RecursionError):
+            raise ValueError(
+                f"{words[0]} is no list of layer counts such as [1,10,10,7] or [[0,1],[4,4]]"
+            ) from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="[INT,...]",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda grid: [show(grid)],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Screen:
+    """What is shown, and how."""
+
+    json: bool = False
+    """Print the result, or the error, as JSON."""
+    quiet: bool = False
+    """Print nothing but errors (and JSON, if asked for)."""
+    debug: bool = False
+    """Add the traceback to errors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command line, read."""
+
+    cfg: Any
+    options: Options
+    screen: Screen
+
+
+def read(config: type, words: Sequence[str], prog: str, description: str) -> Command:
+    """Reads a command line into a config class.
+
+    Raises:
+        SystemExit: 0 for help, 2 for flags that make no sense; tyro has printed which.
+        MMConvertError: an unusable --config.
+    """
+    own = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    form = dataclasses.make_dataclass(
+        "Form",
+        [
+            ("cfg", Annotated[config, tyro.conf.FlagConversionOff]),
+            ("options", Annotated[Options, *own, tyro.conf.UseAppendAction]),
+            ("screen", Annotated[Screen, *own]),
+        ],
+    )
+    found = tyro.cli(
+        form,
+        prog=prog,
+        description=description,
+        args=normalise(words, config),
+        use_underscores=True,
+        registry=REGISTRY,
+    )
+    return Command(found.cfg, found.options, found.screen)
+
+
+def flag_paths(config: type, prefix: str = "--cfg") -> dict[str, type]:
+    """Every flag of a config class, dotted, with its type."""
+    found: dict[str, type] = {}
+    for name, kind in get_type_hints(config).items():
+        flag = f"{prefix}.{name}"
+        if dataclasses.is_dataclass(kind):
+            found |= flag_paths(kind, flag)  # pyright: ignore[reportArgumentType] - a dataclass
+        else:
+            found[flag] = kind
+    return found
+
+
+def normalise(words: Sequence[str], config: type) -> list[str]:
+    """The words as tyro wants them.
+
+    ``-`` and ``_`` are alike, lists may contain spaces, ``--config FILE.yaml`` stands for the
+    flags in it (flags on the command line win), a boolean under ``--cfg`` may stand without a
+    value, and one of ours (``--overwrite``) with one.
+
+    Raises:
+        RequestError: a --config without a file; CheckpointError: an unreadable one.
+    """
+    flags = flag_paths(config)
+    given = _pairs([_underscored(word) for word in words])
+    from_files: list[list[str]] = []
+    from_line: list[list[str]] = []
+    for pair in given:
+        if pair[0] == "--config":
+            if len(pair) != 2:
+                raise RequestError("--config has no file", "--config FILE.yaml")
+            from_files += _flags_of(Path(pair[1]))
+        else:
+            from_line.append(pair)
+    said = {pair[0] for pair in from_line}
+    pairs = [pair for pair in from_files if pair[0] not in said] + from_line
+    out: list[str] = []
+    for flag, *values in pairs:
+        if flag.endswith("_pp_layers") and len(values) > 1:
+            values = ["".join(values)]
+        if flags.get(flag) is bool:
+            values = [value.capitalize() for value in values] or ["True"]
+        elif flag in OWN_FLAGS and values and values[0].lower() in ("true", "false"):
+            if values.pop(0).lower() == "false":
+                continue
+        out += [flag, *values]
+    return out
+
+
+OWN_FLAGS = ("--overwrite", "--dry_run", "--json", "--quiet", "--debug")
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _pairs(words: Sequence[str]) -> list[list[str]]:
+    """Each flag with the words that follow it."""
+    pairs: list[list[str]] = []
+    for word in words:
+        if word.startswith("-") and not word[1:2].isdigit():
+            name, equals, value = word.partition("=")
+            pairs.append([name, value] if equals else [word])
+        elif pairs:
+            pairs[-1].append(word)
+        else:
+            pairs.append([word])
+    return pairs
+
+
+def _flags_of(path: Path) -> list[list[str]]:
+    """The flags that a YAML file stands for: its keys, nested, joined with dots."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"--config {path}: {error.strerror}", "a readable file") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"--config {path}: not valid YAML: {reason}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"--config {path}: no keys", "keys such as cfg:, nested as the flags")
+    return list(_flatten(content, "-"))
+
+
+def _flatten(content: Mapping[object, object], prefix: str) -> list[list[str]]:
+    found: list[list[str]] = []
+    for key, value in content.items():
+        flag = f"{prefix}-{key}" if prefix == "-" else f"{prefix}.{key}"
+        flag = flag.replace("-", "_").replace("__", "--", 1) if prefix == "-" else flag
+        if isinstance(value, dict):
+            found += _flatten(value, flag)
+        elif isinstance(value, list) and flag == "--drop":
+            found += [[flag, str(item)] for item in value]
+        elif value is not None:
+            text = json.dumps(value) if isinstance(value, list) else str(value)
+            found.append([_underscored(flag), text])
+    return found

@@ -1,0 +1,140 @@
+"""What can be asked for. Attribute docstrings are the help text of the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG
+from mmconvert.sharding.stages import StageGrid
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Parallel sizes and stage grids."""
+
+    llm_pp_layers: StageGrid | None = None
+    """Text decoder layers per pipeline stage: [1,10,10,7], or one list per virtual stage."""
+    vit_pp_layers: StageGrid | None = None
+    """Vision encoder layers per pipeline stage, in the same form."""
+    audio_pp_layers: StageGrid | None = None
+    """Audio encoder layers per pipeline stage, in the same form."""
+    tp_size: int | None = None
+    """Tensor-parallel size of the text decoder (default: 1; from MM: as found)."""
+    vit_tp_size: int = 0
+    """Tensor-parallel size of the vision encoder; 0 means tp_size."""
+    audio_tp_size: int = 0
+    """Tensor-parallel size of the audio encoder; 0 means tp_size."""
+    ep_size: int = 1
+    """Expert-parallel size; these families have no experts, so only 1 (or 0) is possible."""
+
+    def grids(self) -> dict[str, StageGrid]:
+        """The stage grids that are given, by module key."""
+        given = {"vit": self.vit_pp_layers, "audio": self.audio_pp_layers}
+        given["llm"] = self.llm_pp_layers
+        return {key: grid for key, grid in given.items() if grid is not None}
+
+    def tp(self) -> dict[str, int]:
+        """The tensor-parallel sizes that are given, by module key."""
+        given = {"vit": self.vit_tp_size, "audio": self.audio_tp_size, "llm": self.tp_size}
+        return {key: size for key, size in given.items() if size}
+
+
+@dataclass(frozen=True)
+class HFConfig:
+    """The Hugging Face checkpoint."""
+
+    hf_dir: Path
+    """Folder of the original Hugging Face checkpoint."""
+
+
+@dataclass(frozen=True)
+class CommonModelConfig:
+    """Choices about the model's form."""
+
+    enable_canonical_hf_struct: bool = False
+    """Keep q/k/v and gate/up apart in MM format (from MM: recognised by the names)."""
+    llm_hf_dir: Path | None = None
+    """Take the text decoder from this plain language model instead (hf_to_mm only)."""
+
+
+@dataclass(frozen=True)
+class HFToMM:
+    """Hugging Face -> MM."""
+
+    mm_dir: Path
+    """Folder to write: tracker file and release/mp_rank_*/model_optim_rng.pt."""
+    hf_config: HFConfig
+    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    common_model_config: CommonModelConfig = field(default_factory=CommonModelConfig)
+    save_vit_only: bool = False
+    """Write the encoders and their projector only, without the text decoder."""
+    trust_remote_code: bool = False
+    """Accepted for compatibility: config.json is read as data, nothing is ever run."""
+
+
+@dataclass(frozen=True)
+class MMToHF:
+    """MM -> Hugging Face."""
+
+    save_hf_dir: Path
+    """Folder to write."""
+    mm_dir: Path
+    """MM checkpoint: a folder with a tracker file, or one iteration's folder."""
+    hf_config: HFConfig
+    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    common_model_config: CommonModelConfig = field(default_factory=CommonModelConfig)
+    trust_remote_code: bool = False
+    """Accepted for compatibility: config.json is read as data, nothing is ever run."""
+
+
+@dataclass(frozen=True)
+class OptionalHFConfig:
+    """A Hugging Face checkpoint to take sizes from."""
+
+    hf_dir: Path | None = None
+    """Folder whose config.json gives head counts; needed only where neither shapes nor
+    mmconvert.json tell them."""
+
+
+@dataclass(frozen=True)
+class Resplit:
+    """MM -> MM in another layout (reshard)."""
+
+    source_dir: Path
+    """MM checkpoint to read."""
+    target_dir: Path
+    """Folder to write."""
+    source_parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    target_parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    hf_config: OptionalHFConfig = field(default_factory=OptionalHFConfig)
+    save_vit_only: bool = False
+    """Read and write the encoders and their projector only."""
+    trust_remote_code: bool = False
+    """Accepted for compatibility; nothing is ever run."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to do it."""
+
+    dry_run: bool = False
+    """Plan and prove everything, write nothing."""
+    overwrite: bool = False
+    """Replace an existing checkpoint at the target."""
+    workers: int = 0
+    """Number of threads; 0 takes one for each core."""
+    drop: tuple[str, ...] = ()
+    """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
+    replicas: Literal["check", "first"] = "check"
+    """Copies of one tensor that differ between ranks: an error, or take the first with a
+    warning."""
+    vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"
+    """How the MM checkpoint that is read orders the rows of the vision encoder's q, k and v;
+    concatenated is what the reference tool 2.2.0 to 2.3.0 wrote."""
+
+
+def flag_names(key: str) -> tuple[str, str]:
+    """The flags of a module: its stage grid, its tensor-parallel size."""
+    return GRID_FLAG[key], TP_FLAG[key]

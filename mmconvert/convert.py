@@ -1,0 +1,262 @@
+"""THE STORY: the three directions. Newcomers start here.
+
+Each opens its source, makes both sides of the plan from one table, proves the plan, and only
+then writes: into a staging folder that gets its final name when it is complete.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmconvert import compare, manifest, sides
+from mmconvert.config import HFToMM, MMToHF, Options, Resplit
+from mmconvert.converters.family import Family
+from mmconvert.errors import CheckpointError, ReplicaError
+from mmconvert.events import Events
+from mmconvert.execute import default_workers, execute
+from mmconvert.formats import hf, megatron
+from mmconvert.formats.safetensors import Entry
+from mmconvert.formats.stored import StoredTensor
+from mmconvert.output import Output, check_apart
+from mmconvert.plan import Comparison, Plan, build
+from mmconvert.sharding.layout import Layout
+from mmconvert.sources import (
+    Model,
+    check_option,
+    config_model,
+    hf_model,
+    mm_model,
+    target_layout,
+    unchecked_units,
+)
+
+SIDE_ROOM = 64 << 20  # bytes of free disk wanted beside the tensors, for everything small
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion did, or would do.
+
+    Attributes:
+        output: the folder.
+        written: False for a dry run.
+        plan: the plan.
+        layout: of the MM checkpoint that was read or written last.
+        seconds: wall time.
+    """
+
+    output: Path
+    written: bool
+    plan: Plan
+    layout: Layout
+    seconds: float
+
+    def as_dict(self) -> dict[str, object]:
+        """The result as JSON."""
+        return {
+            "output": str(self.output),
+            "written": self.written,
+            "tensors": len(self.plan.targets),
+            "bytes": self.plan.nbytes,
+            "copies": len(self.plan.copies),
+            "layout": self.layout.as_dict(),
+            "notes": self.plan.notes,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def hf_to_mm(
+    family: Family, cfg: HFToMM, options: Options | None = None, events: Events | None = None
+) -> Result:
+    """Hugging Face -> MM.
+
+    Raises:
+        MMConvertError: see the error tree; nothing is left under the final name.
+    """
+    run = _Run(options, events)
+    check_apart(cfg.mm_dir, [cfg.hf_config.hf_dir])
+    check_option(run.options)
+    source = hf_model(
+        family,
+        cfg.hf_config.hf_dir,
+        run.options,
+        canonical=cfg.common_model_config.enable_canonical_hf_struct,
+        vit_only=cfg.save_vit_only,
+        llm_dir=cfg.common_model_config.llm_hf_dir,
+    )
+    layout = target_layout(source, cfg.parallel_config, prefix="--cfg.parallel_config.")
+    src = sides.hf_side(source.modules, source.dims, source.hf_tensors)
+    dst = sides.mm_target(source.modules, source.dims, layout, src.wholes)
+    plan = run.prove(build(src, dst, source.notes))
+    inputs = [p for p in (cfg.hf_config.hf_dir, cfg.common_model_config.llm_hf_dir) if p]
+    return run.write_mm(plan, source, layout, cfg.mm_dir, inputs)
+
+
+def mm_to_hf(
+    family: Family, cfg: MMToHF, options: Options | None = None, events: Events | None = None
+) -> Result:
+    """MM -> Hugging Face: weight files, index and side files as in ``hf_dir``.
+
+    Raises:
+        MMConvertError: see the error tree; nothing is left under the final name.
+    """
+    run = _Run(options, events)
+    check_apart(cfg.save_hf_dir, [cfg.hf_config.hf_dir, cfg.mm_dir])
+    model = hf_model(family, cfg.hf_config.hf_dir, run.options)
+    source, layout, parts = mm_model(
+        family, cfg.mm_dir, cfg.parallel_config, model, run.options, prefix="--cfg.parallel_config."
+    )
+    src = sides.mm_source(source.modules, source.dims, layout, parts)
+    headers = sides.hf_side(source.modules, source.dims, model.hf_tensors)
+    dst = sides.hf_target(headers, src.wholes)
+    plan = run.prove(build(src, dst, model.notes + source.notes))
+    inputs = [cfg.hf_config.hf_dir, cfg.mm_dir]
+    return run.write_hf(plan, model, layout, cfg.save_hf_dir, inputs)
+
+
+def reshard(
+    family: Family, cfg: Resplit, options: Options | None = None, events: Events | None = None
+) -> Result:
+    """MM -> MM in another layout.
+
+    Raises:
+        MMConvertError: see the error tree; nothing is left under the final name.
+    """
+    run = _Run(options, events)
+    check_apart(cfg.target_dir, [cfg.source_dir])
+    hf_dir = cfg.hf_config.hf_dir
+    model = config_model(family, hf_dir) if hf_dir else None
+    source, found, parts = mm_model(
+        family,
+        cfg.source_dir,
+        cfg.source_parallel_config,
+        model,
+        run.options,
+        prefix="--cfg.source_parallel_config.",
+        vit_only=cfg.save_vit_only,
+    )
+    layout = target_layout(
+        source, cfg.target_parallel_config, prefix="--cfg.target_parallel_config."
+    )
+    src = sides.mm_source(source.modules, source.dims, found, parts)
+    src = sides.reorder(src, source.modules, source.plain_modules, source.dims)
+    dst = sides.mm_target(source.plain_modules, source.dims, layout, src.wholes)
+    notes = [*source.notes, *unchecked_units(source, found, layout)]
+    plan = run.prove(build(src, dst, notes))
+    return run.write_mm(plan, source, layout, cfg.target_dir, [cfg.source_dir])
+
+
+class _Run:
+    """What the three directions share: proving, then writing."""
+
+    def __init__(self, options: Options | None, events: Events | None) -> None:
+        self.options = options or Options()
+        self.events = events or Events()
+        self.workers = self.options.workers or default_workers()
+        self.began = time.monotonic()
+
+    def prove(self, plan: Plan) -> Plan:
+        """Everything that can be known before a byte is written."""
+        for note in plan.notes:
+            self.events.note(note)
+        plan.prove()
+        self._check_replicas(plan)
+        return plan
+
+    def _check_replicas(self, plan: Plan) -> None:
+        if not plan.replicas:
+            return
+        self.events.start("comparing replicas", comparison_bytes(plan.replicas, plan.sources))
+        found = compare.compare(
+            plan.replicas, plan.sources, plan.sources, self.workers, self.events.advance
+        )
+        if not found:
+            return
+        d = found[0]
+        more = f"; {len(found) - 1} more tensors differ" if len(found) > 1 else ""
+        what = (
+            f"{d.key.name()}: {place(d.a)} and {place(d.b)} should be equal and differ at index "
+            f"{list(d.a_index)} ({d.a_value:g}, {d.b_value:g}); largest difference "
+            f"{d.largest:g} in {d.elements} elements{more}"
+        )
+        if self.options.replicas == "first":
+            self.events.note(f"warning: {what}; the first is taken")
+            return
+        raise ReplicaError(
+            what,
+            "the same values in every copy of a tensor",
+            "find out which one training used, or give --replicas first to take the first",
+        )
+
+    def write_mm(
+        self, plan: Plan, source: Model, layout: Layout, target: Path, inputs: Sequence[Path]
+    ) -> Result:
+        """Writes an MM checkpoint."""
+        with Output(target, inputs, overwrite=self.options.overwrite) as output:
+            output.check_room(plan.nbytes + SIDE_ROOM)
+            if not self.options.dry_run:
+                places = megatron.create_mm(output.folder, layout, plan.targets)
+                self._move(plan, places)
+                manifest.write(output.folder, _manifest(source, layout))
+                output.commit()
+        return self._result(plan, layout, target)
+
+    def write_hf(
+        self, plan: Plan, model: Model, layout: Layout, target: Path, inputs: Sequence[Path]
+    ) -> Result:
+        """Writes a Hugging Face checkpoint like ``model``'s."""
+        if model.hf is None:
+            raise CheckpointError("hf_dir holds no weights", "the original checkpoint")
+        with Output(target, inputs, overwrite=self.options.overwrite) as output:
+            output.check_room(plan.nbytes + SIDE_ROOM)
+            if not self.options.dry_run:
+                entries = {t.name: Entry(t.name, t.dtype, t.shape) for t in plan.targets}
+                created = hf.create_hf(output.folder, model.hf, entries)
+                hf.copy_side_files(model.hf.folder, output.folder)
+                self._move(plan, [created[t.name] for t in plan.targets])
+                output.commit()
+        return self._result(plan, layout, target)
+
+    def _move(self, plan: Plan, places: Sequence[StoredTensor]) -> None:
+        self.events.start("converting", plan.nbytes)
+        execute(plan, places, self.workers, self.events.advance)
+
+    def _result(self, plan: Plan, layout: Layout, target: Path) -> Result:
+        seconds = time.monotonic() - self.began
+        return Result(target, not self.options.dry_run, plan, layout, seconds)
+
+
+def _manifest(source: Model, layout: Layout) -> dict[str, object]:
+    return {
+        "converter": source.family.converter,
+        "family": source.family.name,
+        "variant": {"tied": source.variant.tied, "canonical": source.variant.canonical},
+        "dims": source.dims,
+        "layout": layout.as_dict(),
+    }
+
+
+def comparison_bytes(comparisons: Sequence[Comparison], tensors: Sequence[StoredTensor]) -> int:
+    """Bytes of one side of the comparisons."""
+    return sum(
+        c.copy.rows * c.copy.cols * (t.nbytes // max(1, _elements(t)))
+        for c in comparisons
+        for t in (tensors[c.copy.src],)
+    )
+
+
+def _elements(tensor: StoredTensor) -> int:
+    count = 1
+    for n in tensor.shape:
+        count *= n
+    return count
+
+
+def place(tensor: StoredTensor) -> str:
+    """A stored tensor in words: its name and the folder or file that holds it."""
+    path = tensor.path
+    where = path.parent.name if path.suffix == ".pt" else path.name
+    return f"{tensor.name} in {where}"

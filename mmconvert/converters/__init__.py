@@ -1,0 +1,50 @@
+"""The registry of families: converter name -> family, each loaded only when asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from mmconvert.converters.family import Family
+from mmconvert.errors import RequestError
+
+ENTRY_POINTS = "mmconvert.families"  # third-party packages register a Family here
+
+BUILT_IN = {
+    "Qwen2VLConverter": "mmconvert.converters.qwen2vl",
+    "Qwen2_5_VLConverter": "mmconvert.converters.qwen2_5vl",
+}
+
+
+def converter_names() -> list[str]:
+    """Names of all converters, built in and third-party; imports none of them."""
+    return sorted([*BUILT_IN, *(name for name in _third_party() if name not in BUILT_IN)])
+
+
+def load(converter: str) -> Family:
+    """The family of a converter name.
+
+    Raises:
+        RequestError: no such converter.
+    """
+    if converter in BUILT_IN:
+        return import_module(BUILT_IN[converter]).FAMILY
+    entry = _third_party().get(converter)
+    if entry is None:
+        raise RequestError(
+            f"there is no converter {converter}", "one of " + ", ".join(converter_names())
+        )
+    family = entry.load()
+    if not isinstance(family, Family):
+        raise RequestError(f"the entry point {converter} is {family!r}", "a converters.Family")
+    return family
+
+
+def registry() -> dict[str, Family]:
+    """All families by converter name."""
+    return {name: load(name) for name in converter_names()}
+
+
+def _third_party():  # noqa: ANN202 - the type EntryPoint would cost the import it avoids
+    from importlib.metadata import entry_points
+
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}

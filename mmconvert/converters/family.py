@@ -1,0 +1,232 @@
+"""What a family table is made of: rows, modules, and the family itself. No torch, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from mmconvert.errors import CheckpointError
+from mmconvert.names import NameTemplate, TemplateIndex
+from mmconvert.sharding.spans import Concat, Interleave, Split
+
+# Sizes by name, such as "llm.layers" or "vit.heads"; see each family's `dims`.
+Dims = dict[str, int]
+
+Fuse = Concat | Interleave
+CONCAT = Concat()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: which HF tensors make one MM tensor, and how it is divided.
+
+    Attributes:
+        mm: template of the MM name; the layer number is the local one in a checkpoint.
+        hf: templates of the HF names, in the order in which they are fused.
+        rows: names of the dimensions that give each source's rows; () leaves them unchecked.
+        cols: name of the dimension that gives the columns; "" leaves them unchecked.
+        fuse: how the sources form the whole tensor.
+        shard: how the whole is divided over tp ranks; None copies it to every rank.
+        tied_to: MM name of the row whose tensor this one repeats (tied embeddings). Such a row
+            stands only on another model chunk than its original's, and may be absent in HF.
+    """
+
+    mm: str
+    hf: tuple[str, ...]
+    rows: tuple[str, ...] = ()
+    cols: str = ""
+    fuse: Fuse = CONCAT
+    shard: Split | None = None
+    tied_to: str = ""
+
+
+def row(
+    mm: str,
+    *hf: str,
+    rows: str = "",
+    cols: str = "",
+    fuse: Fuse = CONCAT,
+    shard: Split | None = None,
+    tied_to: str = "",
+) -> Row:
+    """A :class:`Row`, with ``rows`` as words: ``rows="llm.q llm.kv llm.kv"``."""
+    return Row(mm, hf, tuple(rows.split()), cols, fuse, shard, tied_to)
+
+
+@dataclass(frozen=True)
+class Module:
+    """An encoder or decoder of a family: rows before its layers, in each layer, after them.
+
+    Attributes:
+        key: ``vit``, ``audio`` or ``llm``: names its stage grid, tp size and layer count.
+        label: the module's MM name, for people.
+    """
+
+    key: str
+    label: str
+    before: tuple[Row, ...]
+    layer: tuple[Row, ...]
+    after: tuple[Row, ...]
+
+    def all_rows(self) -> tuple[Row, ...]:
+        """Every row, in model order."""
+        return self.before + self.layer + self.after
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Choices that change a family's table.
+
+    Attributes:
+        tied: the output layer is the word embedding.
+        canonical: q/k/v and gate/up stay apart (``enable_canonical_hf_struct``).
+        vit_qkv: ``interleaved`` per head, or ``concatenated`` as the reference 2.2.0 to 2.3.0
+            wrote it.
+    """
+
+    tied: bool = False
+    canonical: bool = False
+    vit_qkv: str = "interleaved"
+
+
+@dataclass(frozen=True)
+class Left:
+    """Tensors of an HF checkpoint that have no place in MM format, and why."""
+
+    template: NameTemplate
+    why: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model architecture: one table for all three directions.
+
+    Attributes:
+        name: the architecture's name.
+        converter: the name of its command.
+        model_types: values of ``model_type`` in config.json that it serves.
+        dims: sizes from config.json.
+        modules: the table, towers first (their order is the order of the pipeline).
+        spellings: (prefix, prefix on the hub): other spellings of HF names.
+        dropped: tensors that are left out knowingly, in hub spelling.
+    """
+
+    name: str
+    converter: str
+    model_types: frozenset[str]
+    dims: Callable[[Mapping[str, object]], Dims]
+    modules: Callable[[Variant], tuple[Module, ...]]
+    module_keys: tuple[str, ...] = ("vit", "llm")
+    spellings: tuple[tuple[str, str], ...] = ()
+    dropped: tuple[Left, ...] = ()
+    variants: tuple[Variant, ...] = field(
+        default=(Variant(), Variant(canonical=True))
+    )  # what an MM checkpoint's names can tell apart
+
+    def hub_name(self, name: str) -> str:
+        """The hub's spelling of an HF tensor name."""
+        for prefix, hub in self.spellings:
+            if name.startswith(prefix):
+                return hub + name[len(prefix) :]
+        return name
+
+    def why_dropped(self, hub_name: str) -> str | None:
+        """Why a tensor has no place in MM format, or None if it has."""
+        for left in self.dropped:
+            if left.template.match(hub_name) is not None:
+                return left.why
+        return None
+
+
+def mm_index(modules: tuple[Module, ...]) -> TemplateIndex[tuple[Module, Row]]:
+    """Finds the row of an MM name."""
+    return TemplateIndex((r.mm, (m, r)) for m in modules for r in m.all_rows())
+
+
+def hf_templates(modules: tuple[Module, ...]) -> TemplateIndex[Row]:
+    """Finds the row of an HF name in hub spelling."""
+    found: dict[str, Row] = {}
+    for module in modules:
+        for r in module.all_rows():
+            for name in r.hf:
+                found.setdefault(name, r)
+    return TemplateIndex(found.items())
+
+
+# No model has more; a config.json from a stranger must not make us build an endless table.
+MAX_SIZE = {"layers": 4096}
+MAX_ANY_SIZE = 1 << 31
+
+
+def read_dims(
+    config: Mapping[str, object],
+    where: str,
+    names: Mapping[str, tuple[str, ...]],
+    defaults: Mapping[str, int] | None = None,
+) -> Dims:
+    """Sizes from a part of config.json.
+
+    Args:
+        config: the part.
+        where: its name, for messages.
+        names: dimension name -> the keys that may hold it, the first present one counts. A
+            dimension whose keys are all absent has its default, or is left out.
+        defaults: what transformers' configuration class takes for absent keys. Its
+            ``save_pretrained`` (4.45 to 4.51) leaves out what equals these.
+
+    Raises:
+        CheckpointError: a value that is no sensible size.
+    """
+    dims: Dims = dict(defaults or {})
+    for dim, keys in names.items():
+        value = next((config[k] for k in keys if config.get(k) is not None), None)
+        if value is None:
+            continue
+        limit = MAX_SIZE.get(dim.rpartition(".")[2], MAX_ANY_SIZE)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
+            raise CheckpointError(
+                f"config.json: {where} {' or '.join(keys)} is {value!r}",
+                f"a whole number from 1 to {limit}",
+            )
+        dims[dim] = value
+    return dims
+
+
+def need(dims: Dims, where: str, names: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises CheckpointError for a dimension without which nothing can be planned."""
+    for dim, keys in names.items():
+        if dim not in dims:
+            raise CheckpointError(
+                f"config.json: {where} has no {' or '.join(keys)}",
+                "the model's own config.json",
+                "copy it from the model's page into hf_dir",
+            )
+
+
+def section(config: Mapping[str, object], key: str) -> Mapping[str, object]:
+    """A nested part of config.json.
+
+    Raises:
+        CheckpointError: absent, or not an object.
+    """
+    value = config.get(key)
+    if not isinstance(value, dict):
+        found = "is missing" if value is None else "is not an object"
+        raise CheckpointError(f"config.json: {key} {found}", f"an object {key} with its sizes")
+    return value
+
+
+def flag(configs: tuple[Mapping[str, object], ...], key: str) -> bool | None:
+    """A boolean from the first config that has it.
+
+    Raises:
+        CheckpointError: a value that is not true or false.
+    """
+    for config in configs:
+        value = config.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, bool):
+            raise CheckpointError(f"config.json: {key} is {value!r}", "true or false")
+        return value
+    return None

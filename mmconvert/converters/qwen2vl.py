@@ -1,0 +1,111 @@
+"""Qwen2-VL: vision transformer with a plain MLP, Qwen2 text decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mmconvert.converters.blocks import (
+    V,
+    embedding,
+    norms,
+    qwen2_text_layer,
+    qwen_merger,
+    qwen_patch_embed,
+    text_dims,
+    text_tail,
+    vision_attention,
+    vision_dims,
+)
+from mmconvert.converters.family import Dims, Family, Left, Module, Variant, row, section
+from mmconvert.names import NameTemplate
+from mmconvert.sharding.spans import COLUMN, ROW
+
+H = "model.layers.{}"
+B = "visual.blocks.{}"
+BOTH = ("weight", "bias")
+
+# transformers 4.52 and later may write the second and third prefix; the hub has the first.
+SPELLINGS = (("model.visual.", "visual."), ("model.language_model.", "model."))
+BUFFERS = (
+    Left(
+        NameTemplate("model.layers.{}.self_attn.rotary_emb.inv_freq"),
+        "a buffer that the model computes",
+    ),
+    Left(NameTemplate("model.rotary_emb.inv_freq"), "a buffer that the model computes"),
+    Left(NameTemplate("visual.rotary_pos_emb.inv_freq"), "a buffer that the model computes"),
+)
+
+
+# Class defaults of transformers' Qwen2VLVisionConfig and Qwen2VLTextConfig.
+VISION_DEFAULTS = {"vit.layers": 32, "vit.heads": 16, "vit.width": 1280, "vit.merge": 2}
+TEXT_DEFAULTS = {"llm.layers": 80, "llm.heads": 64, "llm.query_groups": 8, "llm.hidden": 8192}
+
+
+def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
+    """The text part: nested (transformers 4.52 and later) or the whole config (hub)."""
+    return section(config, "text_config") if "text_config" in config else config
+
+
+def dims(config: Mapping[str, object]) -> Dims:
+    """Sizes from config.json."""
+    vision = section(config, "vision_config")
+    names = {
+        "vit.layers": ("depth",),
+        "vit.heads": ("num_heads",),
+        "vit.width": ("embed_dim",),
+        "vit.merge": ("spatial_merge_size",),
+    }
+    vit = vision_dims(vision, "vision_config", names, VISION_DEFAULTS)
+    ratio = vision.get("mlp_ratio", 4)
+    if isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and 0 < ratio < 1024:
+        vit["vit.ffn"] = int(vit["vit.width"] * ratio)
+    return vit | text_dims(text_config(config), "text model", TEXT_DEFAULTS)
+
+
+def text(variant: Variant) -> Module:
+    """Qwen2 text decoder under ``model.``."""
+    return Module(
+        key="llm",
+        label="text_decoder",
+        before=(embedding("model.embed_tokens.weight"),),
+        layer=qwen2_text_layer(H, variant),
+        after=text_tail("model.norm.weight", "lm_head.weight", variant),
+    )
+
+
+def modules(variant: Variant) -> tuple[Module, ...]:
+    """The table."""
+    w, ffn = "vit.width", "vit.ffn"
+    vision = Module(
+        key="vit",
+        label="image_encoder",
+        before=(qwen_patch_embed("visual"),),
+        layer=(
+            *norms(BOTH, w, (f"{V}.input_layernorm", f"{B}.norm1")),
+            *vision_attention(f"{B}.attn", variant),
+            *norms(BOTH, w, (f"{V}.pre_mlp_layernorm", f"{B}.norm2")),
+            row(
+                f"{V}.mlp.linear_fc1.weight",
+                f"{B}.mlp.fc1.weight",
+                rows=ffn,
+                cols=w,
+                shard=COLUMN,
+            ),
+            row(f"{V}.mlp.linear_fc1.bias", f"{B}.mlp.fc1.bias", rows=ffn, shard=COLUMN),
+            row(f"{V}.mlp.linear_fc2.weight", f"{B}.mlp.fc2.weight", rows=w, cols=ffn, shard=ROW),
+            row(f"{V}.mlp.linear_fc2.bias", f"{B}.mlp.fc2.bias", rows=w),
+        ),
+        after=qwen_merger("visual.merger", BOTH),
+    )
+    return vision, text(variant)
+
+
+FAMILY = Family(
+    name="Qwen2-VL",
+    converter="Qwen2VLConverter",
+    model_types=frozenset({"qwen2_vl"}),
+    dims=dims,
+    modules=modules,
+    spellings=SPELLINGS,
+    dropped=BUFFERS,
+)

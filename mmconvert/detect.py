@@ -1,0 +1,188 @@
+"""Reads the layout of an MM checkpoint off its folders, model chunks, layer numbers and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from mmconvert.converters.family import Dims, Module, Row, mm_index
+from mmconvert.errors import CheckpointError, LayoutError, TensorError
+from mmconvert.formats.megatron import MMCheckpoint
+from mmconvert.formats.stored import StoredTensor
+from mmconvert.names import NO_LAYER
+from mmconvert.plan import matrix
+from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Chunk, Layout, Rank
+from mmconvert.sharding.stages import StageGrid, show
+
+# Whether two stored tensors hold the same bytes; None if a tensor is one repeated byte, so that
+# equality says nothing.
+SameBytes = Callable[[StoredTensor, StoredTensor], bool | None]
+
+
+def detect_layout(
+    modules: Sequence[Module], checkpoint: MMCheckpoint, dims: Dims, same: SameBytes
+) -> Layout:
+    """The layout of an MM checkpoint.
+
+    Args:
+        dims: sizes of the whole model as far as they are known.
+        same: compares data; asked only where shapes cannot tell a tp size.
+
+    Raises:
+        TensorError: layers with holes, or ranks that differ in their names.
+        CheckpointError: shapes that no tp size explains.
+    """
+    index = mm_index(tuple(modules))
+    grids: dict[str, list[list[int]]] = {
+        m.key: [[0] * checkpoint.pp_size for _ in range(checkpoint.vpp_size)] for m in modules
+    }
+    for chunk, tensors in checkpoint.parts.items():
+        layers: dict[str, set[int]] = {m.key: set() for m in modules}
+        for name in tensors:
+            found = index.find(name)
+            if found and found[1] != NO_LAYER:
+                layers[found[0][0].key].add(found[1])
+        for module in modules:
+            numbers = layers[module.key]
+            if numbers != set(range(len(numbers))):
+                gap = min(set(range(max(numbers))) - numbers)
+                raise TensorError(
+                    f"{module.label}: layer {gap} is missing in {_where(checkpoint, chunk)}, "
+                    f"which holds {len(numbers)} layers up to number {max(numbers)}",
+                    "local layers numbered from 0 without a gap",
+                )
+            row = grids[module.key][chunk.virtual]
+            if chunk.rank.tp == 0:
+                row[chunk.rank.pp] = len(numbers)
+            elif row[chunk.rank.pp] != len(numbers):
+                raise TensorError(
+                    f"{module.label}: {len(numbers)} layers in {_where(checkpoint, chunk)}, "
+                    f"{row[chunk.rank.pp]} on tp rank 0",
+                    "the same layers on all tp ranks",
+                )
+    tp = {m.key: _tp_size(m, checkpoint, dims, same) for m in modules}
+    return Layout(tp, {key: tuple(tuple(row) for row in grid) for key, grid in grids.items()})
+
+
+def _where(checkpoint: MMCheckpoint, chunk: Chunk) -> str:
+    part = f", model{chunk.virtual}" if checkpoint.vpp_size > 1 else ""
+    return f"{checkpoint.folder} tp {chunk.rank.tp} pp {chunk.rank.pp}{part}"
+
+
+Shards = list[StoredTensor]
+
+
+def _tp_size(module: Module, checkpoint: MMCheckpoint, dims: Dims, same: SameBytes) -> int:
+    folders = checkpoint.tp_folders
+    if folders == 1:
+        return 1
+    divided = [(r, s) for r, s in _first_layer(module, checkpoint) if r.shard]
+    rows = divided + [(r, s) for r, s in _first_layer(module, checkpoint) if not r.shard]
+    sizes = [d for d in range(1, folders + 1) if folders % d == 0]
+    fitting = [size for size in sizes if _explains(rows, size, dims)]
+    if not fitting:
+        row, shards = divided[0] if divided else rows[0]
+        raise CheckpointError(
+            f"{module.label}: no tp size from {sizes} explains the shapes; {shards[0].name} is "
+            f"{[list(t.shape) for t in shards][:4]} on the first ranks",
+            "a checkpoint and a config.json of one model",
+            "give the hf_dir of the model that this checkpoint was made from",
+        )
+    if len(fitting) == 1 or not divided:
+        return fitting[0]
+    # Shapes alone fit several sizes: ranks that hold the same shard hold the same bytes.
+    for _, shards in sorted(divided, key=lambda item: -item[1][0].nbytes):
+        if same(shards[0], shards[0]) is None:
+            continue
+        for size in fitting:
+            if all(same(shards[r % size], t) is not False for r, t in enumerate(shards)):
+                return size
+    return folders
+
+
+def _first_layer(module: Module, checkpoint: MMCheckpoint) -> list[tuple[Row, Shards]]:
+    """Rows of the module's outer parts and of one layer, with their shards by tp rank."""
+    found: dict[str, tuple[Row, Shards]] = {}
+    for chunk, tensors in checkpoint.parts.items():
+        if chunk.rank.tp:
+            continue
+        for r in module.all_rows():
+            name = r.mm.replace("{}", "0")
+            if r.mm in found or name not in tensors or r.tied_to:
+                continue
+            places = [
+                Chunk(Rank(tp, chunk.rank.pp), chunk.virtual)
+                for tp in range(checkpoint.tp_folders)
+            ]
+            shards = [checkpoint.parts[p][name] for p in places if name in checkpoint.parts[p]]
+            if len(shards) == checkpoint.tp_folders:
+                found[r.mm] = (r, shards)
+    return list(found.values())
+
+
+def _explains(rows: Sequence[tuple[Row, Shards]], size: int, dims: Dims) -> bool:
+    """Whether a tp size gives every dimension one value throughout a module."""
+    known = dict(dims)
+    for row, shards in rows:
+        group = shards[:size]
+        if any(t.shape != group[i % size].shape for i, t in enumerate(shards)):
+            return False
+        height, width = matrix(group[0].shape)
+        if row.shard:
+            length = sum(matrix(t.shape)[row.shard.axis] for t in group)
+            height, width = (length, width) if row.shard.axis == 0 else (height, length)
+        wanted = {row.cols: width} if row.cols else {}
+        names = set(row.rows)
+        if len(names) == 1 and height % len(row.rows) == 0:
+            wanted[row.rows[0]] = height // len(row.rows)
+        elif names and names <= known.keys() and sum(known[n] for n in row.rows) != height:
+            return False
+        for dim, value in wanted.items():
+            if known.setdefault(dim, value) != value:
+                return False
+    return True
+
+
+def assert_layout(
+    found: Layout, grids: Mapping[str, StageGrid], tp: Mapping[str, int], prefix: str
+) -> None:
+    """Compares what the user said of a checkpoint with what it is.
+
+    Args:
+        grids, tp: what was said, by module key; absent keys assert nothing.
+        prefix: how the flags begin, for messages.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    for key, grid in grids.items():
+        if key in found.grids and found.grids[key] != grid:
+            raise CheckpointError(
+                f"{prefix}{GRID_FLAG[key]} says {show(grid)}, the checkpoint holds "
+                f"{show(found.grids[key])}",
+                "the layout that the checkpoint has",
+                "leave the flag out: the layout is read off the checkpoint",
+            )
+    for key, size in tp.items():
+        if key in found.tp and found.tp[key] != size:
+            raise CheckpointError(
+                f"{prefix}{TP_FLAG[key]} says {size}, the checkpoint holds {found.tp[key]}",
+                "the layout that the checkpoint has",
+                "leave the flag out: the layout is read off the checkpoint",
+            )
+
+
+def check_layers(layout: Layout, dims: Dims, prefix: str) -> None:
+    """Layer counts of the stage grids against those of config.json.
+
+    Raises:
+        LayoutError: naming both numbers.
+    """
+    for key, grid in layout.grids.items():
+        have, want = sum(map(sum, grid)), dims.get(f"{key}.layers")
+        if want is not None and have != want:
+            raise LayoutError(
+                f"{prefix}{GRID_FLAG[key]} {show(grid)} adds up to {have} layers; config.json "
+                f"says {want}",
+                f"layer counts that add up to {want}",
+                "correct the list, or the hf_dir if it is of another model",
+            )

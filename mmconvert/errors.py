@@ -1,0 +1,94 @@
+"""The error tree.
+
+    MMConvertError                    every error that mmconvert raises on purpose
+    ├── DifferenceError       exit 1  two checkpoints that were compared differ
+    ├── RequestError          exit 2  the request is impossible as it stands
+    │   ├── LayoutError               sizes, stage grids or head counts that cannot work
+    │   └── OutputError               the output exists, is locked, or cannot be written
+    └── CheckpointError       exit 3  a checkpoint is missing, damaged or not what was declared
+        ├── FormatError               a file breaks its format (truncated, hostile, unreadable)
+        ├── TensorError               tensors missing, unclaimed, of a wrong shape or dtype
+        └── ReplicaError              copies of one tensor differ between ranks
+
+An interruption (Ctrl-C, SIGTERM) ends with exit code 130.
+"""
+
+from __future__ import annotations
+
+
+class MMConvertError(Exception):
+    """What was wrong and where; what was wanted; what to do about it.
+
+    Args:
+        what: one line that names the file, tensor, flag or number at fault.
+        wanted: one line, what would have been right.
+        fix: one line, the way out.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, wanted: str = "", fix: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.wanted = wanted
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """The message as one to three lines: what, wanted, fix."""
+        lines = [self.what]
+        if self.wanted:
+            lines.append(f"wanted: {self.wanted}")
+        if self.fix:
+            lines.append(f"to fix: {self.fix}")
+        return lines
+
+    def as_dict(self) -> dict[str, str | int]:
+        """The error as an object for ``--json``."""
+        return {
+            "error": type(self).__name__,
+            "what": self.what,
+            "wanted": self.wanted,
+            "fix": self.fix,
+            "exit_code": self.exit_code,
+        }
+
+
+class DifferenceError(MMConvertError):
+    """Two checkpoints that were compared differ."""
+
+    exit_code = 1
+
+
+class RequestError(MMConvertError):
+    """The request is impossible as it stands."""
+
+    exit_code = 2
+
+
+class LayoutError(RequestError):
+    """Parallel sizes, stage grids or head counts that cannot work."""
+
+
+class OutputError(RequestError):
+    """The output exists, is in use by another run, or cannot be written."""
+
+
+class CheckpointError(MMConvertError):
+    """A checkpoint is missing, damaged or not what was declared."""
+
+    exit_code = 3
+
+
+class FormatError(CheckpointError):
+    """A file breaks its format: truncated, hostile or unreadable."""
+
+
+class TensorError(CheckpointError):
+    """Tensors are missing, unclaimed, or of a wrong shape or dtype."""
+
+
+class ReplicaError(CheckpointError):
+    """Copies of one tensor that should be equal differ between ranks."""

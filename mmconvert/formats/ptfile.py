@@ -1,0 +1,316 @@
+"""Reads the metadata of a ``.pt`` file (zip format of torch.save, torch 1.6 and later).
+
+Nothing is executed and no tensor data is read: a tensor becomes its place in the file.  The
+archive is checked in full, because offsets taken from it are read later without further checks.
+Rules: ``_load`` in ``torch/serialization.py``, and the zip specification (PKWARE APPNOTE 4.3).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from ..errors import CheckpointError, FormatError
+from .pickles import Inert, StorageRef, TensorRef, load_pickle
+from .ptwriter import PtLayout, Slot, layout_pt, write_skeleton
+from .stored import ITEM_SIZE, StoredTensor
+
+__all__ = ["PtFile", "PtLayout", "Slot", "layout_pt", "read_pt", "write_skeleton"]
+
+# Largest data.pkl that is read into memory; one of 250,000 tensors has about 50 MiB.
+MAX_PICKLE = 512 * 2**20
+# Nesting of lists, dicts, tuples and objects in a checkpoint; Megatron's are below 20.
+MAX_DEPTH = 100
+_COPY_AGAIN = "copy the file again from where it was made"
+
+
+class Record(NamedTuple):
+    """The data of one record: absolute offset and bytes."""
+
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class PtFile:
+    """What a ``.pt`` file contains.
+
+    Attributes:
+        path: the file.
+        content: the top-level dict.  Tensors among dict values, list and tuple items and in
+            inert objects are StoredTensors, named by their key in the innermost dict; tensors
+            used as dict keys or set items are left as TensorRefs.
+        storage_bytes: key of a storage record -> its bytes.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    storage_bytes: dict[str, int]
+    _starts: list[tuple[int, str]] = field(repr=False)
+
+    def referenced_bytes(self, subtree: object) -> int:
+        """Bytes of the storages that anything in a part of ``content`` refers to.
+
+        A storage counts once and in full, also when only views of it are referred to.
+        """
+        keys: set[str] = set()
+        seen: set[int] = set()
+        pending = [subtree]
+        while pending:
+            item = pending.pop()
+            if isinstance(item, StoredTensor):
+                # A tensor begins at or after its storage's start and before the next one's.
+                keys.add(
+                    self._starts[bisect_right(self._starts, (item.offset, "\U0010ffff")) - 1][1]
+                )
+            elif isinstance(item, (TensorRef, StorageRef)):
+                keys.add(item.storage.key if isinstance(item, TensorRef) else item.key)
+            elif (
+                isinstance(item, (dict, list, tuple, set, frozenset, Inert))
+                and id(item) not in seen
+            ):
+                seen.add(id(item))
+                if isinstance(item, Inert):
+                    pending += [item.function, item.args, item.state, item.items, item.entries]
+                else:
+                    pending += item
+                    pending += item.values() if isinstance(item, dict) else ()
+        return sum(self.storage_bytes.get(key, 0) for key in keys)
+
+
+def read_pt(path: Path) -> PtFile:
+    """Read a ``.pt`` file's structure and the places of its tensors.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FormatError: it is not what torch.save writes, is damaged, or was written on a big-endian
+            machine or in the format before torch 1.6.
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _Reader(path, file).read()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: {error.strerror or error}", wanted="a readable .pt file"
+        ) from error
+
+
+class _Reader:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
+        self.file = file
+        self.size = os.fstat(file.fileno()).st_size
+        self.root = ""
+        self.records: dict[str, Record] = {}
+        self.done: dict[int, Any] = {}
+        self.kept: list[Any] = []
+
+    def error(self, what: str, wanted: str = "", fix: str = _COPY_AGAIN) -> FormatError:
+        return FormatError(
+            f"{self.path}: {what}", wanted or "a .pt file as torch.save writes it", fix
+        )
+
+    def read(self) -> PtFile:
+        self.check_start()
+        self.records = self.read_directory()
+        pickles = [n for n in self.records if n.endswith("/data.pkl") and n.count("/") == 1]
+        if len(pickles) != 1:
+            raise self.error(f"{len(pickles)} records */data.pkl", wanted="exactly one")
+        self.root = pickles[0].removesuffix("data.pkl")
+        self.check_byte_order()
+        record = self.records[pickles[0]]
+        if record.size > MAX_PICKLE:
+            raise self.error(f"{pickles[0]} has {record.size} bytes", f"at most {MAX_PICKLE}")
+        tree = load_pickle(self.pread(record.size, record.start), f"{self.path}: {pickles[0]}")
+        if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+            raise self.error(
+                f"the top level is a {type(tree).__name__}",
+                wanted="a dict with text keys, such as {'model': ..., 'checkpoint_version': 3.0}",
+                fix="save a dict of tensors: torch.save(model.state_dict(), file)",
+            )
+        content: dict[str, Any] = self.resolve(tree, "", 0)
+        prefix = f"{self.root}data/"
+        storages = {
+            n.removeprefix(prefix): r for n, r in self.records.items() if n.startswith(prefix)
+        }
+        starts = sorted((record.start, key) for key, record in storages.items())
+        sizes = {key: record.size for key, record in storages.items()}
+        return PtFile(self.path, content, sizes, starts)
+
+    # The archive.
+
+    def pread(self, count: int, offset: int) -> bytes:
+        data = os.pread(self.file.fileno(), count, offset)
+        while len(data) < count:  # Linux returns at most 2 GiB, network mounts sometimes less
+            more = os.pread(self.file.fileno(), count - len(data), offset + len(data))
+            if not more:
+                raise self.error("the file became shorter while it was read")
+            data += more
+        return data
+
+    def check_start(self) -> None:
+        """Tell what the file is when it is not a zip archive."""
+        head = os.pread(self.file.fileno(), 512, 0)
+        if not head:
+            raise self.error("the file is empty")
+        if head[:4] in (b"PK\3\4", b"PK\5\6"):
+            return
+        if head[:1] == b"\x80":
+            raise self.error(
+                "a pickle without an archive: the format of torch before 1.6",
+                wanted="the zip format",
+                fix="re-save it: torch.save(torch.load(f, weights_only=True), f)",
+            )
+        kind = "a tar archive" if head[257:262] == b"ustar" else "not a zip archive"
+        raise self.error(f"{kind} (begins with {head[:4]!r})")
+
+    def read_directory(self) -> dict[str, Record]:
+        """The records by name, proved to be plain bytes that lie apart inside the file."""
+        try:
+            # Only the directory at the end is read here.
+            with zipfile.ZipFile(self.file) as archive:
+                infos, end = archive.infolist(), archive.start_dir
+        except (
+            # How zipfile and struct report a broken directory: wrong signatures and sizes,
+            # versions from the future, undecodable names, seeks to absurd positions.
+            zipfile.BadZipFile,
+            NotImplementedError,
+            struct.error,
+            ValueError,
+            OverflowError,
+            EOFError,
+            MemoryError,
+            OSError,
+        ) as error:
+            raise self.error(
+                f"no readable zip directory at the end of its {self.size} bytes ({error}); "
+                "the file may be truncated"
+            ) from error
+        records: dict[str, Record] = {}
+        before = 0
+        for info in sorted(infos, key=lambda info: info.header_offset):
+            name = info.orig_filename
+            if name in records:
+                raise self.error(f"record {name!r} occurs twice")
+            records[name] = self.check_record(info, before, end)
+            before = sum(records[name])
+        return records
+
+    def check_record(self, info: zipfile.ZipInfo, before: int, end: int) -> Record:
+        """Where a record's data lies, from its local header.
+
+        The sizes of the local header are not looked at: torch leaves them zero and writes a data
+        descriptor behind the data; readers take those of the directory.
+        """
+        name = info.orig_filename
+        if info.flag_bits & 0x2041:  # encrypted, strongly encrypted, masked headers
+            raise self.error(f"record {name!r} is encrypted")
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise self.error(f"record {name!r} is compressed", wanted="stored records")
+        raw = name.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
+        start = info.header_offset
+        if not before <= start <= end - 30 - len(raw):
+            raise self.error(f"record {name!r} overlaps another one or lies outside the file")
+        header = self.pread(30 + len(raw), start)
+        signature, flags, method, name_length, extra_length = struct.unpack_from(
+            "<4s2x2H16x2H", header
+        )
+        if signature != b"PK\3\4" or name_length != len(raw) or header[30:] != raw:
+            raise self.error(f"record {name!r} has no local header at byte {start}")
+        if flags & 0x2041 or method != zipfile.ZIP_STORED:
+            raise self.error(f"record {name!r} is compressed or encrypted, by its local header")
+        record = Record(start + 30 + name_length + extra_length, info.file_size)
+        if sum(record) > end:
+            raise self.error(f"record {name!r} leaves the file")
+        return record
+
+    def check_byte_order(self) -> None:
+        record = self.records.get(f"{self.root}byteorder")
+        if record is None:  # torch before 2.1
+            return
+        order = self.pread(min(record.size, 16), record.start)
+        if order != b"little":
+            raise self.error(
+                f"byte order {order!r}",
+                wanted="'little'",
+                fix="load and save it with torch on a little-endian machine",
+            )
+
+    # The tree.
+
+    def resolve(self, item: Any, name: str, depth: int) -> Any:
+        """Replace TensorRefs by StoredTensors: in place in dicts, lists and inert objects.
+
+        Args:
+            item: what to replace or to look into.
+            name: the key of the innermost dict around it.
+            depth: containers around it.
+        """
+        if isinstance(item, TensorRef):
+            return self.tensor(item, name)
+        if isinstance(item, StorageRef):
+            self.storage(item)
+            return item
+        if not isinstance(item, (dict, list, tuple, Inert)):
+            return item
+        if id(item) in self.done:
+            return self.done[id(item)]
+        if depth > MAX_DEPTH:
+            raise self.error(f"the pickle is nested more than {MAX_DEPTH} deep")
+        if isinstance(item, tuple):
+            made = tuple([self.resolve(part, name, depth + 1) for part in item])
+            self.done[id(item)] = made
+            self.kept.append(item)  # an id is its own only while the object lives
+            return made
+        self.done[id(item)] = item  # before looking into it: it may contain itself
+        if isinstance(item, dict):
+            for key, value in item.items():
+                # Other keys are not spelled out: the text of a nested one may be huge.
+                inner = str(key) if isinstance(key, (str, int)) else type(key).__name__
+                item[key] = self.resolve(value, inner, depth + 1)
+        elif isinstance(item, list):
+            item[:] = [self.resolve(part, name, depth + 1) for part in item]
+        else:
+            item.args = self.resolve(item.args, name, depth + 1)
+            item.state = self.resolve(item.state, name, depth + 1)
+            item.items = self.resolve(item.items, name, depth + 1)
+            item.entries = self.resolve(item.entries, name, depth + 1)
+        return item
+
+    def storage(self, ref: StorageRef) -> Record:
+        """The record behind a storage."""
+        record = self.records.get(f"{self.root}data/{ref.key}")
+        if record is None:
+            raise self.error(f"storage {ref.key[:80]!r} has no record in the archive")
+        # torch counts a storage in whole elements, so a remainder is possible.
+        if ref.dtype and ref.numel != record.size // ITEM_SIZE[ref.dtype]:
+            raise self.error(
+                f"storage {ref.key[:80]!r} has {record.size} bytes",
+                wanted=f"{ref.numel} elements of {ref.dtype}",
+            )
+        return record
+
+    def tensor(self, ref: TensorRef, name: str) -> StoredTensor:
+        record = self.storage(ref.storage)
+        empty = 0 in ref.shape  # its offset may be anything; the start of the record is safe
+        offset = record.start + (0 if empty else ref.offset * ITEM_SIZE[ref.dtype])
+        strides = None if empty or _is_contiguous(ref) else ref.strides
+        return StoredTensor(name, ref.dtype, ref.shape, self.path, offset, strides)
+
+
+def _is_contiguous(ref: TensorRef) -> bool:
+    """Row-major without gaps; the stride of a dimension of one element means nothing."""
+    expected = 1
+    for size, stride in zip(reversed(ref.shape), reversed(ref.strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

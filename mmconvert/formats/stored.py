@@ -1,0 +1,51 @@
+"""Where a tensor lies in a file: the one thing that readers hand to the plan and the executor."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+# Bytes per element, by the safetensors spelling of a dtype (safetensors format documentation).
+ITEM_SIZE: dict[str, int] = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+}
+
+
+class StoredTensor(NamedTuple):
+    """One tensor as it is stored.
+
+    Attributes:
+        name: the tensor's name in its checkpoint.
+        dtype: safetensors spelling, a key of :data:`ITEM_SIZE`.
+        shape: the tensor's shape; ``()`` for a scalar.
+        path: the file that holds the data.
+        offset: absolute byte offset in the file of element ``[0, 0, ...]``.
+        strides: strides in *elements*, or None for a contiguous (row-major) tensor.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's elements (not of the storage behind a view)."""
+        return prod(self.shape) * ITEM_SIZE[self.dtype]

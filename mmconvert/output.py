@@ -1,0 +1,213 @@
+"""Output folders that are complete or not there at all.
+
+Everything is written into a staging folder beside the target and renamed when complete. The
+staging folder is locked by its run; one that nobody holds is the rest of a killed run, and the
+next run removes it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from mmconvert.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: no advisory locks; staging and rename still hold
+    fcntl = None
+
+FOLDER_MODE = 0o750
+FILE_MODE = 0o640
+
+# What a folder must hold for --overwrite to be allowed to replace it.
+SIGNS_OF_A_CHECKPOINT = (
+    *("mmconvert.json", "latest_checkpointed_iteration.txt", "config.json", "release"),
+)
+
+
+class Output:
+    """A target folder under construction; use as a context manager.
+
+    Attributes:
+        final: the target, links resolved.
+        folder: the staging folder to write into.
+    """
+
+    def __init__(self, target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
+        """Checks that the target may be written.
+
+        Raises:
+            OutputError: it exists, or is, holds or lies in an input.
+        """
+        self.final = Path(os.path.realpath(target))
+        self.folder = self.final.parent / f".{self.final.name}.mmconvert-partial"
+        self._aside = self.final.parent / f".{self.final.name}.mmconvert-old"
+        self._overwrite = overwrite
+        self._lock: int | None = None
+        self._done = False
+        check_apart(self.final, inputs)
+        self._check_target()
+
+    def _check_target(self) -> None:
+        try:
+            exists = os.path.lexists(self.final)
+            names = set(os.listdir(self.final)) if exists else set()
+        except NotADirectoryError:
+            raise OutputError(
+                f"{self.final} is a file", "a folder that does not exist yet"
+            ) from None
+        except OSError as error:
+            raise OutputError(f"{self.final}: {error.strerror}", "a readable folder") from error
+        if not names:
+            return
+        if not self._overwrite:
+            raise OutputError(
+                f"{self.final} exists and is not empty",
+                "a folder that does not exist yet",
+                "choose another folder, or give --overwrite to replace it",
+            )
+        if not names & set(SIGNS_OF_A_CHECKPOINT) and not any("mp_rank" in n for n in names):
+            raise OutputError(
+                f"{self.final} does not look like a checkpoint, so --overwrite does not remove it",
+                "a checkpoint folder, or one that does not exist yet",
+                "choose another folder, or empty this one yourself",
+            )
+
+    def check_room(self, nbytes: int) -> None:
+        """Raises OutputError if the disk has not ``nbytes`` free."""
+        free = free_bytes(self.final)
+        if free is not None and free < nbytes:
+            raise OutputError(
+                f"{self.final}: {nbytes / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free",
+                "room for the whole checkpoint",
+                "free some space, or write to another disk",
+            )
+
+    def __enter__(self) -> Output:
+        try:
+            self.final.parent.mkdir(parents=True, exist_ok=True)
+            self._take()
+            if self._aside.exists():  # a run was killed between two renames, or while tidying up
+                if os.path.lexists(self.final):
+                    shutil.rmtree(self._aside)
+                else:
+                    self._aside.rename(self.final)
+        except OSError as error:
+            raise OutputError(
+                f"{self.folder}: {error.strerror or error}", "a folder that can be written"
+            ) from error
+        return self
+
+    def _take(self) -> None:
+        """Makes the staging folder ours, empty."""
+        while True:
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+            if fcntl is None:
+                break
+            lock = os.open(self.folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                raise OutputError(
+                    f"another conversion is writing {self.final} (it holds {self.folder})",
+                    "one conversion into a folder at a time",
+                    "wait for it, or stop it, or choose another folder",
+                ) from None
+            except OSError:  # a file system without locks
+                os.close(lock)
+                break
+            # The holder may have renamed the folder away between our mkdir and our lock.
+            if _same(lock, self.folder):
+                self._lock = lock
+                break
+            os.close(lock)
+        _empty(self.folder)
+
+    def commit(self) -> None:
+        """Sets the modes and gives the folder its final name.
+
+        Raises:
+            OutputError: the target appeared meanwhile, or the rename failed.
+        """
+        self._check_target()
+        try:
+            _set_modes(self.folder)
+            if os.path.lexists(self.final) and os.listdir(self.final):
+                self.final.rename(self._aside)
+            self.folder.rename(self.final)
+            self._done = True
+            if self._aside.exists():
+                shutil.rmtree(self._aside)
+        except OSError as error:
+            raise OutputError(
+                f"{self.final}: cannot be put in place: {error.strerror}", "a writable folder"
+            ) from error
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._done:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def check_apart(final: Path, inputs: Iterable[Path]) -> None:
+    """Raises OutputError if an output folder is, holds or lies in an input folder."""
+    for given in inputs:
+        path = Path(os.path.realpath(given))
+        if final == path:
+            relation = "is the input"
+        elif final in path.parents:
+            relation = f"holds the input {path}"
+        elif path in final.parents:
+            relation = f"lies in the input {path}"
+        else:
+            continue
+        raise OutputError(
+            f"the output {final} {relation}", "an output folder apart from the inputs"
+        )
+
+
+def free_bytes(path: Path) -> int | None:
+    """Free bytes on the disk where ``path`` is or will be; None if that cannot be known."""
+    for folder in (path, *path.parents):
+        if folder.is_dir():
+            try:
+                return shutil.disk_usage(folder).free
+            except OSError:
+                return None
+    return None
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    here = os.fstat(descriptor)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _set_modes(folder: Path) -> None:
+    for here, _, files in os.walk(folder):
+        os.chmod(here, FOLDER_MODE)
+        for name in files:
+            os.chmod(Path(here, name), FILE_MODE)

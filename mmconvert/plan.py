@@ -1,0 +1,278 @@
+"""The plan: a list of copies of rectangles, proven complete before a byte moves. No torch.
+
+A *whole* is an MM tensor before it is divided. Each side of a conversion (a checkpoint that
+exists, or one to be written) says which rectangle of which of its tensors is which rectangle
+of which whole (:class:`Block`). A plan joins two sides in the space of wholes; that is all
+that HF -> MM, MM -> HF, MM -> MM and verification are.
+
+Tensors are matrices here: rows = the first dimension, columns = the product of the others.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import NamedTuple
+
+from mmconvert.errors import MMConvertError, TensorError
+from mmconvert.formats.stored import ITEM_SIZE, StoredTensor
+from mmconvert.sharding.layout import Chunk
+
+
+class Key(NamedTuple):
+    """A whole tensor: the template of its MM name, and its layer in the model."""
+
+    mm: str
+    layer: int
+
+    def name(self) -> str:
+        """The MM name with the model's layer number."""
+        return self.mm.replace("{}", str(self.layer))
+
+
+class Target(NamedTuple):
+    """A tensor to be written; ``chunk`` is its place in an MM checkpoint, None in HF."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunk: Chunk | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+class Block(NamedTuple):
+    """A rectangle of a side's tensor, and the rectangle of the whole that it is."""
+
+    tensor: int
+    row: int
+    col: int
+    whole_row: int
+    whole_col: int
+    rows: int
+    cols: int
+
+
+@dataclass
+class Whole:
+    """One whole tensor as a side holds it.
+
+    Attributes:
+        shape, dtype: of the whole.
+        copies: complete sets of blocks. The first is the original; further ones are replicas
+            (tensor-parallel ranks, tied embeddings), equal to it by meaning.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    copies: list[list[Block]] = field(default_factory=list)
+
+
+@dataclass
+class Side:
+    """One checkpoint of a conversion: its tensors and the wholes they form."""
+
+    tensors: list[StoredTensor] | list[Target]
+    wholes: dict[Key, Whole] = field(default_factory=dict)
+
+
+class Copy(NamedTuple):
+    """A rectangle of source tensor ``src`` that goes to a rectangle of target ``dst``."""
+
+    src: int
+    src_row: int
+    src_col: int
+    dst: int
+    dst_row: int
+    dst_col: int
+    rows: int
+    cols: int
+
+
+class Comparison(NamedTuple):
+    """Rectangles of two tensors that must hold the same bytes (``dst`` indexes ``others``)."""
+
+    key: Key
+    copy: Copy
+
+
+@dataclass
+class Plan:
+    """What a conversion does.
+
+    Attributes:
+        sources: tensors that are read.
+        targets: tensors that are written.
+        copies: every rectangle that moves.
+        replicas: rectangles of sources that must be equal; both indexes are sources.
+        notes: what is left out or worth knowing, in words.
+    """
+
+    sources: Sequence[StoredTensor]
+    targets: Sequence[Target]
+    copies: list[Copy]
+    replicas: list[Comparison]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that will be written as tensor data."""
+        return sum(t.nbytes for t in self.targets)
+
+    def prove(self) -> None:
+        """Every element of every target is written once, every source element is used.
+
+        Raises:
+            MMConvertError: not so; a fault of mmconvert, reported before anything is written.
+        """
+        reads: dict[int, list[Rect]] = defaultdict(list)
+        writes: dict[int, list[Rect]] = defaultdict(list)
+        for c in self.copies:
+            reads[c.src].append(Rect(c.src_row, c.src_col, c.rows, c.cols))
+            writes[c.dst].append(Rect(c.dst_row, c.dst_col, c.rows, c.cols))
+            if self.sources[c.src].dtype != self.targets[c.dst].dtype:
+                raise _unproven(f"{self.targets[c.dst].name} would change its dtype")
+        for check in self.replicas:
+            c = check.copy
+            reads[c.src].append(Rect(c.src_row, c.src_col, c.rows, c.cols))
+            reads[c.dst].append(Rect(c.dst_row, c.dst_col, c.rows, c.cols))
+        for i, target in enumerate(self.targets):
+            if not covers(writes[i], *matrix(target.shape), once=True):
+                raise _unproven(f"not every element of {target.name} is written exactly once")
+        for i, source in enumerate(self.sources):
+            if not covers(reads[i], *matrix(source.shape), once=False):
+                raise _unproven(f"not every element of {source.name} is used")
+
+
+def _unproven(what: str) -> MMConvertError:
+    return MMConvertError(
+        f"the plan is not complete: {what}",
+        "a plan that accounts for every element",
+        "please report this, with the command and the two config files",
+    )
+
+
+def matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a tensor of this shape."""
+    return (shape[0], prod(shape[1:])) if shape else (1, 1)
+
+
+class Rect(NamedTuple):
+    """A rectangle of a matrix."""
+
+    row: int
+    col: int
+    rows: int
+    cols: int
+
+
+def covers(rects: Iterable[Rect], rows: int, cols: int, *, once: bool) -> bool:
+    """Whether rectangles fill a matrix: without overlap if ``once``, in any case without gap
+    and without reaching outside.
+    """
+    found = [r for r in rects if r.rows and r.cols]
+    if not rows or not cols:
+        return not found
+    if any(r.row < 0 or r.col < 0 or r.row + r.rows > rows for r in found):
+        return False
+    cuts = sorted({0, cols, *(r.col for r in found), *(r.col + r.cols for r in found)})
+    if cuts[-1] > cols:
+        return False
+    # Between two neighbouring cuts each rectangle is as wide as the strip: a problem of rows.
+    for left, right in zip(cuts, cuts[1:], strict=False):
+        end = 0
+        for r in sorted(r for r in found if r.col <= left and r.col + r.cols >= right):
+            if r.row > end or (once and r.row < end):
+                return False
+            end = max(end, r.row + r.rows)
+        if end != rows:
+            return False
+    return True
+
+
+def join(src: Sequence[Block], dst: Sequence[Block]) -> list[Copy]:
+    """The copies that bring blocks of one side to blocks of another, both of one whole."""
+    copies: list[Copy] = []
+    sources = sorted(src, key=lambda b: b.whole_row)
+    tallest = max((b.rows for b in sources), default=0)
+    starts = [b.whole_row for b in sources]
+    for d in dst:
+        first = _first_at_or_after(starts, d.whole_row - tallest)
+        for s in sources[first:]:
+            if s.whole_row >= d.whole_row + d.rows:
+                break
+            row = max(s.whole_row, d.whole_row)
+            rows = min(s.whole_row + s.rows, d.whole_row + d.rows) - row
+            col = max(s.whole_col, d.whole_col)
+            cols = min(s.whole_col + s.cols, d.whole_col + d.cols) - col
+            if rows > 0 and cols > 0:
+                copies.append(
+                    Copy(
+                        s.tensor,
+                        s.row + row - s.whole_row,
+                        s.col + col - s.whole_col,
+                        d.tensor,
+                        d.row + row - d.whole_row,
+                        d.col + col - d.whole_col,
+                        rows,
+                        cols,
+                    )
+                )
+    return copies
+
+
+def _first_at_or_after(starts: list[int], row: int) -> int:
+    from bisect import bisect_left
+
+    return bisect_left(starts, row)
+
+
+def build(src: Side, dst: Side, notes: Sequence[str] = ()) -> Plan:
+    """The plan that makes ``dst`` of ``src``.
+
+    Raises:
+        TensorError: the sides do not hold the same wholes, in the same shapes and dtypes.
+    """
+    check_same_wholes(src, dst)
+    copies: list[Copy] = []
+    replicas: list[Comparison] = []
+    for key, whole in src.wholes.items():
+        original, *others = whole.copies
+        for blocks in dst.wholes[key].copies:
+            copies += join(original, blocks)
+        for blocks in others:
+            replicas += [Comparison(key, copy) for copy in join(original, blocks)]
+    sources, targets = src.tensors, dst.tensors
+    return Plan(sources, targets, copies, replicas, list(notes))  # pyright: ignore[reportArgumentType] - by construction src is stored, dst is not
+
+
+def build_comparison(a: Side, b: Side) -> list[Comparison]:
+    """What must be equal for two checkpoints to be the same model, every copy included."""
+    check_same_wholes(a, b)
+    found: list[Comparison] = []
+    for key, whole in a.wholes.items():
+        for blocks in b.wholes[key].copies:
+            found += [Comparison(key, copy) for copy in join(whole.copies[0], blocks)]
+    return found
+
+
+def check_same_wholes(src: Side, dst: Side) -> None:
+    """Raises TensorError unless both sides hold the same wholes in the same shapes and dtypes."""
+    for key in [*src.wholes, *dst.wholes]:
+        if key not in src.wholes or key not in dst.wholes:
+            where = "source" if key not in src.wholes else "destination"
+            raise TensorError(f"{key.name()} is not in the {where}", "the same tensors in both")
+    for key, a in src.wholes.items():
+        b = dst.wholes[key]
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            raise TensorError(
+                f"{key.name()} is {a.dtype} {list(a.shape)} in the source and {b.dtype} "
+                f"{list(b.shape)} in the destination",
+                "the same shape and dtype in both",
+                "give the hf_dir from which this checkpoint was made",
+            )

@@ -1,0 +1,117 @@
+"""The layout of an MM checkpoint: tensor-parallel sizes, stage grids, ranks and their folders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mmconvert.errors import LayoutError
+from mmconvert.sharding.stages import StageGrid, check_grids, show
+
+# Module key -> the user's name of its stage grid and of its tensor-parallel size.
+GRID_FLAG = {"vit": "vit_pp_layers", "audio": "audio_pp_layers", "llm": "llm_pp_layers"}
+TP_FLAG = {"vit": "vit_tp_size", "audio": "audio_tp_size", "llm": "tp_size"}
+
+# The widest plausible rank number: a folder name is a stranger's text.
+_RANK_FOLDER = re.compile(r"mp_rank_(\d{2,5})(?:_(\d{3,5}))?(?:_(\d{3,5}))?")
+
+
+class Rank(NamedTuple):
+    """Coordinates of a rank file."""
+
+    tp: int
+    pp: int = 0
+    ep: int = 0
+
+
+class Chunk(NamedTuple):
+    """A place for tensors: the model chunk of one virtual stage in one rank file."""
+
+    rank: Rank
+    virtual: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Layout of a checkpoint.
+
+    Attributes:
+        tp: tensor-parallel size by module key.
+        grids: stage grid by module key; all of one size.
+    """
+
+    tp: Mapping[str, int]
+    grids: Mapping[str, StageGrid]
+
+    @property
+    def tp_folders(self) -> int:
+        """Number of tensor-parallel rank folders: the largest size of any module."""
+        return max(self.tp.values())
+
+    @property
+    def pp_size(self) -> int:
+        """Number of pipeline ranks."""
+        return len(next(iter(self.grids.values()))[0])
+
+    @property
+    def vpp_size(self) -> int:
+        """Number of virtual stages (model chunks per rank)."""
+        return len(next(iter(self.grids.values())))
+
+    def ranks(self) -> Iterator[Rank]:
+        """Every rank, stage by stage."""
+        for pp in range(self.pp_size):
+            for tp in range(self.tp_folders):
+                yield Rank(tp, pp)
+
+    def chunk(self, tp: int, stage: int) -> Chunk:
+        """Where a stage lives: stage = virtual stage * pp_size + pp rank."""
+        return Chunk(Rank(tp, stage % self.pp_size), stage // self.pp_size)
+
+    def folder(self, rank: Rank) -> str:
+        """Folder name of a rank; the pipeline part only when there are several stages."""
+        return f"mp_rank_{rank.tp:02d}" + (f"_{rank.pp:03d}" if self.pp_size > 1 else "")
+
+    def part(self, virtual: int) -> str:
+        """Key of a model chunk in its rank file."""
+        return f"model{virtual}" if self.vpp_size > 1 else "model"
+
+    def describe(self) -> str:
+        """One line for messages, in the words of the command line."""
+        words = [f"{TP_FLAG[key]} {size}" for key, size in self.tp.items()]
+        return ", ".join(words + [f"{GRID_FLAG[k]} {show(g)}" for k, g in self.grids.items()])
+
+    def as_dict(self) -> dict[str, object]:
+        """The layout as JSON, with the converter's own keys."""
+        out: dict[str, object] = {"pp_size": self.pp_size, "vpp_size": self.vpp_size}
+        for key, grid in self.grids.items():
+            out[TP_FLAG[key]] = self.tp[key]
+            out[GRID_FLAG[key]] = [list(row) for row in grid]
+        return out
+
+    def check(self) -> None:
+        """Sizes that fit each other, and the order rule.
+
+        Raises:
+            LayoutError: naming the numbers that do not fit.
+        """
+        check_grids(self.grids, GRID_FLAG)
+        for key, size in self.tp.items():
+            if size < 1:
+                raise LayoutError(f"{TP_FLAG[key]} is {size}", "a size of at least 1")
+            if self.tp_folders % size:
+                raise LayoutError(
+                    f"{TP_FLAG[key]} {size} does not divide {self.tp_folders}, the largest size",
+                    f"sizes that divide {self.tp_folders}",
+                )
+
+
+def parse_folder(name: str) -> tuple[int, int | None, int | None] | None:
+    """The numbers in the name of a rank folder, or None if it is no such name."""
+    match = _RANK_FOLDER.fullmatch(name)
+    if not match:
+        return None
+    tp, second, third = match.groups()
+    return int(tp), None if second is None else int(second), None if third is None else int(third)
