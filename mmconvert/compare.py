@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmconvert.blockio import BAND, Bytes, Files, open_files, read_rect
-from mmconvert.execute import BATCH, Job, Progress, run_jobs
+from mmconvert.execute import JOB, Job, Progress, run_jobs
 from mmconvert.formats.stored import ITEM_SIZE, StoredTensor
 from mmconvert.plan import Comparison, Copy, Key
 
@@ -51,8 +51,8 @@ def compare(
     def look(files: Files, pieces: Sequence[Comparison]) -> None:
         for piece in pieces:
             c = piece.copy
-            left = read_rect(files, a[c.src], c.src_row, c.src_col, c.rows, c.cols).copy()
-            right = read_rect(files, b[c.dst], c.dst_row, c.dst_col, c.rows, c.cols)
+            left = read_rect(files, a[c.src], c.src_row, c.src_col, c.rows, c.cols)
+            right = read_rect(files, b[c.dst], c.dst_row, c.dst_col, c.rows, c.cols, "other")
             if not np.array_equal(left, right):
                 difference = _describe(piece, a[c.src], b[c.dst], left, right)
                 with lock:
@@ -65,7 +65,7 @@ def compare(
     for piece in _pieces(comparisons, a):
         batch.append(piece)
         size += piece.copy.rows * piece.copy.cols * ITEM_SIZE[a[piece.copy.src].dtype]
-        if size >= BATCH:
+        if size >= JOB:
             jobs.append(_job(look, batch, size))
             batch, size = [], 0
     if batch:
@@ -147,8 +147,8 @@ def same_bytes(a: StoredTensor, b: StoredTensor) -> bool | None:
     with open_files() as files:
         for row in range(0, rows, step):
             n = min(step, rows - row)
-            left = read_rect(files, a, row, 0, n, cols).copy()
+            left = read_rect(files, a, row, 0, n, cols)
             varies = varies or bool((left != left.flat[0]).any())
-            if not np.array_equal(left, read_rect(files, b, row, 0, n, cols)):
+            if not np.array_equal(left, read_rect(files, b, row, 0, n, cols, "other")):
                 return False
     return True if varies else None

@@ -110,8 +110,7 @@ def _first_layer(module: Module, checkpoint: MMCheckpoint) -> list[tuple[Row, Sh
             if r.mm in found or name not in tensors or r.tied_to:
                 continue
             places = [
-                Chunk(Rank(tp, chunk.rank.pp), chunk.virtual)
-                for tp in range(checkpoint.tp_folders)
+                Chunk(Rank(tp, chunk.rank.pp), chunk.virtual) for tp in range(checkpoint.tp_folders)
             ]
             shards = [checkpoint.parts[p][name] for p in places if name in checkpoint.parts[p]]
             if len(shards) == checkpoint.tp_folders:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import NamedTuple
@@ -28,7 +28,6 @@ from mmconvert.blockio import (
     copy_range,
     is_plain,
     open_files,
-    read_into,
     read_rect,
     rect_offset,
     row_bytes,
@@ -38,8 +37,7 @@ from mmconvert.formats.stored import ITEM_SIZE, StoredTensor
 from mmconvert.plan import Copy, Plan, matrix
 
 STREAM_MIN = 64 << 10  # bytes; shorter runs are gathered
-STREAM_PIECE = 64 << 20  # bytes of one stream job: large enough for speed, small enough to share
-BATCH = 8 << 20  # bytes of small targets that make one job
+JOB = 32 << 20  # bytes of one job, about: large enough for speed, small enough to share out
 
 Progress = Callable[[int], None]
 
@@ -50,10 +48,6 @@ class Job(NamedTuple):
     place: tuple[str, int]
     nbytes: int
     run: Callable[[Files], None]
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: another job has failed
-    """Raised inside workers once the run is to end."""
 
 
 def default_workers() -> int:
@@ -76,31 +70,68 @@ def execute(
     Raises:
         MMConvertError: a file that cannot be read or written; the rest is not run.
     """
-    run_jobs(sorted(_jobs(plan, targets), key=lambda job: job.place), workers, progress)
+    run_jobs(list(_jobs(plan, targets)), workers, progress)
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, progress: Progress | None = None) -> None:
     """Runs jobs over threads; the first failure ends all and is raised."""
     stop = threading.Event()
+    queue = _Queue(jobs)
 
-    def work(job: Job) -> None:
-        if stop.is_set():
-            raise Stopped
-        with open_files() as files:
-            job.run(files)
-        if progress:
-            progress(job.nbytes)
+    def work() -> None:
+        while not stop.is_set() and (job := queue.take()) is not None:
+            try:
+                with open_files() as files:
+                    job.run(files)
+            finally:
+                queue.done(job)
+            if progress:
+                progress(job.nbytes)
 
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work, job) for job in jobs]
+    with ThreadPoolExecutor(max(1, min(workers, len(jobs)))) as pool:
+        futures = [pool.submit(work) for _ in range(min(workers, len(jobs)))]
         try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            failed = [e for f in done if (e := f.exception())]
-            if failed:
-                raise next((e for e in failed if not isinstance(e, Stopped)), failed[0])
+            wait(futures, return_when=FIRST_EXCEPTION)
+            stop.set()
+            for future in futures:
+                future.result()
         finally:  # also after Ctrl-C: no job outlives this call
             stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Queue:
+    """Hands out jobs along each file, and spreads the threads over the files.
+
+    Two threads that write one file wait for each other inside the kernel, so each next job is
+    of the file with the fewest threads on it, and among these of the one with most left to do.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._lock = threading.Lock()
+        self._waiting: dict[str, deque[Job]] = defaultdict(deque)
+        self._left: dict[str, int] = defaultdict(int)
+        self._active: dict[str, int] = defaultdict(int)
+        for job in sorted(jobs, key=lambda job: job.place):
+            self._waiting[job.place[0]].append(job)
+            self._left[job.place[0]] += job.nbytes
+
+    def take(self) -> Job | None:
+        """The next job, or None when none is waiting."""
+        with self._lock:
+            if not self._waiting:
+                return None
+            path = min(self._waiting, key=lambda p: (self._active[p], -self._left[p]))
+            job = self._waiting[path].popleft()
+            if not self._waiting[path]:
+                del self._waiting[path]
+            self._active[path] += 1
+            self._left[path] -= job.nbytes
+            return job
+
+    def done(self, job: Job) -> None:
+        """A job has ended."""
+        with self._lock:
+            self._active[job.place[0]] -= 1
 
 
 def _jobs(plan: Plan, targets: Sequence[StoredTensor]) -> Iterator[Job]:
@@ -166,10 +197,10 @@ def _linear_runs(plan: Plan, target: StoredTensor, copies: Sequence[Copy]) -> li
 def _streams(target: StoredTensor, runs: Sequence[Run]) -> Iterator[Job]:
     batch: list[Run] = []
     for run in runs:
-        for done in range(0, run.nbytes, STREAM_PIECE):
-            size = min(STREAM_PIECE, run.nbytes - done)
+        for done in range(0, run.nbytes, JOB):
+            size = min(JOB, run.nbytes - done)
             batch.append(Run(run.source, run.start + done, run.at + done, size))
-            if sum(r.nbytes for r in batch) >= STREAM_PIECE:
+            if sum(r.nbytes for r in batch) >= JOB:
                 yield _stream_job(target, batch)
                 batch = []
     if batch:
@@ -190,13 +221,19 @@ def _stream_job(target: StoredTensor, runs: list[Run]) -> Job:
 def _scatters(
     source: StoredTensor, targets: Sequence[StoredTensor], copies: Sequence[Copy]
 ) -> Iterator[Job]:
-    step = max(1, BAND // row_bytes(source))
     first = min(c.src_row for c in copies)
     last = max(c.src_row + c.rows for c in copies)
+    for top, bottom in _steps(first, last, row_bytes(source), JOB):
+        part = _cut(copies, top, bottom, source=True)
+        if part:
+            yield _scatter_job(source, targets, part, top, bottom)
+
+
+def _steps(first: int, last: int, each: int, size: int) -> Iterator[tuple[int, int]]:
+    """Rows ``first`` to ``last`` in steps of about ``size`` bytes, ``each`` bytes a row."""
+    step = max(1, size // each)
     for top in range(first, last, step):
-        band = _cut(copies, top, min(top + step, last), source=True)
-        if band:
-            yield _scatter_job(source, targets, band, top, min(top + step, last))
+        yield top, min(top + step, last)
 
 
 def _cut(copies: Sequence[Copy], top: int, bottom: int, *, source: bool) -> list[Copy]:
@@ -218,16 +255,16 @@ def _scatter_job(
 ) -> Job:
     def run(files: Files) -> None:
         width = matrix(source.shape)[1]
-        raw = BUFFERS.get("band", (bottom - top) * row_bytes(source))
-        read_into(files.fd(source.path), raw, rect_offset(source, top, 0), source.path)
-        band = raw.view(bits(source.dtype)).reshape(bottom - top, width)
-        for c in copies:
-            target = targets[c.dst]
-            block = band[c.src_row - top : c.src_row - top + c.rows, c.src_col : c.src_col + c.cols]
-            out = BUFFERS.get("block", block.nbytes).view(band.dtype).reshape(block.shape)
-            np.copyto(out, block)
-            fd = files.fd(target.path, os.O_WRONLY)
-            write_from(fd, out, rect_offset(target, c.dst_row, c.dst_col), target.path)
+        for begin, end in _steps(top, bottom, row_bytes(source), BAND):
+            band = read_rect(files, source, begin, 0, end - begin, width)
+            for c in _cut(copies, begin, end, source=True):
+                row = c.src_row - begin
+                block = band[row : row + c.rows, c.src_col : c.src_col + c.cols]
+                out = BUFFERS.get("block", block.nbytes).view(band.dtype).reshape(block.shape)
+                np.copyto(out, block)
+                target = targets[c.dst]
+                fd = files.fd(target.path, os.O_WRONLY)
+                write_from(fd, out, rect_offset(target, c.dst_row, c.dst_col), target.path)
 
     nbytes = sum(c.rows * c.cols for c in copies) * ITEM_SIZE[source.dtype]
     return Job((str(source.path), rect_offset(source, top, 0)), nbytes, run)
@@ -239,17 +276,20 @@ def _scatter_job(
 def _gathers(
     sources: Sequence[StoredTensor], target: StoredTensor, copies: Sequence[Copy]
 ) -> Iterator[Job]:
-    rows = matrix(target.shape)[0]
-    step = max(1, BAND // row_bytes(target))
-    for top in range(0, rows, step):
-        bottom = min(top + step, rows)
-        band = _cut(copies, top, bottom, source=False)
-        nbytes = (bottom - top) * row_bytes(target)
+    for top, bottom in _steps(0, matrix(target.shape)[0], row_bytes(target), JOB):
+        yield _gather_job(sources, target, _cut(copies, top, bottom, source=False), top, bottom)
 
-        def run(files: Files, top: int = top, bottom: int = bottom, band=band) -> None:  # noqa: ANN001 - bound now, list[Copy]
-            _gather(files, sources, target, band, top, bottom)
 
-        yield Job((str(target.path), rect_offset(target, top, 0)), nbytes, run)
+def _gather_job(
+    sources: Sequence[StoredTensor], target: StoredTensor, copies: list[Copy], top: int, bottom: int
+) -> Job:
+    def run(files: Files) -> None:
+        for begin, end in _steps(top, bottom, row_bytes(target), BAND):
+            part = _cut(copies, begin, end, source=False)
+            _gather(files, sources, target, part, begin, end)
+
+    nbytes = (bottom - top) * row_bytes(target)
+    return Job((str(target.path), rect_offset(target, top, 0)), nbytes, run)
 
 
 def _gather(
@@ -279,7 +319,7 @@ def _batches(
     batch: list[tuple[StoredTensor, list[Copy]]] = []
     size = 0
     for target, copies in small:
-        if batch and (size >= BATCH or batch[0][0].path != target.path):
+        if batch and (size >= JOB or batch[0][0].path != target.path):
             yield _batch_job(sources, batch, size)
             batch, size = [], 0
         batch.append((target, copies))

@@ -104,7 +104,9 @@ def _fused(item: Row, found: Sequence[StoredTensor], numbers: Sequence[int], dim
     try:
         maps = item.fuse.maps(lengths, dims)
     except TensorError as error:
-        raise TensorError(f"{found[0].name}: {error.what}", "sizes as config.json gives them") from None
+        raise TensorError(
+            f"{found[0].name}: {error.what}", "sizes as config.json gives them"
+        ) from None
     blocks = [
         Block(number, span.start, 0, span.whole, 0, span.length, matrix(tensor.shape)[1])
         for number, tensor, spans in zip(numbers, found, maps, strict=True)
@@ -358,9 +360,7 @@ def claim_mm(modules: Sequence[Module], layout: Layout, parts: Parts) -> list[st
     return lost
 
 
-def reorder(
-    src: Side, modules: Sequence[Module], wanted: Sequence[Module], dims: Dims
-) -> Side:
+def reorder(src: Side, modules: Sequence[Module], wanted: Sequence[Module], dims: Dims) -> Side:
     """The same side with wholes in the row order of another table (``--vit-qkv``).
 
     Only rows with one source can differ so. Rows of both tables are those of that source,

@@ -71,9 +71,7 @@ def check_family(family: Family, config: Mapping[str, object], folder: Path) -> 
     kind = config.get("model_type")
     if kind in family.model_types:
         return
-    fitting = [
-        name for name, other in converters.registry().items() if kind in other.model_types
-    ]
+    fitting = [name for name, other in converters.registry().items() if kind in other.model_types]
     raise CheckpointError(
         f"{folder / 'config.json'} is of model_type {kind!r}",
         f"{' or '.join(sorted(family.model_types))} for {family.converter}",
@@ -122,9 +120,7 @@ def hf_model(
         left = [name for name in tensors if not kept.find(name)]
         tensors = {name: t for name, t in tensors.items() if kept.find(name)}
         notes.append(f"{len(left)} tensors outside the encoders left out (save_vit_only)")
-    return Model(
-        family, variant, modules, family.dims(config), checkpoint, tensors, tuple(notes)
-    )
+    return Model(family, variant, modules, family.dims(config), checkpoint, tensors, tuple(notes))
 
 
 def _by_hub_name(family: Family, checkpoint: HFCheckpoint) -> dict[str, StoredTensor]:
@@ -398,4 +394,3 @@ def check_option(options: Options) -> None:
             "--vit-qkv says how an MM checkpoint that is read is ordered; hf_to_mm reads none",
             "--vit-qkv with mm_to_hf or resplit",
         )
-

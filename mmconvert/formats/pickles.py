@@ -93,7 +93,7 @@ class _Machine:
 
     # The stack.  A mark is a floor below which nothing may be taken.
 
-    def pop(self) -> Any:
+    def pop(self) -> object:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
             raise ValueError("the stack is empty")
         return self.stack.pop()
@@ -106,7 +106,7 @@ class _Machine:
         del self.stack[start:]
         return items
 
-    def top(self) -> Any:
+    def top(self) -> object:
         item = self.pop()
         self.stack.append(item)
         return item
@@ -131,7 +131,7 @@ class _Machine:
 
     # Containers.
 
-    def key(self, key: Any) -> Any:
+    def key(self, key: object) -> object:
         """Let a dict key or set item pass if hashing it is possible and cheap."""
         pending, left = [key], MAX_KEY_PARTS
         while pending:
@@ -180,7 +180,7 @@ class _Machine:
 
     # Objects.
 
-    def push_global(self, module: Any, name: Any) -> None:
+    def push_global(self, module: object, name: object) -> None:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise ValueError("a global without a name")
         self.stack.append(Global(module, name))
@@ -204,10 +204,10 @@ class _Machine:
         elif not isinstance(target, dict):  # an OrderedDict's attributes (_metadata) are dropped
             raise ValueError(f"state is set on a {type(target).__name__}")
 
-    def old_instance(self, function: Any, args: list[Any]) -> None:
+    def old_instance(self, function: Global, args: list[Any]) -> None:
         self.stack.append(self.call(function, tuple(args)))
 
-    def call(self, function: Any, args: Any) -> object:
+    def call(self, function: object, args: object) -> object:
         """What the call would give if it is known here, else an inert object."""
         if not isinstance(function, (Global, Inert)) or not isinstance(args, tuple):
             raise ValueError(f"a call of a {type(function).__name__}")

@@ -136,14 +136,14 @@ class _Reader:
                 wanted="a dict with text keys, such as {'model': ..., 'checkpoint_version': 3.0}",
                 fix="save a dict of tensors: torch.save(model.state_dict(), file)",
             )
-        content: dict[str, Any] = self.resolve(tree, "", 0)
+        self.resolve(tree, "", 0)
         prefix = f"{self.root}data/"
         storages = {
             n.removeprefix(prefix): r for n, r in self.records.items() if n.startswith(prefix)
         }
         starts = sorted((record.start, key) for key, record in storages.items())
         sizes = {key: record.size for key, record in storages.items()}
-        return PtFile(self.path, content, sizes, starts)
+        return PtFile(self.path, tree, sizes, starts)
 
     # The archive.
 
@@ -246,7 +246,7 @@ class _Reader:
 
     # The tree.
 
-    def resolve(self, item: Any, name: str, depth: int) -> Any:
+    def resolve(self, item: object, name: str, depth: int) -> object:
         """Replace TensorRefs by StoredTensors: in place in dicts, lists and inert objects.
 
         Args:
@@ -279,10 +279,8 @@ class _Reader:
         elif isinstance(item, list):
             item[:] = [self.resolve(part, name, depth + 1) for part in item]
         else:
-            item.args = self.resolve(item.args, name, depth + 1)
-            item.state = self.resolve(item.state, name, depth + 1)
-            item.items = self.resolve(item.items, name, depth + 1)
-            item.entries = self.resolve(item.entries, name, depth + 1)
+            for part in ("args", "state", "items", "entries"):
+                setattr(item, part, self.resolve(getattr(item, part), name, depth + 1))
         return item
 
     def storage(self, ref: StorageRef) -> Record:

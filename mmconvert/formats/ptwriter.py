@@ -217,7 +217,7 @@ def _number(tree: SlotTree, path: tuple[str, ...], slots: dict[tuple[str, ...], 
     for key, value in tree.items():
         if isinstance(value, Slot):
             state[key] = TensorSlot(str(len(slots)), *value)
-            slots[*path, key] = value
+            slots[(*path, key)] = value
         elif isinstance(value, Mapping):
             state[key] = _number(value, (*path, key), slots)
         else:

@@ -293,7 +293,7 @@ MALFORMED = {
     "open mark": b"N(.",
     "nothing": b".",
     "underflow": b"0.",
-    "pop below a mark": b"N(\x85.",
+    "pop below a mark": b"N(K\x01\x86t0.",
     "no mark": b"t.",
     "unknown opcode": b"\xff.",
     "protocol": b"\x80\x06N.",

@@ -1,0 +1,304 @@
+"""Imports point one way, and starting costs little. See ALLOWED for the direction.
+
+A new module must be listed here; that is the moment to think about where it belongs.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import mmconvert
+
+PACKAGE = Path(mmconvert.__file__).parent
+
+# Everyone may import `errors` and `version`.
+ANYONE = {"errors", "version"}
+
+# Module -> what else of the package it may import, also inside functions. `room.*` stands for
+# every module of a sub-package. Keys with `*` hold for modules that have no line of their own.
+ALLOWED: dict[str, set[str]] = {
+    # the bottom: integers, names, nothing of files
+    "errors": set(),
+    "version": set(),
+    "events": set(),
+    "names": set(),
+    "sharding.stages": set(),
+    "sharding.spans": set(),
+    "sharding.layout": {"sharding.stages"},
+    # files
+    "formats.*": {"formats.*"},
+    "formats.megatron": {"formats.*", "plan", "sharding.layout"},
+    # tables
+    "converters.*": {"names", "sharding.*", "converters.*"},
+    # the plan
+    "plan": {"formats.stored", "sharding.*", "names", "converters.family"},
+    "sides": {"plan", "formats.stored", "sharding.*", "names", "converters.family"},
+    # what a request is
+    "config": {"sharding.*"},
+    "arguments": {"config", "sharding.*"},
+    # moving and comparing bytes
+    "blockio": {"formats.stored", "plan"},
+    "execute": {"blockio", "formats.stored", "plan"},
+    "compare": {"blockio", "execute", "formats.stored", "plan"},
+    "output": set(),
+    # opening checkpoints
+    "manifest": {"converters.family", "formats.*"},
+    "detect": {"converters.family", "formats.*", "names", "plan", "sharding.*"},
+    "sources": {
+        *("converters.*", "formats.*", "sharding.*"),
+        *("compare", "config", "detect", "manifest", "names", "sides"),
+    },
+    # the story
+    "convert": {
+        *("converters.*", "formats.*", "sharding.*"),
+        *("compare", "config", "events", "execute", "manifest", "output", "plan", "sides"),
+        "sources",
+    },
+    # the shell
+    "progress": {"events"},
+    "cli": {"arguments", "config", "convert", "converters.*", "events", "progress"},
+    "__main__": {"cli"},
+    "__init__": {"config", "convert", "converters.*"},
+}
+
+# Libraries beside the standard library: who may import them at all.
+LIBRARIES: dict[str, set[str]] = {
+    "numpy": {"blockio", "execute", "compare"},
+    "rich": {"progress", "arguments", "cli"},
+    "tyro": {"arguments"},
+    "yaml": {"arguments"},
+}
+HEAVY = {"torch", "torch_npu", "transformers", "safetensors", "megatron"}
+HEAVY_ROOMS = ("formats.", "runtime.")  # these may import them inside functions
+
+
+class Import(NamedTuple):
+    """One import: of a module of the package, or (`inside` False) of another library."""
+
+    target: str
+    inside: bool
+    line: int
+    top: bool  # runs when the module is imported
+
+
+def module_files() -> dict[str, Path]:
+    """Every module of the package by its name without the package's own."""
+    found: dict[str, Path] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        words = list(path.relative_to(PACKAGE).with_suffix("").parts)
+        if len(words) > 1 and words[-1] == "__init__":
+            words.pop()
+        found[".".join(words)] = path
+    return found
+
+
+FILES = module_files()
+
+
+def _package_of(module: str, path: Path) -> list[str]:
+    words = [] if module == "__init__" else module.split(".")
+    return ["mmconvert", *(words if path.name == "__init__.py" else words[:-1])]
+
+
+def _modules_named(node: ast.Import | ast.ImportFrom, package: list[str]) -> Iterator[str]:
+    """Full names of the modules that an import statement loads by name."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
+    base = package[: len(package) - node.level + 1] if node.level else []
+    source = ".".join([*base, *([node.module] if node.module else [])])
+    for alias in node.names:  # `from package import module` loads that module
+        member = f"{source}.{alias.name}"
+        yield member if member.removeprefix("mmconvert.") in FILES else source
+
+
+def _typing_only(node: ast.If) -> bool:
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def _walk(node: ast.AST, top: bool) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child, top
+            continue
+        later = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        later = later or (isinstance(child, ast.If) and _typing_only(child))
+        yield from _walk(child, top and not later)
+
+
+def imports_in(source: str, module: str, path: Path) -> list[Import]:
+    """Every import in a module's source, those inside functions too."""
+    package = _package_of(module, path)
+    found: list[Import] = []
+    for node, top in _walk(ast.parse(source), True):
+        for name in _modules_named(node, package):
+            inside = name == "mmconvert" or name.startswith("mmconvert.")
+            target = (name.removeprefix("mmconvert").strip(".") or "__init__") if inside else name
+            found.append(Import(target, inside, node.lineno, top))
+    return found
+
+
+def imports_of(module: str) -> list[Import]:
+    path = FILES[module]
+    return imports_in(path.read_text(encoding="utf-8"), module, path)
+
+
+def _fits(name: str, pattern: str) -> bool:
+    room = pattern.removesuffix(".*")
+    return name == pattern or (pattern.endswith(".*") and (name + ".").startswith(room + "."))
+
+
+def allowed_for(module: str) -> set[str] | None:
+    """What a module may import, or None if the table does not list it."""
+    if module in ALLOWED:
+        return ALLOWED[module]
+    for pattern, allowed in ALLOWED.items():
+        if pattern.endswith(".*") and _fits(module, pattern):
+            return allowed
+    if (FILES[module].parent / "__init__.py") == FILES[module] and not imports_of(module):
+        return set()  # an empty __init__.py
+    return None
+
+
+def complaints(module: str, imports: list[Import]) -> list[str]:
+    """The imports of a module that the table does not allow."""
+    allowed = allowed_for(module)
+    if allowed is None:
+        return [f"{module} is new: add it to ALLOWED in {Path(__file__).name}"]
+    return [
+        f"{module}, line {i.line}, imports {i.target}; it may import {sorted(allowed | ANYONE)}"
+        for i in imports
+        if i.inside
+        and i.target not in ANYONE
+        and not any(_fits(i.target, pattern) for pattern in allowed)
+    ]
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_imports_point_one_way(module: str) -> None:
+    assert complaints(module, imports_of(module)) == []
+
+
+def test_the_table_lists_only_modules_that_are_there() -> None:
+    stale = [key for key in ALLOWED if not any(_fits(name, key) for name in FILES)]
+    assert stale == [], "take these out of ALLOWED"
+
+
+def test_modules_of_the_package_do_not_import_in_circles() -> None:
+    """Without those inside functions and for type checkers: what importing really runs."""
+    edges = {m: {i.target for i in imports_of(m) if i.inside and i.top} - {m} for m in FILES}
+    left = dict(edges)
+    while ready := [m for m, targets in left.items() if not targets & left.keys()]:
+        for module in ready:
+            del left[module]
+    assert left == {}
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_libraries_are_imported_where_they_belong(module: str) -> None:
+    """numpy only where bytes move; torch and its kin never when a module is imported."""
+    wrong: list[str] = []
+    for found in imports_of(module):
+        library = found.target.partition(".")[0]
+        if found.inside or library in sys.stdlib_module_names:
+            continue
+        if library in HEAVY:
+            if found.top or not (module + ".").startswith(HEAVY_ROOMS):
+                wrong.append(f"line {found.line}: {library}")
+        elif module not in LIBRARIES.get(library, set()):
+            wrong.append(f"line {found.line}: {library}, not listed in LIBRARIES for {module}")
+    assert wrong == []
+
+
+def test_only_the_entry_point_imports_the_command_line() -> None:
+    importers = {m for m in FILES for i in imports_of(m) if i.inside and i.target == "cli"}
+    assert importers == {"__main__"}
+
+
+def test_the_parser_of_imports_sees_all_forms() -> None:
+    """Each form of import that could slip through is found."""
+    source = """
+import torch.nn as nn, os
+import mmconvert.cli
+from mmconvert import plan, __version__
+from mmconvert.formats import hf
+from . import spans
+from .stages import flat
+from ..plan import Plan
+from .. import errors
+if TYPE_CHECKING:
+    import numpy
+try:
+    import yaml
+except ImportError:
+    pass
+class Lazy:
+    import rich
+    def load(self):
+        from transformers import AutoModel
+"""
+    found = imports_in(source, "sharding.layout", PACKAGE / "sharding" / "layout.py")
+    inside = [i.target for i in found if i.inside]
+    assert inside == [
+        *("cli", "plan", "__init__", "formats.hf", "sharding.spans", "sharding.stages"),
+        *("plan", "errors"),
+    ]
+    outside = [(i.target, i.top) for i in found if not i.inside]
+    assert outside == [
+        *(("torch.nn", True), ("os", True), ("numpy", False), ("yaml", True), ("rich", True)),
+        ("transformers", False),
+    ]
+    lines = complaints("sharding.layout", found)
+    assert [line.split(" imports ")[1].split(";")[0] for line in lines] == [
+        *("cli", "plan", "__init__", "formats.hf", "sharding.spans", "plan")
+    ]
+
+
+# --------------------------------------------------------------------------------- starting
+def loaded_by(code: str) -> set[str]:
+    """The top-level modules that a fresh process has loaded after running `code`."""
+    script = f"{code}\nimport sys\nprint('MODULES', *{{m.partition('.')[0] for m in sys.modules}})"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+HELP = """
+import sys
+from mmconvert.cli import main
+try:
+    code = main({argv!r})
+except SystemExit as stop:
+    code = stop.code
+assert code in (0, None), code
+"""
+STARTS = {
+    "import": "import mmconvert",
+    "tables": "from mmconvert.converters import registry; assert registry()",
+    "help": HELP.format(argv=["--help"]),
+    "version": HELP.format(argv=["--version"]),
+    "help of a command": HELP.format(argv=["Qwen2VLConverter", "hf_to_mm", "--help"]),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_starting_loads_nothing_heavy(start: str) -> None:
+    loaded = loaded_by(STARTS[start])
+    assert "mmconvert" in loaded
+    assert loaded & (HEAVY | {"numpy"}) == set()
+
+
+def test_converting_needs_no_torch() -> None:
+    """The whole path to the bytes is imported; only numpy comes along."""
+    loaded = loaded_by("import mmconvert.convert, mmconvert.cli, mmconvert.arguments")
+    assert loaded & HEAVY == set()
+    assert "numpy" in loaded

@@ -1,0 +1,286 @@
+"""Contracts of every family, taken from the registry: a new family is tested by being there.
+
+It needs a line in MODELS, the catalogue entries of hfgen.py that it converts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hfgen import NEW_NAMES, make_hf, renamed
+from mmconvert import converters
+from mmconvert.config import (
+    CommonModelConfig,
+    HFConfig,
+    HFToMM,
+    MMToHF,
+    Options,
+    ParallelConfig,
+)
+from mmconvert.convert import hf_to_mm, mm_to_hf
+from mmconvert.converters.family import Family, Module, Row, Variant, hf_templates
+from mmconvert.errors import RequestError
+from mmconvert.names import NO_LAYER
+from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG
+from mmconvert.sharding.spans import Interleave
+from mmread import compare_hf, compare_side_files, files_in, read_mm
+
+MODELS: dict[str, tuple[str, ...]] = {
+    "Qwen2VLConverter": ("qwen2vl-7b", "qwen2vl-2b"),
+    "Qwen2_5_VLConverter": ("qwen2.5vl-7b", "qwen2.5vl-3b"),
+    "Qwen2_5_OmniConverter": ("qwen2.5omni-7b",),
+    "InternVLConverter": ("internvl2-1b", "internvl2-2b", "internvl2-76b"),
+}
+FAMILIES = converters.registry()
+VARIANTS = [
+    Variant(*choice)
+    for choice in itertools.product([False, True], [False, True], ["interleaved", "concatenated"])
+]
+
+
+def variant_id(variant: Variant) -> str:
+    words = ["tied" if variant.tied else "untied", "canonical" if variant.canonical else "fused"]
+    return " ".join([*words, variant.vit_qkv])
+
+
+each_family = pytest.mark.parametrize("name", FAMILIES)
+each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
+each_model = pytest.mark.parametrize(
+    ("name", "model"), [(name, model) for name in FAMILIES for model in MODELS.get(name, ())]
+)
+
+
+def all_rows(modules: tuple[Module, ...]) -> list[tuple[Module, Row]]:
+    return [(m, r) for m in modules for r in m.all_rows()]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One generated checkpoint for each model."""
+    folder = tmp_path_factory.mktemp("models")
+    models = {model for name in FAMILIES for model in MODELS.get(name, ())}
+    return {model: make_hf(model, folder / model) for model in sorted(models)}
+
+
+def config_of(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """Names as the files' own headers list them."""
+    names: list[str] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        data = path.read_bytes()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        names += [name for name in header if name != "__metadata__"]
+    return names
+
+
+# -------------------------------------------------------------------------------- registry
+def test_every_family_has_a_model_to_test_it_with() -> None:
+    assert FAMILIES
+    assert [name for name in FAMILIES if not MODELS.get(name)] == [], "add them to MODELS"
+    assert set(converters.BUILT_IN) <= set(FAMILIES)
+
+
+@each_family
+def test_a_family_is_found_by_its_name(name: str) -> None:
+    family = FAMILIES[name]
+    assert family.converter == name
+    assert converters.load(name) is family
+    assert family.name
+    assert family.model_types
+
+
+def test_no_two_families_claim_one_model_type() -> None:
+    found = Counter(kind for family in FAMILIES.values() for kind in family.model_types)
+    assert {kind: count for kind, count in found.items() if count > 1} == {}
+
+
+def test_an_unknown_converter_is_refused_by_name() -> None:
+    with pytest.raises(RequestError, match="NoConverter") as caught:
+        converters.load("NoConverter")
+    assert all(name in caught.value.wanted for name in FAMILIES)
+
+
+# ---------------------------------------------------------------------------------- tables
+@each_family
+@each_variant
+def test_names_are_unique(name: str, variant: Variant) -> None:
+    """One row for an MM name, and one for an HF name, but for a tied output layer."""
+    rows = [row for _, row in all_rows(FAMILIES[name].modules(variant))]
+    mm = Counter(row.mm for row in rows)
+    assert [name for name, count in mm.items() if count > 1] == []
+    hf = Counter(name for row in rows if not row.tied_to for name in row.hf)
+    assert [name for name, count in hf.items() if count > 1] == []
+    tied = [row for row in rows if row.tied_to]
+    assert bool(tied) == variant.tied
+    for row in tied:
+        (origin,) = [other for other in rows if other.mm == row.tied_to]
+        assert (row.shard, row.rows, row.cols) == (origin.shard, origin.rows, origin.cols)
+        assert not origin.tied_to
+
+
+@each_family
+@each_variant
+def test_templates_have_a_hole_exactly_in_layers(name: str, variant: Variant) -> None:
+    """At most one {}; rows of layers have it on both sides, others on neither."""
+    for module in FAMILIES[name].modules(variant):
+        for row in module.layer:
+            assert [text.count("{}") for text in (row.mm, *row.hf)] == [1] * (1 + len(row.hf))
+        for row in (*module.before, *module.after):
+            assert not any("{" in text or "}" in text for text in (row.mm, *row.hf))
+        for row in module.all_rows():
+            assert row.hf
+            assert not any(re.search(r"[^\w.{}]|\.\.", text) for text in (row.mm, *row.hf))
+            assert not any(text.startswith(".") or text.endswith(".") for text in row.hf)
+
+
+@each_family
+@each_variant
+def test_rows_are_whole(name: str, variant: Variant) -> None:
+    """Sizes for each source or for none; one source where its thirds are rearranged."""
+    for _, row in all_rows(FAMILIES[name].modules(variant)):
+        assert len(row.rows) in (0, len(row.hf)), row.mm
+        if isinstance(row.fuse, Interleave) and row.fuse.thirds:
+            assert len(row.hf) == 1, row.mm
+        if row.mm.endswith(".bias"):
+            assert row.cols == "", row.mm
+            assert row.shard is None or row.shard.axis == 0, row.mm
+
+
+@each_family
+@each_variant
+def test_modules_are_in_the_order_of_the_pipeline(name: str, variant: Variant) -> None:
+    """Towers first, the text decoder last, each with its own names and known flags."""
+    family = FAMILIES[name]
+    modules = family.modules(variant)
+    keys = tuple(m.key for m in modules)
+    assert keys == family.module_keys
+    assert keys[-1] == "llm"
+    assert len(set(keys)) == len(keys)
+    assert set(keys) <= set(GRID_FLAG) & set(TP_FLAG)
+    for module, row in all_rows(modules):
+        assert row.mm.startswith(module.label + "."), row.mm
+
+
+@each_family
+def test_variants_can_be_told_apart_by_their_names(name: str) -> None:
+    """What an MM checkpoint's names are to decide must differ in its names."""
+    family = FAMILIES[name]
+    tables = [{row.mm for _, row in all_rows(family.modules(v))} for v in family.variants]
+    for a, b in itertools.combinations(tables, 2):
+        assert a - b
+        assert b - a
+    hf = {frozenset(n for _, r in all_rows(family.modules(v)) for n in r.hf) for v in VARIANTS}
+    assert len(hf) == 1, "all variants are of the same HF tensors"
+
+
+# ------------------------------------------------------------------------- a sample of each
+@each_model
+@each_variant
+def test_every_size_that_a_table_names_is_known(
+    name: str, model: str, variant: Variant, sources: dict[str, Path]
+) -> None:
+    family = FAMILIES[name]
+    dims = family.dims(config_of(sources[model]))
+    assert all(type(size) is int and size > 0 for size in dims.values())
+    modules = family.modules(variant)
+    assert all(f"{module.key}.layers" in dims for module in modules)
+    for _, row in all_rows(modules):
+        wanted = {*row.rows, *([row.cols] if row.cols else [])}
+        if isinstance(row.fuse, Interleave):
+            wanted.add(row.fuse.groups)
+        if row.shard and row.shard.unit:
+            wanted.add(row.shard.unit)
+        assert wanted <= dims.keys(), row.mm
+
+
+def claims(family: Family, modules: tuple[Module, ...], name: str) -> list[tuple[str, int]]:
+    """Every row (and layer) that claims an HF name, looked for one by one."""
+    found: list[tuple[str, int]] = []
+    for _, row in all_rows(modules):
+        for template in row.hf:
+            head, hole, tail = template.partition("{}")
+            if name == template and not hole:
+                found.append((row.mm, NO_LAYER))
+            elif hole and name.startswith(head) and name.endswith(tail):
+                number = name[len(head) : len(name) - len(tail)]
+                if re.fullmatch("0|[1-9][0-9]*", number):
+                    found.append((row.mm, int(number)))
+    if family.why_dropped(name):
+        found.append(("dropped", NO_LAYER))
+    return found
+
+
+@each_model
+@pytest.mark.parametrize("new_names", [False, True], ids=["hub names", "later names"])
+def test_every_tensor_is_claimed_once(
+    name: str, model: str, new_names: bool, sources: dict[str, Path]
+) -> None:
+    """By one row or a reason to leave it out; and every row that is not tied claims some."""
+    family = FAMILIES[name]
+    config = config_of(sources[model])
+    rename = NEW_NAMES if family.spellings and new_names else ()
+    names = [family.hub_name(renamed(n, rename)) for n in tensor_names(sources[model])]
+    assert len(names) > 100
+    tied = not any(n.endswith(("lm_head.weight", ".output.weight")) for n in names)
+    modules = family.modules(Variant(tied=tied))
+    found = {n: claims(family, modules, n) for n in names}
+    assert {n: rows for n, rows in found.items() if len(rows) != 1} == {}
+    for tensor, rows in found.items():
+        by_index = hf_templates(modules).find(tensor)
+        row, layer = rows[0]
+        assert (by_index is None) == (row == "dropped")
+        assert by_index is None or (by_index[0].mm, by_index[1]) == (row, layer)
+    dims = family.dims(config)
+    counted = Counter(rows[0] for rows in found.values())
+    for module, row in all_rows(modules):
+        layers = range(dims[f"{module.key}.layers"]) if "{}" in row.mm else [NO_LAYER]
+        for layer in layers:
+            want = 0 if row.tied_to else len(row.hf)
+            assert counted[row.mm, layer] == want, (row.mm, layer)
+
+
+def split_in_two(count: int, first: bool) -> list[int]:
+    """A tower's layers end on the first stage of two, the text decoder's on the second."""
+    return [count, 0] if first else [1, count - 1]
+
+
+@each_model
+@pytest.mark.parametrize("canonical", [False, True], ids=["fused", "canonical"])
+def test_there_and_back(
+    name: str, model: str, canonical: bool, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """HF -> MM -> HF at TP 2 PP 2: two tensor-parallel ranks with all names, the same weights."""
+    family, hf = FAMILIES[name], sources[model]
+    dims = family.dims(config_of(hf))
+    flags: dict[str, Any] = {
+        GRID_FLAG[key]: (tuple(split_in_two(dims[f"{key}.layers"], key != "llm")),)
+        for key in family.module_keys
+    }
+    mm, back = tmp_path / "mm", tmp_path / "back"
+    parallel = ParallelConfig(tp_size=2, **flags)
+    common = CommonModelConfig(enable_canonical_hf_struct=canonical)
+    done = hf_to_mm(family, HFToMM(mm, HFConfig(hf), parallel, common), Options())
+    assert done.plan.targets
+    files, odd = read_mm(mm)
+    assert odd == []
+    assert len(files) == 4
+    for stage in (0, 1):
+        one, two = (
+            files[f"release/mp_rank_{tp:02d}_{stage:03d}/model_optim_rng.pt"].parts["model"]
+            for tp in range(2)
+        )
+        assert one
+        assert {n: r.dtype for n, r in one.items()} == {n: r.dtype for n, r in two.items()}
+    mm_to_hf(family, MMToHF(back, mm, HFConfig(hf)), Options())
+    assert compare_hf(hf, back) + compare_side_files(hf, back) == []
+    assert files_in(back) == files_in(hf)
