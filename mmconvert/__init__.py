@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from mmconvert.version import VERSION as __version__
+from mmconvert import version
+
+__version__ = version.VERSION
 
 __all__ = ["__version__"]

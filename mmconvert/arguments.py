@@ -69,13 +69,13 @@ def read(config: type, words: Sequence[str], prog: str, description: str) -> Com
         SystemExit: 0 for help, 2 for flags that make no sense; tyro has printed which.
         MMConvertError: an unusable --config.
     """
-    own = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    flat, flags = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
     form = dataclasses.make_dataclass(
         "Form",
         [
             ("cfg", Annotated[config, tyro.conf.FlagConversionOff]),
-            ("options", Annotated[Options, *own, tyro.conf.UseAppendAction]),
-            ("screen", Annotated[Screen, *own]),
+            ("options", Annotated[Options, flat, flags, tyro.conf.UseAppendAction]),
+            ("screen", Annotated[Screen, flat, flags]),
         ],
     )
     found = tyro.cli(
@@ -130,9 +130,10 @@ def normalise(words: Sequence[str], config: type) -> list[str]:
             values = ["".join(values)]
         if flags.get(flag) is bool:
             values = [value.capitalize() for value in values] or ["True"]
-        elif flag in OWN_FLAGS and values and values[0].lower() in ("true", "false"):
-            if values.pop(0).lower() == "false":
-                continue
+        elif flag in OWN_FLAGS and values[:1] and values[0].lower() == "false":
+            continue
+        elif flag in OWN_FLAGS and values[:1] and values[0].lower() == "true":
+            values = values[1:]
         out += [flag, *values]
     return out
 

@@ -12,14 +12,15 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from mmconvert.errors import CheckpointError, MMConvertError, OutputError
-from mmconvert.formats.stored import ITEM_SIZE, StoredTensor
 from mmconvert.plan import matrix
+from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 # Bytes that one buffer holds. Measured: what is written while it is still in the processor's
 # cache costs no more than a copy inside the kernel; with 8 MiB it costs a third more.
@@ -104,13 +105,18 @@ BUFFERS = Buffers()
 _WRITING: dict[Path, threading.Lock] = defaultdict(threading.Lock)
 
 
+def _raw(array: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array; numpy's own cast refuses empty ones."""
+    return array.data.cast("B") if array.size else memoryview(bytearray())
+
+
 def read_into(fd: int, out: np.ndarray, offset: int, path: Path) -> None:
     """Fills a contiguous array from ``offset`` on.
 
     Raises:
         CheckpointError: the file cannot be read, or ends before.
     """
-    view = memoryview(out).cast("B") if out.size else memoryview(b"")
+    view = _raw(out)
     done = 0
     while done < len(view):
         try:
@@ -131,7 +137,7 @@ def write_from(fd: int, data: np.ndarray, offset: int, path: Path) -> None:
     Raises:
         OutputError: the disk is full, or the file cannot be written.
     """
-    view = memoryview(data).cast("B") if data.size else memoryview(b"")
+    view = _raw(data)
     done = 0
     with _WRITING[path]:
         while done < len(view):
@@ -191,7 +197,7 @@ def matrix_strides(tensor: StoredTensor) -> tuple[int, int]:
     if tensor.strides is None:
         return cols, 1
     inner = [(n, s) for n, s in zip(tensor.shape[1:], tensor.strides[1:], strict=True) if n != 1]
-    for (_, outer), (n, s) in zip(inner, inner[1:], strict=False):
+    for (_, outer), (n, s) in pairwise(inner):
         if outer != n * s:
             raise CheckpointError(
                 f"{tensor.name} in {tensor.path} is a view with strides {list(tensor.strides)}",

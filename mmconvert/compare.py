@@ -10,8 +10,8 @@ import numpy as np
 
 from mmconvert.blockio import BAND, Bytes, Files, open_files, read_rect
 from mmconvert.execute import JOB, Job, Progress, run_jobs
-from mmconvert.formats.stored import ITEM_SIZE, StoredTensor
 from mmconvert.plan import Comparison, Copy, Key
+from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 
 class Difference(NamedTuple):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmconvert import compare, manifest, sides
+from mmconvert import compare, manifest
 from mmconvert.config import HFToMM, MMToHF, Options, Resplit
 from mmconvert.converters.family import Family
 from mmconvert.errors import CheckpointError, ReplicaError
@@ -19,19 +19,17 @@ from mmconvert.events import Events
 from mmconvert.execute import default_workers, execute
 from mmconvert.formats import hf, megatron
 from mmconvert.formats.safetensors import Entry
-from mmconvert.formats.stored import StoredTensor
 from mmconvert.output import Output, check_apart
 from mmconvert.plan import Comparison, Plan, build
 from mmconvert.sharding.layout import Layout
-from mmconvert.sources import (
-    Model,
-    check_option,
-    config_model,
-    hf_model,
-    mm_model,
-    target_layout,
-    unchecked_units,
-)
+from mmconvert.sides.hf import hf_side, hf_target
+from mmconvert.sides.mm_source import mm_source
+from mmconvert.sides.mm_target import mm_target
+from mmconvert.sides.reorder import reorder
+from mmconvert.sources.hf import config_model, hf_model
+from mmconvert.sources.mm import mm_model
+from mmconvert.sources.model import Model, check_option, target_layout, unchecked_units
+from mmconvert.stored import StoredTensor
 
 SIDE_ROOM = 64 << 20  # bytes of free disk wanted beside the tensors, for everything small
 
@@ -88,8 +86,8 @@ def hf_to_mm(
         llm_dir=cfg.common_model_config.llm_hf_dir,
     )
     layout = target_layout(source, cfg.parallel_config, prefix="--cfg.parallel_config.")
-    src = sides.hf_side(source.modules, source.dims, source.hf_tensors)
-    dst = sides.mm_target(source.modules, source.dims, layout, src.wholes)
+    src = hf_side(source.modules, source.dims, source.hf_tensors)
+    dst = mm_target(source.modules, source.dims, layout, src.wholes)
     plan = run.prove(build(src, dst, source.notes))
     inputs = [p for p in (cfg.hf_config.hf_dir, cfg.common_model_config.llm_hf_dir) if p]
     return run.write_mm(plan, source, layout, cfg.mm_dir, inputs)
@@ -109,9 +107,9 @@ def mm_to_hf(
     source, layout, parts = mm_model(
         family, cfg.mm_dir, cfg.parallel_config, model, run.options, prefix="--cfg.parallel_config."
     )
-    src = sides.mm_source(source.modules, source.dims, layout, parts)
-    headers = sides.hf_side(source.modules, source.dims, model.hf_tensors)
-    dst = sides.hf_target(headers, src.wholes)
+    src = mm_source(source.modules, source.dims, layout, parts)
+    headers = hf_side(source.modules, source.dims, model.hf_tensors)
+    dst = hf_target(headers, src.wholes)
     plan = run.prove(build(src, dst, model.notes + source.notes))
     inputs = [cfg.hf_config.hf_dir, cfg.mm_dir]
     return run.write_hf(plan, model, layout, cfg.save_hf_dir, inputs)
@@ -141,9 +139,9 @@ def reshard(
     layout = target_layout(
         source, cfg.target_parallel_config, prefix="--cfg.target_parallel_config."
     )
-    src = sides.mm_source(source.modules, source.dims, found, parts)
-    src = sides.reorder(src, source.modules, source.plain_modules, source.dims)
-    dst = sides.mm_target(source.plain_modules, source.dims, layout, src.wholes)
+    src = mm_source(source.modules, source.dims, found, parts)
+    src = reorder(src, source.modules, source.plain_modules, source.dims)
+    dst = mm_target(source.plain_modules, source.dims, layout, src.wholes)
     notes = [*source.notes, *unchecked_units(source, found, layout)]
     plan = run.prove(build(src, dst, notes))
     return run.write_mm(plan, source, layout, cfg.target_dir, [cfg.source_dir])

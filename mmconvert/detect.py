@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from mmconvert.converters.family import Dims, Module, Row, mm_index
 from mmconvert.errors import CheckpointError, LayoutError, TensorError
 from mmconvert.formats.megatron import MMCheckpoint
-from mmconvert.formats.stored import StoredTensor
 from mmconvert.names import NO_LAYER
 from mmconvert.plan import matrix
 from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Chunk, Layout, Rank
 from mmconvert.sharding.stages import StageGrid, show
+from mmconvert.stored import StoredTensor
 
 # Whether two stored tensors hold the same bytes; None if a tensor is one repeated byte, so that
 # equality says nothing.
@@ -80,7 +80,7 @@ def _tp_size(module: Module, checkpoint: MMCheckpoint, dims: Dims, same: SameByt
     sizes = [d for d in range(1, folders + 1) if folders % d == 0]
     fitting = [size for size in sizes if _explains(rows, size, dims)]
     if not fitting:
-        row, shards = divided[0] if divided else rows[0]
+        _, shards = divided[0] if divided else rows[0]
         raise CheckpointError(
             f"{module.label}: no tp size from {sizes} explains the shapes; {shards[0].name} is "
             f"{[list(t.shape) for t in shards][:4]} on the first ranks",

@@ -33,8 +33,8 @@ from mmconvert.blockio import (
     row_bytes,
     write_from,
 )
-from mmconvert.formats.stored import ITEM_SIZE, StoredTensor
 from mmconvert.plan import Copy, Plan, matrix
+from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 STREAM_MIN = 64 << 10  # bytes; shorter runs are gathered
 JOB = 32 << 20  # bytes of one job, about: large enough for speed, small enough to share out
@@ -143,10 +143,9 @@ def _jobs(plan: Plan, targets: Sequence[StoredTensor]) -> Iterator[Job]:
     for number, copies in by_target.items():
         target = targets[number]
         runs = _linear_runs(plan, target, copies)
-        if runs is not None and (len(runs) == 1 or target.nbytes >= STREAM_MIN * len(runs)):
-            if target.nbytes >= STREAM_MIN:
-                yield from _streams(target, runs)
-                continue
+        if runs and target.nbytes >= STREAM_MIN * len(runs):
+            yield from _streams(target, runs)
+            continue
         if target.nbytes <= STREAM_MIN * 16:
             small.append((target, copies))
         elif all(_whole_rows(c, target) and is_plain(plan.sources[c.src]) for c in copies):

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
 from mmconvert.errors import MMConvertError, TensorError
-from mmconvert.formats.stored import ITEM_SIZE, StoredTensor
-from mmconvert.sharding.layout import Chunk
+from mmconvert.stored import StoredTensor, Target
 
 
 class Key(NamedTuple):
@@ -30,20 +30,6 @@ class Key(NamedTuple):
     def name(self) -> str:
         """The MM name with the model's layer number."""
         return self.mm.replace("{}", str(self.layer))
-
-
-class Target(NamedTuple):
-    """A tensor to be written; ``chunk`` is its place in an MM checkpoint, None in HF."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    chunk: Chunk | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return prod(self.shape) * ITEM_SIZE[self.dtype]
 
 
 class Block(NamedTuple):
@@ -184,7 +170,7 @@ def covers(rects: Iterable[Rect], rows: int, cols: int, *, once: bool) -> bool:
     if cuts[-1] > cols:
         return False
     # Between two neighbouring cuts each rectangle is as wide as the strip: a problem of rows.
-    for left, right in zip(cuts, cuts[1:], strict=False):
+    for left, right in pairwise(cuts):
         end = 0
         for r in sorted(r for r in found if r.col <= left and r.col + r.cols >= right):
             if r.row > end or (once and r.row < end):

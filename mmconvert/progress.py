@@ -17,6 +17,7 @@ class Lines(Events):
     """Notes on stderr, no progress."""
 
     def note(self, text: str) -> None:
+        """Prints it."""
         print(f"note: {text}", file=sys.stderr)
 
 
@@ -28,13 +29,16 @@ class Bars(Lines):
         self._task: TaskID | None = None
 
     def start(self, what: str, nbytes: int) -> None:
+        """Adds a bar."""
         self._task = self._progress.add_task(what, total=nbytes)
 
     def advance(self, nbytes: int) -> None:
+        """Moves the bar."""
         if self._task is not None:
             self._progress.advance(self._task, nbytes)
 
     def note(self, text: str) -> None:
+        """Prints it above the bars."""
         self._progress.console.print(f"note: {text}", markup=False, highlight=False)
 
 

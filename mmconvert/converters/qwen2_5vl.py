@@ -24,7 +24,6 @@ from mmconvert.converters.qwen2vl import (
     text_config,
 )
 
-
 # Class defaults of transformers' Qwen2_5_VLVisionConfig.
 VISION_DEFAULTS = {"vit.layers": 32, "vit.heads": 16, "vit.width": 3584, "vit.ffn": 3420}
 

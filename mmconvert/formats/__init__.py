@@ -1,0 +1,1 @@
+"""File formats: what is in a checkpoint, and where. No table, no plan, no tensor data."""

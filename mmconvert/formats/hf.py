@@ -17,7 +17,7 @@ from mmconvert.formats.safetensors import (
     parse_json,
     read_weight_file,
 )
-from mmconvert.formats.stored import StoredTensor
+from mmconvert.stored import StoredTensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -13,9 +13,8 @@ from pathlib import Path
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats.pickles import Inert
 from mmconvert.formats.ptfile import Slot, layout_pt, read_pt, write_skeleton
-from mmconvert.formats.stored import StoredTensor
-from mmconvert.plan import Target
 from mmconvert.sharding.layout import Chunk, Layout, Rank, parse_folder
+from mmconvert.stored import StoredTensor, Target
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
@@ -189,7 +188,7 @@ def _read_rank_file(file: Path, notes: dict[str, int]) -> dict[str, dict[str, St
                 if tensor is not None:
                     notes[EXTRA_STATE] = notes.get(EXTRA_STATE, 0) + pt.referenced_bytes(tensor)
             else:
-                what = f"an object {tensor.name}" if isinstance(tensor, Inert) else "no tensor"
+                what = f"an object of {tensor.function}" if isinstance(tensor, Inert) else "no tensor"
                 raise FormatError(
                     f"{file}: {key}[{name!r}] is {what}",
                     "only tensors among the weights; objects there are never loaded",

@@ -13,8 +13,15 @@ import pickletools
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import FormatError
-from .torch_objects import Global, Inert, StorageRef, TensorRef, rebuild, storage_ref
+from mmconvert.errors import FormatError
+from mmconvert.formats.torch_objects import (
+    Global,
+    Inert,
+    StorageRef,
+    TensorRef,
+    rebuild,
+    storage_ref,
+)
 
 __all__ = ["Global", "Inert", "StorageRef", "TensorRef", "load_pickle"]
 

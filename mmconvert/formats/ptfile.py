@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ..errors import CheckpointError, FormatError
-from .pickles import Inert, StorageRef, TensorRef, load_pickle
-from .ptwriter import PtLayout, Slot, layout_pt, write_skeleton
-from .stored import ITEM_SIZE, StoredTensor
+from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.formats.pickles import Inert, StorageRef, TensorRef, load_pickle
+from mmconvert.formats.ptwriter import PtLayout, Slot, layout_pt, write_skeleton
+from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 __all__ = ["PtFile", "PtLayout", "Slot", "layout_pt", "read_pt", "write_skeleton"]
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from ..errors import RequestError
-from .stored import ITEM_SIZE
-from .torch_objects import STORAGE_DTYPE
+from mmconvert.errors import RequestError
+from mmconvert.formats.torch_objects import STORAGE_DTYPE
+from mmconvert.stored import ITEM_SIZE
 
 # torch aligns storages to 64 bytes so that they can be mapped into memory (storage_alignment).
 ALIGNMENT = 64

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmconvert.errors import CheckpointError, FormatError
-from mmconvert.formats.stored import ITEM_SIZE, StoredTensor
+from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 MAX_DIM = 1 << 48  # no tensor is longer; keeps products of lying shapes small

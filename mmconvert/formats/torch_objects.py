@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from .stored import ITEM_SIZE
+from mmconvert.stored import ITEM_SIZE
 
 # torch's typed storages (torch/_utils.py, _dtype_to_storage_type_map) and dtypes by attribute
 # name, in safetensors spelling.  What is not here (complex, quantized) has no such spelling.

@@ -1,0 +1,1 @@
+"""Parallel layouts in integers: stage grids, ranks, fuse and shard maps."""

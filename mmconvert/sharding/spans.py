@@ -124,10 +124,9 @@ class Split:
                 f"a tp size of at most {units}",
             )
         step = part // units
-        spans: list[Span] = []
-        for p in range(self.parts):
-            spans.append(Span(p * count * step, p * part + first * step, count * step))
-        return spans
+        return [
+            Span(p * count * step, p * part + first * step, count * step) for p in range(self.parts)
+        ]
 
     @property
     def unit_words(self) -> str:

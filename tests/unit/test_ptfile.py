@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mmconvert.errors import CheckpointError, FormatError, RequestError
 from mmconvert.formats.pickles import Inert, StorageRef
 from mmconvert.formats.ptfile import PtFile, Slot, layout_pt, read_pt, write_skeleton
-from mmconvert.formats.stored import StoredTensor
+from mmconvert.stored import StoredTensor
 
 TORCH = {
     "BF16": torch.bfloat16,

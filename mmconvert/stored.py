@@ -1,10 +1,12 @@
-"""Where a tensor lies in a file: the one thing that readers hand to the plan and the executor."""
+"""Where a tensor lies, or is to lie: what all formats share with the plan and the executor."""
 
 from __future__ import annotations
 
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
+
+from mmconvert.sharding.layout import Chunk
 
 # Bytes per element, by the safetensors spelling of a dtype (safetensors format documentation).
 ITEM_SIZE: dict[str, int] = {
@@ -48,4 +50,18 @@ class StoredTensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor's elements (not of the storage behind a view)."""
+        return prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+class Target(NamedTuple):
+    """A tensor to be written; ``chunk`` is its place in an MM checkpoint, None in HF."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunk: Chunk | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
         return prod(self.shape) * ITEM_SIZE[self.dtype]

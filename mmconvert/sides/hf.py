@@ -1,0 +1,106 @@
+"""An HF checkpoint as a side of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mmconvert.converters.family import Dims, Module, Row
+from mmconvert.errors import TensorError
+from mmconvert.names import summarise
+from mmconvert.plan import Block, Key, Side, Whole, matrix
+from mmconvert.sides.instances import instances
+from mmconvert.stored import StoredTensor, Target
+
+
+def hf_side(modules: Sequence[Module], dims: Dims, tensors: Mapping[str, StoredTensor]) -> Side:
+    """An HF checkpoint as wholes.
+
+    Args:
+        tensors: by name in hub spelling; each must be the source of some row.
+
+    Raises:
+        TensorError: missing tensors, or shapes that are not those of config.json.
+    """
+    side = Side([])
+    number: dict[str, int] = {}
+    missing: list[str] = []
+    layers = {m.key: dims[f"{m.key}.layers"] for m in modules}
+    for item in instances(modules, layers):
+        names = [name.replace("{}", str(item.layer)) for name in item.row.hf]
+        absent = [name for name in names if name not in tensors]
+        if absent:
+            missing += [] if item.row.tied_to else absent
+            continue
+        found = [tensors[name] for name in names]
+        for name, tensor in zip(names, found, strict=True):
+            number.setdefault(name, len(number))
+            if number[name] == len(side.tensors):
+                side.tensors.append(tensor)  # pyright: ignore[reportArgumentType] - a stored side
+        whole = _fused(item.row, found, [number[n] for n in names], dims)
+        known = side.wholes.setdefault(item.key, whole)
+        if known is not whole:  # a tied head that the checkpoint stores beside the embedding
+            if (known.shape, known.dtype) != (whole.shape, whole.dtype):
+                raise TensorError(
+                    f"{names[0]} is {whole.dtype} {list(whole.shape)}, the embedding that it is "
+                    f"tied to {known.dtype} {list(known.shape)}",
+                    "equal tensors, as config.json says tie_word_embeddings",
+                )
+            known.copies += whole.copies
+    if missing:
+        raise TensorError(
+            f"{len(missing)} tensors are missing: {summarise(missing)}",
+            "every tensor of the model, in the names of the hub or of transformers",
+            "download the weight files again; if config.json is of another model, replace it",
+        )
+    return side
+
+
+def _fused(item: Row, found: Sequence[StoredTensor], numbers: Sequence[int], dims: Dims) -> Whole:
+    lengths: list[int] = []
+    for i, tensor in enumerate(found):
+        rows, cols = matrix(tensor.shape)
+        _check_size(tensor, "rows", rows, item.rows[i] if item.rows else "", dims)
+        _check_size(tensor, "columns", cols, item.cols, dims)
+        lengths.append(rows)
+        if tensor.shape[1:] != found[0].shape[1:] or tensor.dtype != found[0].dtype:
+            raise TensorError(
+                f"{tensor.name} is {tensor.dtype} {list(tensor.shape)} and {found[0].name} "
+                f"{found[0].dtype} {list(found[0].shape)}",
+                f"one dtype and one width, as {item.mm} is made of both",
+            )
+    try:
+        maps = item.fuse.maps(lengths, dims)
+    except TensorError as error:
+        raise TensorError(
+            f"{found[0].name}: {error.what}", "sizes as config.json gives them"
+        ) from None
+    blocks = [
+        Block(number, span.start, 0, span.whole, 0, span.length, matrix(tensor.shape)[1])
+        for number, tensor, spans in zip(numbers, found, maps, strict=True)
+        for span in spans
+    ]
+    shape = (sum(lengths), *found[0].shape[1:]) if found[0].shape else ()
+    return Whole(shape, found[0].dtype, [blocks])
+
+
+def _check_size(tensor: StoredTensor, what: str, size: int, dim: str, dims: Dims) -> None:
+    if dim in dims and dims[dim] != size:
+        raise TensorError(
+            f"{tensor.name} {list(tensor.shape)} has {size} {what}; config.json makes it "
+            f"{dims[dim]} ({dim})",
+            "weights and config.json of one model",
+            "replace config.json or the weights by those that belong together",
+        )
+
+
+def hf_target(model: Side, wholes: Mapping[Key, Whole]) -> Side:
+    """An HF checkpoint to be written: the tensors of ``model``, in the dtypes of ``wholes``."""
+    dtypes: dict[int, str] = {}
+    side = Side([])
+    for key, whole in model.wholes.items():
+        dtype = wholes[key].dtype if key in wholes else whole.dtype
+        side.wholes[key] = Whole(whole.shape, dtype, whole.copies)
+        for blocks in whole.copies:
+            dtypes.update({block.tensor: dtype for block in blocks})
+    side.tensors = [Target(t.name, dtypes[i], t.shape) for i, t in enumerate(model.tensors)]
+    return side

@@ -1,0 +1,80 @@
+"""An MM checkpoint that is to be written, as a side of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mmconvert.converters.family import Dims, Module
+from mmconvert.errors import LayoutError, TensorError
+from mmconvert.plan import Block, Key, Side, Whole, matrix
+from mmconvert.sharding.layout import TP_FLAG, Layout
+from mmconvert.sharding.spans import Span, Split
+from mmconvert.sides.instances import Instance, placements
+from mmconvert.stored import Target
+
+
+def mm_target(
+    modules: Sequence[Module], dims: Dims, layout: Layout, wholes: Mapping[Key, Whole]
+) -> Side:
+    """An MM checkpoint to be written, of wholes whose shapes and dtypes are known.
+
+    Raises:
+        LayoutError: a tensor that cannot be divided as the layout wants.
+    """
+    targets: list[Target] = []
+    side = Side(targets)
+    for item, stage, name in placements(modules, layout):
+        source = wholes.get(item.key)
+        if source is None:
+            raise TensorError(f"{item.key.name()} is missing in the source")
+        whole = side.wholes.setdefault(item.key, Whole(source.shape, source.dtype))
+        size = layout.tp[item.module.key]
+        for tp in range(layout.tp_folders):
+            rank = tp % size
+            spans = shard_spans(item, source.shape, size, rank, dims)
+            shape = _shard_shape(item.row.shard, source.shape, spans)
+            if rank == 0 or item.row.shard is None:
+                whole.copies.append([])
+            whole.copies[-1] += shard_blocks(len(targets), item.row.shard, source.shape, spans)
+            targets.append(Target(name, source.dtype, shape, layout.chunk(tp, stage)))
+    return side
+
+
+def shard_spans(
+    item: Instance, shape: tuple[int, ...], size: int, rank: int, dims: Dims
+) -> list[Span]:
+    """What tp rank ``rank`` holds of a whole of this shape, along the axis that is divided.
+
+    Raises:
+        LayoutError: the whole cannot be divided so; names the flag and the tensor.
+    """
+    split = item.row.shard
+    length = matrix(shape)[split.axis if split else 0]
+    if split is None:
+        return [Span(0, 0, length)]
+    try:
+        return split.spans(length, size, rank, dims)
+    except LayoutError as error:
+        flag = TP_FLAG[item.module.key]
+        raise LayoutError(
+            f"{flag} {size}: {item.key.name()}: {error.what}", error.wanted, error.fix
+        ) from None
+
+
+def _shard_shape(
+    split: Split | None, shape: tuple[int, ...], spans: Sequence[Span]
+) -> tuple[int, ...]:
+    if split is None:
+        return shape
+    length = sum(s.length for s in spans)
+    return (length, *shape[1:]) if split.axis == 0 else (shape[0], length)
+
+
+def shard_blocks(
+    tensor: int, split: Split | None, shape: tuple[int, ...], spans: Sequence[Span]
+) -> list[Block]:
+    """The rectangles of the whole that a shard with these spans is."""
+    rows, cols = matrix(shape)
+    if split is not None and split.axis == 1:
+        return [Block(tensor, 0, s.start, 0, s.whole, rows, s.length) for s in spans]
+    return [Block(tensor, s.start, 0, s.whole, 0, s.length, cols) for s in spans]

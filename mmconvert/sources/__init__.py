@@ -1,0 +1,1 @@
+"""Opens checkpoints with a family's eyes: names normalised, every tensor claimed or named."""

@@ -1,0 +1,157 @@
+"""Opens HF checkpoints: spelling normalised, every tensor claimed or left out by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmconvert import converters
+from mmconvert.config import Options
+from mmconvert.converters.family import Family, Module, Variant, flag, hf_templates
+from mmconvert.errors import CheckpointError, TensorError
+from mmconvert.formats.hf import HFCheckpoint, open_hf, read_config
+from mmconvert.names import summarise
+from mmconvert.sources.model import ENCODERS, Model, dropped_by
+from mmconvert.stored import StoredTensor
+
+
+def check_family(family: Family, config: Mapping[str, object], folder: Path) -> None:
+    """Raises CheckpointError if config.json is of another family; says which converter fits."""
+    kind = config.get("model_type")
+    if kind in family.model_types:
+        return
+    fitting = [name for name, other in converters.registry().items() if kind in other.model_types]
+    raise CheckpointError(
+        f"{folder / 'config.json'} is of model_type {kind!r}",
+        f"{' or '.join(sorted(family.model_types))} for {family.converter}",
+        f"use {fitting[0]}" if fitting else "no converter here serves this model_type",
+    )
+
+
+def config_model(family: Family, folder: Path) -> Model:
+    """Sizes from a folder's config.json alone, without any weights."""
+    config = read_config(folder)
+    check_family(family, config, folder)
+    said = _said_tied(config)
+    variant = Variant(tied=bool(said))
+    dims = family.dims(config)
+    return Model(family, variant, family.modules(variant), dims, tied_known=said is not None)
+
+
+def hf_model(
+    family: Family,
+    folder: Path,
+    options: Options,
+    *,
+    canonical: bool = False,
+    vit_only: bool = False,
+    llm_dir: Path | None = None,
+) -> Model:
+    """Opens an HF checkpoint; every tensor is claimed by a row or named as left out.
+
+    Raises:
+        TensorError: tensors that nothing claims.
+    """
+    checkpoint = open_hf(folder)
+    config = checkpoint.config
+    check_family(family, config, folder)
+    table = family.modules(Variant())
+    tensors = _by_hub_name(family, checkpoint)
+    notes: list[str] = []
+    if llm_dir is not None:
+        config, tensors = _with_text_of(llm_dir, family, table, config, tensors, notes)
+    tensors = _claimed(family, table, tensors, options, notes)
+    variant = Variant(tied=_tied(config, tensors), canonical=canonical, vit_qkv=options.vit_qkv)
+    modules = family.modules(variant)
+    if vit_only:
+        modules = tuple(m for m in modules if m.key in ENCODERS)
+        kept = hf_templates(modules)
+        left = [name for name in tensors if not kept.find(name)]
+        tensors = {name: t for name, t in tensors.items() if kept.find(name)}
+        notes.append(f"{len(left)} tensors outside the encoders left out (save_vit_only)")
+    return Model(family, variant, modules, family.dims(config), checkpoint, tensors, tuple(notes))
+
+
+def _by_hub_name(family: Family, checkpoint: HFCheckpoint) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
+    for file in checkpoint.files:
+        for tensor in file.tensors:
+            name = family.hub_name(tensor.name)
+            if name in found:
+                raise TensorError(
+                    f"{file.path}: {tensor.name} and {found[name].name} are the same tensor",
+                    "one spelling of each name",
+                )
+            found[name] = tensor
+    return found
+
+
+def _claimed(
+    family: Family,
+    table: tuple[Module, ...],
+    tensors: Mapping[str, StoredTensor],
+    options: Options,
+    notes: list[str],
+) -> dict[str, StoredTensor]:
+    """The tensors that have a row; the others are named in notes, or are an error."""
+    index = hf_templates(table)
+    kept: dict[str, StoredTensor] = {}
+    lost: list[str] = []
+    reasons: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        pattern = dropped_by((name, tensor.name), options.drop)
+        why = f"--drop {pattern}" if pattern else family.why_dropped(name)
+        if why:
+            reasons.setdefault(why, []).append(tensor.name)
+        elif index.find(name):
+            kept[name] = tensor
+        else:
+            closest = index.closest(name)
+            lost.append(tensor.name + (f" (closest known name: {closest})" if closest else ""))
+    if lost:
+        raise TensorError(
+            f"{len(lost)} tensors have no place in MM format: {summarise(lost)}",
+            f"only tensors of {family.name}",
+            "leave them out with --drop 'NAME' (a pattern; may be repeated)",
+        )
+    for why, names in reasons.items():
+        notes.append(f"{len(names)} tensors left out ({why}): {summarise(names)}")
+    return kept
+
+
+def _said_tied(config: Mapping[str, object]) -> bool | None:
+    """What config.json says of tied embeddings; None if nothing, or two different things."""
+    nested = config.get("text_config")
+    parts = (config, nested) if isinstance(nested, dict) else (config,)
+    said = {value for part in parts if (value := flag((part,), "tie_word_embeddings")) is not None}
+    return said.pop() if len(said) == 1 else None
+
+
+def _tied(config: Mapping[str, object], tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether the output layer is the embedding: as config.json says, else as the tensors say."""
+    said = _said_tied(config)
+    return "lm_head.weight" not in tensors if said is None else said
+
+
+def _with_text_of(
+    folder: Path,
+    family: Family,
+    table: tuple[Module, ...],
+    config: Mapping[str, object],
+    tensors: Mapping[str, StoredTensor],
+    notes: list[str],
+) -> tuple[dict[str, object], dict[str, StoredTensor]]:
+    """The model with the text decoder of a plain language model in place of its own."""
+    text = tuple(m for m in table if m.key == "llm")
+    index = hf_templates(text)
+    other = open_hf(folder)
+    if "vision_config" in other.config:
+        raise CheckpointError(
+            f"llm_hf_dir {folder} is a multimodal checkpoint", "a plain language model"
+        )
+    own = [name for name in tensors if index.find(name)]
+    merged = {name: t for name, t in tensors.items() if not index.find(name)}
+    merged |= _by_hub_name(family, other)
+    notes.append(f"{len(own)} text tensors of hf_dir left out: llm_hf_dir {folder} replaces them")
+    top = {k: v for k, v in config.items() if k != "tie_word_embeddings"}
+    return {**top, "text_config": dict(other.config)}, merged

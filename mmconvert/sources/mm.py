@@ -1,0 +1,137 @@
+"""Opens MM checkpoints: variant chosen by names, layout read off the folder, all claimed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from mmconvert import manifest
+from mmconvert.compare import same_bytes
+from mmconvert.config import Options, ParallelConfig
+from mmconvert.converters.family import Dims, Family, Variant, mm_index
+from mmconvert.detect import assert_layout, check_layers, detect_layout
+from mmconvert.errors import CheckpointError, TensorError
+from mmconvert.formats.megatron import MMCheckpoint, open_mm
+from mmconvert.names import summarise
+from mmconvert.sharding.layout import Chunk, Layout
+from mmconvert.sides.mm_source import Parts, claim_mm
+from mmconvert.sources.model import ENCODERS, Model, dropped_by
+from mmconvert.stored import StoredTensor
+
+
+def mm_model(
+    family: Family,
+    folder: Path,
+    given: ParallelConfig,
+    model: Model | None,
+    options: Options,
+    *,
+    prefix: str,
+    vit_only: bool = False,
+) -> tuple[Model, Layout, Parts]:
+    """Opens an MM checkpoint: its model, its layout, its tensors by chunk.
+
+    Args:
+        given: what the user says of its layout; compared with what is found.
+        model: the HF checkpoint that it came from, if known: gives sizes.
+        prefix: how the layout's flags begin, for messages.
+
+    Raises:
+        CheckpointError: not a checkpoint of this family, or damaged.
+    """
+    checkpoint = open_mm(folder)
+    notes = [f"{checkpoint.folder}: {note}" for note in checkpoint.notes]
+    dims = dict(model.dims) if model else _manifest_dims(family, checkpoint, notes)
+    parts = _without(checkpoint, options, notes)
+    names = {name for tensors in parts.values() for name in tensors}
+    variant = _variant_of(family, names, checkpoint)
+    if model is not None and model.tied_known:
+        tied = model.variant.tied
+    else:
+        tied = _looks_tied(family, parts, checkpoint)
+    variant = replace(variant, tied=tied, vit_qkv=options.vit_qkv)
+    modules = family.modules(variant)
+    if vit_only:
+        modules = tuple(m for m in modules if m.key in ENCODERS)
+        index = mm_index(modules)
+        parts = {c: {n: t for n, t in p.items() if index.find(n)} for c, p in parts.items()}
+    checkpoint = replace(checkpoint, parts=parts)
+    layout = detect_layout(modules, checkpoint, dims, same_bytes)
+    assert_layout(layout, given.grids(), given.tp(), prefix)
+    check_layers(layout, dims, "")
+    lost = claim_mm(modules, layout, parts)
+    if lost:
+        raise TensorError(
+            f"{len(lost)} tensors have no place in {family.name}: {summarise(lost)}",
+            f"only tensors of {family.name}, each on its stage",
+            "leave them out with --drop 'NAME' (a pattern; may be repeated)",
+        )
+    dims |= {f"{key}.layers": sum(map(sum, grid)) for key, grid in layout.grids.items()}
+    return Model(family, variant, modules, dims, None, {}, tuple(notes)), layout, parts
+
+
+def _manifest_dims(family: Family, checkpoint: MMCheckpoint, notes: list[str]) -> Dims:
+    content, note = manifest.read(checkpoint.root)
+    if note:
+        notes.append(note)
+    if content is None:
+        return {}
+    if content.get("converter") != family.converter:
+        raise CheckpointError(
+            f"{checkpoint.root / manifest.NAME} says {content.get('converter')!r}",
+            f"a checkpoint that {family.converter} wrote",
+            f"use {content.get('converter')}",
+        )
+    return manifest.sizes(content)
+
+
+def _without(
+    checkpoint: MMCheckpoint, options: Options, notes: list[str]
+) -> dict[Chunk, dict[str, StoredTensor]]:
+    dropped: dict[str, set[str]] = {}
+    kept: dict[Chunk, dict[str, StoredTensor]] = {}
+    for chunk, tensors in checkpoint.parts.items():
+        kept[chunk] = {}
+        for name, tensor in tensors.items():
+            pattern = dropped_by((name,), options.drop)
+            if pattern:
+                dropped.setdefault(pattern, set()).add(name)
+            else:
+                kept[chunk][name] = tensor
+    for pattern, names in dropped.items():
+        notes.append(f"{len(names)} tensors left out (--drop {pattern}): {summarise(names)}")
+    return kept
+
+
+def _variant_of(family: Family, names: set[str], checkpoint: MMCheckpoint) -> Variant:
+    """The variant whose table knows most of the names."""
+
+    def known(variant: Variant) -> int:
+        index = mm_index(family.modules(variant))
+        return sum(index.find(name) is not None for name in names)
+
+    best = max(family.variants, key=known)
+    if not known(best):
+        raise CheckpointError(
+            f"{checkpoint.folder}: no tensor is one of {family.name}; the first is "
+            f"{min(names, default='none at all')}",
+            f"a checkpoint of {family.name}",
+            "use the converter of its family",
+        )
+    return best
+
+
+def _looks_tied(family: Family, parts: Parts, checkpoint: MMCheckpoint) -> bool:
+    """Without config.json: tied if mmconvert.json says so, or if there is no output layer."""
+    content, _ = manifest.read(checkpoint.root)
+    variant = content.get("variant") if content else None
+    if isinstance(variant, dict) and isinstance(variant.get("tied"), bool):
+        return bool(variant["tied"])
+    rows = [r for m in family.modules(Variant(tied=True)) for r in m.all_rows() if r.tied_to]
+    heads = [t[r.mm] for t in parts.values() for r in rows if r.mm in t]
+    if not heads:
+        return True
+    origins = [t[r.tied_to] for t in parts.values() for r in rows if r.tied_to in t]
+    return len(origins) == len(heads) and all(
+        same_bytes(a, b) for a, b in zip(origins, heads, strict=True)
+    )

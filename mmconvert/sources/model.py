@@ -1,0 +1,117 @@
+"""A checkpoint's model, and the layout that is asked for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+
+from mmconvert.config import Options, ParallelConfig
+from mmconvert.converters.family import Dims, Family, Module, Variant
+from mmconvert.detect import check_layers
+from mmconvert.errors import LayoutError, RequestError
+from mmconvert.formats.hf import HFCheckpoint
+from mmconvert.sharding.layout import GRID_FLAG, Layout
+from mmconvert.stored import StoredTensor
+
+ENCODERS = {"vit", "audio"}  # what save_vit_only keeps
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint's model: the family's table in the variant that fits, and its sizes.
+
+    Attributes:
+        modules: the table; without the text decoder if only the encoders are wanted.
+        dims: sizes as far as they are known.
+        hf: the HF checkpoint, if it is one.
+        hf_tensors: its tensors that have a row, by name in hub spelling.
+        notes: what was left out, in words.
+        tied_known: whether config.json or the tensors tell if the output layer is tied.
+    """
+
+    family: Family
+    variant: Variant
+    modules: tuple[Module, ...]
+    dims: Dims
+    hf: HFCheckpoint | None = None
+    hf_tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    tied_known: bool = True
+
+    @property
+    def plain_modules(self) -> tuple[Module, ...]:
+        """The table of what we write: vision q, k and v interleaved."""
+        plain = self.family.modules(replace(self.variant, vit_qkv="interleaved"))
+        keys = {m.key for m in self.modules}
+        return tuple(m for m in plain if m.key in keys)
+
+
+def dropped_by(names: Iterable[str], patterns: Iterable[str]) -> str | None:
+    """The first ``--drop`` pattern that one of the names fits."""
+    names = tuple(names)
+    return next((p for p in patterns if any(fnmatchcase(n, p) for n in names)), None)
+
+
+def target_layout(model: Model, given: ParallelConfig, prefix: str) -> Layout:
+    """The layout to write, checked against the model's layer counts.
+
+    Without any list everything stands on one stage.
+
+    Raises:
+        LayoutError: lists or sizes that are missing, too many, or do not fit.
+    """
+    if given.ep_size not in (0, 1):
+        raise LayoutError(
+            f"{prefix}ep_size is {given.ep_size}", f"1: {model.family.name} has no experts"
+        )
+    grids = given.grids()
+    keys = model.family.module_keys
+    extra = [key for key in grids if key not in keys]
+    if extra:
+        raise LayoutError(
+            f"{prefix}{GRID_FLAG[extra[0]]} is given, but {model.family.name} has no such module",
+            "lists for " + ", ".join(GRID_FLAG[key] for key in keys),
+        )
+    wanted = [key for key in keys if any(m.key == key for m in model.modules)]
+    if not grids:
+        grids = {key: ((model.dims[f"{key}.layers"],),) for key in wanted}
+    absent = [GRID_FLAG[key] for key in wanted if key not in grids]
+    if absent:
+        raise LayoutError(
+            f"{prefix}{absent[0]} is missing",
+            "a list for each of " + ", ".join(GRID_FLAG[key] for key in wanted),
+        )
+    sizes = given.tp()
+    default = sizes.get("llm", 1)
+    bad = [size for size in (given.tp_size, *sizes.values()) if size is not None and size < 1]
+    if bad:
+        raise LayoutError(f"{prefix}tp_size is {bad[0]}", "a size of at least 1")
+    layout = Layout({key: sizes.get(key, default) for key in grids}, grids)
+    layout.check()
+    check_layers(layout, model.dims, prefix)
+    return layout
+
+
+def unchecked_units(model: Model, found: Layout, wanted: Layout) -> list[str]:
+    """Warnings where a tp size could cut through heads whose number nobody tells."""
+    notes: list[str] = []
+    for module in model.modules:
+        units = {r.shard.unit for r in module.all_rows() if r.shard and r.shard.unit}
+        unknown = sorted(unit for unit in units if unit not in model.dims)
+        if unknown and found.tp[module.key] % wanted.tp[module.key]:
+            notes.append(
+                f"warning: {module.label}: the numbers {', '.join(unknown)} are not known (no "
+                "mmconvert.json, no --cfg.hf_config.hf_dir); not checked that tp size "
+                f"{wanted.tp[module.key]} keeps heads whole"
+            )
+    return notes
+
+
+def check_option(options: Options) -> None:
+    """Raises RequestError for options that make no sense when nothing is read from MM."""
+    if options.vit_qkv != "interleaved":
+        raise RequestError(
+            "--vit-qkv says how an MM checkpoint that is read is ordered; hf_to_mm reads none",
+            "--vit-qkv with mm_to_hf or resplit",
+        )
