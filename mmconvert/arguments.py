@@ -54,6 +54,36 @@ class Screen:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two checkpoints."""
+
+    a: tyro.conf.Positional[Path]
+    """A checkpoint folder, Hugging Face or MM."""
+    b: tyro.conf.Positional[Path]
+    """Another one."""
+    workers: int = 0
+    """Number of threads; 0 takes one for each core."""
+    json: bool = False
+    """Print the result, or the error, as JSON."""
+    quiet: bool = False
+    """Print nothing; the exit code is the answer."""
+    debug: bool = False
+    """Add the traceback to errors."""
+
+
+def read_pair(words: Sequence[str], prog: str, description: str) -> Pair:
+    """Reads a command line with two checkpoints.
+
+    Raises:
+        SystemExit: 0 for help, 2 for flags that make no sense.
+    """
+    form = Annotated[Pair, tyro.conf.FlagCreatePairsOff]
+    return tyro.cli(
+        form, prog=prog, description=description, args=list(words), use_underscores=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Command:
     """One command line, read."""
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:  # costs start-up time that --help should not pay
     from mmconvert.arguments import Command
     from mmconvert.convert import Result
 
-INTERRUPTED = 130
+DIFFERENT, INTERRUPTED = 1, 130
+SHOWN = 5  # differences that verify prints
 
 LAYOUT = "--cfg.parallel_config.llm_pp_layers [12,16] --cfg.parallel_config.vit_pp_layers [32,0]"
 VERBS = {
@@ -86,8 +87,10 @@ def _dispatch(words: list[str]) -> int:
         print(_top_help(names))
         return 0 if words else 2
     converter, rest = words[0], words[1:]
+    if converter == "verify":
+        return _verify(rest)
     if converter not in names:
-        return _unknown("converter", converter, names, "mm-convert -h")
+        return _unknown("converter", converter, [*names, "verify"], "mm-convert -h")
     if not rest or rest[0] in ("-h", "--help"):
         print(_converter_help(converter))
         return 0 if rest else 2
@@ -110,6 +113,7 @@ def _top_help(names: list[str]) -> str:
     verbs = "\n".join(f"  {verb:<10} {text}" for verb, (_, text, _) in VERBS.items())
     converters = "\n".join(f"  {name}" for name in names)
     return f"""usage: mm-convert CONVERTER VERB [flags]
+       mm-convert verify A B
 
 Moves multimodal checkpoints between Hugging Face and MM format, and from any parallel
 layout to any other: complete or not at all, in bounded memory, without torch or an NPU.
@@ -119,6 +123,8 @@ converters:
 
 verbs:
 {verbs}
+
+verify A B compares two checkpoints, Hugging Face or MM, in any two layouts.
 
 mm-convert CONVERTER VERB -h shows the flags. Exit codes: 0 done, 1 a comparison differs,
 2 the request is impossible, 3 a checkpoint is missing or damaged, 130 interrupted.
@@ -147,6 +153,32 @@ def _convert(converter: str, verb: str, flags: list[str]) -> int:
     elif not command.screen.quiet:
         print(_summary(verb, result))
     return 0
+
+
+def _verify(words: list[str]) -> int:
+    from mmconvert import compare
+    from mmconvert.arguments import read_pair
+    from mmconvert.config import Options
+    from mmconvert.progress import screen_events
+    from mmconvert.verify import verify
+
+    text = "Are two checkpoints the same model? Exit code 0 if so, 1 if not."
+    prog = "mm-convert verify"
+    pair = read_pair(words, prog, f"{text}\n\nexample:\n  {prog} HF_DIR MM_DIR")
+    with screen_events(quiet=pair.quiet) as events:
+        verdict = verify(pair.a, pair.b, Options(workers=pair.workers), events)
+    found = [compare.as_dict(d) for d in verdict.differences]
+    if pair.json:
+        print(json.dumps({"equal": not found, "tensors": verdict.tensors, "differences": found}))
+    elif not pair.quiet:
+        if not found:
+            size = verdict.nbytes / 1e9
+            print(f"equal: {verdict.tensors} tensors, {size:.3f} GB compared, every copy included")
+        for d in verdict.differences[:SHOWN]:
+            print(compare.in_words(d))
+        if len(found) > SHOWN:
+            print(f"and {len(found) - SHOWN} more tensors differ")
+    return DIFFERENT if found else 0
 
 
 def _run(converter: str, verb: str, command: Command) -> Result:

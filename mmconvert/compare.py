@@ -10,7 +10,7 @@ import numpy as np
 
 from mmconvert.blockio import BAND, Bytes, Files, open_files, read_rect
 from mmconvert.execute import JOB, Job, Progress, run_jobs
-from mmconvert.plan import Comparison, Copy, Key
+from mmconvert.plan import Comparison, Copy, Key, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 
@@ -137,8 +137,6 @@ def as_floats(data: Bytes, dtype: str) -> np.ndarray:
 
 def same_bytes(a: StoredTensor, b: StoredTensor) -> bool | None:
     """Whether two tensors hold the same bytes; None if ``a`` is one value throughout."""
-    from mmconvert.plan import matrix
-
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     rows, cols = matrix(a.shape)
@@ -152,3 +150,37 @@ def same_bytes(a: StoredTensor, b: StoredTensor) -> bool | None:
             if not np.array_equal(left, read_rect(files, b, row, 0, n, cols, "other")):
                 return False
     return True if varies else None
+
+
+def comparison_bytes(comparisons: Sequence[Comparison], tensors: Sequence[StoredTensor]) -> int:
+    """Bytes of one side of the comparisons."""
+    return sum(
+        c.copy.rows * c.copy.cols * ITEM_SIZE[tensors[c.copy.src].dtype] for c in comparisons
+    )
+
+
+def place(tensor: StoredTensor) -> str:
+    """A stored tensor in words: its name and the folder or file that holds it."""
+    path = tensor.path
+    where = path.parent.name if path.suffix == ".pt" else path.name
+    return f"{tensor.name} in {where}"
+
+
+def in_words(d: Difference) -> str:
+    """A difference as one line."""
+    return (
+        f"{d.key.name()}: {place(d.a)} has {d.a_value:g} at {list(d.a_index)}, {place(d.b)} "
+        f"{d.b_value:g} at {list(d.b_index)}; largest difference {d.largest:g}, "
+        f"{d.elements} elements differ"
+    )
+
+
+def as_dict(d: Difference) -> dict[str, object]:
+    """A difference as JSON."""
+    return {
+        "tensor": d.key.name(),
+        "a": {"place": place(d.a), "index": list(d.a_index), "value": repr(d.a_value)},
+        "b": {"place": place(d.b), "index": list(d.b_index), "value": repr(d.b_value)},
+        "largest_difference": repr(d.largest),
+        "elements": d.elements,
+    }

@@ -20,7 +20,7 @@ from mmconvert.execute import default_workers, execute
 from mmconvert.formats import hf, megatron
 from mmconvert.formats.safetensors import Entry
 from mmconvert.output import Output, check_apart
-from mmconvert.plan import Comparison, Plan, build
+from mmconvert.plan import Plan, build
 from mmconvert.sharding.layout import Layout
 from mmconvert.sides.hf import hf_side, hf_target
 from mmconvert.sides.mm_source import mm_source
@@ -167,7 +167,9 @@ class _Run:
     def _check_replicas(self, plan: Plan) -> None:
         if not plan.replicas:
             return
-        self.events.start("comparing replicas", comparison_bytes(plan.replicas, plan.sources))
+        self.events.start(
+            "comparing replicas", compare.comparison_bytes(plan.replicas, plan.sources)
+        )
         found = compare.compare(
             plan.replicas, plan.sources, plan.sources, self.workers, self.events.advance
         )
@@ -175,11 +177,7 @@ class _Run:
             return
         d = found[0]
         more = f"; {len(found) - 1} more tensors differ" if len(found) > 1 else ""
-        what = (
-            f"{d.key.name()}: {place(d.a)} and {place(d.b)} should be equal and differ at index "
-            f"{list(d.a_index)} ({d.a_value:g}, {d.b_value:g}); largest difference "
-            f"{d.largest:g} in {d.elements} elements{more}"
-        )
+        what = f"copies of one tensor differ: {compare.in_words(d)}{more}"
         if self.options.replicas == "first":
             self.events.note(f"warning: {what}; the first is taken")
             return
@@ -235,26 +233,3 @@ def _manifest(source: Model, layout: Layout) -> dict[str, object]:
         "dims": source.dims,
         "layout": layout.as_dict(),
     }
-
-
-def comparison_bytes(comparisons: Sequence[Comparison], tensors: Sequence[StoredTensor]) -> int:
-    """Bytes of one side of the comparisons."""
-    return sum(
-        c.copy.rows * c.copy.cols * (t.nbytes // max(1, _elements(t)))
-        for c in comparisons
-        for t in (tensors[c.copy.src],)
-    )
-
-
-def _elements(tensor: StoredTensor) -> int:
-    count = 1
-    for n in tensor.shape:
-        count *= n
-    return count
-
-
-def place(tensor: StoredTensor) -> str:
-    """A stored tensor in words: its name and the folder or file that holds it."""
-    path = tensor.path
-    where = path.parent.name if path.suffix == ".pt" else path.name
-    return f"{tensor.name} in {where}"

@@ -61,9 +61,15 @@ class Whole:
 
 @dataclass
 class Side:
-    """One checkpoint of a conversion: its tensors and the wholes they form."""
+    """One checkpoint of a conversion, and the wholes that its tensors form.
 
-    tensors: list[StoredTensor] | list[Target]
+    Attributes:
+        stored: the tensors of a checkpoint that exists; blocks refer to them by number.
+        targets: the tensors of one that is to be written; a side has the one or the other.
+    """
+
+    stored: list[StoredTensor] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
     wholes: dict[Key, Whole] = field(default_factory=dict)
 
 
@@ -233,8 +239,7 @@ def build(src: Side, dst: Side, notes: Sequence[str] = ()) -> Plan:
             copies += join(original, blocks)
         for blocks in others:
             replicas += [Comparison(key, copy) for copy in join(original, blocks)]
-    sources, targets = src.tensors, dst.tensors
-    return Plan(sources, targets, copies, replicas, list(notes))  # pyright: ignore[reportArgumentType] - by construction src is stored, dst is not
+    return Plan(src.stored, dst.targets, copies, replicas, list(notes))
 
 
 def build_comparison(a: Side, b: Side) -> list[Comparison]:
@@ -242,8 +247,10 @@ def build_comparison(a: Side, b: Side) -> list[Comparison]:
     check_same_wholes(a, b)
     found: list[Comparison] = []
     for key, whole in a.wholes.items():
-        for blocks in b.wholes[key].copies:
-            found += [Comparison(key, copy) for copy in join(whole.copies[0], blocks)]
+        original, *others = b.wholes[key].copies
+        pairs = [(blocks, original) for blocks in whole.copies]
+        pairs += [(whole.copies[0], blocks) for blocks in others]
+        found += [Comparison(key, copy) for one, two in pairs for copy in join(one, two)]
     return found
 
 

@@ -188,7 +188,9 @@ def _read_rank_file(file: Path, notes: dict[str, int]) -> dict[str, dict[str, St
                 if tensor is not None:
                     notes[EXTRA_STATE] = notes.get(EXTRA_STATE, 0) + pt.referenced_bytes(tensor)
             else:
-                what = f"an object of {tensor.function}" if isinstance(tensor, Inert) else "no tensor"
+                what = (
+                    f"an object of {tensor.function}" if isinstance(tensor, Inert) else "no tensor"
+                )
                 raise FormatError(
                     f"{file}: {key}[{name!r}] is {what}",
                     "only tensors among the weights; objects there are never loaded",

@@ -21,7 +21,7 @@ def hf_side(modules: Sequence[Module], dims: Dims, tensors: Mapping[str, StoredT
     Raises:
         TensorError: missing tensors, or shapes that are not those of config.json.
     """
-    side = Side([])
+    side = Side()
     number: dict[str, int] = {}
     missing: list[str] = []
     layers = {m.key: dims[f"{m.key}.layers"] for m in modules}
@@ -34,8 +34,8 @@ def hf_side(modules: Sequence[Module], dims: Dims, tensors: Mapping[str, StoredT
         found = [tensors[name] for name in names]
         for name, tensor in zip(names, found, strict=True):
             number.setdefault(name, len(number))
-            if number[name] == len(side.tensors):
-                side.tensors.append(tensor)  # pyright: ignore[reportArgumentType] - a stored side
+            if number[name] == len(side.stored):
+                side.stored.append(tensor)
         whole = _fused(item.row, found, [number[n] for n in names], dims)
         known = side.wholes.setdefault(item.key, whole)
         if known is not whole:  # a tied head that the checkpoint stores beside the embedding
@@ -96,11 +96,11 @@ def _check_size(tensor: StoredTensor, what: str, size: int, dim: str, dims: Dims
 def hf_target(model: Side, wholes: Mapping[Key, Whole]) -> Side:
     """An HF checkpoint to be written: the tensors of ``model``, in the dtypes of ``wholes``."""
     dtypes: dict[int, str] = {}
-    side = Side([])
+    side = Side()
     for key, whole in model.wholes.items():
         dtype = wholes[key].dtype if key in wholes else whole.dtype
         side.wholes[key] = Whole(whole.shape, dtype, whole.copies)
         for blocks in whole.copies:
             dtypes.update({block.tensor: dtype for block in blocks})
-    side.tensors = [Target(t.name, dtypes[i], t.shape) for i, t in enumerate(model.tensors)]
+    side.targets = [Target(t.name, dtypes[i], t.shape) for i, t in enumerate(model.stored)]
     return side

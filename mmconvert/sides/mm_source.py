@@ -27,8 +27,7 @@ def mm_source(modules: Sequence[Module], dims: Dims, layout: Layout, parts: Part
     Raises:
         TensorError: missing tensors, or shards that do not fit together.
     """
-    tensors: list[StoredTensor] = []
-    side = Side(tensors)
+    side = Side()
     missing: list[str] = []
     for item, stage, name in placements(modules, layout, every_tied=True):
         shards: list[StoredTensor] = []
@@ -87,8 +86,8 @@ def _add_shards(
     for rank, tensor in enumerate(shards):
         if split is None or rank % size == 0:
             whole.copies.append([])
-        whole.copies[-1] += shard_blocks(len(side.tensors), split, shape, spans[rank % size])
-        side.tensors.append(tensor)  # pyright: ignore[reportArgumentType] - a stored side
+        whole.copies[-1] += shard_blocks(len(side.stored), split, shape, spans[rank % size])
+        side.stored.append(tensor)
 
 
 def _check_division(

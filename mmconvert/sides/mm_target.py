@@ -21,8 +21,7 @@ def mm_target(
     Raises:
         LayoutError: a tensor that cannot be divided as the layout wants.
     """
-    targets: list[Target] = []
-    side = Side(targets)
+    side = Side()
     for item, stage, name in placements(modules, layout):
         source = wholes.get(item.key)
         if source is None:
@@ -35,8 +34,8 @@ def mm_target(
             shape = _shard_shape(item.row.shard, source.shape, spans)
             if rank == 0 or item.row.shard is None:
                 whole.copies.append([])
-            whole.copies[-1] += shard_blocks(len(targets), item.row.shard, source.shape, spans)
-            targets.append(Target(name, source.dtype, shape, layout.chunk(tp, stage)))
+            whole.copies[-1] += shard_blocks(len(side.targets), item.row.shard, source.shape, spans)
+            side.targets.append(Target(name, source.dtype, shape, layout.chunk(tp, stage)))
     return side
 
 

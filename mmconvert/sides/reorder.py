@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mmconvert.converters.family import Dims, Module
 from mmconvert.errors import LayoutError
@@ -38,7 +39,7 @@ def reorder(src: Side, modules: Sequence[Module], wanted: Sequence[Module], dims
             ) from None
         copies = [_moved(blocks, old, new) for blocks in whole.copies]
         wholes[key] = Whole(whole.shape, whole.dtype, copies)
-    return Side(src.tensors, wholes)
+    return replace(src, wholes=wholes)
 
 
 def _moved(blocks: Sequence[Block], old: Sequence[Span], new: Sequence[Span]) -> list[Block]:

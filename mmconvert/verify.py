@@ -1,0 +1,109 @@
+"""Are two checkpoints the same model? Compared through the plan, streaming, nothing written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmconvert import compare, converters
+from mmconvert.config import Options, ParallelConfig
+from mmconvert.converters.family import Family
+from mmconvert.errors import CheckpointError, MMConvertError
+from mmconvert.events import Events
+from mmconvert.execute import default_workers
+from mmconvert.formats.hf import read_config
+from mmconvert.plan import Side, build_comparison
+from mmconvert.sides.hf import hf_side
+from mmconvert.sides.mm_source import mm_source
+from mmconvert.sides.reorder import reorder
+from mmconvert.sources.hf import hf_model
+from mmconvert.sources.mm import mm_model
+from mmconvert.sources.model import Model
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a comparison.
+
+    Attributes:
+        tensors: number of whole tensors compared.
+        nbytes: bytes of each side that were compared, replicas included.
+        differences: at most one for each pair of stored tensors; empty if the models are equal.
+    """
+
+    tensors: int
+    nbytes: int
+    differences: list[compare.Difference]
+
+
+def is_hf(folder: Path) -> bool:
+    """Whether a folder is an HF checkpoint (else it is taken for an MM checkpoint)."""
+    return (folder / "config.json").is_file()
+
+
+def family_of(*folders: Path) -> Family:
+    """The family that the first HF folder among these names, else the one that an MM folder's
+    tensors are of.
+
+    Raises:
+        CheckpointError: no family here serves them.
+    """
+    families = converters.registry()
+    for folder in folders:
+        if is_hf(folder):
+            kind = read_config(folder).get("model_type")
+            for family in families.values():
+                if kind in family.model_types:
+                    return family
+            raise CheckpointError(
+                f"{folder / 'config.json'} is of model_type {kind!r}",
+                "one of " + ", ".join(sorted(t for f in families.values() for t in f.model_types)),
+            )
+    for family in families.values():
+        try:
+            mm_model(family, folders[0], ParallelConfig(), None, Options(), prefix="")
+        except MMConvertError:
+            continue
+        return family
+    raise CheckpointError(
+        f"{folders[0]}: no family here knows these tensors", "a checkpoint of a known family"
+    )
+
+
+def verify(
+    a: Path, b: Path, options: Options | None = None, events: Events | None = None
+) -> Verdict:
+    """Compares every tensor of two checkpoints, HF or MM, in any layouts of one family.
+
+    Raises:
+        MMConvertError: a checkpoint that cannot be read, or that lacks tensors of the other.
+    """
+    options, events = options or Options(), events or Events()
+    family = family_of(a, b)
+    known = [hf_model(family, folder, options) if is_hf(folder) else None for folder in (a, b)]
+    hint = known[0] or known[1]
+    left, right = (
+        _side(family, folder, model, hint, options)
+        for folder, model in zip((a, b), known, strict=True)
+    )
+    comparisons = build_comparison(left, right)
+    nbytes = compare.comparison_bytes(comparisons, left.stored)
+    events.start("comparing", nbytes)
+    found = compare.compare(
+        comparisons,
+        left.stored,
+        right.stored,
+        options.workers or default_workers(),
+        events.advance,
+    )
+    return Verdict(len(left.wholes), nbytes, found)
+
+
+def _side(
+    family: Family, folder: Path, model: Model | None, hint: Model | None, options: Options
+) -> Side:
+    if model is not None:
+        return hf_side(model.modules, model.dims, model.hf_tensors)
+    source, layout, parts = mm_model(family, folder, ParallelConfig(), hint, options, prefix="")
+    side = mm_source(source.modules, source.dims, layout, parts)
+    return reorder(side, source.modules, source.plain_modules, source.dims)
