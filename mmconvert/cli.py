@@ -172,8 +172,8 @@ def _verify(words: list[str]) -> int:
         print(json.dumps({"equal": not found, "tensors": verdict.tensors, "differences": found}))
     elif not pair.quiet:
         if not found:
-            size = verdict.nbytes / 1e9
-            print(f"equal: {verdict.tensors} tensors, {size:.3f} GB compared, every copy included")
+            size = amount(verdict.nbytes)
+            print(f"equal: {verdict.tensors} tensors, {size} compared, every copy included")
         for d in verdict.differences[:SHOWN]:
             print(compare.in_words(d))
         if len(found) > SHOWN:
@@ -196,11 +196,16 @@ def _run(converter: str, verb: str, command: Command) -> Result:
 
 def _summary(verb: str, result: Result) -> str:
     done = "would write" if not result.written else "wrote"
-    gigabytes = result.plan.nbytes / 1e9
-    rate = f" ({gigabytes / result.seconds:.2f} GB/s)" if result.written else ""
+    size = result.plan.nbytes
+    rate = f", {amount(size / result.seconds)}/s" if result.written else ""
     where = "from" if verb == "mm_to_hf" else "layout"
     return (
-        f"{done} {result.output}: {len(result.plan.targets)} tensors, {gigabytes:.3f} GB in "
-        f"{result.seconds:.1f} s{rate}\n{where}: {result.layout.describe()}\n"
+        f"{done} {result.output}: {len(result.plan.targets)} tensors, {amount(size)} in "
+        f"{result.seconds:.2f} s{rate}\n{where}: {result.layout.describe()}\n"
         f"proven: {len(result.plan.copies)} copies write every byte once and use every source"
     )
+
+
+def amount(nbytes: float) -> str:
+    """Bytes in words: 12.3 MB, 4.42 GB."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -14,7 +14,8 @@ COLORS = {"vit": "cyan", "audio": "magenta", "llm": "green"}
 def layout_table(layout: Layout, title: str = "") -> Table:
     """One line for each pipeline rank, one column for each virtual stage."""
     sizes = ", ".join(f"{TP_FLAG[key]} {size}" for key, size in layout.tp.items())
-    table = Table(title=title or None, caption=f"each cell on {sizes}", title_justify="left")
+    caption = f"{sizes}; in, out: what stands before and after a module's layers"
+    table = Table(title=title or None, caption=caption)
     table.add_column("pp rank", justify="right")
     for virtual in range(layout.vpp_size):
         table.add_column(f"model chunk {virtual}" if layout.vpp_size > 1 else "model")

@@ -119,9 +119,7 @@ def test_hf_to_mm_spellings(
     none(compare_mm(wanted, out))
 
 
-def test_paths_with_spaces(
-    tied_hf: Path, wanted: Path, tmp_path: Path, bash: Bash
-) -> None:
+def test_paths_with_spaces(tied_hf: Path, wanted: Path, tmp_path: Path, bash: Bash) -> None:
     """Quoted, relative, and with what shells and formats find special."""
     shutil.copytree(tied_hf, tmp_path / "a model [v1]" / "hf = 'x'")
     flags = "--cfg.parallel_config.llm_pp_layers [2,2] --cfg.parallel_config.vit_pp_layers [2,0]"
@@ -230,9 +228,7 @@ def test_config_file(form: str, tied_hf: Path, wanted: Path, out: Path, tmp_path
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize(
-    "word", ["--cfg.parallel_config.tp_size", "--cfg.parallel-config.tp-size"]
-)
+@pytest.mark.parametrize("word", ["--cfg.parallel_config.tp_size", "--cfg.parallel-config.tp-size"])
 def test_the_command_line_wins(
     word: str, first: bool, tied_hf: Path, wanted: Path, out: Path, tmp_path: Path
 ) -> None:
@@ -537,9 +533,7 @@ def test_an_error_as_json(
 ) -> None:
     """Whatever the error is, standard output holds one object."""
     start = [] if "nowhere" in words else ["--cfg.hf_config.hf_dir", tied_hf]
-    done = run_cli(
-        *(QWEN2VL, "hf_to_mm", "--cfg.mm_dir", out, *start, *words, flag), cwd=tmp_path
-    )
+    done = run_cli(*(QWEN2VL, "hf_to_mm", "--cfg.mm_dir", out, *start, *words, flag), cwd=tmp_path)
     assert done.returncode == code if code else done.returncode in (2, 3)
     error = json.loads(done.stdout)
     assert set(error) >= {"error", "what", "wanted", "fix", "exit_code"}

@@ -456,7 +456,9 @@ def test_a_second_run_is_refused(big: Path, tied_hf: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
-def test_two_at_the_same_time(flags: Sequence[str], tied_hf: Path, tied_mm: Path, out: Path) -> None:
+def test_two_at_the_same_time(
+    flags: Sequence[str], tied_hf: Path, tied_mm: Path, out: Path
+) -> None:
     """Exactly one wins; with --overwrite they may also come one after the other."""
     for _ in range(3):
         with started_keeping_flags(tied_hf, out, flags) as runs:
@@ -515,9 +517,7 @@ def test_a_limit_on_file_sizes(
         text=True,
         timeout=WAIT,
         check=False,
-        preexec_fn=lambda: resource.setrlimit(
-            resource.RLIMIT_FSIZE, (kilobytes << 10, limits[1])
-        ),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 10, limits[1])),
     )
     refused(done, 2, "large", out=out)
 

@@ -1,0 +1,36 @@
+# make demo   converts a small real model there and back, and shows it
+# make test   style, types and every test
+# make quick  the tests that take a moment
+# make bench  conversions against `cp -r`, side by side (writes 18 GB below benchmarks/data)
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: demo test quick lint bench clean
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or later is needed"'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(PY) examples/demo.py
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(PY)
+
+test: lint
+	$(PY) -m pytest -n auto
+
+quick: $(VENV)/ready
+	$(PY) -m pytest -n auto -m 'not slow'
+
+bench: $(VENV)/ready
+	$(PY) benchmarks/convert.py
+
+clean:
+	rm -rf $(VENV) benchmarks/data
