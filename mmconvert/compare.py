@@ -10,7 +10,7 @@ import numpy as np
 
 from mmconvert.blockio import BAND, Bytes, Files, open_files, read_rect
 from mmconvert.execute import JOB, Job, Progress, run_jobs
-from mmconvert.plan import Comparison, Copy, Key, matrix
+from mmconvert.plan import Comparison, Copy, Key, Zeros, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 
@@ -122,6 +122,28 @@ def _first(known: Difference | None, new: Difference) -> Difference:
         largest=float(np.nanmax([first.largest, other.largest])),
         elements=first.elements + other.elements,
     )
+
+
+def not_zero(zeros: Sequence[Zeros], tensors: Sequence[StoredTensor]) -> list[Difference]:
+    """Rectangles that should hold zeros and do not, each as a difference from zero."""
+    found: list[Difference] = []
+    with open_files() as files:
+        for zero in zeros:
+            tensor = tensors[zero.tensor]
+            data = read_rect(files, tensor, zero.row, zero.col, zero.rows, zero.cols)
+            values = as_floats(data, tensor.dtype)
+            if (values == 0).all():
+                continue
+            row, col = (int(x) for x in np.argwhere(values != 0)[0])
+            index = (zero.row + row, zero.col + col)
+            largest, count = float(np.abs(values).max()), int((values != 0).sum())
+            none = tensor._replace(name="zero")
+            found.append(
+                Difference(
+                    zero.key, tensor, none, index, index, values[row, col], 0.0, largest, count
+                )
+            )
+    return found
 
 
 def as_floats(data: Bytes, dtype: str) -> np.ndarray:

@@ -19,8 +19,9 @@ from mmconvert.events import Events
 from mmconvert.execute import default_workers, execute
 from mmconvert.formats import hf, megatron
 from mmconvert.formats.safetensors import Entry
+from mmconvert.names import summarise
 from mmconvert.output import Output, check_apart
-from mmconvert.plan import Plan, build
+from mmconvert.plan import Plan, build, carry
 from mmconvert.sharding.layout import Layout
 from mmconvert.sides.hf import hf_side, hf_target
 from mmconvert.sides.mm_source import mm_source
@@ -88,7 +89,8 @@ def hf_to_mm(
     layout = target_layout(source, cfg.parallel_config, prefix="--cfg.parallel_config.")
     src = hf_side(source.modules, source.dims, source.hf_tensors)
     dst = mm_target(source.modules, source.dims, layout, src.wholes)
-    plan = run.prove(build(src, dst, source.notes))
+    notes = [*source.notes, *_carried_note(source, "stay in hf_dir and return from it")]
+    plan = run.prove(build(src, dst, notes))
     inputs = [p for p in (cfg.hf_config.hf_dir, cfg.common_model_config.llm_hf_dir) if p]
     return run.write_mm(plan, source, layout, cfg.mm_dir, inputs)
 
@@ -110,7 +112,8 @@ def mm_to_hf(
     src = mm_source(source.modules, source.dims, layout, parts)
     headers = hf_side(source.modules, source.dims, model.hf_tensors)
     dst = hf_target(headers, src.wholes)
-    plan = run.prove(build(src, dst, model.notes + source.notes))
+    notes = [*model.notes, *source.notes, *_carried_note(model, "copied from hf_dir")]
+    plan = run.prove(carry(build(src, dst, notes), model.carried))
     inputs = [cfg.hf_config.hf_dir, cfg.mm_dir]
     return run.write_hf(plan, model, layout, cfg.save_hf_dir, inputs)
 
@@ -165,26 +168,30 @@ class _Run:
         return plan
 
     def _check_replicas(self, plan: Plan) -> None:
-        if not plan.replicas:
-            return
-        self.events.start(
-            "comparing replicas", compare.comparison_bytes(plan.replicas, plan.sources)
-        )
-        found = compare.compare(
-            plan.replicas, plan.sources, plan.sources, self.workers, self.events.advance
-        )
+        if plan.replicas:
+            size = compare.comparison_bytes(plan.replicas, plan.sources)
+            self.events.start("comparing replicas", size)
+            advance = self.events.advance
+            found = compare.compare(
+                plan.replicas, plan.sources, plan.sources, self.workers, advance
+            )
+            self._settle(found, "copies of one tensor differ", "the same values in every copy")
+        found = compare.not_zero(plan.zeros, plan.sources)
+        self._settle(found, "values that HF does not store are not zero", "zeros, as converted")
+
+    def _settle(self, found: list[compare.Difference], what: str, wanted: str) -> None:
+        """Raises ReplicaError for differences, or warns if the user has chosen."""
         if not found:
             return
-        d = found[0]
         more = f"; {len(found) - 1} more tensors differ" if len(found) > 1 else ""
-        what = f"copies of one tensor differ: {compare.in_words(d)}{more}"
+        words = f"{what}: {compare.in_words(found[0])}{more}"
         if self.options.replicas == "first":
-            self.events.note(f"warning: {what}; the first is taken")
+            self.events.note(f"warning: {words}; the first copy, or zero, is taken")
             return
         raise ReplicaError(
-            what,
-            "the same values in every copy of a tensor",
-            "find out which one training used, or give --replicas first to take the first",
+            words,
+            wanted,
+            "find out which values training used, or give --replicas first to go on with a warning",
         )
 
     def write_mm(
@@ -225,11 +232,20 @@ class _Run:
         return Result(target, not self.options.dry_run, plan, layout, seconds)
 
 
+def _carried_note(model: Model, what: str) -> list[str]:
+    names = [t.name for t in model.carried]
+    return [f"{len(names)} tensors {what}: {summarise(names)}"] if names else []
+
+
 def _manifest(source: Model, layout: Layout) -> dict[str, object]:
     return {
         "converter": source.family.converter,
         "family": source.family.name,
-        "variant": {"tied": source.variant.tied, "canonical": source.variant.canonical},
+        "variant": {
+            "tied": source.variant.tied,
+            "canonical": source.variant.canonical,
+            "traits": sorted(source.variant.traits),
+        },
         "dims": source.dims,
         "layout": layout.as_dict(),
     }

@@ -140,6 +140,7 @@ def _jobs(plan: Plan, targets: Sequence[StoredTensor]) -> Iterator[Job]:
         by_target[copy.dst].append(copy)
     scattered: dict[int, list[Copy]] = defaultdict(list)
     small: list[tuple[StoredTensor, list[Copy]]] = []
+    by_target.update({f.tensor: by_target[f.tensor] for f in plan.fills})  # all of it may be zeros
     for number, copies in by_target.items():
         target = targets[number]
         runs = _linear_runs(plan, target, copies)
@@ -302,6 +303,8 @@ def _gather(
     width = matrix(target.shape)[1]
     raw = BUFFERS.get("band", (bottom - top) * width * ITEM_SIZE[target.dtype])
     band = raw.view(bits(target.dtype)).reshape(bottom - top, width)
+    if sum(c.rows * c.cols for c in copies) < band.size:
+        band[:] = 0  # the rest are fills; the buffer still holds another tensor
     for c in copies:
         block = read_rect(files, sources[c.src], c.src_row, c.src_col, c.rows, c.cols)
         row = c.dst_row - top

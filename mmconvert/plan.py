@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import prod
 from typing import NamedTuple
@@ -52,11 +52,13 @@ class Whole:
         shape, dtype: of the whole.
         copies: complete sets of blocks. The first is the original; further ones are replicas
             (tensor-parallel ranks, tied embeddings), equal to it by meaning.
+        zeros: (first row, number of rows) that no tensor of this side stores: they are zero.
     """
 
     shape: tuple[int, ...]
     dtype: str
     copies: list[list[Block]] = field(default_factory=list)
+    zeros: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -93,6 +95,17 @@ class Comparison(NamedTuple):
     copy: Copy
 
 
+class Zeros(NamedTuple):
+    """A rectangle of a tensor that is filled with zeros, or must hold zeros."""
+
+    key: Key
+    tensor: int
+    row: int
+    col: int
+    rows: int
+    cols: int
+
+
 @dataclass
 class Plan:
     """What a conversion does.
@@ -103,6 +116,8 @@ class Plan:
         copies: every rectangle that moves.
         replicas: rectangles of sources that must be equal; both indexes are sources.
         notes: what is left out or worth knowing, in words.
+        fills: rectangles of targets that are filled with zeros.
+        zeros: rectangles of sources that have no place in the targets, as they must be zero.
     """
 
     sources: Sequence[StoredTensor]
@@ -110,6 +125,8 @@ class Plan:
     copies: list[Copy]
     replicas: list[Comparison]
     notes: list[str] = field(default_factory=list)
+    fills: list[Zeros] = field(default_factory=list)
+    zeros: list[Zeros] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -133,6 +150,10 @@ class Plan:
             c = check.copy
             reads[c.src].append(Rect(c.src_row, c.src_col, c.rows, c.cols))
             reads[c.dst].append(Rect(c.dst_row, c.dst_col, c.rows, c.cols))
+        for fill in self.fills:
+            writes[fill.tensor].append(Rect(*fill[2:]))
+        for zero in self.zeros:
+            reads[zero.tensor].append(Rect(*zero[2:]))
         for i, target in enumerate(self.targets):
             if not covers(writes[i], *matrix(target.shape), once=True):
                 raise _unproven(f"not every element of {target.name} is written exactly once")
@@ -231,27 +252,68 @@ def build(src: Side, dst: Side, notes: Sequence[str] = ()) -> Plan:
         TensorError: the sides do not hold the same wholes, in the same shapes and dtypes.
     """
     check_same_wholes(src, dst)
-    copies: list[Copy] = []
-    replicas: list[Comparison] = []
+    plan = Plan(src.stored, dst.targets, [], [], list(notes))
     for key, whole in src.wholes.items():
         original, *others = whole.copies
         for blocks in dst.wholes[key].copies:
-            copies += join(original, blocks)
+            plan.copies += join(original, blocks)
+            plan.fills += zeros_of(key, whole, blocks)
         for blocks in others:
-            replicas += [Comparison(key, copy) for copy in join(original, blocks)]
-    return Plan(src.stored, dst.targets, copies, replicas, list(notes))
+            plan.replicas += [Comparison(key, copy) for copy in join(original, blocks)]
+        for blocks in whole.copies:
+            plan.zeros += zeros_of(key, dst.wholes[key], blocks)
+    return plan
 
 
-def build_comparison(a: Side, b: Side) -> list[Comparison]:
-    """What must be equal for two checkpoints to be the same model, every copy included."""
+def zeros_of(key: Key, other: Whole, blocks: Sequence[Block]) -> list[Zeros]:
+    """The rectangles of a side's blocks that are zeros on the other side."""
+    return [
+        Zeros(key, b.tensor, b.row + first - b.whole_row, b.col, last - first, b.cols)
+        for row, rows in other.zeros
+        for b in blocks
+        if (first := max(row, b.whole_row)) < (last := min(row + rows, b.whole_row + b.rows))
+    ]
+
+
+def carry(plan: Plan, tensors: Sequence[StoredTensor]) -> Plan:
+    """The plan with tensors that are copied as they are."""
+    sources, targets = list(plan.sources), list(plan.targets)
+    copies = list(plan.copies)
+    for tensor in tensors:
+        rows, cols = matrix(tensor.shape)
+        copies.append(Copy(len(sources), 0, 0, len(targets), 0, 0, rows, cols))
+        sources.append(tensor)
+        targets.append(Target(tensor.name, tensor.dtype, tensor.shape))
+    return replace(plan, sources=sources, targets=targets, copies=copies)
+
+
+class Pairs(NamedTuple):
+    """What must hold for two checkpoints to be the same model, every copy included."""
+
+    equal: list[Comparison]
+    zeros_a: list[Zeros]
+    zeros_b: list[Zeros]
+
+
+def build_comparison(a: Side, b: Side) -> Pairs:
+    """What must hold for two checkpoints to be the same model.
+
+    Raises:
+        TensorError: they do not hold the same wholes, in the same shapes and dtypes.
+    """
     check_same_wholes(a, b)
-    found: list[Comparison] = []
+    pairs = Pairs([], [], [])
     for key, whole in a.wholes.items():
-        original, *others = b.wholes[key].copies
-        pairs = [(blocks, original) for blocks in whole.copies]
-        pairs += [(whole.copies[0], blocks) for blocks in others]
-        found += [Comparison(key, copy) for one, two in pairs for copy in join(one, two)]
-    return found
+        other = b.wholes[key]
+        joined = [(blocks, other.copies[0]) for blocks in whole.copies]
+        joined += [(whole.copies[0], blocks) for blocks in other.copies[1:]]
+        for one, two in joined:
+            pairs.equal.extend(Comparison(key, copy) for copy in join(one, two))
+        for blocks in whole.copies:
+            pairs.zeros_a.extend(zeros_of(key, other, blocks))
+        for blocks in other.copies:
+            pairs.zeros_b.extend(zeros_of(key, whole, blocks))
+    return pairs
 
 
 def check_same_wholes(src: Side, dst: Side) -> None:

@@ -86,16 +86,13 @@ def verify(
         _side(family, folder, model, hint, options)
         for folder, model in zip((a, b), known, strict=True)
     )
-    comparisons = build_comparison(left, right)
-    nbytes = compare.comparison_bytes(comparisons, left.stored)
+    pairs = build_comparison(left, right)
+    nbytes = compare.comparison_bytes(pairs.equal, left.stored)
     events.start("comparing", nbytes)
-    found = compare.compare(
-        comparisons,
-        left.stored,
-        right.stored,
-        options.workers or default_workers(),
-        events.advance,
-    )
+    workers = options.workers or default_workers()
+    found = compare.compare(pairs.equal, left.stored, right.stored, workers, events.advance)
+    found += compare.not_zero(pairs.zeros_a, left.stored)
+    found += compare.not_zero(pairs.zeros_b, right.stored)
     return Verdict(len(left.wholes), nbytes, found)
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import torch
+from safetensors.torch import load_file, save_file
+
 from cli import run_cli
 from mmread import INDEX, compare_hf, compare_side_files
-from safetensors.torch import load_file, save_file
 
 Done = CompletedProcess[str]
 Tensors = dict[str, torch.Tensor]

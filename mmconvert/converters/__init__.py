@@ -12,6 +12,8 @@ ENTRY_POINTS = "mmconvert.families"  # third-party packages register a Family he
 BUILT_IN = {
     "Qwen2VLConverter": "mmconvert.converters.qwen2vl",
     "Qwen2_5_VLConverter": "mmconvert.converters.qwen2_5vl",
+    "Qwen2_5_OmniConverter": "mmconvert.converters.qwen2_5omni",
+    "InternVLConverter": "mmconvert.converters.internvl",
 }
 
 

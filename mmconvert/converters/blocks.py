@@ -7,7 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mmconvert.converters.family import Dims, Row, Variant, need, read_dims, row
+from mmconvert.converters.family import (
+    CONCAT,
+    OUTPUT_LAYER,
+    Dims,
+    Module,
+    Row,
+    Variant,
+    need,
+    read_dims,
+    row,
+)
 from mmconvert.sharding.spans import (
     COLUMN,
     GATED,
@@ -134,7 +144,7 @@ def text_tail(norm: str, head: str, variant: Variant, shard: Split = COLUMN) -> 
     return (
         row("text_decoder.decoder.final_layernorm.weight", norm, rows="llm.hidden"),
         row(
-            "text_decoder.output_layer.weight",
+            OUTPUT_LAYER,
             head,
             rows="llm.vocab",
             cols="llm.hidden",
@@ -144,42 +154,58 @@ def text_tail(norm: str, head: str, variant: Variant, shard: Split = COLUMN) -> 
     )
 
 
-def vision_qkv(hf: str, variant: Variant, kinds: tuple[str, ...]) -> tuple[Row, ...]:
+def vision_qkv(hf: str, variant: Variant) -> tuple[Row, ...]:
     """The packed q, k, v of a vision block.
 
     Megatron's SelfAttention reads it per head; the canonical attention reads each rank's rows
     as q, k, v; the reference 2.2.0 to 2.3.0 wrote it unchanged and cut it by plain rows.
     """
+    fuse, shard = Interleave("vit.heads", thirds=True), heads("vit.heads")
     if variant.vit_qkv == "concatenated":
-        fuse, shard = None, heads("vit.heads")
+        fuse = CONCAT
     elif variant.canonical:
-        fuse, shard = None, Split(parts=3, unit="vit.heads")
-    else:
-        fuse, shard = Interleave("vit.heads", thirds=True), heads("vit.heads")
-    out: list[Row] = []
-    for kind in kinds:
-        names = (f"{V}.self_attention.linear_qkv.{kind}", f"{hf}.qkv.{kind}")
-        cols = "vit.width" if kind == "weight" else ""
-        if fuse is None:
-            out.append(row(*names, rows="vit.qkv", cols=cols, shard=shard))
-        else:
-            out.append(row(*names, rows="vit.qkv", cols=cols, fuse=fuse, shard=shard))
-    return tuple(out)
-
-
-def vision_attention(hf: str, variant: Variant) -> tuple[Row, ...]:
-    """Packed attention of a Qwen vision block, with biases."""
-    w = "vit.width"
+        fuse, shard = CONCAT, Split(parts=3, unit="vit.heads")
+    mm = f"{V}.self_attention.linear_qkv"
     return (
-        *vision_qkv(hf, variant, ("weight", "bias")),
         row(
-            f"{V}.self_attention.linear_proj.weight",
-            f"{hf}.proj.weight",
-            rows=w,
-            cols=w,
-            shard=head_columns("vit.heads"),
+            f"{mm}.weight",
+            f"{hf}.qkv.weight",
+            rows="vit.qkv",
+            cols="vit.width",
+            fuse=fuse,
+            shard=shard,
         ),
-        row(f"{V}.self_attention.linear_proj.bias", f"{hf}.proj.bias", rows=w),
+        row(f"{mm}.bias", f"{hf}.qkv.bias", rows="vit.qkv", fuse=fuse, shard=shard),
+    )
+
+
+def attention_output(mm: str, hf: str, width: str, unit: str) -> tuple[Row, ...]:
+    """An encoder's output projection, with bias."""
+    return (
+        row(f"{mm}.weight", f"{hf}.weight", rows=width, cols=width, shard=head_columns(unit)),
+        row(f"{mm}.bias", f"{hf}.bias", rows=width),
+    )
+
+
+def plain_mlp(mm: str, hf: str, width: str, ffn: str) -> tuple[Row, ...]:
+    """fc1 and fc2, with biases."""
+    one, two = f"{mm}.linear_fc1", f"{mm}.linear_fc2"
+    return (
+        row(f"{one}.weight", f"{hf}.fc1.weight", rows=ffn, cols=width, shard=COLUMN),
+        row(f"{one}.bias", f"{hf}.fc1.bias", rows=ffn, shard=COLUMN),
+        row(f"{two}.weight", f"{hf}.fc2.weight", rows=width, cols=ffn, shard=ROW),
+        row(f"{two}.bias", f"{hf}.fc2.bias", rows=width),
+    )
+
+
+def qwen2_text(model: str, head: str, variant: Variant) -> Module:
+    """The Qwen2 text decoder under the HF prefix ``model``."""
+    return Module(
+        key="llm",
+        label="text_decoder",
+        before=(embedding(f"{model}.embed_tokens.weight"),),
+        layer=qwen2_text_layer(f"{model}.layers.{{}}", variant),
+        after=text_tail(f"{model}.norm.weight", head, variant),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mmconvert.errors import CheckpointError
 from mmconvert.names import NameTemplate, TemplateIndex
@@ -13,7 +13,10 @@ from mmconvert.sharding.spans import Concat, Interleave, Split
 Dims = dict[str, int]
 
 Fuse = Concat | Interleave
+
+ZEROS = ""  # in a row's HF names: as many zeros as the first source has, kept by no HF tensor
 CONCAT = Concat()
+OUTPUT_LAYER = "text_decoder.output_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Row:
 
     Attributes:
         mm: template of the MM name; the layer number is the local one in a checkpoint.
-        hf: templates of the HF names, in the order in which they are fused.
+        hf: templates of the HF names, in the order in which they are fused; ZEROS among them
+            is a part that only MM stores.
         rows: names of the dimensions that give each source's rows; () leaves them unchecked.
         cols: name of the dimension that gives the columns; "" leaves them unchecked.
         fuse: how the sources form the whole tensor.
@@ -82,11 +86,13 @@ class Variant:
         canonical: q/k/v and gate/up stay apart (``enable_canonical_hf_struct``).
         vit_qkv: ``interleaved`` per head, or ``concatenated`` as the reference 2.2.0 to 2.3.0
             wrote it.
+        traits: what else of config.json changes the table; each family has its own words.
     """
 
     tied: bool = False
     canonical: bool = False
     vit_qkv: str = "interleaved"
+    traits: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,22 @@ class Left:
 
     template: NameTemplate
     why: str
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Tensors of an HF checkpoint that are not converted: they stay in ``hf_dir``, and return
+    from it.
+    """
+
+    prefix: str
+    why: str
+
+
+def no_traits(config: Mapping[str, object]) -> frozenset[str]:
+    """For families with one table."""
+    del config
+    return frozenset()
 
 
 @dataclass(frozen=True)
@@ -109,6 +131,13 @@ class Family:
         modules: the table, towers first (their order is the order of the pipeline).
         spellings: (prefix, prefix on the hub): other spellings of HF names.
         dropped: tensors that are left out knowingly, in hub spelling.
+        carried: tensors that stay in ``hf_dir``, in hub spelling.
+        text_config: the part of config.json that describes the text decoder.
+        traits: of config.json.
+        variants: what an MM checkpoint's names can tell apart.
+        canonical: whether ``enable_canonical_hf_struct`` is possible.
+        plain_text: whether ``llm_hf_dir`` is possible: the text decoder's names are those of a
+            plain language model, and its part of config.json is ``text_config``.
     """
 
     name: str
@@ -116,12 +145,15 @@ class Family:
     model_types: frozenset[str]
     dims: Callable[[Mapping[str, object]], Dims]
     modules: Callable[[Variant], tuple[Module, ...]]
+    text_config: Callable[[Mapping[str, object]], Mapping[str, object]]
     module_keys: tuple[str, ...] = ("vit", "llm")
     spellings: tuple[tuple[str, str], ...] = ()
     dropped: tuple[Left, ...] = ()
-    variants: tuple[Variant, ...] = field(
-        default=(Variant(), Variant(canonical=True))
-    )  # what an MM checkpoint's names can tell apart
+    carried: tuple[Carried, ...] = ()
+    traits: Callable[[Mapping[str, object]], frozenset[str]] = no_traits
+    variants: tuple[Variant, ...] = (Variant(), Variant(canonical=True))
+    canonical: bool = True
+    plain_text: bool = True
 
     def hub_name(self, name: str) -> str:
         """The hub's spelling of an HF tensor name."""
@@ -129,6 +161,10 @@ class Family:
             if name.startswith(prefix):
                 return hub + name[len(prefix) :]
         return name
+
+    def why_carried(self, hub_name: str) -> str | None:
+        """Why a tensor stays in ``hf_dir``, or None if it is converted."""
+        return next((c.why for c in self.carried if hub_name.startswith(c.prefix)), None)
 
     def why_dropped(self, hub_name: str) -> str | None:
         """Why a tensor has no place in MM format, or None if it has."""
@@ -149,7 +185,8 @@ def hf_templates(modules: tuple[Module, ...]) -> TemplateIndex[Row]:
     for module in modules:
         for r in module.all_rows():
             for name in r.hf:
-                found.setdefault(name, r)
+                if name != ZEROS:
+                    found.setdefault(name, r)
     return TemplateIndex(found.items())
 
 

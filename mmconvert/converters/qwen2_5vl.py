@@ -6,13 +6,15 @@ from collections.abc import Mapping
 
 from mmconvert.converters.blocks import (
     V,
+    attention_output,
     gated_rows,
     norms,
+    qwen2_text,
     qwen_merger,
     qwen_patch_embed,
     text_dims,
-    vision_attention,
     vision_dims,
+    vision_qkv,
 )
 from mmconvert.converters.family import Dims, Family, Module, Variant, section
 from mmconvert.converters.qwen2vl import (
@@ -20,7 +22,6 @@ from mmconvert.converters.qwen2vl import (
     SPELLINGS,
     TEXT_DEFAULTS,
     B,
-    text,
     text_config,
 )
 
@@ -51,13 +52,14 @@ def modules(variant: Variant) -> tuple[Module, ...]:
         before=(qwen_patch_embed("visual"),),
         layer=(
             *norms(("weight",), w, (f"{V}.input_layernorm", f"{B}.norm1")),
-            *vision_attention(f"{B}.attn", variant),
+            *vision_qkv(f"{B}.attn", variant),
+            *attention_output(f"{V}.self_attention.linear_proj", f"{B}.attn.proj", w, "vit.heads"),
             *norms(("weight",), w, (f"{V}.pre_mlp_layernorm", f"{B}.norm2")),
             *gated_rows(f"{V}.mlp", f"{B}.mlp", w, "vit.ffn", variant, bias=True),
         ),
         after=qwen_merger("visual.merger", ("weight",)),
     )
-    return vision, text(variant)
+    return vision, qwen2_text("model", "lm_head.weight", variant)
 
 
 FAMILY = Family(
@@ -66,6 +68,7 @@ FAMILY = Family(
     model_types=frozenset({"qwen2_5_vl"}),
     dims=dims,
     modules=modules,
+    text_config=text_config,
     spellings=SPELLINGS,
     dropped=BUFFERS,
 )

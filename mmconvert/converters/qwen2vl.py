@@ -6,21 +6,19 @@ from collections.abc import Mapping
 
 from mmconvert.converters.blocks import (
     V,
-    embedding,
+    attention_output,
     norms,
-    qwen2_text_layer,
+    plain_mlp,
+    qwen2_text,
     qwen_merger,
     qwen_patch_embed,
     text_dims,
-    text_tail,
-    vision_attention,
     vision_dims,
+    vision_qkv,
 )
-from mmconvert.converters.family import Dims, Family, Left, Module, Variant, row, section
+from mmconvert.converters.family import Dims, Family, Left, Module, Variant, section
 from mmconvert.names import NameTemplate
-from mmconvert.sharding.spans import COLUMN, ROW
 
-H = "model.layers.{}"
 B = "visual.blocks.{}"
 BOTH = ("weight", "bias")
 
@@ -62,42 +60,23 @@ def dims(config: Mapping[str, object]) -> Dims:
     return vit | text_dims(text_config(config), "text model", TEXT_DEFAULTS)
 
 
-def text(variant: Variant) -> Module:
-    """Qwen2 text decoder under ``model.``."""
-    return Module(
-        key="llm",
-        label="text_decoder",
-        before=(embedding("model.embed_tokens.weight"),),
-        layer=qwen2_text_layer(H, variant),
-        after=text_tail("model.norm.weight", "lm_head.weight", variant),
-    )
-
-
 def modules(variant: Variant) -> tuple[Module, ...]:
     """The table."""
-    w, ffn = "vit.width", "vit.ffn"
+    w = "vit.width"
     vision = Module(
         key="vit",
         label="image_encoder",
         before=(qwen_patch_embed("visual"),),
         layer=(
             *norms(BOTH, w, (f"{V}.input_layernorm", f"{B}.norm1")),
-            *vision_attention(f"{B}.attn", variant),
+            *vision_qkv(f"{B}.attn", variant),
+            *attention_output(f"{V}.self_attention.linear_proj", f"{B}.attn.proj", w, "vit.heads"),
             *norms(BOTH, w, (f"{V}.pre_mlp_layernorm", f"{B}.norm2")),
-            row(
-                f"{V}.mlp.linear_fc1.weight",
-                f"{B}.mlp.fc1.weight",
-                rows=ffn,
-                cols=w,
-                shard=COLUMN,
-            ),
-            row(f"{V}.mlp.linear_fc1.bias", f"{B}.mlp.fc1.bias", rows=ffn, shard=COLUMN),
-            row(f"{V}.mlp.linear_fc2.weight", f"{B}.mlp.fc2.weight", rows=w, cols=ffn, shard=ROW),
-            row(f"{V}.mlp.linear_fc2.bias", f"{B}.mlp.fc2.bias", rows=w),
+            *plain_mlp(f"{V}.mlp", f"{B}.mlp", w, "vit.ffn"),
         ),
         after=qwen_merger("visual.merger", BOTH),
     )
-    return vision, text(variant)
+    return vision, qwen2_text("model", "lm_head.weight", variant)
 
 
 FAMILY = Family(
@@ -106,6 +85,7 @@ FAMILY = Family(
     model_types=frozenset({"qwen2_vl"}),
     dims=dims,
     modules=modules,
+    text_config=text_config,
     spellings=SPELLINGS,
     dropped=BUFFERS,
 )

@@ -108,6 +108,12 @@ class Split:
         part = length // self.parts
         if length % self.parts:
             raise LayoutError(f"{length} is not {self.parts} parts of equal size")
+        if self.uneven and self.unit and self.unit not in dims:
+            raise LayoutError(
+                f"the number of {self.unit_words} is not known, and shapes do not tell it",
+                "mmconvert.json beside the checkpoint, or the original model's config.json",
+                "give --cfg.hf_config.hf_dir, the folder of the original model",
+            )
         units = dims.get(self.unit, part)
         if part % units:
             raise LayoutError(f"{part} does not divide into {units} {self.unit_words}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mmconvert.converters.family import Dims, Module, Row
+from mmconvert.converters.family import ZEROS, Dims, Module, Row
 from mmconvert.errors import TensorError
 from mmconvert.names import summarise
 from mmconvert.plan import Block, Key, Side, Whole, matrix
@@ -26,7 +26,7 @@ def hf_side(modules: Sequence[Module], dims: Dims, tensors: Mapping[str, StoredT
     missing: list[str] = []
     layers = {m.key: dims[f"{m.key}.layers"] for m in modules}
     for item in instances(modules, layers):
-        names = [name.replace("{}", str(item.layer)) for name in item.row.hf]
+        names = [name.replace("{}", str(item.layer)) for name in item.row.hf if name != ZEROS]
         absent = [name for name in names if name not in tensors]
         if absent:
             missing += [] if item.row.tied_to else absent
@@ -56,31 +56,39 @@ def hf_side(modules: Sequence[Module], dims: Dims, tensors: Mapping[str, StoredT
 
 
 def _fused(item: Row, found: Sequence[StoredTensor], numbers: Sequence[int], dims: Dims) -> Whole:
+    first = found[0]
+    stored = iter(zip(numbers, found, strict=True))
+    parts = [None if name == ZEROS else next(stored) for name in item.hf]
     lengths: list[int] = []
-    for i, tensor in enumerate(found):
+    for i, part in enumerate(parts):
+        if part is None:  # as the reference does: zeros like the first source
+            lengths.append(matrix(first.shape)[0])
+            continue
+        tensor = part[1]
         rows, cols = matrix(tensor.shape)
         _check_size(tensor, "rows", rows, item.rows[i] if item.rows else "", dims)
         _check_size(tensor, "columns", cols, item.cols, dims)
         lengths.append(rows)
-        if tensor.shape[1:] != found[0].shape[1:] or tensor.dtype != found[0].dtype:
+        if tensor.shape[1:] != first.shape[1:] or tensor.dtype != first.dtype:
             raise TensorError(
-                f"{tensor.name} is {tensor.dtype} {list(tensor.shape)} and {found[0].name} "
-                f"{found[0].dtype} {list(found[0].shape)}",
+                f"{tensor.name} is {tensor.dtype} {list(tensor.shape)} and {first.name} "
+                f"{first.dtype} {list(first.shape)}",
                 f"one dtype and one width, as {item.mm} is made of both",
             )
     try:
         maps = item.fuse.maps(lengths, dims)
     except TensorError as error:
         raise TensorError(
-            f"{found[0].name}: {error.what}", "sizes as config.json gives them"
+            f"{first.name}: {error.what}", "sizes as config.json gives them"
         ) from None
-    blocks = [
-        Block(number, span.start, 0, span.whole, 0, span.length, matrix(tensor.shape)[1])
-        for number, tensor, spans in zip(numbers, found, maps, strict=True)
-        for span in spans
-    ]
-    shape = (sum(lengths), *found[0].shape[1:]) if found[0].shape else ()
-    return Whole(shape, found[0].dtype, [blocks])
+    whole = Whole((sum(lengths), *first.shape[1:]) if first.shape else (), first.dtype, [[]])
+    for part, spans in zip(parts, maps, strict=True):
+        if part is None:
+            whole.zeros += [(span.whole, span.length) for span in spans]
+            continue
+        number, cols = part[0], matrix(part[1].shape)[1]
+        whole.copies[0] += [Block(number, s.start, 0, s.whole, 0, s.length, cols) for s in spans]
+    return whole
 
 
 def _check_size(tensor: StoredTensor, what: str, size: int, dim: str, dims: Dims) -> None:
@@ -99,7 +107,7 @@ def hf_target(model: Side, wholes: Mapping[Key, Whole]) -> Side:
     side = Side()
     for key, whole in model.wholes.items():
         dtype = wholes[key].dtype if key in wholes else whole.dtype
-        side.wholes[key] = Whole(whole.shape, dtype, whole.copies)
+        side.wholes[key] = Whole(whole.shape, dtype, whole.copies, whole.zeros)
         for blocks in whole.copies:
             dtypes.update({block.tensor: dtype for block in blocks})
     side.targets = [Target(t.name, dtypes[i], t.shape) for i, t in enumerate(model.stored)]

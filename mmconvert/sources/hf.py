@@ -7,8 +7,15 @@ from pathlib import Path
 
 from mmconvert import converters
 from mmconvert.config import Options
-from mmconvert.converters.family import Family, Module, Variant, flag, hf_templates
-from mmconvert.errors import CheckpointError, TensorError
+from mmconvert.converters.family import (
+    OUTPUT_LAYER,
+    Family,
+    Module,
+    Variant,
+    flag,
+    hf_templates,
+)
+from mmconvert.errors import CheckpointError, RequestError, TensorError
 from mmconvert.formats.hf import HFCheckpoint, open_hf, read_config
 from mmconvert.names import summarise
 from mmconvert.sources.model import ENCODERS, Model, dropped_by
@@ -32,8 +39,8 @@ def config_model(family: Family, folder: Path) -> Model:
     """Sizes from a folder's config.json alone, without any weights."""
     config = read_config(folder)
     check_family(family, config, folder)
-    said = _said_tied(config)
-    variant = Variant(tied=bool(said))
+    said = _said_tied(family, config)
+    variant = Variant(tied=bool(said), traits=family.traits(config))
     dims = family.dims(config)
     return Model(family, variant, family.modules(variant), dims, tied_known=said is not None)
 
@@ -55,13 +62,22 @@ def hf_model(
     checkpoint = open_hf(folder)
     config = checkpoint.config
     check_family(family, config, folder)
-    table = family.modules(Variant())
+    _check_choices(family, canonical, llm_dir)
+    traits = family.traits(config)
+    table = family.modules(Variant(traits=traits))
     tensors = _by_hub_name(family, checkpoint)
     notes: list[str] = []
     if llm_dir is not None:
         config, tensors = _with_text_of(llm_dir, family, table, config, tensors, notes)
+    carried = {name: t for name, t in tensors.items() if family.why_carried(name)}
+    tensors = {name: t for name, t in tensors.items() if name not in carried}
     tensors = _claimed(family, table, tensors, options, notes)
-    variant = Variant(tied=_tied(config, tensors), canonical=canonical, vit_qkv=options.vit_qkv)
+    variant = Variant(
+        tied=_tied(family, table, config, tensors),
+        canonical=canonical,
+        vit_qkv=options.vit_qkv,
+        traits=traits,
+    )
     modules = family.modules(variant)
     if vit_only:
         modules = tuple(m for m in modules if m.key in ENCODERS)
@@ -69,7 +85,29 @@ def hf_model(
         left = [name for name in tensors if not kept.find(name)]
         tensors = {name: t for name, t in tensors.items() if kept.find(name)}
         notes.append(f"{len(left)} tensors outside the encoders left out (save_vit_only)")
-    return Model(family, variant, modules, family.dims(config), checkpoint, tensors, tuple(notes))
+    return Model(
+        family,
+        variant,
+        modules,
+        family.dims(config),
+        checkpoint,
+        tensors,
+        tuple(notes),
+        tuple(carried.values()),
+    )
+
+
+def _check_choices(family: Family, canonical: bool, llm_dir: Path | None) -> None:
+    if canonical and not family.canonical:
+        raise RequestError(
+            f"enable_canonical_hf_struct is not possible for {family.name}",
+            "the flag False: there is no canonical structure for this family",
+        )
+    if llm_dir is not None and not family.plain_text:
+        raise RequestError(
+            f"llm_hf_dir is not possible for {family.name}",
+            "no --cfg.common_model_config.llm_hf_dir: its text decoder comes from hf_dir",
+        )
 
 
 def _by_hub_name(family: Family, checkpoint: HFCheckpoint) -> dict[str, StoredTensor]:
@@ -119,18 +157,28 @@ def _claimed(
     return kept
 
 
-def _said_tied(config: Mapping[str, object]) -> bool | None:
+def _said_tied(family: Family, config: Mapping[str, object]) -> bool | None:
     """What config.json says of tied embeddings; None if nothing, or two different things."""
-    nested = config.get("text_config")
-    parts = (config, nested) if isinstance(nested, dict) else (config,)
-    said = {value for part in parts if (value := flag((part,), "tie_word_embeddings")) is not None}
+    said = {
+        value
+        for part in (config, family.text_config(config))
+        if (value := flag((part,), "tie_word_embeddings")) is not None
+    }
     return said.pop() if len(said) == 1 else None
 
 
-def _tied(config: Mapping[str, object], tensors: Mapping[str, StoredTensor]) -> bool:
+def _tied(
+    family: Family,
+    table: tuple[Module, ...],
+    config: Mapping[str, object],
+    tensors: Mapping[str, StoredTensor],
+) -> bool:
     """Whether the output layer is the embedding: as config.json says, else as the tensors say."""
-    said = _said_tied(config)
-    return "lm_head.weight" not in tensors if said is None else said
+    said = _said_tied(family, config)
+    if said is not None:
+        return said
+    heads = [r.hf[0] for m in table for r in m.all_rows() if r.mm == OUTPUT_LAYER]
+    return not any(head in tensors for head in heads)
 
 
 def _with_text_of(

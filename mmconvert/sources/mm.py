@@ -44,7 +44,7 @@ def mm_model(
     dims = dict(model.dims) if model else _manifest_dims(family, checkpoint, notes)
     parts = _without(checkpoint, options, notes)
     names = {name for tensors in parts.values() for name in tensors}
-    variant = _variant_of(family, names, checkpoint)
+    variant = _variant_of(family, names, checkpoint, model)
     if model is not None and model.tied_known:
         tied = model.variant.tied
     else:
@@ -103,15 +103,23 @@ def _without(
     return kept
 
 
-def _variant_of(family: Family, names: set[str], checkpoint: MMCheckpoint) -> Variant:
-    """The variant whose table knows most of the names."""
+def _variant_of(
+    family: Family, names: set[str], checkpoint: MMCheckpoint, model: Model | None
+) -> Variant:
+    """The variant whose table knows most of the names, and of these the smallest."""
+    candidates = family.variants
+    if model is not None:
+        choices = {v.canonical for v in candidates}
+        candidates = tuple(Variant(canonical=c, traits=model.variant.traits) for c in choices)
 
-    def known(variant: Variant) -> int:
-        index = mm_index(family.modules(variant))
-        return sum(index.find(name) is not None for name in names)
+    def fit(variant: Variant) -> tuple[int, int]:
+        modules = family.modules(variant)
+        index = mm_index(modules)
+        known = sum(index.find(name) is not None for name in names)
+        return known, -sum(len(m.all_rows()) for m in modules)
 
-    best = max(family.variants, key=known)
-    if not known(best):
+    best = max(candidates, key=fit)
+    if not fit(best)[0]:
         raise CheckpointError(
             f"{checkpoint.folder}: no tensor is one of {family.name}; the first is "
             f"{min(names, default='none at all')}",

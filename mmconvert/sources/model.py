@@ -27,6 +27,7 @@ class Model:
         hf: the HF checkpoint, if it is one.
         hf_tensors: its tensors that have a row, by name in hub spelling.
         notes: what was left out, in words.
+        carried: tensors of ``hf`` that are not converted and return from it.
         tied_known: whether config.json or the tensors tell if the output layer is tied.
     """
 
@@ -37,6 +38,7 @@ class Model:
     hf: HFCheckpoint | None = None
     hf_tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    carried: tuple[StoredTensor, ...] = ()
     tied_known: bool = True
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from commands import hf_to_mm, install, layout
 from hfgen import make_hf
 

@@ -32,46 +32,54 @@ ALLOWED: dict[str, set[str]] = {
     "sharding.stages": set(),
     "sharding.spans": set(),
     "sharding.layout": {"sharding.stages"},
+    "stored": {"sharding.layout"},
     # files
-    "formats.*": {"formats.*"},
-    "formats.megatron": {"formats.*", "plan", "sharding.layout"},
+    "formats.*": {"formats.*", "stored"},
+    "formats.megatron": {"formats.*", "stored", "sharding.layout"},
     # tables
     "converters.*": {"names", "sharding.*", "converters.*"},
-    # the plan
-    "plan": {"formats.stored", "sharding.*", "names", "converters.family"},
-    "sides": {"plan", "formats.stored", "sharding.*", "names", "converters.family"},
+    # the plan, and its sides made from a table
+    "plan": {"stored", "sharding.*", "names", "converters.family"},
+    "sides.*": {"plan", "stored", "sharding.*", "names", "converters.family", "sides.*"},
     # what a request is
     "config": {"sharding.*"},
     "arguments": {"config", "sharding.*"},
     # moving and comparing bytes
-    "blockio": {"formats.stored", "plan"},
-    "execute": {"blockio", "formats.stored", "plan"},
-    "compare": {"blockio", "execute", "formats.stored", "plan"},
+    "blockio": {"stored", "plan"},
+    "execute": {"blockio", "stored", "plan"},
+    "compare": {"blockio", "execute", "stored", "plan"},
     "output": set(),
     # opening checkpoints
     "manifest": {"converters.family", "formats.*"},
-    "detect": {"converters.family", "formats.*", "names", "plan", "sharding.*"},
-    "sources": {
-        *("converters.*", "formats.*", "sharding.*"),
-        *("compare", "config", "detect", "manifest", "names", "sides"),
+    "detect": {"converters.family", "formats.*", "stored", "names", "plan", "sharding.*"},
+    "sources.*": {
+        *("converters.*", "formats.*", "sharding.*", "sides.*", "sources.*"),
+        *("compare", "config", "detect", "manifest", "names", "stored"),
     },
     # the story
     "convert": {
-        *("converters.*", "formats.*", "sharding.*"),
-        *("compare", "config", "events", "execute", "manifest", "output", "plan", "sides"),
-        "sources",
+        *("converters.*", "formats.*", "sharding.*", "sides.*", "sources.*"),
+        *("compare", "config", "events", "execute", "manifest", "output", "plan", "stored"),
+    },
+    "verify": {
+        *("converters.*", "formats.*", "sharding.*", "sides.*", "sources.*"),
+        *("compare", "config", "events", "execute", "plan", "stored"),
     },
     # the shell
+    "picture": {"sharding.*"},
     "progress": {"events"},
-    "cli": {"arguments", "config", "convert", "converters.*", "events", "progress"},
+    "cli": {
+        *("arguments", "compare", "config", "convert", "converters.*", "events", "picture"),
+        *("progress", "verify"),
+    },
     "__main__": {"cli"},
-    "__init__": {"config", "convert", "converters.*"},
+    "__init__": {"config", "convert", "converters.*", "verify"},
 }
 
 # Libraries beside the standard library: who may import them at all.
 LIBRARIES: dict[str, set[str]] = {
     "numpy": {"blockio", "execute", "compare"},
-    "rich": {"progress", "arguments", "cli"},
+    "rich": {"progress", "picture", "arguments", "cli"},
     "tyro": {"arguments"},
     "yaml": {"arguments"},
 }

@@ -5,15 +5,15 @@ It needs a line in MODELS, the catalogue entries of hfgen.py that it converts.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from hfgen import MODELS as CATALOGUE
 from hfgen import NEW_NAMES, make_hf, renamed
 from mmconvert import converters
 from mmconvert.config import (
@@ -25,7 +25,7 @@ from mmconvert.config import (
     ParallelConfig,
 )
 from mmconvert.convert import hf_to_mm, mm_to_hf
-from mmconvert.converters.family import Family, Module, Row, Variant, hf_templates
+from mmconvert.converters.family import ZEROS, Family, Module, Row, Variant, hf_templates
 from mmconvert.errors import RequestError
 from mmconvert.names import NO_LAYER
 from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG
@@ -38,23 +38,45 @@ MODELS: dict[str, tuple[str, ...]] = {
     "Qwen2_5_OmniConverter": ("qwen2.5omni-7b",),
     "InternVLConverter": ("internvl2-1b", "internvl2-2b", "internvl2-76b"),
 }
+LEFT = "left out or carried"
 FAMILIES = converters.registry()
-VARIANTS = [
-    Variant(*choice)
-    for choice in itertools.product([False, True], [False, True], ["interleaved", "concatenated"])
+
+
+class Table(NamedTuple):
+    """A family's table in one variant, for one of its models."""
+
+    name: str
+    model: str
+    tied: bool
+    canonical: bool
+    vit_qkv: str
+
+    @property
+    def variant(self) -> Variant:
+        traits = FAMILIES[self.name].traits(config_of(self.model))
+        return Variant(self.tied, self.canonical, self.vit_qkv, traits)
+
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        return FAMILIES[self.name].modules(self.variant)
+
+    @property
+    def id(self) -> str:
+        words = ["tied" if self.tied else "untied", "canonical" if self.canonical else "fused"]
+        return " ".join([self.model, *words, self.vit_qkv])
+
+
+SAMPLES = [(name, model) for name in FAMILIES for model in MODELS.get(name, ())]
+TABLES = [
+    Table(name, model, tied, canonical, vit_qkv)
+    for name, model in SAMPLES
+    for tied in (False, True)
+    for canonical in ((False, True) if FAMILIES[name].canonical else (False,))
+    for vit_qkv in ("interleaved", "concatenated")
 ]
-
-
-def variant_id(variant: Variant) -> str:
-    words = ["tied" if variant.tied else "untied", "canonical" if variant.canonical else "fused"]
-    return " ".join([*words, variant.vit_qkv])
-
-
 each_family = pytest.mark.parametrize("name", FAMILIES)
-each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
-each_model = pytest.mark.parametrize(
-    ("name", "model"), [(name, model) for name in FAMILIES for model in MODELS.get(name, ())]
-)
+each_table = pytest.mark.parametrize("table", TABLES, ids=lambda table: table.id)
+each_model = pytest.mark.parametrize(("name", "model"), SAMPLES)
 
 
 def all_rows(modules: tuple[Module, ...]) -> list[tuple[Module, Row]]:
@@ -69,8 +91,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {model: make_hf(model, folder / model) for model in sorted(models)}
 
 
-def config_of(folder: Path) -> dict[str, object]:
-    return json.loads((folder / "config.json").read_text())
+def config_of(model: str) -> dict[str, Any]:
+    """The config.json that hfgen writes for a model."""
+    entry = CATALOGUE[model]
+    return entry.config(entry.sizes)
+
+
+def sources_of(row: Row) -> list[str]:
+    """The HF names of a row, without parts that only MM stores."""
+    return [name for name in row.hf if name != ZEROS]
 
 
 def tensor_names(folder: Path) -> list[str]:
@@ -111,43 +140,40 @@ def test_an_unknown_converter_is_refused_by_name() -> None:
 
 
 # ---------------------------------------------------------------------------------- tables
-@each_family
-@each_variant
-def test_names_are_unique(name: str, variant: Variant) -> None:
+@each_table
+def test_names_are_unique(table: Table) -> None:
     """One row for an MM name, and one for an HF name, but for a tied output layer."""
-    rows = [row for _, row in all_rows(FAMILIES[name].modules(variant))]
+    rows = [row for _, row in all_rows(table.modules)]
     mm = Counter(row.mm for row in rows)
     assert [name for name, count in mm.items() if count > 1] == []
-    hf = Counter(name for row in rows if not row.tied_to for name in row.hf)
+    hf = Counter(name for row in rows if not row.tied_to for name in sources_of(row))
     assert [name for name, count in hf.items() if count > 1] == []
     tied = [row for row in rows if row.tied_to]
-    assert bool(tied) == variant.tied
+    assert bool(tied) == table.tied
     for row in tied:
         (origin,) = [other for other in rows if other.mm == row.tied_to]
         assert (row.shard, row.rows, row.cols) == (origin.shard, origin.rows, origin.cols)
         assert not origin.tied_to
 
 
-@each_family
-@each_variant
-def test_templates_have_a_hole_exactly_in_layers(name: str, variant: Variant) -> None:
+@each_table
+def test_templates_have_a_hole_exactly_in_layers(table: Table) -> None:
     """At most one {}; rows of layers have it on both sides, others on neither."""
-    for module in FAMILIES[name].modules(variant):
+    for module in table.modules:
         for row in module.layer:
-            assert [text.count("{}") for text in (row.mm, *row.hf)] == [1] * (1 + len(row.hf))
+            assert {text.count("{}") for text in (row.mm, *sources_of(row))} == {1}, row.mm
         for row in (*module.before, *module.after):
             assert not any("{" in text or "}" in text for text in (row.mm, *row.hf))
         for row in module.all_rows():
-            assert row.hf
+            assert sources_of(row), row.mm
             assert not any(re.search(r"[^\w.{}]|\.\.", text) for text in (row.mm, *row.hf))
             assert not any(text.startswith(".") or text.endswith(".") for text in row.hf)
 
 
-@each_family
-@each_variant
-def test_rows_are_whole(name: str, variant: Variant) -> None:
+@each_table
+def test_rows_are_whole(table: Table) -> None:
     """Sizes for each source or for none; one source where its thirds are rearranged."""
-    for _, row in all_rows(FAMILIES[name].modules(variant)):
+    for _, row in all_rows(table.modules):
         assert len(row.rows) in (0, len(row.hf)), row.mm
         if isinstance(row.fuse, Interleave) and row.fuse.thirds:
             assert len(row.hf) == 1, row.mm
@@ -156,12 +182,10 @@ def test_rows_are_whole(name: str, variant: Variant) -> None:
             assert row.shard is None or row.shard.axis == 0, row.mm
 
 
-@each_family
-@each_variant
-def test_modules_are_in_the_order_of_the_pipeline(name: str, variant: Variant) -> None:
+@each_table
+def test_modules_are_in_the_order_of_the_pipeline(table: Table) -> None:
     """Towers first, the text decoder last, each with its own names and known flags."""
-    family = FAMILIES[name]
-    modules = family.modules(variant)
+    family, modules = FAMILIES[table.name], table.modules
     keys = tuple(m.key for m in modules)
     assert keys == family.module_keys
     assert keys[-1] == "llm"
@@ -175,24 +199,25 @@ def test_modules_are_in_the_order_of_the_pipeline(name: str, variant: Variant) -
 def test_variants_can_be_told_apart_by_their_names(name: str) -> None:
     """What an MM checkpoint's names are to decide must differ in its names."""
     family = FAMILIES[name]
-    tables = [{row.mm for _, row in all_rows(family.modules(v))} for v in family.variants]
-    for a, b in itertools.combinations(tables, 2):
-        assert a - b
-        assert b - a
-    hf = {frozenset(n for _, r in all_rows(family.modules(v)) for n in r.hf) for v in VARIANTS}
-    assert len(hf) == 1, "all variants are of the same HF tensors"
+    assert family.variants
+    tables = [frozenset(r.mm for _, r in all_rows(family.modules(v))) for v in family.variants]
+    assert len(set(tables)) == len(tables)
+
+
+@each_model
+def test_variants_of_a_model_are_of_the_same_hf_tensors(name: str, model: str) -> None:
+    mine = [table.modules for table in TABLES if table.model == model]
+    hf = {frozenset(n for _, r in all_rows(m) for n in sources_of(r)) for m in mine}
+    assert len(hf) == 1
+    names = {frozenset(r.mm for _, r in all_rows(m)) for m in mine}
+    assert len(names) == (2 if FAMILIES[name].canonical else 1)
 
 
 # ------------------------------------------------------------------------- a sample of each
-@each_model
-@each_variant
-def test_every_size_that_a_table_names_is_known(
-    name: str, model: str, variant: Variant, sources: dict[str, Path]
-) -> None:
-    family = FAMILIES[name]
-    dims = family.dims(config_of(sources[model]))
+@each_table
+def test_every_size_that_a_table_names_is_known(table: Table) -> None:
+    dims, modules = FAMILIES[table.name].dims(config_of(table.model)), table.modules
     assert all(type(size) is int and size > 0 for size in dims.values())
-    modules = family.modules(variant)
     assert all(f"{module.key}.layers" in dims for module in modules)
     for _, row in all_rows(modules):
         wanted = {*row.rows, *([row.cols] if row.cols else [])}
@@ -207,7 +232,7 @@ def claims(family: Family, modules: tuple[Module, ...], name: str) -> list[tuple
     """Every row (and layer) that claims an HF name, looked for one by one."""
     found: list[tuple[str, int]] = []
     for _, row in all_rows(modules):
-        for template in row.hf:
+        for template in sources_of(row):
             head, hole, tail = template.partition("{}")
             if name == template and not hole:
                 found.append((row.mm, NO_LAYER))
@@ -216,7 +241,9 @@ def claims(family: Family, modules: tuple[Module, ...], name: str) -> list[tuple
                 if re.fullmatch("0|[1-9][0-9]*", number):
                     found.append((row.mm, int(number)))
     if family.why_dropped(name):
-        found.append(("dropped", NO_LAYER))
+        found.append((LEFT, NO_LAYER))
+    if family.why_carried(name):
+        found.append((LEFT, NO_LAYER))
     return found
 
 
@@ -225,27 +252,27 @@ def claims(family: Family, modules: tuple[Module, ...], name: str) -> list[tuple
 def test_every_tensor_is_claimed_once(
     name: str, model: str, new_names: bool, sources: dict[str, Path]
 ) -> None:
-    """By one row or a reason to leave it out; and every row that is not tied claims some."""
+    """By one row or a reason to leave or carry it; and every row that is not tied claims some."""
     family = FAMILIES[name]
-    config = config_of(sources[model])
+    config = config_of(model)
     rename = NEW_NAMES if family.spellings and new_names else ()
     names = [family.hub_name(renamed(n, rename)) for n in tensor_names(sources[model])]
     assert len(names) > 100
     tied = not any(n.endswith(("lm_head.weight", ".output.weight")) for n in names)
-    modules = family.modules(Variant(tied=tied))
+    modules = family.modules(Variant(tied=tied, traits=family.traits(config)))
     found = {n: claims(family, modules, n) for n in names}
     assert {n: rows for n, rows in found.items() if len(rows) != 1} == {}
     for tensor, rows in found.items():
         by_index = hf_templates(modules).find(tensor)
         row, layer = rows[0]
-        assert (by_index is None) == (row == "dropped")
+        assert (by_index is None) == (row == LEFT)
         assert by_index is None or (by_index[0].mm, by_index[1]) == (row, layer)
     dims = family.dims(config)
     counted = Counter(rows[0] for rows in found.values())
     for module, row in all_rows(modules):
         layers = range(dims[f"{module.key}.layers"]) if "{}" in row.mm else [NO_LAYER]
         for layer in layers:
-            want = 0 if row.tied_to else len(row.hf)
+            want = 0 if row.tied_to else len(sources_of(row))
             assert counted[row.mm, layer] == want, (row.mm, layer)
 
 
@@ -261,7 +288,9 @@ def test_there_and_back(
 ) -> None:
     """HF -> MM -> HF at TP 2 PP 2: two tensor-parallel ranks with all names, the same weights."""
     family, hf = FAMILIES[name], sources[model]
-    dims = family.dims(config_of(hf))
+    dims = family.dims(config_of(model))
+    if canonical and not family.canonical:
+        pytest.skip(f"{family.name} has no canonical structure")
     flags: dict[str, Any] = {
         GRID_FLAG[key]: (tuple(split_in_two(dims[f"{key}.layers"], key != "llm")),)
         for key in family.module_keys
