@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mmconvert.errors import MMConvertError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # costs start-up time that --help should not pay
     from mmconvert.arguments import Command
     from mmconvert.convert import Result
 
+AUTO = "AutoConverter"  # the family is told by the checkpoint
 DIFFERENT, INTERRUPTED = 1, 130
 SHOWN = 5  # differences that verify prints
 
@@ -82,7 +84,7 @@ def _dispatch(words: list[str]) -> int:
     if words[:1] == ["--version"]:
         print(f"mm-convert {VERSION}")
         return 0
-    names = converter_names()
+    names = [AUTO, *converter_names()]
     if not words or words[0] in ("-h", "--help"):
         print(_top_help(names))
         return 0 if words else 2
@@ -111,7 +113,8 @@ def _unknown(kind: str, word: str, known: list[str], help_command: str) -> int:
 
 def _top_help(names: list[str]) -> str:
     verbs = "\n".join(f"  {verb:<10} {text}" for verb, (_, text, _) in VERBS.items())
-    converters = "\n".join(f"  {name}" for name in names)
+    about = {AUTO: "   the family that config.json or the MM checkpoint tells"}
+    converters = "\n".join(f"  {name}{about.get(name, '')}" for name in names)
     return f"""usage: mm-convert CONVERTER VERB [flags]
        mm-convert verify A B
 
@@ -184,14 +187,28 @@ def _verify(words: list[str]) -> int:
 def _run(converter: str, verb: str, command: Command) -> Result:
     from mmconvert import convert, converters
     from mmconvert.progress import screen_events
+    from mmconvert.recognise import family_of
 
     direction = {
         "hf_to_mm": convert.hf_to_mm,
         "mm_to_hf": convert.mm_to_hf,
         "resplit": convert.reshard,
     }[verb]
+    auto = converter == AUTO
+    family = family_of(*_inputs(command.cfg)) if auto else converters.load(converter)
     with screen_events(quiet=command.screen.quiet) as events:
-        return direction(converters.load(converter), command.cfg, command.options, events)
+        return direction(family, command.cfg, command.options, events)
+
+
+def _inputs(cfg: object) -> list[Path]:
+    """The input folders of a request, that of the original model first."""
+    from mmconvert.config import HFToMM, MMToHF, Resplit
+
+    if isinstance(cfg, Resplit):
+        return [path for path in (cfg.hf_config.hf_dir, cfg.source_dir) if path is not None]
+    if isinstance(cfg, (HFToMM, MMToHF)):
+        return [cfg.hf_config.hf_dir]
+    raise TypeError(f"no conversion request: {cfg!r}")
 
 
 def _summary(verb: str, result: Result) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmconvert import compare, converters
+from mmconvert import compare
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import Family
-from mmconvert.errors import CheckpointError, MMConvertError
 from mmconvert.events import Events
 from mmconvert.execute import default_workers
-from mmconvert.formats.hf import read_config
 from mmconvert.plan import Side, build_comparison
+from mmconvert.recognise import family_of, is_hf
 from mmconvert.sides.hf import hf_side
 from mmconvert.sides.mm_source import mm_source
 from mmconvert.sides.reorder import reorder
@@ -34,40 +33,6 @@ class Verdict:
     tensors: int
     nbytes: int
     differences: list[compare.Difference]
-
-
-def is_hf(folder: Path) -> bool:
-    """Whether a folder is an HF checkpoint (else it is taken for an MM checkpoint)."""
-    return (folder / "config.json").is_file()
-
-
-def family_of(*folders: Path) -> Family:
-    """The family that the first HF folder among these names, else the one that an MM folder's
-    tensors are of.
-
-    Raises:
-        CheckpointError: no family here serves them.
-    """
-    families = converters.registry()
-    for folder in folders:
-        if is_hf(folder):
-            kind = read_config(folder).get("model_type")
-            for family in families.values():
-                if kind in family.model_types:
-                    return family
-            raise CheckpointError(
-                f"{folder / 'config.json'} is of model_type {kind!r}",
-                "one of " + ", ".join(sorted(t for f in families.values() for t in f.model_types)),
-            )
-    for family in families.values():
-        try:
-            mm_model(family, folders[0], ParallelConfig(), None, Options(), prefix="")
-        except MMConvertError:
-            continue
-        return family
-    raise CheckpointError(
-        f"{folders[0]}: no family here knows these tensors", "a checkpoint of a known family"
-    )
 
 
 def verify(

@@ -56,21 +56,22 @@ ALLOWED: dict[str, set[str]] = {
         *("converters.*", "formats.*", "sharding.*", "sides.*", "sources.*"),
         *("compare", "config", "detect", "manifest", "names", "stored"),
     },
+    "recognise": {"converters.*", "formats.*", "manifest"},
     # the story
     "convert": {
-        *("converters.*", "formats.*", "sharding.*", "sides.*", "sources.*"),
-        *("compare", "config", "events", "execute", "manifest", "output", "plan", "stored"),
+        *("converters.*", "formats.*", "sharding.*", "sides.*", "sources.*", "compare", "config"),
+        *("events", "execute", "manifest", "names", "output", "plan", "stored"),
     },
     "verify": {
         *("converters.*", "formats.*", "sharding.*", "sides.*", "sources.*"),
-        *("compare", "config", "events", "execute", "plan", "stored"),
+        *("compare", "config", "events", "execute", "plan", "recognise", "stored"),
     },
     # the shell
     "picture": {"sharding.*"},
     "progress": {"events"},
     "cli": {
         *("arguments", "compare", "config", "convert", "converters.*", "events", "picture"),
-        *("progress", "verify"),
+        *("progress", "recognise", "verify"),
     },
     "__main__": {"cli"},
     "__init__": {"config", "convert", "converters.*", "verify"},

@@ -1,0 +1,61 @@
+"""Which family a checkpoint is of: from config.json, mmconvert.json, or its tensors' names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmconvert import converters, manifest
+from mmconvert.converters.family import Family, mm_index
+from mmconvert.errors import CheckpointError
+from mmconvert.formats.hf import read_config
+from mmconvert.formats.megatron import open_mm
+
+
+def is_hf(folder: Path) -> bool:
+    """Whether a folder is an HF checkpoint (else it is taken for an MM checkpoint)."""
+    return (folder / "config.json").is_file()
+
+
+def family_of(*folders: Path) -> Family:
+    """The family of checkpoints that belong together: an HF folder among them tells it, else
+    the first MM folder's tensors.
+
+    Raises:
+        CheckpointError: no family here serves them.
+    """
+    families = converters.registry()
+    for folder in folders:
+        if is_hf(folder):
+            kind = read_config(folder).get("model_type")
+            for family in families.values():
+                if kind in family.model_types:
+                    return family
+            raise CheckpointError(
+                f"{folder / 'config.json'} is of model_type {kind!r}",
+                "one of " + ", ".join(sorted(t for f in families.values() for t in f.model_types)),
+            )
+    content, _ = manifest.read(folders[0])
+    if content is not None and content.get("converter") in families:
+        return families[str(content["converter"])]
+    return _by_names(folders[0], families)
+
+
+def _by_names(folder: Path, families: dict[str, Family]) -> Family:
+    """The family one of whose tables knows all names, or most of them, with no row to spare."""
+    checkpoint = open_mm(folder)
+    names = {name for part in checkpoint.parts.values() for name in part}
+    best: tuple[int, int, str] = (0, 0, "")
+    for converter, family in families.items():
+        for variant in family.variants:
+            modules = family.modules(variant)
+            index = mm_index(modules)
+            found = [index.find(name) for name in names]
+            rows = {hit[0][1].mm for hit in found if hit}
+            unused = sum(len(m.all_rows()) for m in modules) - len(rows)
+            best = max(best, (sum(hit is not None for hit in found), -unused, converter))
+    if not best[2]:
+        raise CheckpointError(
+            f"{folder}: no family here knows these tensors, such as {min(names, default='none')}",
+            "a checkpoint of " + ", ".join(sorted(f.name for f in families.values())),
+        )
+    return families[best[2]]
