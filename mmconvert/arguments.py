@@ -104,7 +104,7 @@ def read(config: type, words: Sequence[str], prog: str, description: str) -> Com
         "Form",
         [
             ("cfg", Annotated[config, tyro.conf.FlagConversionOff]),
-            ("options", Annotated[Options, flat, flags, tyro.conf.UseAppendAction]),
+            ("conversion", Annotated[Options, flat, flags, tyro.conf.UseAppendAction]),
             ("screen", Annotated[Screen, flat, flags]),
         ],
     )
@@ -116,7 +116,7 @@ def read(config: type, words: Sequence[str], prog: str, description: str) -> Com
         use_underscores=True,
         registry=REGISTRY,
     )
-    return Command(found.cfg, found.options, found.screen)
+    return Command(found.cfg, found.conversion, found.screen)
 
 
 def flag_paths(config: type, prefix: str = "--cfg") -> dict[str, type]:

@@ -21,7 +21,7 @@ from mmconvert.formats import hf, megatron
 from mmconvert.formats.safetensors import Entry
 from mmconvert.names import summarise
 from mmconvert.output import Output, check_apart
-from mmconvert.plan import Plan, build, carry
+from mmconvert.plan import Plan, Side, build, carry
 from mmconvert.sharding.layout import Layout
 from mmconvert.sides.hf import hf_side, hf_target
 from mmconvert.sides.mm_source import mm_source
@@ -113,6 +113,7 @@ def mm_to_hf(
     headers = hf_side(source.modules, source.dims, model.hf_tensors)
     dst = hf_target(headers, src.wholes)
     notes = [*model.notes, *source.notes, *_carried_note(model, "copied from hf_dir")]
+    notes += _dtype_notes(headers, dst)
     plan = run.prove(carry(build(src, dst, notes), model.carried))
     inputs = [cfg.hf_config.hf_dir, cfg.mm_dir]
     return run.write_hf(plan, model, layout, cfg.save_hf_dir, inputs)
@@ -198,12 +199,12 @@ class _Run:
         self, plan: Plan, source: Model, layout: Layout, target: Path, inputs: Sequence[Path]
     ) -> Result:
         """Writes an MM checkpoint."""
-        with Output(target, inputs, overwrite=self.options.overwrite) as output:
-            output.check_room(plan.nbytes + SIDE_ROOM)
-            if not self.options.dry_run:
+        output = self._output(plan, target, inputs)
+        if not self.options.dry_run:
+            with output:
                 places = megatron.create_mm(output.folder, layout, plan.targets)
                 self._move(plan, places)
-                manifest.write(output.folder, _manifest(source, layout))
+                manifest.write(output.folder, _manifest(source, layout, plan))
                 output.commit()
         return self._result(plan, layout, target)
 
@@ -213,15 +214,20 @@ class _Run:
         """Writes a Hugging Face checkpoint like ``model``'s."""
         if model.hf is None:
             raise CheckpointError("hf_dir holds no weights", "the original checkpoint")
-        with Output(target, inputs, overwrite=self.options.overwrite) as output:
-            output.check_room(plan.nbytes + SIDE_ROOM)
-            if not self.options.dry_run:
+        output = self._output(plan, target, inputs)
+        if not self.options.dry_run:
+            with output:
                 entries = {t.name: Entry(t.name, t.dtype, t.shape) for t in plan.targets}
                 created = hf.create_hf(output.folder, model.hf, entries)
                 hf.copy_side_files(model.hf.folder, output.folder)
                 self._move(plan, [created[t.name] for t in plan.targets])
                 output.commit()
         return self._result(plan, layout, target)
+
+    def _output(self, plan: Plan, target: Path, inputs: Sequence[Path]) -> Output:
+        output = Output(target, inputs, overwrite=self.options.overwrite)
+        output.check_room(plan.nbytes + SIDE_ROOM)
+        return output
 
     def _move(self, plan: Plan, places: Sequence[StoredTensor]) -> None:
         self.events.start("converting", plan.nbytes)
@@ -237,7 +243,21 @@ def _carried_note(model: Model, what: str) -> list[str]:
     return [f"{len(names)} tensors {what}: {summarise(names)}"] if names else []
 
 
-def _manifest(source: Model, layout: Layout) -> dict[str, object]:
+def _dtype_notes(headers: Side, dst: Side) -> list[str]:
+    """Says so where training has changed a dtype: tensors are written as training left them."""
+    changed: dict[tuple[str, str], list[str]] = {}
+    for old, new in zip(headers.stored, dst.targets, strict=True):
+        if old.dtype != new.dtype:
+            changed.setdefault((old.dtype, new.dtype), []).append(new.name)
+    return [
+        f"warning: {len(names)} tensors are {old} in hf_dir and {new} in the MM checkpoint; "
+        f"written as {new} (config.json still names its own dtype): {summarise(names)}"
+        for (old, new), names in changed.items()
+    ]
+
+
+def _manifest(source: Model, layout: Layout, plan: Plan) -> dict[str, object]:
+    files = sorted({tensor.path for tensor in plan.sources})
     return {
         "converter": source.family.converter,
         "family": source.family.name,
@@ -248,4 +268,11 @@ def _manifest(source: Model, layout: Layout) -> dict[str, object]:
         },
         "dims": source.dims,
         "layout": layout.as_dict(),
+        "source": {
+            path.name if path.suffix != ".pt" else f"{path.parent.name}/{path.name}": [
+                path.stat().st_size,
+                path.stat().st_mtime_ns,
+            ]
+            for path in files
+        },
     }

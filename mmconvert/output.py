@@ -48,6 +48,7 @@ class Output:
         self._aside = self.final.parent / f".{self.final.name}.mmconvert-old"
         self._overwrite = overwrite
         self._lock: int | None = None
+        self._new_parents: list[Path] = []
         self._done = False
         check_apart(self.final, inputs)
         self._check_target()
@@ -89,6 +90,7 @@ class Output:
 
     def __enter__(self) -> Output:
         try:
+            self._new_parents = [p for p in self.final.parents if not p.exists()]
             self.final.parent.mkdir(parents=True, exist_ok=True)
             self._take()
             if self._aside.exists():  # a run was killed between two renames, or while tidying up
@@ -156,6 +158,11 @@ class Output:
     ) -> None:
         if not self._done:
             shutil.rmtree(self.folder, ignore_errors=True)
+            for parent in self._new_parents:  # innermost first; stops at one that is in use
+                try:
+                    parent.rmdir()
+                except OSError:
+                    break
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
