@@ -67,3 +67,8 @@ def screen_events(*, quiet: bool) -> Iterator[Events]:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         yield Bars(progress)
+
+
+def amount(nbytes: float) -> str:
+    """Bytes in words: 12.3 MB, 4.42 GB."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

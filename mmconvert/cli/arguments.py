@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -71,15 +71,35 @@ class Pair:
     """Add the traceback to errors."""
 
 
-def read_pair(words: Sequence[str], prog: str, description: str) -> Pair:
-    """Reads a command line with two checkpoints.
+@dataclasses.dataclass(frozen=True)
+class Inspected:
+    """What to look at."""
+
+    path: tyro.conf.Positional[Path]
+    """A checkpoint folder, Hugging Face or MM, or one rank file."""
+    tensors: bool = False
+    """List every tensor."""
+    json: bool = False
+    """Print the result, or the error, as JSON."""
+    debug: bool = False
+    """Add the traceback to errors."""
+
+
+Plain = TypeVar("Plain")
+
+
+def read_plain(form: type[Plain], words: Sequence[str], prog: str, description: str) -> Plain:
+    """Reads the command line of a tool.
 
     Raises:
-        SystemExit: 0 for help, 2 for flags that make no sense.
+        SystemExit: 0 for help, 2 for flags that make no sense; tyro has printed which.
     """
-    form = Annotated[Pair, tyro.conf.FlagCreatePairsOff]
     return tyro.cli(
-        form, prog=prog, description=description, args=list(words), use_underscores=True
+        tyro.conf.FlagCreatePairsOff[form],
+        prog=prog,
+        description=description,
+        args=[_underscored(word) for word in words],
+        use_underscores=True,
     )
 
 

@@ -1,4 +1,8 @@
-"""The command ``mm-convert``: the only file that prints or exits."""
+"""The command ``mm-convert``: the only place that prints or exits.
+
+This file reads the first words of a command line; flags and work are imported when needed, so
+that help is fast.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,19 @@ import sys
 import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from mmconvert.errors import MMConvertError
 from mmconvert.version import VERSION
 
-if TYPE_CHECKING:  # costs start-up time that --help should not pay
-    from mmconvert.arguments import Command
-    from mmconvert.convert import Result
-
 AUTO = "AutoConverter"  # the family is told by the checkpoint
-DIFFERENT, INTERRUPTED = 1, 130
-SHOWN = 5  # differences that verify prints
+INTERRUPTED = 130
 
 LAYOUT = "--cfg.parallel_config.llm_pp_layers [12,16] --cfg.parallel_config.vit_pp_layers [32,0]"
+TOOLS = {
+    "verify": "A B compares two checkpoints, Hugging Face or MM, in any two layouts",
+    "inspect": "PATH says what a checkpoint is, with a picture of its layout",
+}
 VERBS = {
     "hf_to_mm": (
         "HFToMM",
@@ -89,17 +91,25 @@ def _dispatch(words: list[str]) -> int:
         print(_top_help(names))
         return 0 if words else 2
     converter, rest = words[0], words[1:]
-    if converter == "verify":
-        return _verify(rest)
+    if converter in TOOLS:
+        return _tool(converter, rest)
     if converter not in names:
-        return _unknown("converter", converter, [*names, "verify"], "mm-convert -h")
+        return _unknown("converter", converter, [*names, *TOOLS], "mm-convert -h")
     if not rest or rest[0] in ("-h", "--help"):
         print(_converter_help(converter))
         return 0 if rest else 2
     verb, flags = rest[0], rest[1:]
     if verb not in VERBS:
         return _unknown("verb", verb, list(VERBS), f"mm-convert {converter} -h")
-    return _convert(converter, verb, flags)
+    from mmconvert.cli.conversions import convert
+
+    return convert(converter, verb, flags)
+
+
+def _tool(name: str, words: list[str]) -> int:
+    from mmconvert.cli import toolkit
+
+    return {"verify": toolkit.verify, "inspect": toolkit.inspect}[name](words)
 
 
 def _unknown(kind: str, word: str, known: list[str], help_command: str) -> int:
@@ -115,8 +125,9 @@ def _top_help(names: list[str]) -> str:
     verbs = "\n".join(f"  {verb:<10} {text}" for verb, (_, text, _) in VERBS.items())
     about = {AUTO: "   the family that config.json or the MM checkpoint tells"}
     converters = "\n".join(f"  {name}{about.get(name, '')}" for name in names)
+    tools = "\n".join(f"  {name:<10} {text}" for name, text in TOOLS.items())
     return f"""usage: mm-convert CONVERTER VERB [flags]
-       mm-convert verify A B
+       mm-convert TOOL PATH ... [flags]
 
 Moves multimodal checkpoints between Hugging Face and MM format, and from any parallel
 layout to any other: complete or not at all, in bounded memory, without torch or an NPU.
@@ -127,9 +138,10 @@ converters:
 verbs:
 {verbs}
 
-verify A B compares two checkpoints, Hugging Face or MM, in any two layouts.
+tools, which need no converter:
+{tools}
 
-mm-convert CONVERTER VERB -h shows the flags. Exit codes: 0 done, 1 a comparison differs,
+mm-convert CONVERTER VERB -h and mm-convert TOOL -h show the flags. Exit codes: 0 done, 1 a comparison differs,
 2 the request is impossible, 3 a checkpoint is missing or damaged, 130 interrupted.
 
 example:
@@ -141,88 +153,3 @@ def _converter_help(converter: str) -> str:
     for verb, (_, text, example) in VERBS.items():
         lines += [f"  {verb:<10} {text}", f"             mm-convert {converter} {verb} {example}"]
     return "\n".join([*lines, "", f"mm-convert {converter} VERB -h shows the flags."])
-
-
-def _convert(converter: str, verb: str, flags: list[str]) -> int:
-    from mmconvert import config
-    from mmconvert.arguments import read
-
-    form, text, example = VERBS[verb]
-    prog = f"mm-convert {converter} {verb}"
-    command = read(getattr(config, form), flags, prog, f"{text}.\n\nexample:\n  {prog} {example}")
-    result = _run(converter, verb, command)
-    if command.screen.json:
-        print(json.dumps(result.as_dict()))
-    elif not command.screen.quiet:
-        print(_summary(verb, result))
-    return 0
-
-
-def _verify(words: list[str]) -> int:
-    from mmconvert import compare
-    from mmconvert.arguments import read_pair
-    from mmconvert.config import Options
-    from mmconvert.progress import screen_events
-    from mmconvert.verify import verify
-
-    text = "Are two checkpoints the same model? Exit code 0 if so, 1 if not."
-    prog = "mm-convert verify"
-    pair = read_pair(words, prog, f"{text}\n\nexample:\n  {prog} HF_DIR MM_DIR")
-    with screen_events(quiet=pair.quiet) as events:
-        verdict = verify(pair.a, pair.b, Options(workers=pair.workers), events)
-    found = [compare.as_dict(d) for d in verdict.differences]
-    if pair.json:
-        print(json.dumps({"equal": not found, "tensors": verdict.tensors, "differences": found}))
-    elif not pair.quiet:
-        if not found:
-            size = amount(verdict.nbytes)
-            print(f"equal: {verdict.tensors} tensors, {size} compared, every copy included")
-        for d in verdict.differences[:SHOWN]:
-            print(compare.in_words(d))
-        if len(found) > SHOWN:
-            print(f"and {len(found) - SHOWN} more tensors differ")
-    return DIFFERENT if found else 0
-
-
-def _run(converter: str, verb: str, command: Command) -> Result:
-    from mmconvert import convert, converters
-    from mmconvert.progress import screen_events
-    from mmconvert.recognise import family_of
-
-    direction = {
-        "hf_to_mm": convert.hf_to_mm,
-        "mm_to_hf": convert.mm_to_hf,
-        "resplit": convert.reshard,
-    }[verb]
-    auto = converter == AUTO
-    family = family_of(*_inputs(command.cfg)) if auto else converters.load(converter)
-    with screen_events(quiet=command.screen.quiet) as events:
-        return direction(family, command.cfg, command.options, events)
-
-
-def _inputs(cfg: object) -> list[Path]:
-    """The input folders of a request, that of the original model first."""
-    from mmconvert.config import HFToMM, MMToHF, Resplit
-
-    if isinstance(cfg, Resplit):
-        return [path for path in (cfg.hf_config.hf_dir, cfg.source_dir) if path is not None]
-    if isinstance(cfg, (HFToMM, MMToHF)):
-        return [cfg.hf_config.hf_dir]
-    raise TypeError(f"no conversion request: {cfg!r}")
-
-
-def _summary(verb: str, result: Result) -> str:
-    done = "would write" if not result.written else "wrote"
-    size = result.plan.nbytes
-    rate = f", {amount(size / result.seconds)}/s" if result.written else ""
-    where = "from" if verb == "mm_to_hf" else "layout"
-    return (
-        f"{done} {result.output}: {len(result.plan.targets)} tensors, {amount(size)} in "
-        f"{result.seconds:.2f} s{rate}\n{where}: {result.layout.describe()}\n"
-        f"proven: {len(result.plan.copies)} copies write every byte once and use every source"
-    )
-
-
-def amount(nbytes: float) -> str:
-    """Bytes in words: 12.3 MB, 4.42 GB."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

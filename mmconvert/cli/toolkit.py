@@ -1,0 +1,72 @@
+"""The commands that need no converter: verify, inspect."""
+
+from __future__ import annotations
+
+import json
+
+from mmconvert import compare, inspection
+from mmconvert import verify as verification
+from mmconvert.cli.arguments import Inspected, Pair, read_plain
+from mmconvert.cli.screen import amount, screen_events
+from mmconvert.config import Options
+from mmconvert.sharding.layout import Layout
+
+DIFFERENT = 1
+SHOWN = 5  # differences that verify prints
+
+
+def verify(words: list[str]) -> int:
+    """Are two checkpoints the same model?"""
+    text = "Are two checkpoints the same model? Exit code 0 if so, 1 if not."
+    prog = "mm-convert verify"
+    pair = read_plain(Pair, words, prog, f"{text}\n\nexample:\n  {prog} HF_DIR MM_DIR")
+    with screen_events(quiet=pair.quiet) as events:
+        verdict = verification.verify(pair.a, pair.b, Options(workers=pair.workers), events)
+    found = [compare.as_dict(d) for d in verdict.differences]
+    if pair.json:
+        print(json.dumps({"equal": not found, "tensors": verdict.tensors, "differences": found}))
+    elif not pair.quiet:
+        if not found:
+            size = amount(verdict.nbytes)
+            print(f"equal: {verdict.tensors} tensors, {size} compared, every copy included")
+        for d in verdict.differences[:SHOWN]:
+            print(compare.in_words(d))
+        if len(found) > SHOWN:
+            print(f"and {len(found) - SHOWN} more tensors differ")
+    return DIFFERENT if found else 0
+
+
+def inspect(words: list[str]) -> int:
+    """What is this checkpoint?"""
+    text = "What a checkpoint is: kind, family, sizes; for MM the layout, as a picture."
+    prog = "mm-convert inspect"
+    asked = read_plain(Inspected, words, prog, f"{text}\n\nexample:\n  {prog} MM_DIR")
+    found = inspection.inspect(asked.path)
+    if asked.json:
+        listing = [[t.name, t.dtype, list(t.shape), str(t.path)] for t in found.listing]
+        extra = {"listing": listing} if asked.tensors else {}
+        print(json.dumps(found.as_dict() | extra))
+        return 0
+    print(f"{asked.path}: {found.kind}, {found.family or 'unknown family'}")
+    print(
+        f"{found.parameters:,} parameters, {'/'.join(found.dtype)}, {found.tensors} tensors, ",
+        end="",
+    )
+    print(amount(found.nbytes) + (f", iteration {found.iteration}" if found.iteration else ""))
+    for note in found.notes:
+        print(f"note: {note}")
+    if found.layout is not None:
+        show_layout(found.layout)
+    if asked.tensors:
+        for t in found.listing:
+            print(f"{t.name}  {t.dtype} {list(t.shape)}  {t.path.parent.name}/{t.path.name}")
+    return 0
+
+
+def show_layout(layout: Layout) -> None:
+    """Draws a layout in the terminal."""
+    from rich.console import Console
+
+    from mmconvert.picture import layout_table
+
+    Console().print(layout_table(layout))

@@ -1,0 +1,152 @@
+"""What a checkpoint is: kind, family, sizes, and for MM the layout. Headers only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+from mmconvert.config import Options, ParallelConfig
+from mmconvert.errors import MMConvertError
+from mmconvert.formats.hf import open_hf
+from mmconvert.formats.megatron import find_weights
+from mmconvert.formats.ptfile import read_pt
+from mmconvert.recognise import family_of, is_hf
+from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
+from mmconvert.sides.mm_source import mm_source
+from mmconvert.sources.mm import mm_model
+from mmconvert.stored import StoredTensor
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        kind: ``hf``, ``mm`` or ``mm_rank_file``.
+        family: the family's name; "" if it is not known.
+        dtype: the dtypes found, the most bytes first.
+        parameters: number of parameters; replicas and tied copies of an MM checkpoint count once.
+        nbytes: bytes of all stored tensors, every copy counted.
+        tensors: number of stored tensors.
+        iteration: ``release`` or a number, for MM.
+        layout: for MM.
+        listing: name, dtype, shape, file of every stored tensor.
+        notes: what is worth knowing.
+    """
+
+    kind: str
+    family: str
+    dtype: list[str]
+    parameters: int
+    nbytes: int
+    tensors: int
+    iteration: str = ""
+    layout: Layout | None = None
+    listing: list[StoredTensor] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, object]:
+        """The JSON form: keys as documented in docs/json.md."""
+        out: dict[str, object] = {
+            "kind": self.kind,
+            "family": self.family,
+            "dtype": self.dtype,
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "tensors": self.tensors,
+            "iteration": self.iteration,
+            "notes": self.notes,
+        }
+        if self.layout is not None:
+            out["layout"] = layout_dict(self.layout)
+        return out
+
+
+def layout_dict(layout: Layout) -> dict[str, object]:
+    """A layout as JSON, with every key, null where a module is absent."""
+    out: dict[str, object] = {flag: layout.tp.get(key) for key, flag in TP_FLAG.items()}
+    out |= {"pp_size": layout.pp_size, "vpp_size": layout.vpp_size, "ep_size": 1}
+    for key, flag in GRID_FLAG.items():
+        grid = layout.grids.get(key)
+        out[flag] = None if grid is None else [list(row) for row in grid]
+    return out
+
+
+def inspect(path: Path) -> Inspection:
+    """Looks at an HF folder, an MM folder or a single rank file.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    if path.is_file():
+        return _rank_file(path)
+    if is_hf(path):
+        return _hf(path)
+    return _mm(path)
+
+
+def _rank_file(path: Path) -> Inspection:
+    file = read_pt(path)
+    parts = [part for key, part in file.content.items() if str(key).startswith("model")]
+    found = [
+        tensor
+        for part in parts
+        if isinstance(part, dict)
+        for tensor in part.values()
+        if isinstance(tensor, StoredTensor)
+    ]
+    others = [key for key, part in file.content.items() if part not in parts]
+    note = [f"beside the weights: {', '.join(map(str, others))}"] if others else []
+    return _inspection("mm_rank_file", "", found, notes=note)
+
+
+def _hf(path: Path) -> Inspection:
+    checkpoint = open_hf(path)
+    found = list(checkpoint.tensors().values())
+    try:
+        family = family_of(path).name
+    except MMConvertError:
+        family = ""
+    return _inspection("hf", family, found)
+
+
+def _mm(path: Path) -> Inspection:
+    find_weights(path)  # a clear error for what is no checkpoint at all
+    family = family_of(path)
+    model, layout, parts = mm_model(family, path, ParallelConfig(), None, Options(), prefix="")
+    side = mm_source(model.modules, model.dims, layout, parts)
+    found = [tensor for part in parts.values() for tensor in part.values()]
+    parameters = sum(prod(whole.shape) for whole in side.wholes.values())
+    iteration = find_weights(path)[1]
+    notes = list(model.notes)
+    return _inspection("mm", family.name, found, parameters, iteration, layout, notes)
+
+
+def _inspection(
+    kind: str,
+    family: str,
+    found: Iterable[StoredTensor],
+    parameters: int | None = None,
+    iteration: str = "",
+    layout: Layout | None = None,
+    notes: list[str] | None = None,
+) -> Inspection:
+    listing = list(found)
+    sizes: Counter[str] = Counter()
+    for tensor in listing:
+        sizes[tensor.dtype] += tensor.nbytes
+    return Inspection(
+        kind,
+        family,
+        [dtype for dtype, _ in sizes.most_common()],
+        sum(prod(t.shape) for t in listing) if parameters is None else parameters,
+        sum(sizes.values()),
+        len(listing),
+        iteration,
+        layout,
+        listing,
+        notes or [],
+    )
