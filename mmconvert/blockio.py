@@ -76,9 +76,9 @@ def open_files() -> Iterator[Files]:
 def _failed(path: Path, error: OSError, *, writing: bool) -> MMConvertError:
     if not writing:
         return CheckpointError(f"{path}: cannot be read: {error.strerror}", "a readable file")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutputError(
-            f"{path}: the disk is full ({error.strerror})",
+            f"{path}: the disk takes no more ({error.strerror})",
             "room for the whole checkpoint; nothing is left under the final name",
             "free some space, or write to another disk, and run the command again",
         )

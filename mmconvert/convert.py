@@ -14,7 +14,7 @@ from pathlib import Path
 from mmconvert import compare, manifest
 from mmconvert.config import HFToMM, MMToHF, Options, Resplit
 from mmconvert.converters.family import Family
-from mmconvert.errors import CheckpointError, ReplicaError
+from mmconvert.errors import CheckpointError, ReplicaError, RequestError
 from mmconvert.events import Events
 from mmconvert.execute import default_workers, execute
 from mmconvert.formats import hf, megatron
@@ -29,7 +29,7 @@ from mmconvert.sides.mm_target import mm_target
 from mmconvert.sides.reorder import reorder
 from mmconvert.sources.hf import config_model, hf_model
 from mmconvert.sources.mm import mm_model
-from mmconvert.sources.model import Model, check_option, target_layout, unchecked_units
+from mmconvert.sources.model import Model, check_reading_options, target_layout, unchecked_units
 from mmconvert.stored import StoredTensor
 
 SIDE_ROOM = 64 << 20  # bytes of free disk wanted beside the tensors, for everything small
@@ -77,7 +77,7 @@ def hf_to_mm(
     """
     run = _Run(options, events)
     check_apart(cfg.mm_dir, [cfg.hf_config.hf_dir])
-    check_option(run.options)
+    check_reading_options(run.options)
     source = hf_model(
         family,
         cfg.hf_config.hf_dir,
@@ -156,6 +156,8 @@ class _Run:
 
     def __init__(self, options: Options | None, events: Events | None) -> None:
         self.options = options or Options()
+        if self.options.workers < 0:
+            raise RequestError(f"--workers is {self.options.workers}", "a number of threads, or 0")
         self.events = events or Events()
         self.workers = self.options.workers or default_workers()
         self.began = time.monotonic()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from mmconvert.converters.family import Dims, Module, Row, mm_index
-from mmconvert.errors import CheckpointError, LayoutError, TensorError
+from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.formats.megatron import MMCheckpoint
 from mmconvert.names import NO_LAYER
 from mmconvert.plan import matrix
 from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Chunk, Layout, Rank
-from mmconvert.sharding.stages import StageGrid, show
+from mmconvert.sharding.stages import StageGrid, show, total
 from mmconvert.stored import StoredTensor
 
 # Whether two stored tensors hold the same bytes; None if a tensor is one repeated byte, so that
@@ -153,8 +153,16 @@ def assert_layout(
     Raises:
         CheckpointError: naming both.
     """
+    absent = [GRID_FLAG[k] for k in grids if k not in found.grids]
+    absent += [TP_FLAG[k] for k in tp if k not in found.tp]
+    if absent:
+        raise CheckpointError(
+            f"{prefix}{absent[0]} is given, but the checkpoint has no such module",
+            "flags for " + ", ".join(GRID_FLAG[key] for key in found.grids),
+            "leave the flag out",
+        )
     for key, grid in grids.items():
-        if key in found.grids and found.grids[key] != grid:
+        if found.grids[key] != grid:
             raise CheckpointError(
                 f"{prefix}{GRID_FLAG[key]} says {show(grid)}, the checkpoint holds "
                 f"{show(found.grids[key])}",
@@ -162,7 +170,7 @@ def assert_layout(
                 "leave the flag out: the layout is read off the checkpoint",
             )
     for key, size in tp.items():
-        if key in found.tp and found.tp[key] != size:
+        if found.tp[key] != size:
             raise CheckpointError(
                 f"{prefix}{TP_FLAG[key]} says {size}, the checkpoint holds {found.tp[key]}",
                 "the layout that the checkpoint has",
@@ -170,18 +178,18 @@ def assert_layout(
             )
 
 
-def check_layers(layout: Layout, dims: Dims, prefix: str) -> None:
-    """Layer counts of the stage grids against those of config.json.
+def check_layers(layout: Layout, dims: Dims) -> None:
+    """Layer counts of an existing checkpoint against those of config.json.
 
     Raises:
-        LayoutError: naming both numbers.
+        CheckpointError: naming both numbers.
     """
     for key, grid in layout.grids.items():
-        have, want = sum(map(sum, grid)), dims.get(f"{key}.layers")
+        have, want = total(grid), dims.get(f"{key}.layers")
         if want is not None and have != want:
-            raise LayoutError(
-                f"{prefix}{GRID_FLAG[key]} {show(grid)} adds up to {have} layers; config.json "
-                f"says {want}",
-                f"layer counts that add up to {want}",
-                "correct the list, or the hf_dir if it is of another model",
+            raise CheckpointError(
+                f"the checkpoint holds {have} layers by {GRID_FLAG[key]} {show(grid)}; the model "
+                f"has {want}",
+                f"a checkpoint with {want} such layers, and the hf_dir of its own model",
+                "copy all rank folders again, or give the hf_dir that the checkpoint came from",
             )

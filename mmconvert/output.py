@@ -7,13 +7,15 @@ next run removes it.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
-from mmconvert.errors import OutputError
+from mmconvert.errors import MMConvertError, OutputError
+from mmconvert.sharding.layout import parse_folder
 
 try:
     import fcntl
@@ -23,10 +25,8 @@ except ImportError:  # not POSIX: no advisory locks; staging and rename still ho
 FOLDER_MODE = 0o750
 FILE_MODE = 0o640
 
-# What a folder must hold for --overwrite to be allowed to replace it.
-SIGNS_OF_A_CHECKPOINT = (
-    *("mmconvert.json", "latest_checkpointed_iteration.txt", "config.json", "release"),
-)
+TRACKER = "latest_checkpointed_iteration.txt"
+INDEX = "model.safetensors.index.json"
 
 
 class Output:
@@ -71,7 +71,7 @@ class Output:
                 "a folder that does not exist yet",
                 "choose another folder, or give --overwrite to replace it",
             )
-        if not names & set(SIGNS_OF_A_CHECKPOINT) and not any("mp_rank" in n for n in names):
+        if not looks_like_a_checkpoint(self.final, names):
             raise OutputError(
                 f"{self.final} does not look like a checkpoint, so --overwrite does not remove it",
                 "a checkpoint folder, or one that does not exist yet",
@@ -166,6 +166,19 @@ class Output:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+        if isinstance(error, OSError):  # from whatever was written outside the executor
+            raise _cannot_write(self.final, error) from error
+
+
+def _cannot_write(final: Path, error: OSError) -> MMConvertError:
+    where = error.filename or final
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return OutputError(
+            f"{where}: the disk takes no more ({error.strerror})",
+            "room for the whole checkpoint; nothing is left under the final name",
+            "free some space or raise the limit, and run the command again",
+        )
+    return OutputError(f"{where}: {error.strerror or error}", "a folder that can be written")
 
 
 def check_apart(final: Path, inputs: Iterable[Path]) -> None:
@@ -183,6 +196,16 @@ def check_apart(final: Path, inputs: Iterable[Path]) -> None:
         raise OutputError(
             f"the output {final} {relation}", "an output folder apart from the inputs"
         )
+
+
+def looks_like_a_checkpoint(folder: Path, names: set[str]) -> bool:
+    """Whether a folder may be replaced: it holds weights in one of the known forms."""
+    if TRACKER in names or any(parse_folder(name) for name in names):
+        return True
+    if "config.json" in names:
+        return INDEX in names or any(name.endswith(".safetensors") for name in names)
+    inner = [folder / name for name in names if name == "release" or name.startswith("iter_")]
+    return any(parse_folder(p.name) for path in inner if path.is_dir() for p in path.iterdir())
 
 
 def free_bytes(path: Path) -> int | None:

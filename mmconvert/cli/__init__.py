@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
-from mmconvert.errors import MMConvertError
+from mmconvert.errors import MMConvertError, RequestError
 from mmconvert.version import VERSION
 
 AUTO = "AutoConverter"  # the family is told by the checkpoint
@@ -56,7 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(words)
     except MMConvertError as error:
         return _fail(error, words)
+    except SystemExit as stop:  # tyro has shown help, or what it did not understand
+        if stop.code == RequestError.exit_code and _asked(words, "--json"):
+            error = RequestError("the flags were not understood; stderr says which")
+            print(json.dumps(error.as_dict()))
+        return stop.code if isinstance(stop.code, int) else RequestError.exit_code
     except KeyboardInterrupt:
+        if _asked(words, "--json"):
+            what = "interrupted: nothing was left under the final name"
+            print(json.dumps({"error": "Interrupted", "what": what, "exit_code": INTERRUPTED}))
         print("interrupted: nothing was left under the final name", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away
@@ -70,10 +78,21 @@ def _terminated(signum: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _asked(words: Sequence[str], flag: str) -> bool:
+    """Whether one of our own flags is set, in any of its spellings, a --config file included."""
+    from mmconvert.cli.arguments import normalise
+    from mmconvert.config import HFToMM
+
+    try:
+        return flag in normalise(words, HFToMM)
+    except MMConvertError:
+        return flag in words
+
+
 def _fail(error: MMConvertError, words: Sequence[str]) -> int:
-    if "--debug" in words:
+    if _asked(words, "--debug"):
         traceback.print_exc()
-    if "--json" in words:
+    if _asked(words, "--json"):
         print(json.dumps(error.as_dict()))
     first, *rest = error.lines()
     print("\n".join([f"error: {first}", *("  " + line for line in rest)]), file=sys.stderr)
@@ -94,13 +113,13 @@ def _dispatch(words: list[str]) -> int:
     if converter in TOOLS:
         return _tool(converter, rest)
     if converter not in names:
-        return _unknown("converter", converter, [*names, *TOOLS], "mm-convert -h")
+        raise _unknown("converter", converter, [*names, *TOOLS], "mm-convert -h")
     if not rest or rest[0] in ("-h", "--help"):
         print(_converter_help(converter))
         return 0 if rest else 2
     verb, flags = rest[0], rest[1:]
     if verb not in VERBS:
-        return _unknown("verb", verb, list(VERBS), f"mm-convert {converter} -h")
+        raise _unknown("verb", verb, list(VERBS), f"mm-convert {converter} -h")
     from mmconvert.cli.conversions import convert
 
     return convert(converter, verb, flags)
@@ -112,13 +131,12 @@ def _tool(name: str, words: list[str]) -> int:
     return {"verify": toolkit.verify, "inspect": toolkit.inspect}[name](words)
 
 
-def _unknown(kind: str, word: str, known: list[str], help_command: str) -> int:
+def _unknown(kind: str, word: str, known: list[str], help_command: str) -> RequestError:
     near = get_close_matches(word, known, n=1, cutoff=0.4)
-    print(f"error: there is no {kind} {word!r}", file=sys.stderr)
-    print(f"  wanted: one of {', '.join(known)}", file=sys.stderr)
     hint = f"did you mean {near[0]}? " if near else ""
-    print(f"  to fix: {hint}see {help_command}", file=sys.stderr)
-    return 2
+    return RequestError(
+        f"there is no {kind} {word!r}", f"one of {', '.join(known)}", f"{hint}see {help_command}"
+    )
 
 
 def _top_help(names: list[str]) -> str:
@@ -141,8 +159,10 @@ verbs:
 tools, which need no converter:
 {tools}
 
-mm-convert CONVERTER VERB -h and mm-convert TOOL -h show the flags. Exit codes: 0 done, 1 a comparison differs,
-2 the request is impossible, 3 a checkpoint is missing or damaged, 130 interrupted.
+mm-convert CONVERTER VERB -h and mm-convert TOOL -h show the flags.
+
+Exit codes: 0 done, 1 a comparison differs, 2 the request is impossible, 3 a checkpoint is
+missing or damaged, 130 interrupted.
 
 example:
   mm-convert Qwen2VLConverter hf_to_mm {VERBS["hf_to_mm"][2]}"""

@@ -12,7 +12,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from mmconvert.config import Options
-from mmconvert.errors import CheckpointError, LayoutError, RequestError
+from mmconvert.errors import LayoutError, RequestError
 from mmconvert.sharding.stages import StageGrid, parse_grid, show
 
 REGISTRY = ConstructorRegistry()
@@ -159,7 +159,7 @@ def normalise(words: Sequence[str], config: type) -> list[str]:
     value, and one of ours (``--overwrite``) with one.
 
     Raises:
-        RequestError: a --config without a file; CheckpointError: an unreadable one.
+        RequestError: a --config without a file, or with an unreadable one.
     """
     flags = flag_paths(config)
     given = _pairs([_underscored(word) for word in words])
@@ -219,12 +219,12 @@ def _flags_of(path: Path) -> list[list[str]]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"--config {path}: {error.strerror}", "a readable file") from error
+        raise RequestError(f"--config {path}: {error.strerror}", "a readable file") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"--config {path}: not valid YAML: {reason}") from None
+        raise RequestError(f"--config {path}: not valid YAML: {reason}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"--config {path}: no keys", "keys such as cfg:, nested as the flags")
+        raise RequestError(f"--config {path}: no keys", "keys such as cfg:, nested as the flags")
     return list(_flatten(content, "-"))
 
 

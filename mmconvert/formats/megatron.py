@@ -174,19 +174,18 @@ def _read_rank_file(file: Path, notes: dict[str, int]) -> dict[str, dict[str, St
     found: dict[str, dict[str, StoredTensor]] = {}
     for key, value in pt.content.items():
         if not isinstance(key, str) or not _PART.fullmatch(key):
-            size = pt.referenced_bytes(value)
-            if size:
-                notes[str(key)] = notes.get(str(key), 0) + size
+            if not isinstance(value, (bool, int, float, str, type(None))):
+                notes[str(key)] = notes.get(str(key), 0) + pt.referenced_bytes(value)
             continue
         if not isinstance(value, dict):
             raise FormatError(f"{file}: {key} is not a dictionary", "tensors by name")
         found[key] = {}
         for name, tensor in value.items():
-            if isinstance(tensor, StoredTensor) and isinstance(name, str):
-                found[key][name] = tensor
-            elif str(name).endswith(EXTRA_STATE):
+            if str(name).endswith(EXTRA_STATE):
                 if tensor is not None:
                     notes[EXTRA_STATE] = notes.get(EXTRA_STATE, 0) + pt.referenced_bytes(tensor)
+            elif isinstance(tensor, StoredTensor) and isinstance(name, str):
+                found[key][name] = tensor
             else:
                 what = (
                     f"an object of {tensor.function}" if isinstance(tensor, Inert) else "no tensor"

@@ -52,6 +52,14 @@ def hf_side(modules: Sequence[Module], dims: Dims, tensors: Mapping[str, StoredT
             "every tensor of the model, in the names of the hub or of transformers",
             "download the weight files again; if config.json is of another model, replace it",
         )
+    beyond = [tensor.name for name, tensor in tensors.items() if name not in number]
+    if beyond:
+        raise TensorError(
+            f"{len(beyond)} tensors are beyond the layers that config.json counts "
+            f"({', '.join(f'{m.key} {layers[m.key]}' for m in modules)}): {summarise(beyond)}",
+            "weights and config.json of one model",
+            "replace config.json or the weights by those that belong together",
+        )
     return side
 
 

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from mmconvert.converters.family import Dims, Module
 from mmconvert.errors import LayoutError, TensorError
+from mmconvert.names import NO_LAYER
 from mmconvert.plan import Block, Key, Side, Whole, matrix
 from mmconvert.sharding.layout import TP_FLAG, Layout
 from mmconvert.sharding.spans import Span, Split
 from mmconvert.sides.instances import Instance, placements
 from mmconvert.stored import Target
+
+LARGEST_TP = 128  # the largest size that advice names
 
 
 def mm_target(
@@ -30,13 +33,37 @@ def mm_target(
         size = layout.tp[item.module.key]
         for tp in range(layout.tp_folders):
             rank = tp % size
-            spans = shard_spans(item, source.shape, size, rank, dims)
+            try:
+                spans = shard_spans(item, source.shape, size, rank, dims)
+            except LayoutError as error:
+                raise _with_sizes_that_do(error, item, wholes, dims) from None
             shape = _shard_shape(item.row.shard, source.shape, spans)
             if rank == 0 or item.row.shard is None:
                 whole.copies.append([])
             whole.copies[-1] += shard_blocks(len(side.targets), item.row.shard, source.shape, spans)
             side.targets.append(Target(name, source.dtype, shape, layout.chunk(tp, stage)))
     return side
+
+
+def _with_sizes_that_do(
+    error: LayoutError, bad: Instance, wholes: Mapping[Key, Whole], dims: Dims
+) -> LayoutError:
+    """The error, naming the tp sizes that every tensor of the module allows."""
+    rows = [Instance(bad.module, r, max(bad.layer, 0)) for r in bad.module.layer]
+    rows += [Instance(bad.module, r, NO_LAYER) for r in bad.module.before + bad.module.after]
+    found = [(item, wholes[item.key].shape) for item in rows if item.key in wholes]
+
+    def does(size: int) -> bool:
+        try:
+            for item, shape in found:
+                shard_spans(item, shape, size, size - 1, dims)
+        except LayoutError:
+            return False
+        return True
+
+    sizes = [size for size in range(1, LARGEST_TP + 1) if does(size)]
+    wanted = f"{TP_FLAG[bad.module.key]} among {sizes}, which suit the whole {bad.module.label}"
+    return LayoutError(error.what, wanted, error.fix)
 
 
 def shard_spans(

@@ -57,8 +57,17 @@ def mm_model(
         parts = {c: {n: t for n, t in p.items() if index.find(n)} for c, p in parts.items()}
     checkpoint = replace(checkpoint, parts=parts)
     layout = detect_layout(modules, checkpoint, dims, same_bytes)
-    assert_layout(layout, given.grids(), given.tp(), prefix)
-    check_layers(layout, dims, "")
+    if given.ep_size not in (0, 1):
+        raise CheckpointError(
+            f"{prefix}ep_size says {given.ep_size}, the checkpoint holds 1",
+            f"1: {family.name} has no experts",
+        )
+    # A module that was left out with save_vit_only is no contradiction.
+    full = {m.key for m in modules}
+    grids = {k: g for k, g in given.grids().items() if k in full or k not in family.module_keys}
+    sizes = {k: n for k, n in given.tp().items() if k in full or k not in family.module_keys}
+    assert_layout(layout, grids, sizes, prefix)
+    check_layers(layout, dims)
     lost = claim_mm(modules, layout, parts)
     if lost:
         raise TensorError(

@@ -8,10 +8,10 @@ from fnmatch import fnmatchcase
 
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import Dims, Family, Module, Variant
-from mmconvert.detect import check_layers
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.formats.hf import HFCheckpoint
-from mmconvert.sharding.layout import GRID_FLAG, Layout
+from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
+from mmconvert.sharding.stages import show, total
 from mmconvert.stored import StoredTensor
 
 ENCODERS = {"vit", "audio"}  # what save_vit_only keeps
@@ -85,13 +85,27 @@ def target_layout(model: Model, given: ParallelConfig, prefix: str) -> Layout:
             "a list for each of " + ", ".join(GRID_FLAG[key] for key in wanted),
         )
     sizes = given.tp()
-    default = sizes.get("llm", 1)
-    bad = [size for size in (given.tp_size, *sizes.values()) if size is not None and size < 1]
-    if bad:
-        raise LayoutError(f"{prefix}tp_size is {bad[0]}", "a size of at least 1")
-    layout = Layout({key: sizes.get(key, default) for key in grids}, grids)
+    for key, size in sizes.items():
+        if key not in keys:
+            raise LayoutError(
+                f"{prefix}{TP_FLAG[key]} is given, but {model.family.name} has no such module",
+                "sizes for " + ", ".join(TP_FLAG[key] for key in keys),
+            )
+        if size < 1:
+            raise LayoutError(f"{prefix}{TP_FLAG[key]} is {size}", "a size of at least 1")
+    if given.tp_size == 0:
+        raise LayoutError(f"{prefix}tp_size is 0", "a size of at least 1")
+    layout = Layout({key: sizes.get(key, sizes.get("llm", 1)) for key in grids}, grids)
     layout.check()
-    check_layers(layout, model.dims, prefix)
+    for key, grid in grids.items():
+        want = model.dims.get(f"{key}.layers", total(grid))
+        if total(grid) != want:
+            raise LayoutError(
+                f"{prefix}{GRID_FLAG[key]} {show(grid)} adds up to {total(grid)} layers; the "
+                f"model has {want}",
+                f"layer counts that add up to {want}",
+                "correct the list, or the input folder if it is of another model",
+            )
     return layout
 
 
@@ -110,7 +124,7 @@ def unchecked_units(model: Model, found: Layout, wanted: Layout) -> list[str]:
     return notes
 
 
-def check_option(options: Options) -> None:
+def check_reading_options(options: Options) -> None:
     """Raises RequestError for options that make no sense when nothing is read from MM."""
     if options.vit_qkv != "interleaved":
         raise RequestError(
