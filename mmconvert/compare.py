@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmconvert.blockio import BAND, Bytes, Files, open_files, read_rect
-from mmconvert.execute import JOB, Job, Progress, run_jobs
+from mmconvert.jobs import JOB_SIZE, Job, Progress, run_jobs
 from mmconvert.plan import Comparison, Copy, Key, Zeros, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
@@ -65,7 +65,7 @@ def compare(
     for piece in _pieces(comparisons, a):
         batch.append(piece)
         size += piece.copy.rows * piece.copy.cols * ITEM_SIZE[a[piece.copy.src].dtype]
-        if size >= JOB:
+        if size >= JOB_SIZE:
             jobs.append(_job(look, batch, size))
             batch, size = [], 0
     if batch:

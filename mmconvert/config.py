@@ -21,7 +21,7 @@ class ParallelConfig:
     audio_pp_layers: StageGrid | None = None
     """Audio encoder layers per pipeline stage, in the same form."""
     tp_size: int | None = None
-    """Tensor-parallel size of the text decoder (default: 1; from MM: as found)."""
+    """Tensor-parallel size of the text decoder; not given: 1, or as found in an MM checkpoint."""
     vit_tp_size: int = 0
     """Tensor-parallel size of the vision encoder; 0 means tp_size."""
     audio_tp_size: int = 0

@@ -12,10 +12,8 @@ Three kinds of jobs, whichever reads and writes in the largest pieces:
 from __future__ import annotations
 
 import os
-import threading
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,34 +25,16 @@ from mmconvert.blockio import (
     bits,
     copy_range,
     is_plain,
-    open_files,
     read_rect,
     rect_offset,
     row_bytes,
     write_from,
 )
+from mmconvert.jobs import JOB_SIZE, Job, Progress, run_jobs
 from mmconvert.plan import Copy, Plan, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 STREAM_MIN = 64 << 10  # bytes; shorter runs are gathered
-JOB = 32 << 20  # bytes of one job, about: large enough for speed, small enough to share out
-
-Progress = Callable[[int], None]
-
-
-class Job(NamedTuple):
-    """Work for one thread: ``run`` moves ``nbytes``; ``place`` orders jobs along the files."""
-
-    place: tuple[str, int]
-    nbytes: int
-    run: Callable[[Files], None]
-
-
-def default_workers() -> int:
-    """One thread for each core that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
 
 
 def execute(
@@ -71,67 +51,6 @@ def execute(
         MMConvertError: a file that cannot be read or written; the rest is not run.
     """
     run_jobs(list(_jobs(plan, targets)), workers, progress)
-
-
-def run_jobs(jobs: Sequence[Job], workers: int, progress: Progress | None = None) -> None:
-    """Runs jobs over threads; the first failure ends all and is raised."""
-    stop = threading.Event()
-    queue = _Queue(jobs)
-
-    def work() -> None:
-        while not stop.is_set() and (job := queue.take()) is not None:
-            try:
-                with open_files() as files:
-                    job.run(files)
-            finally:
-                queue.done(job)
-            if progress:
-                progress(job.nbytes)
-
-    with ThreadPoolExecutor(max(1, min(workers, len(jobs)))) as pool:
-        futures = [pool.submit(work) for _ in range(min(workers, len(jobs)))]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-            stop.set()
-            for future in futures:
-                future.result()
-        finally:  # also after Ctrl-C: no job outlives this call
-            stop.set()
-
-
-class _Queue:
-    """Hands out jobs along each file, and spreads the threads over the files.
-
-    Two threads that write one file wait for each other inside the kernel, so each next job is
-    of the file with the fewest threads on it, and among these of the one with most left to do.
-    """
-
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._lock = threading.Lock()
-        self._waiting: dict[str, deque[Job]] = defaultdict(deque)
-        self._left: dict[str, int] = defaultdict(int)
-        self._active: dict[str, int] = defaultdict(int)
-        for job in sorted(jobs, key=lambda job: job.place):
-            self._waiting[job.place[0]].append(job)
-            self._left[job.place[0]] += job.nbytes
-
-    def take(self) -> Job | None:
-        """The next job, or None when none is waiting."""
-        with self._lock:
-            if not self._waiting:
-                return None
-            path = min(self._waiting, key=lambda p: (self._active[p], -self._left[p]))
-            job = self._waiting[path].popleft()
-            if not self._waiting[path]:
-                del self._waiting[path]
-            self._active[path] += 1
-            self._left[path] -= job.nbytes
-            return job
-
-    def done(self, job: Job) -> None:
-        """A job has ended."""
-        with self._lock:
-            self._active[job.place[0]] -= 1
 
 
 def _jobs(plan: Plan, targets: Sequence[StoredTensor]) -> Iterator[Job]:
@@ -197,10 +116,10 @@ def _linear_runs(plan: Plan, target: StoredTensor, copies: Sequence[Copy]) -> li
 def _streams(target: StoredTensor, runs: Sequence[Run]) -> Iterator[Job]:
     batch: list[Run] = []
     for run in runs:
-        for done in range(0, run.nbytes, JOB):
-            size = min(JOB, run.nbytes - done)
+        for done in range(0, run.nbytes, JOB_SIZE):
+            size = min(JOB_SIZE, run.nbytes - done)
             batch.append(Run(run.source, run.start + done, run.at + done, size))
-            if sum(r.nbytes for r in batch) >= JOB:
+            if sum(r.nbytes for r in batch) >= JOB_SIZE:
                 yield _stream_job(target, batch)
                 batch = []
     if batch:
@@ -223,7 +142,7 @@ def _scatters(
 ) -> Iterator[Job]:
     first = min(c.src_row for c in copies)
     last = max(c.src_row + c.rows for c in copies)
-    for top, bottom in _steps(first, last, row_bytes(source), JOB):
+    for top, bottom in _steps(first, last, row_bytes(source), JOB_SIZE):
         part = _cut(copies, top, bottom, source=True)
         if part:
             yield _scatter_job(source, targets, part, top, bottom)
@@ -276,7 +195,7 @@ def _scatter_job(
 def _gathers(
     sources: Sequence[StoredTensor], target: StoredTensor, copies: Sequence[Copy]
 ) -> Iterator[Job]:
-    for top, bottom in _steps(0, matrix(target.shape)[0], row_bytes(target), JOB):
+    for top, bottom in _steps(0, matrix(target.shape)[0], row_bytes(target), JOB_SIZE):
         yield _gather_job(sources, target, _cut(copies, top, bottom, source=False), top, bottom)
 
 
@@ -321,7 +240,7 @@ def _batches(
     batch: list[tuple[StoredTensor, list[Copy]]] = []
     size = 0
     for target, copies in small:
-        if batch and (size >= JOB or batch[0][0].path != target.path):
+        if batch and (size >= JOB_SIZE or batch[0][0].path != target.path):
             yield _batch_job(sources, batch, size)
             batch, size = [], 0
         batch.append((target, copies))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from difflib import get_close_matches
 from typing import Generic, NamedTuple, TypeVar
 
@@ -79,3 +79,8 @@ def summarise(names: Iterable[str], limit: int = 5) -> str:
     listed = sorted(names)
     more = len(listed) - limit
     return ", ".join(listed[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def number(things: Collection[object], word: str) -> str:
+    """A count with its word: 1 tensor, 2 tensors."""
+    return f"{len(things)} {word}" + ("" if len(things) == 1 else "s")

@@ -32,7 +32,8 @@ def _cell(layout: Layout, stage: int) -> str:
         if not counts[stage]:
             continue
         first = sum(counts[:stage])
-        words = f"{NAMES[key]} {first}-{first + counts[stage] - 1}"
+        last = first + counts[stage] - 1
+        words = f"{NAMES[key]} {first}" + (f"-{last}" if last > first else "")
         if stage == first_stage(grid):
             words = f"in, {words}"
         if stage == last_stage(grid):

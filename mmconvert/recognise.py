@@ -37,13 +37,17 @@ def family_of(*folders: Path) -> Family:
     content, _ = manifest.read(folders[0])
     if content is not None and content.get("converter") in families:
         return families[str(content["converter"])]
-    return _by_names(folders[0], families)
+    parts = open_mm(folders[0]).parts
+    return by_names({name for part in parts.values() for name in part}, folders[0])
 
 
-def _by_names(folder: Path, families: dict[str, Family]) -> Family:
-    """The family one of whose tables knows all names, or most of them, with no row to spare."""
-    checkpoint = open_mm(folder)
-    names = {name for part in checkpoint.parts.values() for name in part}
+def by_names(names: set[str], folder: Path) -> Family:
+    """The family one of whose tables knows all MM names, or most, with the fewest rows to spare.
+
+    Raises:
+        CheckpointError: no family knows any.
+    """
+    families = converters.registry()
     best: tuple[int, int, str] = (0, 0, "")
     for converter, family in families.items():
         for variant in family.variants:

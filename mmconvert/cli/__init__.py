@@ -72,6 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except MemoryError:
         return _fail(MMConvertError("out of memory", "a few hundred MiB of free memory"), words)
+    except Exception as error:  # the last line of defence: named, never a bare traceback
+        return _fail(InternalError(f"{type(error).__name__}: {error}"), words)
+
+
+class InternalError(MMConvertError):
+    """A fault of mmconvert itself."""
+
+    exit_code = 70
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"a fault of mmconvert itself: {what}",
+            "no such fault; nothing was left under the final name",
+            "run again with --debug and report what it prints",
+        )
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
@@ -159,10 +174,11 @@ verbs:
 tools, which need no converter:
 {tools}
 
-mm-convert CONVERTER VERB -h and mm-convert TOOL -h show the flags.
+mm-convert CONVERTER VERB -h and mm-convert TOOL -h show the flags; --config FILE.yaml takes
+them from a file; mm-convert --version shows the version.
 
 Exit codes: 0 done, 1 a comparison differs, 2 the request is impossible, 3 a checkpoint is
-missing or damaged, 130 interrupted.
+missing or damaged, 70 a fault of mmconvert itself, 130 interrupted.
 
 example:
   mm-convert Qwen2VLConverter hf_to_mm {VERBS["hf_to_mm"][2]}"""

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -57,10 +57,14 @@ class Screen:
 class Pair:
     """Two checkpoints."""
 
-    a: tyro.conf.Positional[Path]
+    a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
     """A checkpoint folder, Hugging Face or MM."""
-    b: tyro.conf.Positional[Path]
+    b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
     """Another one."""
+    drop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
+    vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"
+    """How the MM checkpoints order the rows of the vision encoder's q, k and v."""
     workers: int = 0
     """Number of threads; 0 takes one for each core."""
     json: bool = False
@@ -135,6 +139,7 @@ def read(config: type, words: Sequence[str], prog: str, description: str) -> Com
         args=normalise(words, config),
         use_underscores=True,
         registry=REGISTRY,
+        config=(tyro.conf.DisallowNone,),
     )
     return Command(found.cfg, found.conversion, found.screen)
 

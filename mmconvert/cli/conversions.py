@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mmconvert import config, converters
-from mmconvert import convert as directions
+from mmconvert import config
 from mmconvert.cli import AUTO, VERBS
 from mmconvert.cli.arguments import Command, read
 from mmconvert.cli.screen import amount, screen_events
 from mmconvert.config import HFToMM, MMToHF, Resplit
-from mmconvert.convert import Result
-from mmconvert.recognise import family_of
+
+if TYPE_CHECKING:
+    from mmconvert.convert import Result
 
 
 def convert(converter: str, verb: str, flags: list[str]) -> int:
@@ -29,6 +30,11 @@ def convert(converter: str, verb: str, flags: list[str]) -> int:
 
 
 def _run(converter: str, verb: str, command: Command) -> Result:
+    # Not before the flags are understood: numpy costs a tenth of a second that help need not pay.
+    from mmconvert import convert as directions
+    from mmconvert import converters
+    from mmconvert.recognise import family_of
+
     direction = {
         "hf_to_mm": directions.hf_to_mm,
         "mm_to_hf": directions.mm_to_hf,

@@ -18,7 +18,7 @@ class Lines(Events):
 
     def note(self, text: str) -> None:
         """Prints it."""
-        print(f"note: {text}", file=sys.stderr)
+        print(labelled(text), file=sys.stderr)
 
 
 class Bars(Lines):
@@ -39,7 +39,12 @@ class Bars(Lines):
 
     def note(self, text: str) -> None:
         """Prints it above the bars."""
-        self._progress.console.print(f"note: {text}", markup=False, highlight=False)
+        self._progress.console.print(labelled(text), markup=False, highlight=False)
+
+
+def labelled(text: str) -> str:
+    """A note as it is printed; warnings say so themselves."""
+    return text if text.startswith("warning: ") else f"note: {text}"
 
 
 @contextmanager

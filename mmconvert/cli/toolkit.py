@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-from mmconvert import compare, inspection
-from mmconvert import verify as verification
 from mmconvert.cli.arguments import Inspected, Pair, read_plain
 from mmconvert.cli.screen import amount, screen_events
 from mmconvert.config import Options
@@ -20,11 +18,20 @@ def verify(words: list[str]) -> int:
     text = "Are two checkpoints the same model? Exit code 0 if so, 1 if not."
     prog = "mm-convert verify"
     pair = read_plain(Pair, words, prog, f"{text}\n\nexample:\n  {prog} HF_DIR MM_DIR")
+    from mmconvert import compare
+    from mmconvert import verify as verification
+
     with screen_events(quiet=pair.quiet) as events:
-        verdict = verification.verify(pair.a, pair.b, Options(workers=pair.workers), events)
+        options = Options(workers=pair.workers, drop=pair.drop, vit_qkv=pair.vit_qkv)
+        verdict = verification.verify(pair.a, pair.b, options, events)
+        hint = verification.hint(pair.a, pair.b, verdict, options)
     found = [compare.as_dict(d) for d in verdict.differences]
     if pair.json:
-        print(json.dumps({"equal": not found, "tensors": verdict.tensors, "differences": found}))
+        print(
+            json.dumps(
+                {"equal": not found, "tensors": verdict.tensors, "differences": found, "hint": hint}
+            )
+        )
     elif not pair.quiet:
         if not found:
             size = amount(verdict.nbytes)
@@ -33,6 +40,8 @@ def verify(words: list[str]) -> int:
             print(compare.in_words(d))
         if len(found) > SHOWN:
             print(f"and {len(found) - SHOWN} more tensors differ")
+        if hint:
+            print(f"hint: {hint}")
     return DIFFERENT if found else 0
 
 
@@ -41,13 +50,16 @@ def inspect(words: list[str]) -> int:
     text = "What a checkpoint is: kind, family, sizes; for MM the layout, as a picture."
     prog = "mm-convert inspect"
     asked = read_plain(Inspected, words, prog, f"{text}\n\nexample:\n  {prog} MM_DIR")
+    from mmconvert import inspection
+
     found = inspection.inspect(asked.path)
     if asked.json:
         listing = [[t.name, t.dtype, list(t.shape), str(t.path)] for t in found.listing]
         extra = {"listing": listing} if asked.tensors else {}
         print(json.dumps(found.as_dict() | extra))
         return 0
-    print(f"{asked.path}: {found.kind}, {found.family or 'unknown family'}")
+    kinds = {"hf": "Hugging Face checkpoint", "mm": "MM checkpoint", "mm_rank_file": "MM rank file"}
+    print(f"{asked.path}: {kinds[found.kind]}, {found.family or 'unknown family'}")
     print(
         f"{found.parameters:,} parameters, {'/'.join(found.dtype)}, {found.tensors} tensors, ",
         end="",

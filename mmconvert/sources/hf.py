@@ -17,8 +17,8 @@ from mmconvert.converters.family import (
 )
 from mmconvert.errors import CheckpointError, RequestError, TensorError
 from mmconvert.formats.hf import HFCheckpoint, open_hf, read_config
-from mmconvert.names import summarise
-from mmconvert.sources.model import ENCODERS, Model, dropped_by
+from mmconvert.names import number, summarise
+from mmconvert.sources.model import ENCODERS, Model, dropped_by, drops_too_much
 from mmconvert.stored import StoredTensor
 
 
@@ -69,6 +69,7 @@ def hf_model(
     notes: list[str] = []
     if llm_dir is not None:
         config, tensors = _with_text_of(llm_dir, family, table, config, tensors, notes)
+    everything = list(tensors.values())
     carried = {name: t for name, t in tensors.items() if family.why_carried(name)}
     tensors = {name: t for name, t in tensors.items() if name not in carried}
     tensors = _claimed(family, table, tensors, options, notes)
@@ -94,6 +95,7 @@ def hf_model(
         tensors,
         tuple(notes),
         tuple(carried.values()),
+        frozenset(p for p in options.drop if any(dropped_by((t.name,), (p,)) for t in everything)),
     )
 
 
@@ -139,6 +141,8 @@ def _claimed(
     for name, tensor in tensors.items():
         pattern = dropped_by((name, tensor.name), options.drop)
         why = f"--drop {pattern}" if pattern else family.why_dropped(name)
+        if pattern and (hit := index.find(name)) and hit[0].mm != OUTPUT_LAYER:
+            raise drops_too_much(pattern, tensor.name)
         if why:
             reasons.setdefault(why, []).append(tensor.name)
         elif index.find(name):
@@ -148,12 +152,12 @@ def _claimed(
             lost.append(tensor.name + (f" (closest known name: {closest})" if closest else ""))
     if lost:
         raise TensorError(
-            f"{len(lost)} tensors have no place in MM format: {summarise(lost)}",
+            f"{number(lost, 'tensor')} with no place in MM format: {summarise(lost)}",
             f"only tensors of {family.name}",
             "leave them out with --drop 'NAME' (a pattern; may be repeated)",
         )
     for why, names in reasons.items():
-        notes.append(f"{len(names)} tensors left out ({why}): {summarise(names)}")
+        notes.append(f"{number(names, 'tensor')} left out ({why}): {summarise(names)}")
     return kept
 
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from mmconvert import manifest
 from mmconvert.compare import same_bytes
 from mmconvert.config import Options, ParallelConfig
-from mmconvert.converters.family import Dims, Family, Variant, mm_index
+from mmconvert.converters.family import (
+    OUTPUT_LAYER,
+    Family,
+    Module,
+    Row,
+    Variant,
+    mm_index,
+)
 from mmconvert.detect import assert_layout, check_layers, detect_layout
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.formats.megatron import MMCheckpoint, open_mm
-from mmconvert.names import summarise
-from mmconvert.sharding.layout import Chunk, Layout
+from mmconvert.names import TemplateIndex, number, summarise
+from mmconvert.recognise import by_names
+from mmconvert.sharding.layout import GRID_FLAG, Chunk, Layout
+from mmconvert.sharding.stages import total
 from mmconvert.sides.mm_source import Parts, claim_mm
-from mmconvert.sources.model import ENCODERS, Model, dropped_by
+from mmconvert.sources.model import ENCODERS, Model, dropped_by, drops_too_much
 from mmconvert.stored import StoredTensor
 
 
@@ -41,22 +51,28 @@ def mm_model(
     """
     checkpoint = open_mm(folder)
     notes = [f"{checkpoint.folder}: {note}" for note in checkpoint.notes]
-    dims = dict(model.dims) if model else _manifest_dims(family, checkpoint, notes)
-    parts = _without(checkpoint, options, notes)
+    content, stale = manifest.read(checkpoint.root)
+    notes += [stale] if stale else []
+    _check_converter(family, checkpoint, content)
+    vit_only = vit_only or bool(content and content.get("save_vit_only"))
+    dims = dict(model.dims) if model else manifest.sizes(content or {})
+    parts, used = _without(family, checkpoint, options, notes)
     names = {name for tensors in parts.values() for name in tensors}
     variant = _variant_of(family, names, checkpoint, model)
     if model is not None and model.tied_known:
         tied = model.variant.tied
     else:
-        tied = _looks_tied(family, parts, checkpoint)
+        tied = _looks_tied(family, parts, content)
     variant = replace(variant, tied=tied, vit_qkv=options.vit_qkv)
     modules = family.modules(variant)
+    _check_known(family, names, mm_index(modules), checkpoint)
     if vit_only:
         modules = tuple(m for m in modules if m.key in ENCODERS)
         index = mm_index(modules)
         parts = {c: {n: t for n, t in p.items() if index.find(n)} for c, p in parts.items()}
     checkpoint = replace(checkpoint, parts=parts)
     layout = detect_layout(modules, checkpoint, dims, same_bytes)
+    _check_text(layout, checkpoint)
     if given.ep_size not in (0, 1):
         raise CheckpointError(
             f"{prefix}ep_size says {given.ep_size}, the checkpoint holds 1",
@@ -76,40 +92,94 @@ def mm_model(
             "leave them out with --drop 'NAME' (a pattern; may be repeated)",
         )
     dims |= {f"{key}.layers": sum(map(sum, grid)) for key, grid in layout.grids.items()}
-    return Model(family, variant, modules, dims, None, {}, tuple(notes)), layout, parts
+    found = Model(family, variant, modules, dims, notes=tuple(notes), patterns=used)
+    return found, layout, parts
 
 
-def _manifest_dims(family: Family, checkpoint: MMCheckpoint, notes: list[str]) -> Dims:
-    content, note = manifest.read(checkpoint.root)
-    if note:
-        notes.append(note)
-    if content is None:
-        return {}
-    if content.get("converter") != family.converter:
+def _check_converter(
+    family: Family, checkpoint: MMCheckpoint, content: Mapping[str, object] | None
+) -> None:
+    converter = content.get("converter") if content else None
+    if isinstance(converter, str) and converter != family.converter:
         raise CheckpointError(
-            f"{checkpoint.root / manifest.NAME} says {content.get('converter')!r}",
-            f"a checkpoint that {family.converter} wrote",
-            f"use {content.get('converter')}",
+            f"{checkpoint.root / manifest.NAME} says that {converter} wrote this checkpoint",
+            f"a checkpoint of {family.name} for {family.converter}",
+            f"use {converter}",
         )
-    return manifest.sizes(content)
+
+
+def _check_known(
+    family: Family,
+    names: set[str],
+    index: TemplateIndex[tuple[Module, Row]],
+    checkpoint: MMCheckpoint,
+) -> None:
+    """Names that no row knows: another family's checkpoint, or tensors to be dropped."""
+    unknown = sorted(name for name in names if not index.find(name))
+    if not unknown:
+        return
+    other = by_names(names, checkpoint.folder)
+    if other.converter != family.converter:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {len(unknown)} tensors are not of {family.name}, such as "
+            f"{unknown[0]}",
+            f"a checkpoint of {family.name} for {family.converter}",
+            f"use {other.converter}: the names are those of {other.name}",
+        )
+    closest = index.closest(unknown[0])
+    hint = f" (closest known name: {closest})" if closest else ""
+    raise TensorError(
+        f"{checkpoint.folder}: {number(unknown, 'tensor')} with no place in {family.name}: "
+        f"{summarise(unknown)}{hint}",
+        f"only tensors of {family.name}",
+        "leave them out with --drop 'NAME' (a pattern; may be repeated)",
+    )
+
+
+def _check_text(layout: Layout, checkpoint: MMCheckpoint) -> None:
+    """Raises CheckpointError for a module without any layer, which no flag has left out."""
+    for key, grid in layout.grids.items():
+        if not total(grid):
+            raise CheckpointError(
+                f"{checkpoint.folder} holds no layer of {GRID_FLAG[key].split('_')[0]}",
+                "all modules of the model",
+                "for encoders alone give --cfg.save_vit_only True (resplit); else copy all ranks",
+            )
 
 
 def _without(
-    checkpoint: MMCheckpoint, options: Options, notes: list[str]
-) -> dict[Chunk, dict[str, StoredTensor]]:
+    family: Family, checkpoint: MMCheckpoint, options: Options, notes: list[str]
+) -> tuple[dict[Chunk, dict[str, StoredTensor]], frozenset[str]]:
+    """The tensors that no --drop pattern fits, and the patterns that fit some.
+
+    Raises:
+        RequestError: a pattern that fits a tensor which the model needs.
+    """
+    needed = TemplateIndex(
+        (mm, True)
+        for mm in {
+            r.mm
+            for variant in family.variants
+            for m in family.modules(variant)
+            for r in m.all_rows()
+            if r.mm != OUTPUT_LAYER
+        }
+    )
     dropped: dict[str, set[str]] = {}
     kept: dict[Chunk, dict[str, StoredTensor]] = {}
     for chunk, tensors in checkpoint.parts.items():
         kept[chunk] = {}
         for name, tensor in tensors.items():
             pattern = dropped_by((name,), options.drop)
-            if pattern:
-                dropped.setdefault(pattern, set()).add(name)
-            else:
+            if not pattern:
                 kept[chunk][name] = tensor
+                continue
+            if needed.find(name):
+                raise drops_too_much(pattern, name)
+            dropped.setdefault(pattern, set()).add(name)
     for pattern, names in dropped.items():
-        notes.append(f"{len(names)} tensors left out (--drop {pattern}): {summarise(names)}")
-    return kept
+        notes.append(f"{number(names, 'tensor')} left out (--drop {pattern}): {summarise(names)}")
+    return kept, frozenset(dropped)
 
 
 def _variant_of(
@@ -138,9 +208,8 @@ def _variant_of(
     return best
 
 
-def _looks_tied(family: Family, parts: Parts, checkpoint: MMCheckpoint) -> bool:
+def _looks_tied(family: Family, parts: Parts, content: Mapping[str, object] | None) -> bool:
     """Without config.json: tied if mmconvert.json says so, or if there is no output layer."""
-    content, _ = manifest.read(checkpoint.root)
     variant = content.get("variant") if content else None
     if isinstance(variant, dict) and isinstance(variant.get("tied"), bool):
         return bool(variant["tied"])

@@ -28,6 +28,7 @@ class Model:
         hf_tensors: its tensors that have a row, by name in hub spelling.
         notes: what was left out, in words.
         carried: tensors of ``hf`` that are not converted and return from it.
+        patterns: the --drop patterns that fit a tensor.
         tied_known: whether config.json or the tensors tell if the output layer is tied.
     """
 
@@ -39,6 +40,7 @@ class Model:
     hf_tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     carried: tuple[StoredTensor, ...] = ()
+    patterns: frozenset[str] = frozenset()
     tied_known: bool = True
 
     @property
@@ -53,6 +55,26 @@ def dropped_by(names: Iterable[str], patterns: Iterable[str]) -> str | None:
     """The first ``--drop`` pattern that one of the names fits."""
     names = tuple(names)
     return next((p for p in patterns if any(fnmatchcase(n, p) for n in names)), None)
+
+
+def drops_too_much(pattern: str, name: str) -> RequestError:
+    """The error for a --drop pattern that fits a tensor which the model needs."""
+    return RequestError(
+        f"--drop {pattern} fits {name}, which the model needs",
+        "a pattern for tensors that have no place in the model",
+        "narrow the pattern",
+    )
+
+
+def check_patterns(options: Options, *models: Model) -> None:
+    """Raises RequestError for a --drop pattern that fits nothing: it is misspelled."""
+    for pattern in options.drop:
+        if not any(pattern in model.patterns for model in models):
+            raise RequestError(
+                f"--drop {pattern} fits no tensor",
+                "a pattern with * and ? for whole names",
+                "quote it, and check the spelling",
+            )
 
 
 def target_layout(model: Model, given: ParallelConfig, prefix: str) -> Layout:

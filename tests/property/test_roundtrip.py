@@ -24,6 +24,7 @@ from hfgen import NEW_NAMES, make_hf, nested_config
 from mmconvert.config import Options
 from mmconvert.errors import LayoutError, MMConvertError
 from mmconvert.plan import Copy, Plan, matrix
+from mmconvert.proof import prove
 from mmread import MANIFEST, compare_mm, files_in
 
 CONVERTERS = {"qwen2vl-7b": "Qwen2VLConverter", "qwen2.5vl-7b": "Qwen2_5_VLConverter"}
@@ -314,7 +315,7 @@ def broken(copies: list[Copy], number: int, change: str, by: int) -> list[Copy]:
 
 def accepted(plan: Plan) -> bool:
     try:
-        plan.prove()
+        prove(plan)
     except MMConvertError as error:
         if "the plan is not complete" not in str(error):
             raise

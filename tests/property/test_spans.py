@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mmconvert.errors import LayoutError, TensorError
 from mmconvert.names import NO_LAYER, NameTemplate, TemplateIndex
-from mmconvert.plan import Rect, covers
+from mmconvert.proof import Rect, covers
 from mmconvert.sharding.spans import Concat, Interleave, Span, Split, divisors, share
 from mmconvert.sharding.stages import (
     StageGrid,

@@ -40,38 +40,51 @@ ALLOWED: dict[str, set[str]] = {
     "converters.*": {"names", "sharding.*", "converters.*"},
     # the plan, and its sides made from a table
     "plan": {"stored", "sharding.*", "names", "converters.family"},
+    "proof": {"plan"},
     "sides.*": {"plan", "stored", "sharding.*", "names", "converters.family", "sides.*"},
     # what a request is
     "config": {"sharding.*"},
-    "arguments": {"config", "sharding.*"},
     # moving and comparing bytes
     "blockio": {"stored", "plan"},
-    "execute": {"blockio", "stored", "plan"},
-    "compare": {"blockio", "execute", "stored", "plan"},
-    "output": set(),
+    "jobs": {"blockio"},
+    "execute": {"blockio", "jobs", "stored", "plan"},
+    "compare": {"blockio", "jobs", "stored", "plan"},
+    "output": {"sharding.layout"},
     # opening checkpoints
     "manifest": {"converters.family", "formats.*"},
+    "recognise": {"converters.*", "formats.*", "manifest"},
     "detect": {"converters.family", "formats.*", "stored", "names", "plan", "sharding.*"},
     "sources.*": {
         *("converters.*", "formats.*", "sharding.*", "sides.*", "sources.*"),
-        *("compare", "config", "detect", "manifest", "names", "stored"),
+        *("compare", "config", "detect", "manifest", "names", "recognise", "stored"),
     },
-    "recognise": {"converters.*", "formats.*", "manifest"},
+    # proving, then writing
+    "run": {
+        *("compare", "config", "events", "execute", "formats.*", "jobs", "manifest", "output"),
+        *("plan", "proof", "sharding.layout", "sources.model", "stored"),
+    },
     # the story
     "convert": {
-        *("converters.*", "formats.*", "sharding.*", "sides.*", "sources.*", "compare", "config"),
-        *("events", "execute", "manifest", "names", "output", "plan", "stored"),
+        *("config", "converters.family", "events", "names", "output", "plan", "run", "sides.*"),
+        *("sources.*", "sharding.*"),
     },
     "verify": {
-        *("converters.*", "formats.*", "sharding.*", "sides.*", "sources.*"),
-        *("compare", "config", "events", "execute", "plan", "recognise", "stored"),
+        *("compare", "config", "converters.family", "events", "jobs", "plan", "recognise"),
+        *("sides.*", "sources.*"),
+    },
+    "inspection": {
+        *("config", "formats.*", "recognise", "sharding.layout", "sides.*", "sources.*"),
+        "stored",
     },
     # the shell
     "picture": {"sharding.*"},
-    "progress": {"events"},
-    "cli": {
-        *("arguments", "compare", "config", "convert", "converters.*", "events", "picture"),
-        *("progress", "recognise", "verify"),
+    "cli": {"cli.*", "config", "converters.*"},
+    "cli.arguments": {"config", "sharding.*"},
+    "cli.screen": {"events"},
+    "cli.conversions": {"cli", "cli.*", "config", "convert", "converters.*", "recognise"},
+    "cli.toolkit": {
+        *("cli", "cli.*", "compare", "config", "inspection", "picture", "sharding.layout"),
+        "verify",
     },
     "__main__": {"cli"},
     "__init__": {"config", "convert", "converters.*", "verify"},
@@ -80,9 +93,9 @@ ALLOWED: dict[str, set[str]] = {
 # Libraries beside the standard library: who may import them at all.
 LIBRARIES: dict[str, set[str]] = {
     "numpy": {"blockio", "execute", "compare"},
-    "rich": {"progress", "picture", "arguments", "cli"},
-    "tyro": {"arguments"},
-    "yaml": {"arguments"},
+    "rich": {"cli.screen", "cli.toolkit", "picture"},
+    "tyro": {"cli.arguments"},
+    "yaml": {"cli.arguments"},
 }
 HEAVY = {"torch", "torch_npu", "transformers", "safetensors", "megatron"}
 HEAVY_ROOMS = ("formats.", "runtime.")  # these may import them inside functions
