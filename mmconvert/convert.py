@@ -22,8 +22,8 @@ from mmconvert.sources.hf import config_model, hf_model
 from mmconvert.sources.mm import mm_model
 from mmconvert.sources.model import (
     Model,
-    check_patterns,
     check_reading_options,
+    idle_patterns,
     target_layout,
     unchecked_units,
 )
@@ -48,11 +48,11 @@ def hf_to_mm(
         vit_only=cfg.save_vit_only,
         llm_dir=cfg.common_model_config.llm_hf_dir,
     )
-    check_patterns(run.options, source)
     layout = target_layout(source, cfg.parallel_config, prefix="--cfg.parallel_config.")
     src = hf_side(source.modules, source.dims, source.hf_tensors)
     dst = mm_target(source.modules, source.dims, layout, src.wholes)
-    notes = [*source.notes, *_carried_note(source, "stay in hf_dir and return from it")]
+    notes = [*source.notes, *idle_patterns(run.options, source)]
+    notes += _carried_note(source, "stay in hf_dir and return from it")
     plan = run.prove(build(src, dst, notes))
     inputs = [p for p in (cfg.hf_config.hf_dir, cfg.common_model_config.llm_hf_dir) if p]
     return run.write_mm(plan, source, layout, cfg.mm_dir, inputs)
@@ -72,12 +72,12 @@ def mm_to_hf(
     source, layout, parts = mm_model(
         family, cfg.mm_dir, cfg.parallel_config, model, run.options, prefix="--cfg.parallel_config."
     )
-    check_patterns(run.options, model, source)
     _check_structure(cfg, source)
     src = mm_source(source.modules, source.dims, layout, parts)
     headers = hf_side(source.modules, source.dims, model.hf_tensors)
     dst = hf_target(headers, src.wholes)
-    notes = [*model.notes, *source.notes, *_carried_note(model, "copied from hf_dir")]
+    notes = [*model.notes, *source.notes, *idle_patterns(run.options, model, source)]
+    notes += _carried_note(model, "copied from hf_dir")
     notes += _dtype_notes(headers, dst)
     plan = run.prove(carry(build(src, dst, notes), model.carried))
     inputs = [cfg.hf_config.hf_dir, cfg.mm_dir]
@@ -108,11 +108,11 @@ def reshard(
     layout = target_layout(
         source, cfg.target_parallel_config, prefix="--cfg.target_parallel_config."
     )
-    check_patterns(run.options, source)
     src = mm_source(source.modules, source.dims, found, parts)
     src = reorder(src, source.modules, source.plain_modules, source.dims)
     dst = mm_target(source.plain_modules, source.dims, layout, src.wholes)
-    notes = [*source.notes, *unchecked_units(source, found, layout)]
+    notes = [*source.notes, *idle_patterns(run.options, source)]
+    notes += unchecked_units(source, found, layout)
     plan = run.prove(build(src, dst, notes))
     return run.write_mm(plan, source, layout, cfg.target_dir, [cfg.source_dir])
 

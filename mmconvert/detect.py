@@ -184,12 +184,14 @@ def check_layers(layout: Layout, dims: Dims) -> None:
     Raises:
         CheckpointError: naming both numbers.
     """
-    for key, grid in layout.grids.items():
-        have, want = total(grid), dims.get(f"{key}.layers")
-        if want is not None and have != want:
-            raise CheckpointError(
-                f"the checkpoint holds {have} layers by {GRID_FLAG[key]} {show(grid)}; the model "
-                f"has {want}",
-                f"a checkpoint with {want} such layers, and the hf_dir of its own model",
-                "copy all rank folders again, or give the hf_dir that the checkpoint came from",
-            )
+    wrong = [
+        f"{total(grid)} by {GRID_FLAG[key]} {show(grid)}, the model {dims[f'{key}.layers']}"
+        for key, grid in layout.grids.items()
+        if dims.get(f"{key}.layers", total(grid)) != total(grid)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"the checkpoint holds other numbers of layers than the model: {'; '.join(wrong)}",
+            "all layers, and the hf_dir of the checkpoint's own model",
+            "copy all rank folders again, or give the hf_dir that the checkpoint came from",
+        )

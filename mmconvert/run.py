@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmconvert import compare, manifest
 from mmconvert.config import Options
-from mmconvert.errors import CheckpointError, ReplicaError, RequestError
+from mmconvert.errors import CheckpointError, OutputError, ReplicaError, RequestError
 from mmconvert.events import Events
 from mmconvert.execute import execute
 from mmconvert.formats import hf, megatron
@@ -134,7 +134,12 @@ class Run:
 
     def _output(self, plan: Plan, target: Path, inputs: Sequence[Path]) -> Output:
         output = Output(target, inputs, overwrite=self.options.overwrite)
-        output.check_room(plan.nbytes + SIDE_ROOM)
+        try:
+            output.check_room(plan.nbytes + SIDE_ROOM)
+        except OutputError as error:
+            if not self.options.dry_run:
+                raise
+            self.events.note(f"warning: {error.what}")
         return output
 
     def _move(self, plan: Plan, places: Sequence[StoredTensor]) -> None:

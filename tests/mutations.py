@@ -15,7 +15,8 @@ import signal
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from inprocess import BACK, HF, MM, SOURCE, TARGET, Done, call, converter_of
 MODELS = ("qwen2vl-2b", "qwen2.5vl-7b", "qwen2.5omni-7b", "internvl2-76b")
 VERBS = ("hf_to_mm", "mm_to_hf", "resplit")
 PREFIXES = ("image_encoder.", "text_decoder.", "audio_encoder.")
-MEMORY = 2 << 30  # bytes of address space; the interpreter with numpy takes a quarter of it
+MEMORY = 1 << 30  # bytes of address space that a conversion may add
 SECONDS = 20  # what no small checkpoint may take
 
 Names = dict[str, set[str]]
@@ -81,7 +82,7 @@ def command(model: str, verb: str, hf: Path, mm: Path, out: Path) -> list[str | 
         words += [MM, mm, BACK, out]
     else:
         words += [SOURCE, mm, TARGET, out, *layout(model, "[2]", "[1]", 1, "target_")]
-    return [*words, "--workers", "1"]
+    return [*words, "--workers", "1", "--debug"]
 
 
 def mm_names(mm: Path) -> Names:
@@ -97,9 +98,13 @@ def mm_names(mm: Path) -> Names:
 
 
 def hf_names(hf: Path) -> Names:
-    """The tensors of every weight file."""
+    """The tensors of the weight files that count: those of the index, if there is one."""
     found: Names = {}
-    for path in sorted(hf.glob("*.safetensors")):
+    index = hf / "model.safetensors.index.json"
+    names = {path.name for path in hf.glob("*.safetensors")}
+    if index.is_file():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    for path in (hf / name for name in sorted(names)):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         found[path.name] = header.keys() - {"__metadata__"}
@@ -322,6 +327,32 @@ def linked(folder: Path, to: Path) -> Path:
     return to
 
 
+class TooSlow(Exception):  # noqa: N818 - no error, an alarm
+    """One conversion took longer than any may."""
+
+
+def _too_slow(signum: int, frame: object) -> None:
+    raise TooSlow(f"more than {SECONDS} s")
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Bounded memory and time, for this process; time only in its main thread."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        present = int(statm.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (present + MEMORY, limits[1]))
+    before = signal.signal(signal.SIGALRM, _too_slow)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 def try_one(random: Random, bases: dict[str, Base], work: Path) -> Outcome:
     """Damage one checkpoint, convert it, and judge the outcome."""
     base = bases[random.choice(sorted(bases))]
@@ -335,14 +366,15 @@ def try_one(random: Random, bases: dict[str, Base], work: Path) -> Outcome:
             break  # the first of two mutations left nothing for the second
     fault, code = "", -1
     try:
-        done = call(*command(base.model, verb, hf, mm, out), check=None)
+        with bounded():
+            done = call(*command(base.model, verb, hf, mm, out), check=None)
         code = done.returncode
         fault = _judge(base, verb, hf, out, done)
     except AssertionError as error:
         fault = str(error)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return Outcome(base.model, verb, mutation.__name__, code, fault)
+    return Outcome(base.model, verb, mutation.__name__, code, fault[-4000:])
 
 
 def _judge(base: Base, verb: str, hf: Path, out: Path, done: Done) -> str:
@@ -358,21 +390,11 @@ def _judge(base: Base, verb: str, hf: Path, out: Path, done: Done) -> str:
     if done.returncode != 0:
         return f"exit code {done.returncode}: {done.stderr}"
     found = hf_names(out) if verb == "mm_to_hf" else mm_names(out)
-    wanted = _listed(hf) if verb == "mm_to_hf" else base.wanted[verb]
+    wanted = hf_names(hf) if verb == "mm_to_hf" else base.wanted[verb]
     count, right = (sum(map(len, x.values())) for x in (found, wanted))
     if set().union(*found.values()) != set().union(*wanted.values()) or count != right:
         return f"success, but {count} tensors instead of {right}"
     return ""
-
-
-def _listed(hf: Path) -> Names:
-    """The tensors of the weight files that count: those of the index, if there is one."""
-    index = hf / "model.safetensors.index.json"
-    stored = hf_names(hf)
-    if not index.is_file():
-        return stored
-    files = set(json.loads(index.read_text())["weight_map"].values())
-    return {name: tensors for name, tensors in stored.items() if name in files}
 
 
 def many(seed: int, count: int, folder: Path) -> tuple[Counter[str], list[tuple[int, Outcome]]]:
@@ -383,25 +405,13 @@ def many(seed: int, count: int, folder: Path) -> tuple[Counter[str], list[tuple[
     for number in range(count):
         work = folder / "work" / str(number)
         work.mkdir(parents=True)
-        signal.alarm(SECONDS)
         outcome = try_one(Random(f"{seed} {number}"), bases, work)
-        signal.alarm(0)
         ended[f"{outcome.verb} exit {outcome.code}"] += 1
         if outcome.fault:
             faults.append((number, outcome))
     return ended, faults
 
 
-class TooSlow(Exception):
-    """One conversion took longer than any may."""
-
-
-def _too_slow(signum: int, frame: object) -> None:
-    raise TooSlow
-
-
 if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    signal.signal(signal.SIGALRM, _too_slow)
     ended, faults = many(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
     print(json.dumps({"ended": ended, "faults": [[n, *o] for n, o in faults]}))

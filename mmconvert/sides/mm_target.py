@@ -62,8 +62,9 @@ def _with_sizes_that_do(
         return True
 
     sizes = [size for size in range(1, LARGEST_TP + 1) if does(size)]
-    wanted = f"{TP_FLAG[bad.module.key]} among {sizes}, which suit the whole {bad.module.label}"
-    return LayoutError(error.what, wanted, error.fix)
+    flag = TP_FLAG[bad.module.key]
+    whole = f"the whole {bad.module.label} allows {flag} among {sizes}"
+    return LayoutError(error.what, f"{error.wanted}; {whole}", error.fix)
 
 
 def shard_spans(

@@ -62,10 +62,10 @@ def mm_model(
     if model is not None and model.tied_known:
         tied = model.variant.tied
     else:
-        tied = _looks_tied(family, parts, content)
+        tied = vit_only or _looks_tied(family, parts, content, notes)
     variant = replace(variant, tied=tied, vit_qkv=options.vit_qkv)
     modules = family.modules(variant)
-    _check_known(family, names, mm_index(modules), checkpoint)
+    _check_known(family, parts, mm_index(modules), checkpoint)
     if vit_only:
         modules = tuple(m for m in modules if m.key in ENCODERS)
         index = mm_index(modules)
@@ -110,14 +110,16 @@ def _check_converter(
 
 def _check_known(
     family: Family,
-    names: set[str],
+    parts: Parts,
     index: TemplateIndex[tuple[Module, Row]],
     checkpoint: MMCheckpoint,
 ) -> None:
     """Names that no row knows: another family's checkpoint, or tensors to be dropped."""
+    names = {name for part in parts.values() for name in part}
     unknown = sorted(name for name in names if not index.find(name))
     if not unknown:
         return
+    file = next(part[unknown[0]].path for part in parts.values() if unknown[0] in part)
     other = by_names(names, checkpoint.folder)
     if other.converter != family.converter:
         raise CheckpointError(
@@ -129,7 +131,7 @@ def _check_known(
     closest = index.closest(unknown[0])
     hint = f" (closest known name: {closest})" if closest else ""
     raise TensorError(
-        f"{checkpoint.folder}: {number(unknown, 'tensor')} with no place in {family.name}: "
+        f"{file}: {number(unknown, 'tensor')} with no place in {family.name}: "
         f"{summarise(unknown)}{hint}",
         f"only tensors of {family.name}",
         "leave them out with --drop 'NAME' (a pattern; may be repeated)",
@@ -208,16 +210,36 @@ def _variant_of(
     return best
 
 
-def _looks_tied(family: Family, parts: Parts, content: Mapping[str, object] | None) -> bool:
-    """Without config.json: tied if mmconvert.json says so, or if there is no output layer."""
+def _looks_tied(
+    family: Family,
+    parts: Parts,
+    content: Mapping[str, object] | None,
+    notes: list[str],
+) -> bool:
+    """Whether the output layer is the embedding, where config.json is not at hand.
+
+    mmconvert.json says it; else two equal tensors, or one stage without an output layer.
+
+    Raises:
+        TensorError: several stages without an output layer: it is missing, or was never written.
+    """
     variant = content.get("variant") if content else None
     if isinstance(variant, dict) and isinstance(variant.get("tied"), bool):
         return bool(variant["tied"])
     rows = [r for m in family.modules(Variant(tied=True)) for r in m.all_rows() if r.tied_to]
     heads = [t[r.mm] for t in parts.values() for r in rows if r.mm in t]
-    if not heads:
-        return True
     origins = [t[r.tied_to] for t in parts.values() for r in rows if r.tied_to in t]
-    return len(origins) == len(heads) and all(
-        same_bytes(a, b) for a, b in zip(origins, heads, strict=True)
-    )
+    if heads:
+        return len(origins) == len(heads) and all(
+            same_bytes(a, b) for a, b in zip(origins, heads, strict=True)
+        )
+    if len({(chunk.rank.pp, chunk.virtual) for chunk, part in parts.items() if part}) > 1:
+        raise TensorError(
+            f"there is no {OUTPUT_LAYER} on any stage",
+            "the output layer; with tied embeddings too it stands on the last of several stages",
+            "if the model ties its embeddings, give --cfg.hf_config.hf_dir, whose config.json says "
+            "so; else copy the rank folder of the last stage again",
+        )
+    if origins:
+        notes.append("warning: no output layer and no config.json: taken for tied embeddings")
+    return True

@@ -66,15 +66,13 @@ def drops_too_much(pattern: str, name: str) -> RequestError:
     )
 
 
-def check_patterns(options: Options, *models: Model) -> None:
-    """Raises RequestError for a --drop pattern that fits nothing: it is misspelled."""
-    for pattern in options.drop:
-        if not any(pattern in model.patterns for model in models):
-            raise RequestError(
-                f"--drop {pattern} fits no tensor",
-                "a pattern with * and ? for whole names",
-                "quote it, and check the spelling",
-            )
+def idle_patterns(options: Options, *models: Model) -> list[str]:
+    """Warnings for --drop patterns that fit nothing: they may be misspelled."""
+    return [
+        f"warning: --drop {pattern} fits no tensor"
+        for pattern in options.drop
+        if not any(pattern in model.patterns for model in models)
+    ]
 
 
 def target_layout(model: Model, given: ParallelConfig, prefix: str) -> Layout:
