@@ -1,9 +1,60 @@
-"""mmconvert: multimodal checkpoints between Hugging Face and MM format, in any parallel layout."""
+"""mmconvert: multimodal checkpoints between Hugging Face and MM format, in any parallel layout.
+
+The public functions are those of :mod:`mmconvert.api`, the errors those of
+:mod:`mmconvert.errors`; nothing else is public.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from mmconvert import version
+from mmconvert.errors import (
+    CheckpointError,
+    DifferenceError,
+    FormatError,
+    LayoutError,
+    MMConvertError,
+    OutputError,
+    ReplicaError,
+    RequestError,
+    TensorError,
+)
+
+if TYPE_CHECKING:
+    from mmconvert.api import hf_to_mm, inspect, load_rank, mm_to_hf, reshard, verify
+    from mmconvert.config import Options, ParallelConfig
 
 __version__ = version.VERSION
 
-__all__ = ["__version__"]
+__all__ = [
+    "CheckpointError",
+    "DifferenceError",
+    "FormatError",
+    "LayoutError",
+    "MMConvertError",
+    "Options",
+    "OutputError",
+    "ParallelConfig",
+    "ReplicaError",
+    "RequestError",
+    "TensorError",
+    "__version__",
+    "hf_to_mm",
+    "inspect",
+    "load_rank",
+    "mm_to_hf",
+    "reshard",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module attribute can be anything
+    """Loads a public function when it is first asked for: ``import mmconvert`` stays cheap."""
+    from importlib import import_module
+
+    if name in ("Options", "ParallelConfig"):
+        return getattr(import_module("mmconvert.config"), name)
+    if name in __all__:
+        return getattr(import_module("mmconvert.api"), name)
+    raise AttributeError(f"module 'mmconvert' has no attribute {name!r}")

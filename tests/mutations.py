@@ -63,7 +63,7 @@ def layout(model: str, llm: str, vit: str, tp: int, of: str = "") -> list[str]:
 
 def make_base(model: str, folder: Path) -> Base:
     """The model with few layers, and its MM form on two stages of two tp ranks."""
-    sizes = {"layers": 2, "vit_layers": 1}
+    sizes: dict[str, Any] = {"layers": 2, "vit_layers": 1}
     sizes |= {"audio_layers": 1} if "omni" in model else {}
     hf, mm = make_hf(model, folder / "hf", shards=2, **sizes), folder / "mm"
     call(*command(model, "hf_to_mm", hf, mm, mm))

@@ -16,6 +16,7 @@ from subprocess import CompletedProcess
 from typing import Any, NamedTuple
 
 import pytest
+
 from cli import run_cli
 from hfgen import make_hf
 from mmread import compare_hf, compare_mm, compare_record, compare_side_files

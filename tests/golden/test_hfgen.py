@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from hfgen import MODELS, NEW_NAMES, make_hf, nested_config, renamed
 from mmread import compare_hf, read_weight_file, weight_files
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from commands import copied, edit_index, edit_json, edit_rank, none, rank_files, same_hf
+from commands import copied, edit_json, edit_rank, none, rank_files, same_hf
 from hfgen import NEW_NAMES, make_hf, nested_config
 from inprocess import (
     BACK,
@@ -67,7 +67,7 @@ OMNI_NEW_NAMES = (
 )
 
 
-def sizes_of(model: str) -> dict[str, int]:
+def sizes_of(model: str) -> dict[str, Any]:
     """Few layers of each kind that the model has."""
     sizes = {"layers": LAYERS, "vit_layers": VIT_LAYERS}
     return {**sizes, "audio_layers": AUDIO_LAYERS} if "omni" in model else sizes
@@ -229,11 +229,13 @@ def test_line_01_checkpoints_with_that_fault_are_repaired(
     words = [*flags("[4]", "[2]", tp, of="target_"), *said, HF, str(hf)]
     to_other(model, faulty, tmp_path / "resplit", *words)
     none(compare_mm(right, tmp_path / "resplit"))
+    call("verify", hf, faulty, *said)
+    call("verify", hf, faulty, check=1)
     to_hf(model, faulty, hf, tmp_path / "wrong")
     assert compare_hf(hf, tmp_path / "wrong"), "the fault must show without the flag"
 
 
-DEEP: dict[str, tuple[str, dict[str, int], list[int], list[int], int]] = {
+DEEP: dict[str, tuple[str, dict[str, Any], list[int], list[int], int]] = {
     # model, sizes, flat llm stages, flat vit stages, pp
     "internvl2-76b pp16": (
         "internvl2-76b",
@@ -261,16 +263,17 @@ def _stages(counts: list[int]) -> tuple[int, int]:
 
 @pytest.mark.parametrize("case", DEEP.values(), ids=DEEP.keys())
 def test_line_02_towers_that_start_late_are_placed_by_the_lists(
-    case: tuple[str, dict[str, int], list[int], list[int], int], tmp_path: Path
+    case: tuple[str, dict[str, Any], list[int], list[int], int], tmp_path: Path
 ) -> None:
     """Every tensor is stored once, on its stage; the first and last weights on theirs."""
     model, sizes, llm, vit, pp = case
     hf, mm = make_hf(model, tmp_path / "hf", **sizes), tmp_path / "mm"
     rows = len(llm) // pp
-    grids = [str([c[v * pp : (v + 1) * pp] for v in range(rows)]) for c in (llm, vit)]
-    grids = [grid.replace(" ", "") for grid in grids]
-    audio = grids[1] if "omni" in model else ""
-    to_mm(model, hf, mm, *flags(*grids, audio=audio))
+    texts, images = (
+        str([c[v * pp : (v + 1) * pp] for v in range(rows)]).replace(" ", "") for c in (llm, vit)
+    )
+    audio = images if "omni" in model else ""
+    to_mm(model, hf, mm, *flags(texts, images, audio=audio))
     prefixes = {"text_decoder": llm, "image_encoder": vit}
     if audio:
         prefixes["audio_encoder"] = vit
@@ -398,7 +401,7 @@ def test_line_06_stray_files_change_nothing(
     none(compare_mm(mm_of(model, "tp1"), tmp_path / "mm"))
 
 
-ODD: dict[str, tuple[str, dict[str, int], list[str], tuple[str, ...]]] = {
+ODD: dict[str, tuple[str, dict[str, Any], list[str], tuple[str, ...]]] = {
     "vocabulary": ("qwen2vl-7b", {"vocab_size": 301}, flags("[4]", "[2]", 2), ("301", "tp_size")),
     "text ffn": ("qwen2.5vl-7b", {"inter": 150}, flags("[4]", "[2]", 4), ("150", "tp_size")),
     "vision ffn": ("qwen2.5vl-7b", {"vit_inter": 57}, flags("[4]", "[2]", 1, 8), ("57", "vit_tp")),
@@ -422,7 +425,7 @@ ODD: dict[str, tuple[str, dict[str, int], list[str], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("case", ODD.values(), ids=ODD.keys())
 def test_line_07_nothing_is_cut_off(
-    case: tuple[str, dict[str, int], list[str], tuple[str, ...]], tmp_path: Path
+    case: tuple[str, dict[str, Any], list[str], tuple[str, ...]], tmp_path: Path
 ) -> None:
     model, sizes, layout, words = case
     hf, out = small(model, tmp_path / "hf", **sizes), tmp_path / "out"
@@ -454,6 +457,35 @@ def test_line_08_canonical_vision_qkv_is_cut_by_heads_of_each(
             assert same(found[f"{V}.1.self_attention.linear_qkv.{kind}"], wanted)
     to_hf(model, mm, hf, tmp_path / "back")
     same_hf(hf, tmp_path / "back")
+
+
+@pytest.mark.parametrize("model", QWEN)
+def test_line_08_what_the_reference_cut_is_repaired(
+    model: str, hf_of: Maker, tmp_path: Path
+) -> None:
+    """Plain rows of the whole qkv on each rank: --vit-qkv concatenated."""
+    hf, faulty, right = hf_of(model), tmp_path / "faulty", tmp_path / "right"
+    words = flags("[4]", "[2]", 2)
+    to_mm(model, hf, right, *words, CANONICAL, "True")
+    shutil.copytree(right, faulty)
+    (faulty / MANIFEST).unlink()
+    tensors = hf_tensors(hf)
+
+    def as_reference(content: dict, rank: int) -> None:
+        for layer in range(VIT_LAYERS):
+            for kind in ("weight", "bias"):
+                whole = tensors[f"visual.blocks.{layer}.attn.qkv.{kind}"]
+                name = f"{V}.{layer}.self_attention.linear_qkv.{kind}"
+                content["model"][name] = whole.chunk(2)[rank].clone()
+
+    for rank in range(2):
+        edit_rank(faulty, f"mp_rank_{rank:02d}", lambda c, rank=rank: as_reference(c, rank))
+    said = ("--vit-qkv", "concatenated")
+    to_hf(model, faulty, hf, tmp_path / "back", *said)
+    same_hf(hf, tmp_path / "back")
+    there = flags("[4]", "[2]", 2, of="target_")
+    to_other(model, faulty, tmp_path / "out", *there, *said, HF, str(hf))
+    none(compare_mm(right, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("model", QWEN)
@@ -502,6 +534,28 @@ def test_line_10_tied_on_one_rank_with_virtual_stages(model: str, tmp_path: Path
     assert HEAD not in first and same(last[HEAD], first[EMBEDDING])
     to_hf(model, mm, hf, tmp_path / "back")
     same_hf(hf, tmp_path / "back")
+
+
+@pytest.mark.parametrize("model", TIED)
+def test_line_10_what_the_reference_resplit_is_read(
+    model: str, hf_of: Maker, mm_of: Maker, tmp_path: Path
+) -> None:
+    """Without an output layer on the last of two stages, or with a superfluous one."""
+    hf, less, more = hf_of(model), tmp_path / "less", tmp_path / "more"
+    without_manifest(mm_of(model, "pp2"), less)
+    edit_rank(less, "mp_rank_00_001", lambda content: content["model"].pop(HEAD))
+    without_manifest(mm_of(model, "tp1"), more)
+
+    def add(content: dict) -> None:
+        content["model"][HEAD] = content["model"][EMBEDDING].clone()
+
+    edit_rank(more, "mp_rank_00", add)
+    for mm in (less, more):
+        to_hf(model, mm, hf, mm.with_suffix(".back"))
+        same_hf(hf, mm.with_suffix(".back"))
+        out = mm.with_suffix(".out")
+        to_other(model, mm, out, *layout_of("vpp2", model, "target_"), HF, str(hf))
+        none(compare_mm(mm_of(model, "vpp2"), out))
 
 
 MISSING = {
@@ -966,6 +1020,26 @@ def test_found_besides_an_unknown_mm_tensor_is_an_error(
     refused(to_other(model, mm, out, *words, check=None), 3, name, out=out)
 
 
+@pytest.mark.parametrize("model", QWEN)
+@pytest.mark.parametrize("layout", ["tp1", "tp4", "vpp2"])
+def test_found_besides_verify_knows_the_canonical_structure(
+    model: str, layout: str, hf_of: Maker, tmp_path: Path
+) -> None:
+    """The reference has no way to check what it wrote."""
+    hf, mm = hf_of(model), tmp_path / "mm"
+    to_mm(model, hf, mm, *layout_of(layout, model), CANONICAL, "True")
+    call("verify", hf, mm)
+    call("verify", mm, hf)
+
+    def edit(content: dict) -> None:
+        content[min(k for k in content if k.startswith("model"))][f"{V}.0.mlp.linear_fc2.bias"][
+            0
+        ] += 1
+
+    edit_rank(mm, next(iter(rank_files(mm))), edit)
+    call("verify", hf, mm, check=1)
+
+
 def test_found_besides_other_weights_are_not_copied(
     hf_of: Maker, mm_of: Maker, tmp_path: Path
 ) -> None:
@@ -1023,6 +1097,46 @@ def test_omni_k_bias_survives_a_resplit(hf_of: Maker, mm_of: Maker, tmp_path: Pa
     to_other(model, mm, tmp_path / "out", *layout_of("tp2", model, "target_"))
     found = mm_tensors(tmp_path / "out", "mp_rank_00")
     assert found[f"{A}.1.self_attention.linear_qkv.bias"][3] == 0.5
+
+
+# ============================================================== what is beside the tensors
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("value", [True, 1, "yes"])
+def test_a_manifest_never_overrules_the_tensors(
+    model: str, value: object, mm_of: Maker, tmp_path: Path
+) -> None:
+    """mmconvert.json says that only encoders are there; a text decoder is there too."""
+    mm, out = copied(mm_of(model, "tp2"), tmp_path / "mm"), tmp_path / "out"
+    edit_json(mm / MANIFEST, lambda content: content.update(save_vit_only=value))
+    done = to_other(model, mm, out, *layout_of("pp2", model, "target_"), check=None)
+    if done.returncode == 0:
+        none(compare_mm(mm_of(model, "pp2"), out))
+    else:
+        refused(done, 3, out=out)
+
+
+IN_LITTLE_MEMORY = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
+from mmconvert.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("name", ["mp_rank_99999_99999", "mp_rank_99999", "mp_rank_00_99999"])
+def test_one_rank_folder_with_a_huge_number(
+    name: str, hf_of: Maker, mm_of: Maker, tmp_path: Path
+) -> None:
+    """The missing ranks are not listed one by one: they would be ten thousand million."""
+    model = "qwen2vl-7b"
+    layout = "tp1" if name.count("_") == 2 else "pp2"
+    mm, out = copied(mm_of(model, layout), tmp_path / "mm"), tmp_path / "out"
+    (mm / "release" / name).mkdir()
+    words = [converter_of(model), "mm_to_hf", HF, hf_of(model), MM, mm, BACK, out]
+    command = [sys.executable, "-c", IN_LITTLE_MEMORY, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    refused(done, 3, "missing", out=out)
 
 
 # ======================================================================== wrong converters

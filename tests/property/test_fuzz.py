@@ -58,7 +58,8 @@ def test_undamaged_checkpoints_succeed(
         work.mkdir()
         outcome = try_one(Random(number), bases, work)
         assert (outcome.code, outcome.fault) == (0, ""), outcome
-    wanted = {m: b._replace(wanted=dict.fromkeys(b.wanted, {"x": {"y"}})) for m, b in bases.items()}
+    one = {verb: {"x": {"y"}} for verb in mutations.VERBS}
+    wanted = {model: base._replace(wanted=one) for model, base in bases.items()}
     monkeypatch.setattr(mutations, "VERBS", ("resplit",))
     (tmp_path / "work").mkdir()
     assert "instead of 1" in try_one(Random(0), wanted, tmp_path / "work").fault

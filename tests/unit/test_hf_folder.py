@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def small(model: str, out: Path, **more: Any) -> Path:
-    sizes = {"layers": 1, "vit_layers": 1}
+    sizes: dict[str, Any] = {"layers": 1, "vit_layers": 1}
     sizes |= {"audio_layers": 1} if "omni" in model else {}
     return make_hf(model, out, **sizes, **more)
 
@@ -267,7 +267,7 @@ def test_no_config(state: str, folder: Path) -> None:
         os.truncate(path, 1 << 40)
     elif state == "a pipe":
         os.mkfifo(path)
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         read_config(folder)
 
 
@@ -295,7 +295,7 @@ def test_absurd_values_anywhere_in_the_config(model: str, tmp_path: Path) -> Non
     family = converters.load(MODELS[model])
     original = json.loads((folder / "config.json").read_text())
     tried = refused = 0
-    crashes: list[str] = []
+    faults: list[str] = []
     for place in all_places(original):
         sizes = any(word in place[-1] for word in SIZE_WORDS)
         for value in ABSURD if sizes else ABSURD[::4]:
@@ -311,10 +311,11 @@ def test_absurd_values_anywhere_in_the_config(model: str, tmp_path: Path) -> Non
                 hf_model(family, folder, Options())
             except MMConvertError as error:
                 refused += 1
-                assert error.exit_code == 3, (place, value, error)
+                if error.exit_code != 3:
+                    faults.append(f"{'.'.join(place)} = {value!r:.40}: exit {error.exit_code}")
             except Exception as error:
-                crashes.append(f"{'.'.join(place)} = {value!r:.40}: {error!r:.120}")
-    assert not crashes, "\n".join(crashes[:20])
+                faults.append(f"{'.'.join(place)} = {value!r:.40}: {error!r:.120}")
+    assert not faults, "\n".join(faults[:20])
     assert tried > 300 and refused > 60
 
 

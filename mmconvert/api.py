@@ -1,0 +1,185 @@
+"""The functions for Python programs; each is one command of ``mm-convert``.
+
+    import mmconvert
+
+    mmconvert.hf_to_mm("hf", "mm", {"llm_pp_layers": [12, 16], "vit_pp_layers": [32, 0]})
+    mmconvert.mm_to_hf("mm", "hf", "back")
+    mmconvert.reshard("mm", "mm2", {"tp_size": 2})
+    assert not mmconvert.verify("mm", "hf").differences
+
+The family is told by config.json or by the checkpoint; ``converter`` asserts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmconvert import convert, converters, inspection, recognise, verification
+from mmconvert.config import (
+    CommonModelConfig,
+    HFConfig,
+    HFToMM,
+    MMToHF,
+    OptionalHFConfig,
+    Options,
+    ParallelConfig,
+    Resplit,
+)
+from mmconvert.converters.family import Family
+from mmconvert.errors import LayoutError
+from mmconvert.events import Events
+from mmconvert.run import Result
+from mmconvert.sharding.stages import parse_grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AnyPath = str | PathLike[str]
+AnyLayout = ParallelConfig | Mapping[str, Any] | None
+
+
+def parallel_config(layout: AnyLayout) -> ParallelConfig:
+    """A ParallelConfig from one, from a mapping with its keys, or from nothing.
+
+    Raises:
+        LayoutError: an unknown key, or a list that is no stage grid.
+    """
+    if isinstance(layout, ParallelConfig):
+        return layout
+    given = dict(layout or {})
+    known = ParallelConfig.__dataclass_fields__
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise LayoutError(f"the layout has a key {unknown[0]}", f"keys among {', '.join(known)}")
+    for key, value in given.items():
+        if key.endswith("_pp_layers") and value is not None:
+            given[key] = parse_grid(value, key)
+    return ParallelConfig(**given)
+
+
+def _family(converter: str | None, *folders: Path) -> Family:
+    return converters.load(converter) if converter else recognise.family_of(*folders)
+
+
+def hf_to_mm(
+    hf_dir: AnyPath,
+    mm_dir: AnyPath,
+    layout: AnyLayout = None,
+    *,
+    converter: str | None = None,
+    canonical: bool = False,
+    save_vit_only: bool = False,
+    options: Options | None = None,
+    events: Events | None = None,
+) -> Result:
+    """Hugging Face -> MM. Without a layout everything stands on one rank.
+
+    Raises:
+        MMConvertError: see :mod:`mmconvert.errors`; nothing is left under the final name.
+    """
+    cfg = HFToMM(
+        mm_dir=Path(mm_dir),
+        hf_config=HFConfig(Path(hf_dir)),
+        parallel_config=parallel_config(layout),
+        common_model_config=CommonModelConfig(enable_canonical_hf_struct=canonical),
+        save_vit_only=save_vit_only,
+    )
+    return convert.hf_to_mm(_family(converter, Path(hf_dir)), cfg, options, events)
+
+
+def mm_to_hf(
+    mm_dir: AnyPath,
+    hf_dir: AnyPath,
+    save_hf_dir: AnyPath,
+    layout: AnyLayout = None,
+    *,
+    converter: str | None = None,
+    options: Options | None = None,
+    events: Events | None = None,
+) -> Result:
+    """MM -> Hugging Face, in the weight files and names of ``hf_dir``. A layout only asserts.
+
+    Raises:
+        MMConvertError: see :mod:`mmconvert.errors`; nothing is left under the final name.
+    """
+    cfg = MMToHF(
+        save_hf_dir=Path(save_hf_dir),
+        mm_dir=Path(mm_dir),
+        hf_config=HFConfig(Path(hf_dir)),
+        parallel_config=parallel_config(layout),
+    )
+    return convert.mm_to_hf(_family(converter, Path(hf_dir)), cfg, options, events)
+
+
+def reshard(
+    source_dir: AnyPath,
+    target_dir: AnyPath,
+    layout: AnyLayout = None,
+    *,
+    source_layout: AnyLayout = None,
+    hf_dir: AnyPath | None = None,
+    converter: str | None = None,
+    options: Options | None = None,
+    events: Events | None = None,
+) -> Result:
+    """MM -> MM in another layout. ``source_layout`` only asserts.
+
+    Raises:
+        MMConvertError: see :mod:`mmconvert.errors`; nothing is left under the final name.
+    """
+    model = Path(hf_dir) if hf_dir is not None else None
+    cfg = Resplit(
+        source_dir=Path(source_dir),
+        target_dir=Path(target_dir),
+        source_parallel_config=parallel_config(source_layout),
+        target_parallel_config=parallel_config(layout),
+        hf_config=OptionalHFConfig(model),
+    )
+    folders = [path for path in (model, Path(source_dir)) if path is not None]
+    return convert.reshard(_family(converter, *folders), cfg, options, events)
+
+
+def verify(
+    a: AnyPath, b: AnyPath, *, options: Options | None = None, events: Events | None = None
+) -> verification.Verdict:
+    """Compares two checkpoints, HF or MM, in any two layouts of one family.
+
+    Raises:
+        MMConvertError: a checkpoint that cannot be read, or that lacks tensors of the other.
+    """
+    return verification.verify(Path(a), Path(b), options, events)
+
+
+def inspect(path: AnyPath) -> inspection.Inspection:
+    """What an HF folder, an MM folder or a rank file is; reads headers only.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    return inspection.inspect(Path(path))
+
+
+def load_rank(
+    hf_dir: AnyPath,
+    layout: AnyLayout,
+    tp_rank: int,
+    pp_rank: int,
+    vpp_rank: int = 0,
+    *,
+    converter: str | None = None,
+) -> dict[str, Tensor]:
+    """One rank's MM state dict straight from an HF checkpoint; nothing is written to disk.
+
+    Returns:
+        name -> torch tensor, as ``model`` (or ``model{vpp_rank}``) of that rank file holds it.
+
+    Raises:
+        MMConvertError: see :mod:`mmconvert.errors`; ImportError: torch is not installed.
+    """
+    from mmconvert.loading import load_rank as load
+
+    family = _family(converter, Path(hf_dir))
+    return load(family, Path(hf_dir), parallel_config(layout), (tp_rank, pp_rank, vpp_rank))

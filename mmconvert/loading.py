@@ -1,0 +1,84 @@
+"""Loads one rank of an MM layout straight from an HF checkpoint, reading only its bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmconvert.blockio import bits, open_files, read_rect
+from mmconvert.config import Options, ParallelConfig
+from mmconvert.converters.family import Family
+from mmconvert.errors import LayoutError
+from mmconvert.plan import build, matrix
+from mmconvert.proof import prove
+from mmconvert.sharding.layout import Chunk, Rank
+from mmconvert.sides.hf import hf_side
+from mmconvert.sides.mm_target import mm_target
+from mmconvert.sources.hf import hf_model
+from mmconvert.sources.model import target_layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# safetensors spelling -> name in torch.
+TORCH_DTYPES = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+def load_rank(
+    family: Family, hf_dir: Path, given: ParallelConfig, place: tuple[int, int, int]
+) -> dict[str, Tensor]:
+    """The state dict of one model chunk.
+
+    Args:
+        family: of the checkpoint.
+        hf_dir: the HF checkpoint.
+        given: the layout.
+        place: tp rank, pp rank, virtual stage.
+
+    Raises:
+        LayoutError: a rank that the layout does not have.
+    """
+    import torch
+
+    source = hf_model(family, hf_dir, Options())
+    layout = target_layout(source, given, prefix="")
+    tp, pp, virtual = place
+    sizes = (layout.tp_folders, layout.pp_size, layout.vpp_size)
+    if any(not 0 <= rank < size for rank, size in zip(place, sizes, strict=True)):
+        raise LayoutError(
+            f"tp rank {tp}, pp rank {pp}, virtual stage {virtual} is not in {layout.describe()}",
+            f"ranks below {sizes}",
+        )
+    src = hf_side(source.modules, source.dims, source.hf_tensors)
+    plan = build(src, mm_target(source.modules, source.dims, layout, src.wholes))
+    prove(plan)
+    chunk = Chunk(Rank(tp, pp), virtual)
+    wanted = {i: t for i, t in enumerate(plan.targets) if t.chunk == chunk}
+    plan = replace(plan, copies=[c for c in plan.copies if c.dst in wanted])
+    arrays = {i: np.zeros(matrix(t.shape), bits(t.dtype)) for i, t in wanted.items()}
+    with open_files() as files:
+        for c in plan.copies:
+            block = read_rect(files, plan.sources[c.src], c.src_row, c.src_col, c.rows, c.cols)
+            arrays[c.dst][c.dst_row : c.dst_row + c.rows, c.dst_col : c.dst_col + c.cols] = block
+    return {
+        target.name: torch.frombuffer(
+            arrays[i], dtype=getattr(torch, TORCH_DTYPES[target.dtype])
+        ).reshape(target.shape)
+        if arrays[i].size
+        else torch.empty(target.shape, dtype=getattr(torch, TORCH_DTYPES[target.dtype]))
+        for i, target in wanted.items()
+    }
