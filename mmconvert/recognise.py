@@ -28,7 +28,7 @@ def family_of(*folders: Path) -> Family:
         if is_hf(folder):
             kind = read_config(folder).get("model_type")
             for family in families.values():
-                if kind in family.model_types:
+                if isinstance(kind, str) and kind in family.model_types:
                     return family
             raise CheckpointError(
                 f"{folder / 'config.json'} is of model_type {kind!r}",

@@ -22,6 +22,7 @@ from mmconvert.stored import StoredTensor
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_JSON = 64 << 20  # bytes
+MAX_NAME = 200  # characters of a file name; no file system takes more than 255 bytes
 
 # Weights in any form, and what downloads and version control leave behind, are no side files.
 WEIGHT_SUFFIXES = (
@@ -147,9 +148,9 @@ def _weight_map(path: Path, index: object) -> dict[str, str]:
         raise FormatError(f"{path}: there is no weight_map", "an object: tensor name -> file name")
     for tensor, name in weight_map.items():
         plain = isinstance(name, str) and name.endswith(".safetensors") and "\0" not in name
-        if not plain or Path(name).name != name or "\\" in name:
+        if not plain or Path(name).name != name or "\\" in name or len(name) > MAX_NAME:
             raise FormatError(
-                f"{path}: weight_map puts {tensor!r} into {name!r}",
+                f"{path}: weight_map puts {tensor!r:.80} into {name!r:.80}",
                 "the name of a *.safetensors file in the same folder, without a path",
             )
     return weight_map

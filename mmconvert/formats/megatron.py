@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from mmconvert.errors import CheckpointError, FormatError
@@ -148,9 +149,10 @@ def _rank_folders(folder: Path) -> dict[Rank, Path]:
             f"{folder} has expert-parallel ranks", "a checkpoint of a dense model (ep size 1)"
         )
     tp, pp = max(r.tp for r in ranks) + 1, max(r.pp for r in ranks) + 1
-    absent = [Rank(t, p) for p in range(pp) for t in range(tp) if Rank(t, p) not in ranks]
-    if absent:
-        listed = ", ".join(f"tp {r.tp} pp {r.pp}" for r in absent[:5])
+    if len(ranks) != tp * pp:
+        places = (Rank(t, p) for p in range(pp) for t in range(tp))  # may be very many
+        absent = islice((rank for rank in places if rank not in ranks), 5)
+        listed = ", ".join(f"tp {r.tp} pp {r.pp}" for r in absent)
         raise CheckpointError(
             f"{folder} has {len(ranks)} rank folders; missing: {listed}",
             f"{tp} x {pp} folders (tp x pp)",

@@ -49,6 +49,8 @@ def _with_sizes_that_do(
     error: LayoutError, bad: Instance, wholes: Mapping[Key, Whole], dims: Dims
 ) -> LayoutError:
     """The error, naming the tp sizes that every tensor of the module allows."""
+    if "not known" in error.what:  # no size can be advised without that number
+        return error
     rows = [Instance(bad.module, r, max(bad.layer, 0)) for r in bad.module.layer]
     rows += [Instance(bad.module, r, NO_LAYER) for r in bad.module.before + bad.module.after]
     found = [(item, wholes[item.key].shape) for item in rows if item.key in wholes]

@@ -25,9 +25,13 @@ from mmconvert.stored import StoredTensor
 def check_family(family: Family, config: Mapping[str, object], folder: Path) -> None:
     """Raises CheckpointError if config.json is of another family; says which converter fits."""
     kind = config.get("model_type")
-    if kind in family.model_types:
+    if isinstance(kind, str) and kind in family.model_types:
         return
-    fitting = [name for name, other in converters.registry().items() if kind in other.model_types]
+    fitting = [
+        name
+        for name, other in converters.registry().items()
+        if isinstance(kind, str) and kind in other.model_types
+    ]
     raise CheckpointError(
         f"{folder / 'config.json'} is of model_type {kind!r}",
         f"{' or '.join(sorted(family.model_types))} for {family.converter}",

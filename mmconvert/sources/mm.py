@@ -28,6 +28,8 @@ from mmconvert.sides.mm_source import Parts, claim_mm
 from mmconvert.sources.model import ENCODERS, Model, dropped_by, drops_too_much
 from mmconvert.stored import StoredTensor
 
+TEXT = "text_decoder."  # how the MM names of every family's text decoder begin
+
 
 def mm_model(
     family: Family,
@@ -54,10 +56,12 @@ def mm_model(
     content, stale = manifest.read(checkpoint.root)
     notes += [stale] if stale else []
     _check_converter(family, checkpoint, content)
-    vit_only = vit_only or bool(content and content.get("save_vit_only"))
     dims = dict(model.dims) if model else manifest.sizes(content or {})
     parts, used = _without(family, checkpoint, options, notes)
     names = {name for tensors in parts.values() for name in tensors}
+    # The manifest may say that the text decoder was left out; if it is there, it counts.
+    said = content is not None and content.get("save_vit_only") is True
+    vit_only = vit_only or (said and not any(name.startswith(TEXT) for name in names))
     variant = _variant_of(family, names, checkpoint, model)
     if model is not None and model.tied_known:
         tied = model.variant.tied

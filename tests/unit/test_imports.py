@@ -69,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
         *("sources.*", "sharding.*"),
     },
     "verification": {
-        *("compare", "config", "converters.family", "events", "jobs", "plan", "recognise"),
+        *("compare", "config", "events", "jobs", "plan", "recognise", "sharding.layout"),
         *("sides.*", "sources.*"),
     },
     "inspection": {
