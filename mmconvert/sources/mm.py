@@ -222,10 +222,10 @@ def _looks_tied(
 ) -> bool:
     """Whether the output layer is the embedding, where config.json is not at hand.
 
-    mmconvert.json says it; else two equal tensors, or one stage without an output layer.
+    mmconvert.json says it; else two equal tensors, or one text stage without an output layer.
 
     Raises:
-        TensorError: several stages without an output layer: it is missing, or was never written.
+        TensorError: several text stages without an output layer: missing, or never written.
     """
     variant = content.get("variant") if content else None
     if isinstance(variant, dict) and isinstance(variant.get("tied"), bool):
@@ -237,10 +237,16 @@ def _looks_tied(
         return len(origins) == len(heads) and all(
             same_bytes(a, b) for a, b in zip(origins, heads, strict=True)
         )
-    if len({(chunk.rank.pp, chunk.virtual) for chunk, part in parts.items() if part}) > 1:
+    text = {
+        (chunk.rank.pp, chunk.virtual)
+        for chunk, part in parts.items()
+        if any(name.startswith(TEXT) for name in part)
+    }
+    if len(text) > 1:
         raise TensorError(
             f"there is no {OUTPUT_LAYER} on any stage",
-            "the output layer; with tied embeddings too it stands on the last of several stages",
+            "the output layer; with tied embeddings too it stands on the last of several stages "
+            "with text layers",
             "if the model ties its embeddings, give --cfg.hf_config.hf_dir, whose config.json says "
             "so; else copy the rank folder of the last stage again",
         )
