@@ -1,189 +1,110 @@
-"""Positioned reads and writes of rectangles of stored tensors, through small buffers.
-
-Files are read and written with large positioned calls, never through mmap: on network file
-systems page faults are orders of magnitude slower.
-"""
+"""Rectangles of stored tensors, read into buffers: rows and columns, whatever the strides."""
 
 from __future__ import annotations
 
-import errno
-import os
-import threading
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from math import prod
-from pathlib import Path
+from typing import Literal, NamedTuple
 
-import numpy as np
-
-from mmconvert.errors import CheckpointError, MMConvertError, OutputError
+from mmconvert.errors import CheckpointError
+from mmconvert.fileio import BUFFERS, Files, read_pieces
 from mmconvert.plan import matrix
-from mmconvert.stored import ITEM_SIZE, StoredTensor
+from mmconvert.stored import ITEM_SIZE, StoredTensor, Target
 
-# Bytes that one buffer holds. Measured: what is written while it is still in the processor's
-# cache costs no more than a copy inside the kernel; with 8 MiB it costs a third more.
-BAND = 1 << 20
-PAGE = 4096
-KERNEL_PIECE = 8 << 20  # bytes that one call inside the kernel copies
 DIRECT_ROW = 64 << 10  # bytes; row pieces at least this long are read on their own
-
-Bytes = np.ndarray  # of unsigned integers as wide as the dtype: the bits, never interpreted
-
-# What copy_file_range answers where a file system or kernel does not offer it.
-_NOT_HERE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+MOST_SKIPPED = 16  # times the bytes wanted that are read along with them rather than seeked over
+# The memoryview format that holds the bits of one element, by its size.
+INTEGER: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
-def bits(dtype: str) -> np.dtype:
-    """The unsigned integer type that holds a dtype's bits."""
-    return np.dtype(f"<u{ITEM_SIZE[dtype]}")
+class Region(NamedTuple):
+    """Rows and columns of a stored tensor, seen as a matrix."""
+
+    row: int
+    col: int
+    rows: int
+    cols: int
 
 
-class Files:
-    """File descriptors of one job, opened when first needed."""
+class Window(NamedTuple):
+    """Where rows lie in a buffer: the first at byte ``at``, each next one ``stride`` bytes on."""
 
-    def __init__(self) -> None:
-        self._open: dict[tuple[Path, int], int] = {}
+    buffer: memoryview
+    at: int
+    stride: int
 
-    def fd(self, path: Path, mode: int = os.O_RDONLY) -> int:
-        """A descriptor for ``path``."""
-        key = (path, mode)
-        if key not in self._open:
-            try:
-                self._open[key] = os.open(path, mode | getattr(os, "O_CLOEXEC", 0))
-            except OSError as error:
-                raise _failed(path, error, writing=mode != os.O_RDONLY) from error
-        return self._open[key]
+    def row(self, number: int, width: int) -> memoryview:
+        """The first ``width`` bytes of one row."""
+        at = self.at + number * self.stride
+        return self.buffer[at : at + width]
 
-    def close(self) -> None:
-        """Closes them all."""
-        for fd in self._open.values():
-            os.close(fd)
-        self._open.clear()
+    def pieces(self, rows: int, width: int) -> list[memoryview]:
+        """The first ``width`` bytes of each row; one piece where the rows lie in one."""
+        if self.stride == width or rows == 1:
+            return [self.row(0, rows * width)]
+        return [self.row(r, width) for r in range(rows)]
 
 
-@contextmanager
-def open_files() -> Iterator[Files]:
-    """Descriptors for the length of one job."""
-    files = Files()
-    try:
-        yield files
-    finally:
-        files.close()
+def read_compact(files: Files, tensor: StoredTensor, region: Region, use: str) -> memoryview:
+    """The region's bits row by row, in this thread's buffer of that ``use``."""
+    width = region.cols * ITEM_SIZE[tensor.dtype]
+    buffer = BUFFERS.get(use, region.rows * width)
+    read_region(files, tensor, region, Window(buffer, 0, width))
+    return buffer
 
 
-def _failed(path: Path, error: OSError, *, writing: bool) -> MMConvertError:
-    if not writing:
-        return CheckpointError(f"{path}: cannot be read: {error.strerror}", "a readable file")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return OutputError(
-            f"{path}: the disk takes no more ({error.strerror})",
-            "room for the whole checkpoint; nothing is left under the final name",
-            "free some space, or write to another disk, and run the command again",
+def read_region(files: Files, tensor: StoredTensor, region: Region, window: Window) -> None:
+    """Reads a region of a stored tensor into the rows of a window.
+
+    Raises:
+        CheckpointError: the file cannot be read, ends before, or holds a view too scattered.
+    """
+    row, col, rows, cols = region
+    if not rows or not cols:
+        return
+    item = ITEM_SIZE[tensor.dtype]
+    row_step, col_step = matrix_strides(tensor)
+    start = tensor.offset + (row * row_step + col * col_step) * item
+    width, step = cols * item, row_step * item
+    if col_step != 1 and cols > 1:
+        _read_columns(files, tensor, start, region, window)
+    elif step == width or rows == 1:
+        read_pieces(files, tensor.path, start, window.pieces(rows, width))
+    elif step < width or width >= DIRECT_ROW or step > MOST_SKIPPED * width:
+        for r in range(rows):
+            read_pieces(files, tensor.path, start + r * step, [window.row(r, width)])
+    else:  # one run of the file: each row's piece, then what lies between it and the next
+        skipped = BUFFERS.get("skipped", step - width)
+        pieces = [p for r in range(rows) for p in (window.row(r, width), skipped)]
+        read_pieces(files, tensor.path, start, pieces[:-1])
+
+
+def _read_columns(
+    files: Files, tensor: StoredTensor, start: int, region: Region, window: Window
+) -> None:
+    """A transposed view: each of its columns is one run of the file."""
+    item = ITEM_SIZE[tensor.dtype]
+    row_step, col_step = matrix_strides(tensor)
+    rows = region.rows
+    span = (rows - 1) * row_step + 1
+    if span > MOST_SKIPPED * rows:
+        raise CheckpointError(
+            f"{tensor.name} in {tensor.path} is a view with strides {list(tensor.strides or ())}",
+            "a contiguous or a transposed tensor",
+            "save it with .contiguous()",
         )
-    return OutputError(f"{path}: cannot be written: {error.strerror}", "a writable folder")
-
-
-class Buffers(threading.local):
-    """Reusable buffers of one thread: fresh ones would cost page faults each time."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, np.ndarray] = {}
-
-    def get(self, use: str, nbytes: int) -> np.ndarray:
-        """At least ``nbytes`` bytes for one use; valid until the next call for that use."""
-        held = self._held.get(use)
-        if held is None or held.nbytes < nbytes:
-            held = self._held[use] = np.empty(max(nbytes, BAND), np.uint8)
-        return held[:nbytes]
-
-
-BUFFERS = Buffers()
-
-# One writer per file at a time: the kernel would make the others spin on the file's lock.
-_WRITING: dict[Path, threading.Lock] = defaultdict(threading.Lock)
-
-
-def _raw(array: np.ndarray) -> memoryview:
-    """The bytes of a contiguous array; numpy's own cast refuses empty ones."""
-    return array.data.cast("B") if array.size else memoryview(bytearray())
-
-
-def read_into(fd: int, out: np.ndarray, offset: int, path: Path) -> None:
-    """Fills a contiguous array from ``offset`` on.
-
-    Raises:
-        CheckpointError: the file cannot be read, or ends before.
-    """
-    view = _raw(out)
-    done = 0
-    while done < len(view):
-        try:
-            got = os.preadv(fd, [view[done:]], offset + done)
-        except OSError as error:
-            raise _failed(path, error, writing=False) from error
-        if not got:
-            raise CheckpointError(
-                f"{path}: ends at byte {offset + done}, {len(view) - done} bytes too early",
-                "a file that does not change during the conversion",
-            )
-        done += got
-
-
-def write_from(fd: int, data: np.ndarray, offset: int, path: Path) -> None:
-    """Writes a contiguous array at ``offset``.
-
-    Raises:
-        OutputError: the disk is full, or the file cannot be written.
-    """
-    view = _raw(data)
-    done = 0
-    with _WRITING[path]:
-        while done < len(view):
-            try:
-                done += os.pwrite(fd, view[done:], offset + done)
-            except OSError as error:
-                raise _failed(path, error, writing=True) from error
-
-
-def copy_range(files: Files, source: Path, start: int, target: Path, at: int, nbytes: int) -> None:
-    """Copies bytes between files, inside the kernel where that is faster."""
-    src, dst = files.fd(source), files.fd(target, os.O_WRONLY)
-    done = 0
-    if _kernel_copies(src, dst, start - at):
-        while done < nbytes:
-            try:
-                with _WRITING[target]:
-                    got = os.copy_file_range(
-                        src, dst, min(KERNEL_PIECE, nbytes - done), start + done, at + done
-                    )
-            except OSError as error:
-                if error.errno not in _NOT_HERE:
-                    raise _failed(target, error, writing=True) from error
-                break
-            if not got:  # some file systems answer 0; a real end of file shows below
-                break
-            done += got
-    while done < nbytes:
-        buffer = BUFFERS.get("copy", min(BAND, nbytes - done))
-        read_into(src, buffer, start + done, source)
-        write_from(dst, buffer, at + done, target)
-        done += buffer.nbytes
-
-
-def _kernel_copies(src: int, dst: int, shift: int) -> bool:
-    """Whether ``copy_file_range`` beats reading and writing.
-
-    It does where file systems copy without moving bytes (network and copy-on-write ones: their
-    devices have no major number), and where both sides lie alike within memory pages. Else the
-    kernel copies page by page, each into two: measured 1.4 times the time of a small buffer.
-    """
-    if not hasattr(os, "copy_file_range"):
-        return False
-    return shift % PAGE == 0 or (
-        os.fstat(src).st_dev == os.fstat(dst).st_dev and os.major(os.fstat(dst).st_dev) == 0
-    )
+    raw = memoryview(bytearray(span * item))
+    elements = raw.cast(INTEGER[item])
+    out = window.buffer.cast(INTEGER[item])
+    first, stride = window.at // item, window.stride // item
+    for c in range(region.cols):
+        read_pieces(files, tensor.path, start + c * col_step * item, [raw])
+        column = out[first + c : first + c + (rows - 1) * stride + 1 : stride]
+        if row_step:
+            column[:] = elements[::row_step]
+        else:  # one value, expanded over all rows
+            for r in range(rows):
+                column[r] = elements[0]
 
 
 def matrix_strides(tensor: StoredTensor) -> tuple[int, int]:
@@ -192,10 +113,8 @@ def matrix_strides(tensor: StoredTensor) -> tuple[int, int]:
     Raises:
         CheckpointError: a view whose inner dimensions do not lie at one distance.
     """
-    rows, cols = matrix(tensor.shape)
-    del rows
     if tensor.strides is None:
-        return cols, 1
+        return matrix(tensor.shape)[1], 1
     inner = [(n, s) for n, s in zip(tensor.shape[1:], tensor.strides[1:], strict=True) if n != 1]
     for (_, outer), (n, s) in pairwise(inner):
         if outer != n * s:
@@ -212,72 +131,11 @@ def is_plain(tensor: StoredTensor) -> bool:
     return tensor.strides is None
 
 
-def read_rect(
-    files: Files,
-    tensor: StoredTensor,
-    row: int,
-    col: int,
-    rows: int,
-    cols: int,
-    use: str = "read",
-) -> Bytes:
-    """A rectangle of a stored tensor as a (rows, cols) array of bits.
-
-    The array is a view of this thread's buffer of that ``use``: valid until the next such read.
-    """
-    item = ITEM_SIZE[tensor.dtype]
-    row_step, col_step = matrix_strides(tensor)
-    fd = files.fd(tensor.path)
-    start = tensor.offset + (row * row_step + col * col_step) * item
-    kind = bits(tensor.dtype)
-    if col_step == 1 and (row_step == cols or rows == 1):
-        raw = BUFFERS.get(use, rows * cols * item)
-        read_into(fd, raw, start, tensor.path)
-        return raw.view(kind).reshape(rows, cols)
-    out = BUFFERS.get(use, rows * cols * item).view(kind).reshape(rows, cols)
-    if col_step == 1 and cols * item < DIRECT_ROW and row_step <= 16 * cols:
-        step = max(1, BAND // (row_step * item))
-        for r in range(0, rows, step):
-            n = min(step, rows - r)
-            raw = BUFFERS.get("wide", ((n - 1) * row_step + cols) * item)
-            read_into(fd, raw, start + r * row_step * item, tensor.path)
-            wide = np.lib.stride_tricks.as_strided(
-                raw.view(kind), (n, cols), (row_step * item, item)
-            )
-            out[r : r + n] = wide
-    elif col_step == 1:
-        for r in range(rows):
-            read_into(fd, out[r], start + r * row_step * item, tensor.path)
-    else:
-        _read_columns(fd, tensor, out, start, (row_step, col_step))
-    return out
-
-
-def _read_columns(
-    fd: int, tensor: StoredTensor, out: Bytes, start: int, steps: tuple[int, int]
-) -> None:
-    """A transposed view: each of its columns is read as one run, or element by element."""
-    item = out.itemsize
-    rows, cols = out.shape
-    row_step, col_step = steps
-    span = (rows - 1) * row_step + 1
-    if span > 16 * rows:
-        raise CheckpointError(
-            f"{tensor.name} in {tensor.path} is a view with strides {list(tensor.strides or ())}",
-            "a contiguous or a transposed tensor",
-            "save it with .contiguous()",
-        )
-    raw = np.empty(span, out.dtype)
-    for c in range(cols):
-        read_into(fd, raw, start + c * col_step * item, tensor.path)
-        out[:, c] = raw[::row_step] if row_step else raw[0]
-
-
 def rect_offset(tensor: StoredTensor, row: int, col: int) -> int:
     """Absolute byte offset of an element of a plain tensor."""
     return tensor.offset + (row * matrix(tensor.shape)[1] + col) * ITEM_SIZE[tensor.dtype]
 
 
-def row_bytes(tensor: StoredTensor) -> int:
+def row_bytes(tensor: StoredTensor | Target) -> int:
     """Bytes of one row of the tensor, as it is seen as a matrix."""
     return max(1, prod(tensor.shape[1:])) * ITEM_SIZE[tensor.dtype]

@@ -1,40 +1,20 @@
-"""Compares rectangles of stored tensors: replicas of one checkpoint, or two checkpoints."""
+"""Compares regions of stored tensors: replicas of one checkpoint, or two checkpoints.
+
+Bits are compared as bits; only where they differ are they read as numbers (``values``).
+"""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import numpy as np
-
-from mmconvert.blockio import BAND, Bytes, Files, open_files, read_rect
+from mmconvert.blockio import Region, read_compact
+from mmconvert.differences import Difference
+from mmconvert.fileio import BAND, Files, open_files
 from mmconvert.jobs import JOB_SIZE, Job, Progress, run_jobs
-from mmconvert.plan import Comparison, Copy, Key, Zeros, matrix
+from mmconvert.plan import Comparison, Zeros, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
-
-
-class Difference(NamedTuple):
-    """Two stored tensors that should be equal and are not.
-
-    Attributes:
-        key: the whole tensor.
-        a, b: the two tensors.
-        a_index, b_index: (row, column) of the first difference in each, seen as matrices.
-        a_value, b_value: the values there.
-        largest: the largest absolute difference in the rectangles compared.
-        elements: number of elements that differ there.
-    """
-
-    key: Key
-    a: StoredTensor
-    b: StoredTensor
-    a_index: tuple[int, int]
-    b_index: tuple[int, int]
-    a_value: float
-    b_value: float
-    largest: float
-    elements: int
 
 
 def compare(
@@ -51,9 +31,11 @@ def compare(
     def look(files: Files, pieces: Sequence[Comparison]) -> None:
         for piece in pieces:
             c = piece.copy
-            left = read_rect(files, a[c.src], c.src_row, c.src_col, c.rows, c.cols)
-            right = read_rect(files, b[c.dst], c.dst_row, c.dst_col, c.rows, c.cols, "other")
-            if not np.array_equal(left, right):
+            region = Region(c.src_row, c.src_col, c.rows, c.cols)
+            left = read_compact(files, a[c.src], region, "left")
+            region = Region(c.dst_row, c.dst_col, c.rows, c.cols)
+            right = read_compact(files, b[c.dst], region, "right")
+            if not _equal(left, right):
                 difference = _describe(piece, a[c.src], b[c.dst], left, right)
                 with lock:
                     known = found.get((c.src, c.dst))
@@ -74,8 +56,13 @@ def compare(
     return [found[pair] for pair in sorted(found)]
 
 
+def _equal(left: memoryview, right: memoryview) -> bool:
+    # Two memoryviews are compared element by element; a bytearray in one go.
+    return bytearray(left) == right
+
+
 def _job(look, batch: list[Comparison], size: int) -> Job:  # noqa: ANN001 - the closure above
-    return Job(("", 0), size, lambda files: look(files, batch))
+    return Job((), ("", 0), size, lambda files: look(files, batch))
 
 
 def _pieces(comparisons: Sequence[Comparison], a: Sequence[StoredTensor]) -> list[Comparison]:
@@ -93,24 +80,22 @@ def _pieces(comparisons: Sequence[Comparison], a: Sequence[StoredTensor]) -> lis
 
 
 def _describe(
-    piece: Comparison, a: StoredTensor, b: StoredTensor, left: Bytes, right: Bytes
+    piece: Comparison, a: StoredTensor, b: StoredTensor, left: memoryview, right: memoryview
 ) -> Difference:
-    c: Copy = piece.copy
-    unequal = left != right
-    row, col = (int(x) for x in np.argwhere(unequal)[0])
-    x, y = as_floats(left, a.dtype), as_floats(right, b.dtype)
-    with np.errstate(all="ignore"):  # NaN and infinity are values like any other here
-        gaps = np.abs(x - y)[unequal]
+    from mmconvert.values import gaps  # numpy: a tenth of a second that equality need not pay
+
+    c = piece.copy
+    found = gaps(left, right, (a.dtype, b.dtype), c.cols)
     return Difference(
         piece.key,
         a,
         b,
-        (c.src_row + row, c.src_col + col),
-        (c.dst_row + row, c.dst_col + col),
-        float(x[row, col]),
-        float(y[row, col]),
-        float(np.nanmax(gaps)) if not np.isnan(gaps).all() else float("nan"),
-        int(unequal.sum()),
+        (c.src_row + found.row, c.src_col + found.col),
+        (c.dst_row + found.row, c.dst_col + found.col),
+        found.left,
+        found.right,
+        found.largest,
+        found.elements,
     )
 
 
@@ -119,42 +104,39 @@ def _first(known: Difference | None, new: Difference) -> Difference:
         return new
     first, other = (known, new) if known.a_index <= new.a_index else (new, known)
     return first._replace(
-        largest=float(np.nanmax([first.largest, other.largest])),
+        largest=_larger(first.largest, other.largest),
         elements=first.elements + other.elements,
     )
 
 
+def _larger(a: float, b: float) -> float:
+    return b if math.isnan(a) else a if math.isnan(b) else max(a, b)
+
+
 def not_zero(zeros: Sequence[Zeros], tensors: Sequence[StoredTensor]) -> list[Difference]:
-    """Rectangles that should hold zeros and do not, each as a difference from zero."""
+    """Regions that should hold zeros and do not, each as a difference from zero."""
     found: list[Difference] = []
     with open_files() as files:
         for zero in zeros:
             tensor = tensors[zero.tensor]
-            data = read_rect(files, tensor, zero.row, zero.col, zero.rows, zero.cols)
-            values = as_floats(data, tensor.dtype)
-            if (values == 0).all():
+            region = Region(zero.row, zero.col, zero.rows, zero.cols)
+            data = read_compact(files, tensor, region, "left")
+            if _equal(data, memoryview(bytes(len(data)))):
                 continue
-            row, col = (int(x) for x in np.argwhere(values != 0)[0])
-            index = (zero.row + row, zero.col + col)
-            largest, count = float(np.abs(values).max()), int((values != 0).sum())
+            from mmconvert.values import nonzero  # see _describe
+
+            gap = nonzero(data, tensor.dtype, zero.cols)
+            if gap is None:
+                continue
+            index = (zero.row + gap.row, zero.col + gap.col)
             none = tensor._replace(name="zero")
             found.append(
                 Difference(
-                    zero.key, tensor, none, index, index, values[row, col], 0.0, largest, count
+                    *(zero.key, tensor, none, index, index),
+                    *(gap.left, 0.0, gap.largest, gap.elements),
                 )
             )
     return found
-
-
-def as_floats(data: Bytes, dtype: str) -> np.ndarray:
-    """The values behind bits, as float64."""
-    if dtype == "BF16":  # the upper half of a float32
-        return (data.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    kinds = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BOOL": "?"}
-    kind = kinds.get(dtype, ("<u" if dtype[0] == "U" else "<i") + str(data.itemsize))
-    if dtype.startswith("F8"):
-        return data.astype(np.float64)  # the raw bits: numpy has no 8-bit floats
-    return np.ascontiguousarray(data).view(kind).astype(np.float64)
 
 
 def same_bytes(a: StoredTensor, b: StoredTensor) -> bool | None:
@@ -162,14 +144,17 @@ def same_bytes(a: StoredTensor, b: StoredTensor) -> bool | None:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     rows, cols = matrix(a.shape)
-    step = max(1, BAND // max(1, cols * ITEM_SIZE[a.dtype]))
+    item = ITEM_SIZE[a.dtype]
+    step = max(1, BAND // max(1, cols * item))
+    first: bytes = b""
     varies = False
     with open_files() as files:
         for row in range(0, rows, step):
-            n = min(step, rows - row)
-            left = read_rect(files, a, row, 0, n, cols)
-            varies = varies or bool((left != left.flat[0]).any())
-            if not np.array_equal(left, read_rect(files, b, row, 0, n, cols, "other")):
+            region = Region(row, 0, min(step, rows - row), cols)
+            left = read_compact(files, a, region, "left")
+            first = first or bytes(left[:item])
+            varies = varies or not _equal(left, memoryview(first * (len(left) // item)))
+            if not _equal(left, read_compact(files, b, region, "right")):
                 return False
     return True if varies else None
 
@@ -179,30 +164,3 @@ def comparison_bytes(comparisons: Sequence[Comparison], tensors: Sequence[Stored
     return sum(
         c.copy.rows * c.copy.cols * ITEM_SIZE[tensors[c.copy.src].dtype] for c in comparisons
     )
-
-
-def place(tensor: StoredTensor) -> str:
-    """A stored tensor in words: its name and the folder or file that holds it."""
-    path = tensor.path
-    where = path.parent.name if path.suffix == ".pt" else path.name
-    return f"{tensor.name} in {where}"
-
-
-def in_words(d: Difference) -> str:
-    """A difference as one line."""
-    return (
-        f"{d.key.name()}: {place(d.a)} has {d.a_value:g} at {list(d.a_index)}, {place(d.b)} "
-        f"{d.b_value:g} at {list(d.b_index)}; largest difference {d.largest:g}, "
-        f"{d.elements} elements differ"
-    )
-
-
-def as_dict(d: Difference) -> dict[str, object]:
-    """A difference as JSON."""
-    return {
-        "tensor": d.key.name(),
-        "a": {"place": place(d.a), "index": list(d.a_index), "value": repr(d.a_value)},
-        "b": {"place": place(d.b), "index": list(d.b_index), "value": repr(d.b_value)},
-        "largest_difference": repr(d.largest),
-        "elements": d.elements,
-    }

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Union
 
 from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG
 from mmconvert.sharding.stages import StageGrid
+
+# For ``X | None`` tyro asks a type-checking library, 90 ms to load, whether None is one; it sees
+# by itself that None is in a typing.Union where None comes first.
+MaybeGrid = Union[None, StageGrid]  # noqa: UP007 - see above
+MaybeInt = Union[None, int]  # noqa: UP007 - see above
+MaybePath = Union[None, Path]  # noqa: UP007 - see above
+
+
+class Patterns(tuple[str, ...]):
+    """Name patterns with * and ?. A class of its own, for the same reason."""
+
+    __slots__ = ()
+
+
+NO_PATTERNS = Patterns()
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """Parallel sizes and stage grids."""
 
-    llm_pp_layers: StageGrid | None = None
+    llm_pp_layers: MaybeGrid = None
     """Text decoder layers per pipeline stage: [1,10,10,7], or one list per virtual stage."""
-    vit_pp_layers: StageGrid | None = None
+    vit_pp_layers: MaybeGrid = None
     """Vision encoder layers per pipeline stage, in the same form."""
-    audio_pp_layers: StageGrid | None = None
+    audio_pp_layers: MaybeGrid = None
     """Audio encoder layers per pipeline stage, in the same form."""
-    tp_size: int | None = None
+    tp_size: MaybeInt = None
     """Tensor-parallel size of the text decoder; not given: 1, or as found in an MM checkpoint."""
     vit_tp_size: int = 0
     """Tensor-parallel size of the vision encoder; 0 means tp_size."""
@@ -55,7 +70,7 @@ class CommonModelConfig:
 
     enable_canonical_hf_struct: bool = False
     """Keep q/k/v and gate/up apart in MM format (from MM: recognised by the names)."""
-    llm_hf_dir: Path | None = None
+    llm_hf_dir: MaybePath = None
     """Take the text decoder from this plain language model instead (hf_to_mm only)."""
 
 
@@ -93,7 +108,7 @@ class MMToHF:
 class OptionalHFConfig:
     """A Hugging Face checkpoint to take sizes from."""
 
-    hf_dir: Path | None = None
+    hf_dir: MaybePath = None
     """Folder whose config.json gives head counts; needed only where neither shapes nor
     mmconvert.json tell them."""
 
@@ -125,7 +140,7 @@ class Options:
     """Replace an existing checkpoint at the target."""
     workers: int = 0
     """Number of threads; 0 takes one for each core."""
-    drop: tuple[str, ...] = ()
+    drop: Patterns = NO_PATTERNS
     """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
     replicas: Literal["check", "first"] = "check"
     """Copies of one tensor that differ between ranks: an error, or take the first with a

@@ -11,25 +11,20 @@ Three kinds of jobs, whichever reads and writes in the largest pieces:
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from mmconvert.blockio import (
-    BAND,
-    BUFFERS,
-    Files,
-    bits,
-    copy_range,
+    Region,
+    Window,
     is_plain,
-    read_rect,
+    read_compact,
+    read_region,
     rect_offset,
     row_bytes,
-    write_from,
 )
+from mmconvert.fileio import BAND, BUFFERS, Files, copy_range, write_pieces
 from mmconvert.jobs import JOB_SIZE, Job, Progress, run_jobs
 from mmconvert.plan import Copy, Plan, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
@@ -131,7 +126,8 @@ def _stream_job(target: StoredTensor, runs: list[Run]) -> Job:
         for r in runs:
             copy_range(files, r.source.path, r.start, target.path, r.at, r.nbytes)
 
-    return Job((str(target.path), runs[0].at), sum(r.nbytes for r in runs), run)
+    path = str(target.path)
+    return Job((path,), (path, runs[0].at), sum(r.nbytes for r in runs), run)
 
 
 # ------------------------------------------------------------------------------------- scatter
@@ -173,20 +169,19 @@ def _scatter_job(
     source: StoredTensor, targets: Sequence[StoredTensor], copies: list[Copy], top: int, bottom: int
 ) -> Job:
     def run(files: Files) -> None:
-        width = matrix(source.shape)[1]
-        for begin, end in _steps(top, bottom, row_bytes(source), BAND):
-            band = read_rect(files, source, begin, 0, end - begin, width)
+        width, line = matrix(source.shape)[1], row_bytes(source)
+        item = ITEM_SIZE[source.dtype]
+        for begin, end in _steps(top, bottom, line, BAND):
+            band = read_compact(files, source, Region(begin, 0, end - begin, width), "band")
             for c in _cut(copies, begin, end, source=True):
-                row = c.src_row - begin
-                block = band[row : row + c.rows, c.src_col : c.src_col + c.cols]
-                out = BUFFERS.get("block", block.nbytes).view(band.dtype).reshape(block.shape)
-                np.copyto(out, block)
+                block = Window(band, (c.src_row - begin) * line + c.src_col * item, line)
                 target = targets[c.dst]
-                fd = files.fd(target.path, os.O_WRONLY)
-                write_from(fd, out, rect_offset(target, c.dst_row, c.dst_col), target.path)
+                at = rect_offset(target, c.dst_row, c.dst_col)
+                write_pieces(files, target.path, at, block.pieces(c.rows, c.cols * item))
 
     nbytes = sum(c.rows * c.cols for c in copies) * ITEM_SIZE[source.dtype]
-    return Job((str(source.path), rect_offset(source, top, 0)), nbytes, run)
+    writes = tuple(sorted({str(targets[c.dst].path) for c in copies}))
+    return Job(writes, (str(source.path), rect_offset(source, top, 0)), nbytes, run)
 
 
 # -------------------------------------------------------------------------------------- gather
@@ -208,7 +203,8 @@ def _gather_job(
             _gather(files, sources, target, part, begin, end)
 
     nbytes = (bottom - top) * row_bytes(target)
-    return Job((str(target.path), rect_offset(target, top, 0)), nbytes, run)
+    path = str(target.path)
+    return Job((path,), (path, rect_offset(target, top, 0)), nbytes, run)
 
 
 def _gather(
@@ -219,17 +215,15 @@ def _gather(
     top: int,
     bottom: int,
 ) -> None:
-    width = matrix(target.shape)[1]
-    raw = BUFFERS.get("band", (bottom - top) * width * ITEM_SIZE[target.dtype])
-    band = raw.view(bits(target.dtype)).reshape(bottom - top, width)
-    if sum(c.rows * c.cols for c in copies) < band.size:
-        band[:] = 0  # the rest are fills; the buffer still holds another tensor
+    line, item = row_bytes(target), ITEM_SIZE[target.dtype]
+    band = BUFFERS.get("band", (bottom - top) * line)
+    if sum(c.rows * c.cols for c in copies) * item < len(band):
+        band[:] = bytes(len(band))  # the rest are fills; the buffer still holds another tensor
     for c in copies:
-        block = read_rect(files, sources[c.src], c.src_row, c.src_col, c.rows, c.cols)
-        row = c.dst_row - top
-        band[row : row + c.rows, c.dst_col : c.dst_col + c.cols] = block
-    fd = files.fd(target.path, os.O_WRONLY)
-    write_from(fd, band, rect_offset(target, top, 0), target.path)
+        region = Region(c.src_row, c.src_col, c.rows, c.cols)
+        at = (c.dst_row - top) * line + c.dst_col * item
+        read_region(files, sources[c.src], region, Window(band, at, line))
+    write_pieces(files, target.path, rect_offset(target, top, 0), [band])
 
 
 def _batches(
@@ -256,4 +250,5 @@ def _batch_job(
         for target, copies in batch:
             _gather(files, sources, target, copies, 0, matrix(target.shape)[0])
 
-    return Job((str(batch[0][0].path), batch[0][0].offset), size, run)
+    path = str(batch[0][0].path)
+    return Job((path,), (path, batch[0][0].offset), size, run)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
-from mmconvert.blockio import Files, open_files
+from mmconvert.fileio import Files, open_files
 
 JOB_SIZE = 32 << 20  # bytes of one job, about: large enough for speed, small enough to share out
 
@@ -17,8 +17,15 @@ Progress = Callable[[int], None]
 
 
 class Job(NamedTuple):
-    """Work for one thread: ``run`` moves ``nbytes``; ``place`` orders jobs along the files."""
+    """Work for one thread: ``run`` moves ``nbytes``.
 
+    Attributes:
+        writes: the files that it writes.
+        place: orders the jobs that write the same files, along one file.
+        nbytes: bytes moved.
+    """
+
+    writes: tuple[str, ...]
     place: tuple[str, int]
     nbytes: int
     run: Callable[[Files], None]
@@ -61,32 +68,38 @@ class _Queue:
     """Hands out jobs along each file, and spreads the threads over the files.
 
     Two threads that write one file wait for each other inside the kernel, so each next job is
-    of the file with the fewest threads on it, and among these of the one with most left to do.
+    of the group of files with the fewest threads on them, and among these of the group with
+    most left to do.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._lock = threading.Lock()
-        self._waiting: dict[str, deque[Job]] = defaultdict(deque)
-        self._left: dict[str, int] = defaultdict(int)
-        self._active: dict[str, int] = defaultdict(int)
+        self._waiting: dict[tuple[str, ...], deque[Job]] = defaultdict(deque)
+        self._left: dict[tuple[str, ...], int] = defaultdict(int)
+        self._active: dict[str, int] = defaultdict(int)  # threads by file
         for job in sorted(jobs, key=lambda job: job.place):
-            self._waiting[job.place[0]].append(job)
-            self._left[job.place[0]] += job.nbytes
+            self._waiting[job.writes].append(job)
+            self._left[job.writes] += job.nbytes
 
     def take(self) -> Job | None:
         """The next job, or None when none is waiting."""
         with self._lock:
             if not self._waiting:
                 return None
-            path = min(self._waiting, key=lambda p: (self._active[p], -self._left[p]))
-            job = self._waiting[path].popleft()
-            if not self._waiting[path]:
-                del self._waiting[path]
-            self._active[path] += 1
-            self._left[path] -= job.nbytes
+            group = min(self._waiting, key=lambda g: (self._threads(g), -self._left[g]))
+            job = self._waiting[group].popleft()
+            if not self._waiting[group]:
+                del self._waiting[group]
+            self._left[group] -= job.nbytes
+            for path in group:
+                self._active[path] += 1
             return job
+
+    def _threads(self, group: tuple[str, ...]) -> int:
+        return sum(self._active[path] for path in group)
 
     def done(self, job: Job) -> None:
         """A job has ended."""
         with self._lock:
-            self._active[job.place[0]] -= 1
+            for path in job.writes:
+                self._active[path] -= 1

@@ -6,19 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from mmconvert.blockio import bits, open_files, read_rect
+from mmconvert.blockio import Region, Window, read_region, row_bytes
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import Family
 from mmconvert.errors import LayoutError
-from mmconvert.plan import build, matrix
+from mmconvert.fileio import open_files
+from mmconvert.plan import build
 from mmconvert.proof import prove
 from mmconvert.sharding.layout import Chunk, Rank
 from mmconvert.sides.hf import hf_side
 from mmconvert.sides.mm_target import mm_target
 from mmconvert.sources.hf import hf_model
 from mmconvert.sources.model import target_layout
+from mmconvert.stored import ITEM_SIZE, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,16 +69,18 @@ def load_rank(
     chunk = Chunk(Rank(tp, pp), virtual)
     wanted = {i: t for i, t in enumerate(plan.targets) if t.chunk == chunk}
     plan = replace(plan, copies=[c for c in plan.copies if c.dst in wanted])
-    arrays = {i: np.zeros(matrix(t.shape), bits(t.dtype)) for i, t in wanted.items()}
+    data = {i: bytearray(t.nbytes) for i, t in wanted.items()}
     with open_files() as files:
         for c in plan.copies:
-            block = read_rect(files, plan.sources[c.src], c.src_row, c.src_col, c.rows, c.cols)
-            arrays[c.dst][c.dst_row : c.dst_row + c.rows, c.dst_col : c.dst_col + c.cols] = block
-    return {
-        target.name: torch.frombuffer(
-            arrays[i], dtype=getattr(torch, TORCH_DTYPES[target.dtype])
-        ).reshape(target.shape)
-        if arrays[i].size
-        else torch.empty(target.shape, dtype=getattr(torch, TORCH_DTYPES[target.dtype]))
-        for i, target in wanted.items()
-    }
+            line, item = row_bytes(wanted[c.dst]), ITEM_SIZE[wanted[c.dst].dtype]
+            window = Window(memoryview(data[c.dst]), c.dst_row * line + c.dst_col * item, line)
+            region = Region(c.src_row, c.src_col, c.rows, c.cols)
+            read_region(files, plan.sources[c.src], region, window)
+
+    def tensor(number: int, target: Target) -> Tensor:
+        dtype = getattr(torch, TORCH_DTYPES[target.dtype])
+        if not target.nbytes:
+            return torch.empty(target.shape, dtype=dtype)
+        return torch.frombuffer(data[number], dtype=dtype).reshape(target.shape)
+
+    return {target.name: tensor(i, target) for i, target in wanted.items()}

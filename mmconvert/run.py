@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mmconvert import compare, manifest
 from mmconvert.config import Options
+from mmconvert.differences import Difference, in_words
 from mmconvert.errors import CheckpointError, OutputError, ReplicaError, RequestError
 from mmconvert.events import Events
 from mmconvert.execute import execute
@@ -88,12 +89,12 @@ class Run:
         found = compare.not_zero(plan.zeros, plan.sources)
         self._settle(found, "values that HF does not store are not zero", "zeros, as converted")
 
-    def _settle(self, found: list[compare.Difference], what: str, wanted: str) -> None:
+    def _settle(self, found: list[Difference], what: str, wanted: str) -> None:
         """Raises ReplicaError for differences, or warns if the user has chosen."""
         if not found:
             return
         more = f"; {len(found) - 1} more tensors differ" if len(found) > 1 else ""
-        words = f"{what}: {compare.in_words(found[0])}{more}"
+        words = f"{what}: {in_words(found[0])}{more}"
         if self.options.replicas == "first":
             self.events.note(f"warning: {words}; the first copy, or zero, is taken")
             return

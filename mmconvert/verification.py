@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mmconvert import compare
 from mmconvert.config import Options, ParallelConfig
+from mmconvert.differences import Difference
 from mmconvert.errors import CheckpointError
 from mmconvert.events import Events
 from mmconvert.jobs import default_workers
@@ -33,7 +34,7 @@ class Verdict:
 
     tensors: int
     nbytes: int
-    differences: list[compare.Difference]
+    differences: list[Difference]
 
 
 def verify(

@@ -115,20 +115,21 @@ def _fail(error: MMConvertError, words: Sequence[str]) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    from mmconvert.converters import converter_names
+    from mmconvert.converters import BUILT_IN, converter_names
 
     if words[:1] == ["--version"]:
         print(f"mm-convert {VERSION}")
         return 0
-    names = [AUTO, *converter_names()]
     if not words or words[0] in ("-h", "--help"):
-        print(_top_help(names))
+        print(_top_help([AUTO, *converter_names()]))
         return 0 if words else 2
     converter, rest = words[0], words[1:]
     if converter in TOOLS:
         return _tool(converter, rest)
-    if converter not in names:
-        raise _unknown("converter", converter, [*names, *TOOLS], "mm-convert -h")
+    # Installed packages are searched for converters only when none of ours is meant: it is slow.
+    if converter not in (AUTO, *BUILT_IN) and converter not in converter_names():
+        known = [AUTO, *converter_names(), *TOOLS]
+        raise _unknown("converter", converter, known, "mm-convert -h")
     if not rest or rest[0] in ("-h", "--help"):
         print(_converter_help(converter))
         return 0 if rest else 2

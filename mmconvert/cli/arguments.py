@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from mmconvert.config import Options
+from mmconvert.config import NO_PATTERNS, Options, Patterns
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.sharding.stages import StageGrid, parse_grid, show
 
@@ -41,6 +41,20 @@ def _grid(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
+@REGISTRY.primitive_rule
+def _patterns(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """The --drop patterns: one word, which ``_drops_joined`` has made of them all."""
+    if info.type != Patterns:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATTERN",
+        instance_from_str=lambda words: Patterns(json.loads(words[0])),
+        is_instance=lambda value: isinstance(value, Patterns),
+        str_from_instance=lambda patterns: [" ".join(patterns) or "none"],
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Screen:
     """What is shown, and how."""
@@ -61,7 +75,7 @@ class Pair:
     """A checkpoint folder, Hugging Face or MM."""
     b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
     """Another one."""
-    drop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    drop: Patterns = NO_PATTERNS
     """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
     vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"
     """How the MM checkpoints order the rows of the vision encoder's q, k and v."""
@@ -102,8 +116,9 @@ def read_plain(form: type[Plain], words: Sequence[str], prog: str, description: 
         tyro.conf.FlagCreatePairsOff[form],
         prog=prog,
         description=description,
-        args=[_underscored(word) for word in words],
+        args=_drops_joined([_underscored(word) for word in words]),
         use_underscores=True,
+        registry=REGISTRY,
     )
 
 
@@ -128,7 +143,7 @@ def read(config: type, words: Sequence[str], prog: str, description: str) -> Com
         "Form",
         [
             ("cfg", Annotated[config, tyro.conf.FlagConversionOff]),
-            ("conversion", Annotated[Options, flat, flags, tyro.conf.UseAppendAction]),
+            ("conversion", Annotated[Options, flat, flags]),
             ("screen", Annotated[Screen, flat, flags]),
         ],
     )
@@ -190,7 +205,26 @@ def normalise(words: Sequence[str], config: type) -> list[str]:
         elif flag in OWN_FLAGS and values[:1] and values[0].lower() == "true":
             values = values[1:]
         out += [flag, *values]
-    return out
+    return _drops_joined(out)
+
+
+def _drops_joined(words: Sequence[str]) -> list[str]:
+    """All ``--drop PATTERN`` as one flag with a JSON list, the others untouched."""
+    patterns: list[str] = []
+    out: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag != "--drop":
+            out.append(word)
+        elif equals:
+            patterns.append(value)
+        else:
+            pattern = next(rest, None)
+            if pattern is None:  # for tyro to refuse
+                return [*out, word]
+            patterns.append(pattern)
+    return [*out, "--drop", json.dumps(patterns)] if patterns else out
 
 
 OWN_FLAGS = ("--overwrite", "--dry_run", "--json", "--quiet", "--debug")

@@ -30,7 +30,7 @@ def convert(converter: str, verb: str, flags: list[str]) -> int:
 
 
 def _run(converter: str, verb: str, command: Command) -> Result:
-    # Not before the flags are understood: numpy costs a tenth of a second that help need not pay.
+    # Not before the flags are understood: help need not pay for it.
     from mmconvert import convert as directions
     from mmconvert import converters
     from mmconvert.recognise import family_of

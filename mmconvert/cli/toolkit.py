@@ -18,13 +18,14 @@ def verify(words: list[str]) -> int:
     text = "Are two checkpoints the same model? Exit code 0 if so, 1 if not."
     prog = "mm-convert verify"
     pair = read_plain(Pair, words, prog, f"{text}\n\nexample:\n  {prog} HF_DIR MM_DIR")
-    from mmconvert import compare, verification
+    from mmconvert import verification
+    from mmconvert.differences import as_dict, in_words
 
     with screen_events(quiet=pair.quiet) as events:
         options = Options(workers=pair.workers, drop=pair.drop, vit_qkv=pair.vit_qkv)
         verdict = verification.verify(pair.a, pair.b, options, events)
         hint = verification.hint(pair.a, pair.b, verdict, options)
-    found = [compare.as_dict(d) for d in verdict.differences]
+    found = [as_dict(d) for d in verdict.differences]
     if pair.json:
         print(
             json.dumps(
@@ -36,7 +37,7 @@ def verify(words: list[str]) -> int:
             size = amount(verdict.nbytes)
             print(f"equal: {verdict.tensors} tensors, {size} compared, every copy included")
         for d in verdict.differences[:SHOWN]:
-            print(compare.in_words(d))
+            print(in_words(d))
         if len(found) > SHOWN:
             print(f"and {len(found) - SHOWN} more tensors differ")
         if hint:
