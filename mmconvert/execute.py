@@ -24,7 +24,7 @@ from mmconvert.blockio import (
     rect_offset,
     row_bytes,
 )
-from mmconvert.fileio import BAND, BUFFERS, Files, copy_range, write_pieces
+from mmconvert.fileio import BAND, BUFFERS, Files, Span, copy_range, write_pieces
 from mmconvert.jobs import JOB_SIZE, Job, Progress, run_jobs
 from mmconvert.plan import Copy, Plan, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
@@ -127,7 +127,8 @@ def _stream_job(target: StoredTensor, runs: list[Run]) -> Job:
             copy_range(files, r.source.path, r.start, target.path, r.at, r.nbytes)
 
     path = str(target.path)
-    return Job((path,), (path, runs[0].at), sum(r.nbytes for r in runs), run)
+    reads = tuple(Span(r.source.path, r.start, r.nbytes) for r in runs)
+    return Job((path,), (path, runs[0].at), sum(r.nbytes for r in runs), run, reads)
 
 
 # ------------------------------------------------------------------------------------- scatter
@@ -181,7 +182,9 @@ def _scatter_job(
 
     nbytes = sum(c.rows * c.cols for c in copies) * ITEM_SIZE[source.dtype]
     writes = tuple(sorted({str(targets[c.dst].path) for c in copies}))
-    return Job(writes, (str(source.path), rect_offset(source, top, 0)), nbytes, run)
+    start = rect_offset(source, top, 0)
+    reads = (Span(source.path, start, (bottom - top) * row_bytes(source)),)
+    return Job(writes, (str(source.path), start), nbytes, run, reads)
 
 
 # -------------------------------------------------------------------------------------- gather
@@ -204,7 +207,12 @@ def _gather_job(
 
     nbytes = (bottom - top) * row_bytes(target)
     path = str(target.path)
-    return Job((path,), (path, rect_offset(target, top, 0)), nbytes, run)
+    reads = tuple(
+        Span(source.path, rect_offset(source, c.src_row, 0), c.rows * row_bytes(source))
+        for c in copies
+        if is_plain(source := sources[c.src])
+    )
+    return Job((path,), (path, rect_offset(target, top, 0)), nbytes, run, reads)
 
 
 def _gather(

@@ -11,8 +11,9 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from mmconvert.errors import CheckpointError, MMConvertError, OutputError
 
@@ -26,6 +27,14 @@ IOV_MAX = 1024  # buffers of one vectored call, on Linux and macOS
 
 # What copy_file_range answers where a file system or kernel does not offer it.
 _NOT_HERE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+
+
+class Span(NamedTuple):
+    """A run of a file's bytes."""
+
+    path: Path
+    start: int
+    nbytes: int
 
 
 class Files:
@@ -79,6 +88,16 @@ BUFFERS = Buffers()
 
 # One writer per file at a time: the kernel would make the others spin on the file's lock.
 _WRITING: dict[Path, threading.Lock] = defaultdict(threading.Lock)
+
+
+def expect(files: Files, spans: Sequence[Span]) -> None:
+    """Asks the system to fetch bytes that will be read soon: advice, so nothing if it cannot."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for span in spans:
+        with suppress(OSError):
+            fd = files.fd(span.path)
+            os.posix_fadvise(fd, span.start, span.nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def read_pieces(files: Files, path: Path, offset: int, pieces: Sequence[memoryview]) -> None:

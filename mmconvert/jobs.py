@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
-from mmconvert.fileio import Files, open_files
+from mmconvert.fileio import Files, Span, expect, open_files
 
 JOB_SIZE = 32 << 20  # bytes of one job, about: large enough for speed, small enough to share out
 
@@ -23,12 +23,14 @@ class Job(NamedTuple):
         writes: the files that it writes.
         place: orders the jobs that write the same files, along one file.
         nbytes: bytes moved.
+        reads: what it reads, as far as it is worth fetching before.
     """
 
     writes: tuple[str, ...]
     place: tuple[str, int]
     nbytes: int
     run: Callable[[Files], None]
+    reads: tuple[Span, ...] = ()
 
 
 def default_workers() -> int:
@@ -47,6 +49,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, progress: Progress | None = None
         while not stop.is_set() and (job := queue.take()) is not None:
             try:
                 with open_files() as files:
+                    expect(files, queue.upcoming(job))  # the disk works while we copy
                     job.run(files)
             finally:
                 queue.done(job)
@@ -94,6 +97,12 @@ class _Queue:
             for path in group:
                 self._active[path] += 1
             return job
+
+    def upcoming(self, job: Job) -> tuple[Span, ...]:
+        """What the job after this one will read, most likely."""
+        with self._lock:
+            waiting = self._waiting.get(job.writes)
+            return waiting[0].reads if waiting else ()
 
     def _threads(self, group: tuple[str, ...]) -> int:
         return sum(self._active[path] for path in group)
