@@ -4,9 +4,12 @@
 
 A Qwen2-VL-2B-shaped checkpoint (4.4 GB in two weight files) is generated once. Each round times
 `cp -r` of it right before hf_to_mm (TP2 PP2) and again right before mm_to_hf, with the same files
-lying on the disk, and gives the ratio of each pair. Before each command everything is written
-back to the disk, so that no command pays for the one before it. Times are of whole commands,
-start-up included; memory is the peak resident size that the kernel reports for the process.
+lying on the disk, and gives the ratio of each pair. Every timed command starts from one state:
+what it reads is in the page cache, everything is written back to the disk, and an untimed
+`cp -r`, deleted at once, has left memory that the machine already holds (a virtual machine may
+have given free memory back to its host, and fetching it again costs more than the copying).
+Times are of whole commands, start-up included; memory is the peak resident size that the kernel
+reports for the process.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ LAYOUT = [
     *("--cfg.parallel_config.vit_pp_layers", "[32,0]"),
     *("--cfg.parallel_config.tp_size", "2"),
 ]
+# As installed packages are: compiled once, not at every start.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 CONVERT = [sys.executable, "-m", "mmconvert", "Qwen2VLConverter"]
 
 
@@ -41,11 +46,21 @@ class Timing(NamedTuple):
     peak_mib: float
 
 
+def settle(hf: Path, reads: Path, scratch: Path) -> None:
+    """Brings cache and memory into the state that every timed command starts from."""
+    for file in sorted(p for p in reads.rglob("*") if p.is_file()):
+        with file.open("rb") as source:
+            while source.read(1 << 20):
+                pass
+    os.sync()
+    run(["cp", "-r", str(hf), str(scratch)])
+    shutil.rmtree(scratch)
+
+
 def run(command: Sequence[str]) -> Timing:
     """Runs a command to its end; fails if it fails."""
-    os.sync()
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -62,8 +77,10 @@ def one_round(hf: Path, work: Path) -> dict[str, Timing]:
     mm_to_hf += ["--cfg.save_hf_dir", str(back)]
     found: dict[str, Timing] = {}
     for name, flags in (("hf_to_mm", hf_to_mm), ("mm_to_hf", mm_to_hf)):
+        settle(hf, hf, copy)
         found[f"cp before {name}"] = run(["cp", "-r", str(hf), str(copy)])
         shutil.rmtree(copy)
+        settle(hf, hf if name == "hf_to_mm" else mm, copy)
         found[name] = run([*CONVERT, *flags])
     shutil.rmtree(mm)
     shutil.rmtree(back)

@@ -17,11 +17,9 @@ from typing import NamedTuple
 
 from mmconvert.errors import CheckpointError, MMConvertError, OutputError
 
-# Bytes that one buffer holds. What is written while it is still in the processor's cache costs no
-# more than a copy inside the kernel; and long writes make the kernel look for long runs of free
-# memory, which virtual machines must first fetch from their host. Measured: 256 KiB costs half of
-# 1 MiB there.
-BAND = 256 << 10
+# Bytes that one buffer holds: what is written while it is still in the processor's cache costs
+# little more than a copy inside the kernel.
+BAND = 1 << 20
 KERNEL_PIECE = 8 << 20  # bytes that one call inside the kernel copies
 IOV_MAX = 1024  # buffers of one vectored call, on Linux and macOS
 

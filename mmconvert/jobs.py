@@ -7,10 +7,12 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import NamedTuple
 
 from mmconvert.fileio import Files, Span, expect, open_files
 
+AHEAD = 4  # jobs whose bytes are asked for before their turn
 JOB_SIZE = 32 << 20  # bytes of one job, about: large enough for speed, small enough to share out
 
 Progress = Callable[[int], None]
@@ -80,6 +82,7 @@ class _Queue:
         self._waiting: dict[tuple[str, ...], deque[Job]] = defaultdict(deque)
         self._left: dict[tuple[str, ...], int] = defaultdict(int)
         self._active: dict[str, int] = defaultdict(int)  # threads by file
+        self._told: dict[tuple[str, ...], int] = defaultdict(int)  # waiting jobs told of already
         for job in sorted(jobs, key=lambda job: job.place):
             self._waiting[job.writes].append(job)
             self._left[job.writes] += job.nbytes
@@ -94,15 +97,18 @@ class _Queue:
             if not self._waiting[group]:
                 del self._waiting[group]
             self._left[group] -= job.nbytes
+            self._told[group] = max(0, self._told[group] - 1)
             for path in group:
                 self._active[path] += 1
             return job
 
-    def upcoming(self, job: Job) -> tuple[Span, ...]:
-        """What the job after this one will read, most likely."""
+    def upcoming(self, job: Job) -> list[Span]:
+        """What the jobs after this one will read, as far as no call before has told."""
         with self._lock:
-            waiting = self._waiting.get(job.writes)
-            return waiting[0].reads if waiting else ()
+            waiting = self._waiting.get(job.writes, ())
+            told = self._told[job.writes]
+            self._told[job.writes] = max(told, min(AHEAD, len(waiting)))
+            return [span for next_job in islice(waiting, told, AHEAD) for span in next_job.reads]
 
     def _threads(self, group: tuple[str, ...]) -> int:
         return sum(self._active[path] for path in group)

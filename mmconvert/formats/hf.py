@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.formats.allocate import allocate
 from mmconvert.formats.safetensors import (
     Entry,
     WeightFile,
@@ -207,7 +208,7 @@ def create_hf(
             head, starts, size = layout_weight_file(wanted, file.metadata)
         path = folder / file.path.name
         with path.open("xb") as out:
-            out.truncate(size)
+            allocate(out.fileno(), size)
             out.write(head)
         for entry, start in zip(wanted, starts, strict=True):
             created[entry.name] = StoredTensor(entry.name, entry.dtype, entry.shape, path, start)

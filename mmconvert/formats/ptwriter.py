@@ -17,6 +17,7 @@ from math import prod
 from typing import NamedTuple
 
 from mmconvert.errors import RequestError
+from mmconvert.formats.allocate import allocate
 from mmconvert.formats.torch_objects import STORAGE_DTYPE
 from mmconvert.stored import ITEM_SIZE
 
@@ -198,12 +199,12 @@ def layout_pt(tree: SlotTree, stem: str = "archive") -> PtLayout:
 
 
 def write_skeleton(fd: int, layout: PtLayout) -> None:
-    """Give an open file its size and everything but the tensor data, which stays a hole.
+    """Give an open file its size and everything but the tensor data, which reads as zeros.
 
     Raises:
         OSError: the file system refuses (space, quota, largest file size).
     """
-    os.ftruncate(fd, layout.size)
+    allocate(fd, layout.size)
     for offset, data in layout.chunks:
         view = memoryview(data)
         while view:
