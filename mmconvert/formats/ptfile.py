@@ -7,15 +7,13 @@ Rules: ``_load`` in ``torch/serialization.py``, and the zip specification (PKWAR
 
 from __future__ import annotations
 
-import os
-import struct
-import zipfile
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
-from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.errors import CheckpointError
+from mmconvert.formats.archive import Archive, Record
 from mmconvert.formats.pickles import Inert, StorageRef, TensorRef, load_pickle
 from mmconvert.formats.ptwriter import PtLayout, Slot, layout_pt, write_skeleton
 from mmconvert.stored import ITEM_SIZE, StoredTensor
@@ -26,14 +24,6 @@ __all__ = ["PtFile", "PtLayout", "Slot", "layout_pt", "read_pt", "write_skeleton
 MAX_PICKLE = 512 * 2**20
 # Nesting of lists, dicts, tuples and objects in a checkpoint; Megatron's are below 20.
 MAX_DEPTH = 100
-_COPY_AGAIN = "copy the file again from where it was made"
-
-
-class Record(NamedTuple):
-    """The data of one record: absolute offset and bytes."""
-
-    start: int
-    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,21 +96,16 @@ def read_pt(path: Path) -> PtFile:
 class _Reader:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
-        self.file = file
-        self.size = os.fstat(file.fileno()).st_size
+        self.archive = Archive(path, file)
+        self.error = self.archive.error
         self.root = ""
         self.records: dict[str, Record] = {}
         self.done: dict[int, Any] = {}
         self.kept: list[Any] = []
 
-    def error(self, what: str, wanted: str = "", fix: str = _COPY_AGAIN) -> FormatError:
-        return FormatError(
-            f"{self.path}: {what}", wanted or "a .pt file as torch.save writes it", fix
-        )
-
     def read(self) -> PtFile:
-        self.check_start()
-        self.records = self.read_directory()
+        self.archive.check_start()
+        self.records = self.archive.read_directory()
         pickles = [n for n in self.records if n.endswith("/data.pkl") and n.count("/") == 1]
         if len(pickles) != 1:
             raise self.error(f"{len(pickles)} records */data.pkl", wanted="exactly one")
@@ -129,7 +114,9 @@ class _Reader:
         record = self.records[pickles[0]]
         if record.size > MAX_PICKLE:
             raise self.error(f"{pickles[0]} has {record.size} bytes", f"at most {MAX_PICKLE}")
-        tree = load_pickle(self.pread(record.size, record.start), f"{self.path}: {pickles[0]}")
+        tree = load_pickle(
+            self.archive.pread(record.size, record.start), f"{self.path}: {pickles[0]}"
+        )
         if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
             raise self.error(
                 f"the top level is a {type(tree).__name__}",
@@ -145,98 +132,11 @@ class _Reader:
         sizes = {key: record.size for key, record in storages.items()}
         return PtFile(self.path, tree, sizes, starts)
 
-    # The archive.
-
-    def pread(self, count: int, offset: int) -> bytes:
-        data = os.pread(self.file.fileno(), count, offset)
-        while len(data) < count:  # Linux returns at most 2 GiB, network mounts sometimes less
-            more = os.pread(self.file.fileno(), count - len(data), offset + len(data))
-            if not more:
-                raise self.error("the file became shorter while it was read")
-            data += more
-        return data
-
-    def check_start(self) -> None:
-        """Tell what the file is when it is not a zip archive."""
-        head = os.pread(self.file.fileno(), 512, 0)
-        if not head:
-            raise self.error("the file is empty")
-        if head[:4] in (b"PK\3\4", b"PK\5\6"):
-            return
-        if head[:1] == b"\x80":
-            raise self.error(
-                "a pickle without an archive: the format of torch before 1.6",
-                wanted="the zip format",
-                fix="re-save it: torch.save(torch.load(f, weights_only=True), f)",
-            )
-        kind = "a tar archive" if head[257:262] == b"ustar" else "not a zip archive"
-        raise self.error(f"{kind} (begins with {head[:4]!r})")
-
-    def read_directory(self) -> dict[str, Record]:
-        """The records by name, proved to be plain bytes that lie apart inside the file."""
-        try:
-            # Only the directory at the end is read here.
-            with zipfile.ZipFile(self.file) as archive:
-                infos, end = archive.infolist(), archive.start_dir
-        except (
-            # How zipfile and struct report a broken directory: wrong signatures and sizes,
-            # versions from the future, undecodable names, seeks to absurd positions.
-            zipfile.BadZipFile,
-            NotImplementedError,
-            struct.error,
-            ValueError,
-            OverflowError,
-            EOFError,
-            MemoryError,
-            OSError,
-        ) as error:
-            raise self.error(
-                f"no readable zip directory at the end of its {self.size} bytes ({error}); "
-                "the file may be truncated"
-            ) from error
-        records: dict[str, Record] = {}
-        before = 0
-        for info in sorted(infos, key=lambda info: info.header_offset):
-            name = info.orig_filename
-            if name in records:
-                raise self.error(f"record {name!r} occurs twice")
-            records[name] = self.check_record(info, before, end)
-            before = sum(records[name])
-        return records
-
-    def check_record(self, info: zipfile.ZipInfo, before: int, end: int) -> Record:
-        """Where a record's data lies, from its local header.
-
-        The sizes of the local header are not looked at: torch leaves them zero and writes a data
-        descriptor behind the data; readers take those of the directory.
-        """
-        name = info.orig_filename
-        if info.flag_bits & 0x2041:  # encrypted, strongly encrypted, masked headers
-            raise self.error(f"record {name!r} is encrypted")
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise self.error(f"record {name!r} is compressed", wanted="stored records")
-        raw = name.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
-        start = info.header_offset
-        if not before <= start <= end - 30 - len(raw):
-            raise self.error(f"record {name!r} overlaps another one or lies outside the file")
-        header = self.pread(30 + len(raw), start)
-        signature, flags, method, name_length, extra_length = struct.unpack_from(
-            "<4s2x2H16x2H", header
-        )
-        if signature != b"PK\3\4" or name_length != len(raw) or header[30:] != raw:
-            raise self.error(f"record {name!r} has no local header at byte {start}")
-        if flags & 0x2041 or method != zipfile.ZIP_STORED:
-            raise self.error(f"record {name!r} is compressed or encrypted, by its local header")
-        record = Record(start + 30 + name_length + extra_length, info.file_size)
-        if sum(record) > end:
-            raise self.error(f"record {name!r} leaves the file")
-        return record
-
     def check_byte_order(self) -> None:
         record = self.records.get(f"{self.root}byteorder")
         if record is None:  # torch before 2.1
             return
-        order = self.pread(min(record.size, 16), record.start)
+        order = self.archive.pread(min(record.size, 16), record.start)
         if order != b"little":
             raise self.error(
                 f"byte order {order!r}",

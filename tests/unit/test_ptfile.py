@@ -361,6 +361,21 @@ def test_lists_that_contain_themselves(tmp_path: Path) -> None:
 # Broken files.
 
 
+@pytest.mark.parametrize("change", [-64, -1, 1, 3, 64])
+def test_local_header_whose_padding_has_another_length(tmp_path: Path, change: int) -> None:
+    """Else the record's data would be read a few bytes off, into what lies around it."""
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.arange(1000), "b": torch.arange(1000)}, path)
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        at = next(i.header_offset for i in archive.infolist() if i.filename.endswith("data/1"))
+    (length,) = struct.unpack_from("<H", data, at + 28)
+    struct.pack_into("<H", data, at + 28, max(0, length + change))
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match=r"extra field|overlaps|leaves|of no record"):
+        read_pt(path)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("small") / "small.pt"
@@ -496,7 +511,7 @@ def test_records_that_overlap(tmp_path: Path) -> None:
         (10, struct.pack("<H", 8), "compressed"),
         (20, struct.pack("<I", 9), "compressed"),
         (20, struct.pack("<2I", 2**31, 2**31), "leaves the file|no readable"),
-        (42, struct.pack("<I", 2**31), "outside the file|no readable"),
+        (42, struct.pack("<I", 2**31), "outside the file|of no record|no readable"),
         (42, struct.pack("<I", 1), "overlaps"),
         (46, b"archive/data/7", "no local header"),
         (46, b"archive/data/0", "twice|no readable"),
