@@ -19,11 +19,12 @@ from mmconvert.errors import (
     ReplicaError,
     RequestError,
     TensorError,
+    UnknownSizeError,
 )
 
 if TYPE_CHECKING:
     from mmconvert.api import hf_to_mm, inspect, load_rank, mm_to_hf, reshard, verify
-    from mmconvert.config import Options, ParallelConfig
+    from mmconvert.config import Options, ParallelConfig, Patterns
 
 __version__ = version.VERSION
 
@@ -36,9 +37,11 @@ __all__ = [
     "Options",
     "OutputError",
     "ParallelConfig",
+    "Patterns",
     "ReplicaError",
     "RequestError",
     "TensorError",
+    "UnknownSizeError",
     "__version__",
     "hf_to_mm",
     "inspect",
@@ -53,7 +56,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module attribute can be a
     """Loads a public function when it is first asked for: ``import mmconvert`` stays cheap."""
     from importlib import import_module
 
-    if name in ("Options", "ParallelConfig"):
+    if name in ("Options", "ParallelConfig", "Patterns"):
         return getattr(import_module("mmconvert.config"), name)
     if name in __all__:
         return getattr(import_module("mmconvert.api"), name)

@@ -4,6 +4,7 @@
     ├── DifferenceError       exit 1  two checkpoints that were compared differ
     ├── RequestError          exit 2  the request is impossible as it stands
     │   ├── LayoutError               sizes, stage grids or head counts that cannot work
+    │   │   └── UnknownSizeError      a number that shapes do not tell, such as a head count
     │   └── OutputError               the output exists, is locked, or cannot be written
     └── CheckpointError       exit 3  a checkpoint is missing, damaged or not what was declared
         ├── FormatError               a file breaks its format (truncated, hostile, unreadable)
@@ -70,6 +71,10 @@ class RequestError(MMConvertError):
 
 class LayoutError(RequestError):
     """Parallel sizes, stage grids or head counts that cannot work."""
+
+
+class UnknownSizeError(LayoutError):
+    """A number that the layout needs and that shapes do not tell, such as a head count."""
 
 
 class OutputError(RequestError):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mmconvert.errors import LayoutError, TensorError
+from mmconvert.errors import LayoutError, TensorError, UnknownSizeError
 
 
 class Span(NamedTuple):
@@ -102,6 +102,7 @@ class Split:
 
         Raises:
             LayoutError: the axis cannot be divided so.
+            UnknownSizeError: uneven units whose number is not known.
         """
         if size == 1:
             return [Span(0, 0, length)]
@@ -109,7 +110,7 @@ class Split:
         if length % self.parts:
             raise LayoutError(f"{length} is not {self.parts} parts of equal size")
         if self.uneven and self.unit and self.unit not in dims:
-            raise LayoutError(
+            raise UnknownSizeError(
                 f"the number of {self.unit_words} is not known, and shapes do not tell it",
                 "mmconvert.json beside the checkpoint, or the original model's config.json",
                 "give --cfg.hf_config.hf_dir, the folder of the original model",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mmconvert.converters.family import Dims, Module
-from mmconvert.errors import LayoutError, TensorError
+from mmconvert.errors import LayoutError, TensorError, UnknownSizeError
 from mmconvert.names import NO_LAYER
 from mmconvert.plan import Block, Key, Side, Whole, matrix
 from mmconvert.sharding.layout import TP_FLAG, Layout
@@ -49,7 +49,7 @@ def _with_sizes_that_do(
     error: LayoutError, bad: Instance, wholes: Mapping[Key, Whole], dims: Dims
 ) -> LayoutError:
     """The error, naming the tp sizes that every tensor of the module allows."""
-    if "not known" in error.what:  # no size can be advised without that number
+    if isinstance(error, UnknownSizeError):  # no size can be advised without that number
         return error
     rows = [Instance(bad.module, r, max(bad.layer, 0)) for r in bad.module.layer]
     rows += [Instance(bad.module, r, NO_LAYER) for r in bad.module.before + bad.module.after]
@@ -85,7 +85,7 @@ def shard_spans(
         return split.spans(length, size, rank, dims)
     except LayoutError as error:
         flag = TP_FLAG[item.module.key]
-        raise LayoutError(
+        raise type(error)(
             f"{flag} {size}: {item.key.name()}: {error.what}", error.wanted, error.fix
         ) from None
 
