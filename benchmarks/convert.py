@@ -5,9 +5,10 @@
 A Qwen2-VL-2B-shaped checkpoint (4.4 GB in two weight files) is generated once. Each round times
 `cp -r` of it right before hf_to_mm (TP2 PP2) and again right before mm_to_hf, with the same files
 lying on the disk, and gives the ratio of each pair. Every timed command starts from one state:
-what it reads is in the page cache, everything is written back to the disk, and an untimed
-`cp -r`, deleted at once, has left memory that the machine already holds (a virtual machine may
-have given free memory back to its host, and fetching it again costs more than the copying).
+what it reads is in the page cache, everything is written back to the disk, and two untimed
+`cp -r`, deleted at once, have left more memory than any command needs that the machine already
+holds (a virtual machine may have given free memory back to its host, and fetching it again costs
+more than the copying).
 Times are of whole commands, start-up included; memory is the peak resident size that the kernel
 reports for the process.
 """
@@ -53,7 +54,9 @@ def settle(hf: Path, reads: Path, scratch: Path) -> None:
             while source.read(1 << 20):
                 pass
     os.sync()
-    run(["cp", "-r", str(hf), str(scratch)])
+    scratch.mkdir()
+    for number in range(2):
+        run(["cp", "-r", str(hf), str(scratch / str(number))])
     shutil.rmtree(scratch)
 
 
