@@ -8,9 +8,8 @@ lying on the disk, and gives the ratio of each pair. Every timed command starts 
 what it reads is in the page cache, everything is written back to the disk, and two untimed
 `cp -r`, deleted at once, have left more memory than any command needs that the machine already
 holds (a virtual machine may have given free memory back to its host, and fetching it again costs
-more than the copying).
-Times are of whole commands, start-up included; memory is the peak resident size that the kernel
-reports for the process.
+more than the copying). Times are of whole commands, start-up included; memory is the peak
+resident size that the kernel reports for the process.
 """
 
 from __future__ import annotations
@@ -50,9 +49,8 @@ class Timing(NamedTuple):
 def settle(hf: Path, reads: Path, scratch: Path) -> None:
     """Brings cache and memory into the state that every timed command starts from."""
     for file in sorted(p for p in reads.rglob("*") if p.is_file()):
-        with file.open("rb") as source:
-            while source.read(1 << 20):
-                pass
+        with file.open("rb") as source, open(os.devnull, "wb") as nowhere:
+            shutil.copyfileobj(source, nowhere, 1 << 20)
     os.sync()
     scratch.mkdir()
     for number in range(2):

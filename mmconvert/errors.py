@@ -16,6 +16,9 @@ An interruption (Ctrl-C, SIGTERM) ends with exit code 130.
 
 from __future__ import annotations
 
+import errno
+from os import PathLike
+
 
 class MMConvertError(Exception):
     """What was wrong and where; what was wanted; what to do about it.
@@ -97,3 +100,15 @@ class TensorError(CheckpointError):
 
 class ReplicaError(CheckpointError):
     """Copies of one tensor that should be equal differ between ranks."""
+
+
+def cannot_write(path: str | PathLike[str], error: OSError) -> OutputError:
+    """What to say when the system refuses to write ``path``: a full disk, or anything else."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return OutputError(
+            f"{path}: the disk takes no more ({error.strerror})",
+            "room for the whole checkpoint; nothing is left under the final name",
+            "free some space, write to another disk or raise the limit, and run the command again",
+        )
+    reason = error.strerror or error
+    return OutputError(f"{path}: cannot be written: {reason}", "a folder that can be written")

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from mmconvert.errors import CheckpointError, MMConvertError, OutputError
+from mmconvert.errors import CheckpointError, MMConvertError, cannot_write
 
 # Bytes that one buffer holds: what is written while it is still in the processor's cache costs
 # little more than a copy inside the kernel.
@@ -186,10 +186,4 @@ def copy_range(files: Files, source: Path, start: int, target: Path, at: int, nb
 def _failed(path: Path, error: OSError, *, writing: bool) -> MMConvertError:
     if not writing:
         return CheckpointError(f"{path}: cannot be read: {error.strerror}", "a readable file")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return OutputError(
-            f"{path}: the disk takes no more ({error.strerror})",
-            "room for the whole checkpoint; nothing is left under the final name",
-            "free some space, or write to another disk, and run the command again",
-        )
-    return OutputError(f"{path}: cannot be written: {error.strerror}", "a writable folder")
+    return cannot_write(path, error)

@@ -7,14 +7,13 @@ next run removes it.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
-from mmconvert.errors import MMConvertError, OutputError
+from mmconvert.errors import OutputError, cannot_write
 from mmconvert.sharding.layout import parse_folder
 
 try:
@@ -167,18 +166,7 @@ class Output:
             os.close(self._lock)
             self._lock = None
         if isinstance(error, OSError):  # from whatever was written outside the executor
-            raise _cannot_write(self.final, error) from error
-
-
-def _cannot_write(final: Path, error: OSError) -> MMConvertError:
-    where = error.filename or final
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return OutputError(
-            f"{where}: the disk takes no more ({error.strerror})",
-            "room for the whole checkpoint; nothing is left under the final name",
-            "free some space or raise the limit, and run the command again",
-        )
-    return OutputError(f"{where}: {error.strerror or error}", "a folder that can be written")
+            raise cannot_write(error.filename or self.final, error) from error
 
 
 def check_apart(final: Path, inputs: Iterable[Path]) -> None:
