@@ -142,9 +142,9 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _tool(name: str, words: list[str]) -> int:
-    from mmconvert.cli import toolkit
+    from importlib import import_module
 
-    return {"verify": toolkit.verify, "inspect": toolkit.inspect}[name](words)
+    return import_module(f"mmconvert.cli.tools.{name}").run(words)
 
 
 def _unknown(kind: str, word: str, known: list[str], help_command: str) -> RequestError:

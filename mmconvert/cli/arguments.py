@@ -6,12 +6,12 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from mmconvert.config import NO_PATTERNS, Options, Patterns
+from mmconvert.config import Options, Patterns
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.sharding.stages import StageGrid, parse_grid, show
 
@@ -63,42 +63,6 @@ class Screen:
     """Print the result, or the error, as JSON."""
     quiet: bool = False
     """Print nothing but errors (and JSON, if asked for)."""
-    debug: bool = False
-    """Add the traceback to errors."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """Two checkpoints."""
-
-    a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
-    """A checkpoint folder, Hugging Face or MM."""
-    b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
-    """Another one."""
-    drop: Patterns = NO_PATTERNS
-    """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
-    vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"
-    """How the MM checkpoints order the rows of the vision encoder's q, k and v."""
-    workers: int = 0
-    """Number of threads; 0 takes one for each core."""
-    json: bool = False
-    """Print the result, or the error, as JSON."""
-    quiet: bool = False
-    """Print nothing; the exit code is the answer."""
-    debug: bool = False
-    """Add the traceback to errors."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Inspected:
-    """What to look at."""
-
-    path: tyro.conf.Positional[Path]
-    """A checkpoint folder, Hugging Face or MM, or one rank file."""
-    tensors: bool = False
-    """List every tensor."""
-    json: bool = False
-    """Print the result, or the error, as JSON."""
     debug: bool = False
     """Add the traceback to errors."""
 

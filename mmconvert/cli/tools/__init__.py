@@ -1,0 +1,1 @@
+"""The tools that need no converter: one file each, with ``run(words) -> exit code``."""
