@@ -1,6 +1,8 @@
-"""``python -m mmconvert`` is the command ``mm-convert``."""
+"""Runs ``python -m mmconvert``, also as one of the processes of torchrun."""
+
+import sys
 
 from mmconvert.cli import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main(launched=True))

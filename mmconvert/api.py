@@ -31,7 +31,7 @@ from mmconvert.config import (
 from mmconvert.converters.family import Family
 from mmconvert.errors import LayoutError
 from mmconvert.events import Events
-from mmconvert.run import Result
+from mmconvert.result import Result
 from mmconvert.sharding.stages import parse_grid
 
 if TYPE_CHECKING:

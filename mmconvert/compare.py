@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mmconvert.blockio import Region, read_compact
 from mmconvert.differences import Difference
 from mmconvert.fileio import BAND, Files, open_files
-from mmconvert.jobs import JOB_SIZE, Job, Progress, run_jobs
+from mmconvert.jobs import JOB_SIZE, Job, run_jobs
 from mmconvert.plan import Comparison, Zeros, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
@@ -22,7 +22,7 @@ def compare(
     a: Sequence[StoredTensor],
     b: Sequence[StoredTensor],
     workers: int,
-    progress: Progress | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Difference]:
     """The differences, one for each pair of tensors at most, in the order of the tensors."""
     found: dict[tuple[int, int], Difference] = {}
@@ -52,7 +52,7 @@ def compare(
             batch, size = [], 0
     if batch:
         jobs.append(_job(look, batch, size))
-    run_jobs(jobs, workers, progress)
+    run_jobs(jobs, workers, (lambda job, _: progress(job.nbytes)) if progress else None)
     return [found[pair] for pair in sorted(found)]
 
 

@@ -142,6 +142,14 @@ class Options:
     """Number of threads; 0 takes one for each core."""
     drop: Patterns = NO_PATTERNS
     """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
+    dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
+    """Cast floating-point tensors; values that overflow or become zero are reported."""
+    max_shard_size: str = ""
+    """Size of the weight files of Hugging Face output, such as 5GB; not given: files like those
+    of hf_dir."""
+    digests: bool = False
+    """Also write a digest of every tensor into mmconvert.json, for verify --quick; reads the
+    output once more."""
     replicas: Literal["check", "first"] = "check"
     """Copies of one tensor that differ between ranks: an error, or take the first with a
     warning."""

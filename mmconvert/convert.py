@@ -12,8 +12,9 @@ from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.events import Events
 from mmconvert.names import summarise
 from mmconvert.output import check_apart
-from mmconvert.plan import Side, build, carry
-from mmconvert.run import Result, Run
+from mmconvert.plan import Side, build, carry, in_dtype
+from mmconvert.result import Result
+from mmconvert.run import Run
 from mmconvert.sides.hf import hf_side, hf_target
 from mmconvert.sides.mm_source import mm_source
 from mmconvert.sides.mm_target import mm_target
@@ -23,6 +24,7 @@ from mmconvert.sources.mm import mm_model
 from mmconvert.sources.model import (
     Model,
     check_reading_options,
+    check_writing_options,
     idle_patterns,
     target_layout,
     unchecked_units,
@@ -37,7 +39,7 @@ def hf_to_mm(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = Run(options, events)
+    run = Run("hf_to_mm", options, events)
     check_apart(cfg.mm_dir, [cfg.hf_config.hf_dir])
     check_reading_options(run.options)
     source = hf_model(
@@ -50,12 +52,12 @@ def hf_to_mm(
     )
     layout = target_layout(source, cfg.parallel_config, prefix="--cfg.parallel_config.")
     src = hf_side(source.modules, source.dims, source.hf_tensors)
-    dst = mm_target(source.modules, source.dims, layout, src.wholes)
+    dst = mm_target(source.modules, source.dims, layout, in_dtype(src.wholes, run.cast))
     notes = [*source.notes, *idle_patterns(run.options, source)]
     notes += _carried_note(source, "stay in hf_dir and return from it")
-    plan = run.prove(build(src, dst, notes))
+    plan = run.prove(build(src, dst, notes, run.cast))
     inputs = [p for p in (cfg.hf_config.hf_dir, cfg.common_model_config.llm_hf_dir) if p]
-    return run.write_mm(plan, source, layout, cfg.mm_dir, inputs)
+    return run.write_mm(plan, dst, source, layout, cfg.mm_dir, inputs)
 
 
 def mm_to_hf(
@@ -66,7 +68,7 @@ def mm_to_hf(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = Run(options, events)
+    run = Run("mm_to_hf", options, events)
     check_apart(cfg.save_hf_dir, [cfg.hf_config.hf_dir, cfg.mm_dir])
     model = hf_model(family, cfg.hf_config.hf_dir, run.options)
     source, layout, parts = mm_model(
@@ -75,13 +77,13 @@ def mm_to_hf(
     _check_structure(cfg, source)
     src = mm_source(source.modules, source.dims, layout, parts)
     headers = hf_side(source.modules, source.dims, model.hf_tensors)
-    dst = hf_target(headers, src.wholes)
+    dst = hf_target(headers, in_dtype(src.wholes, run.cast))
     notes = [*model.notes, *source.notes, *idle_patterns(run.options, model, source)]
     notes += _carried_note(model, "copied from hf_dir")
-    notes += _dtype_notes(headers, dst)
-    plan = run.prove(carry(build(src, dst, notes), model.carried))
+    notes += [] if run.cast else _dtype_notes(headers, dst)
+    plan = run.prove(carry(build(src, dst, notes, run.cast), model.carried))
     inputs = [cfg.hf_config.hf_dir, cfg.mm_dir]
-    return run.write_hf(plan, model, layout, cfg.save_hf_dir, inputs)
+    return run.write_hf(plan, dst, model, source, layout, cfg.save_hf_dir, inputs)
 
 
 def reshard(
@@ -92,7 +94,8 @@ def reshard(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = Run(options, events)
+    run = Run("resplit", options, events)
+    check_writing_options(run.options)
     check_apart(cfg.target_dir, [cfg.source_dir])
     hf_dir = cfg.hf_config.hf_dir
     model = config_model(family, hf_dir) if hf_dir else None
@@ -110,11 +113,11 @@ def reshard(
     )
     src = mm_source(source.modules, source.dims, found, parts)
     src = reorder(src, source.modules, source.plain_modules, source.dims)
-    dst = mm_target(source.plain_modules, source.dims, layout, src.wholes)
+    dst = mm_target(source.plain_modules, source.dims, layout, in_dtype(src.wholes, run.cast))
     notes = [*source.notes, *idle_patterns(run.options, source)]
     notes += unchecked_units(source, found, layout)
-    plan = run.prove(build(src, dst, notes))
-    return run.write_mm(plan, source, layout, cfg.target_dir, [cfg.source_dir])
+    plan = run.prove(build(src, dst, notes, run.cast))
+    return run.write_mm(plan, dst, source, layout, cfg.target_dir, [cfg.source_dir])
 
 
 def _check_structure(cfg: MMToHF, source: Model) -> None:

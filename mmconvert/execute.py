@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import NamedTuple
 
 from mmconvert.blockio import (
@@ -24,28 +25,26 @@ from mmconvert.blockio import (
     rect_offset,
     row_bytes,
 )
+from mmconvert.casts import Loss
+from mmconvert.differences import place
 from mmconvert.fileio import BAND, BUFFERS, Files, Span, copy_range, write_pieces
-from mmconvert.jobs import JOB_SIZE, Job, Progress, run_jobs
+from mmconvert.jobs import JOB_SIZE, Job, Losses
 from mmconvert.plan import Copy, Plan, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 STREAM_MIN = 64 << 10  # bytes; shorter runs are gathered
 
 
-def execute(
-    plan: Plan, targets: Sequence[StoredTensor], workers: int, progress: Progress | None = None
-) -> None:
-    """Moves every byte of a plan.
+def jobs_of(plan: Plan, targets: Sequence[StoredTensor]) -> list[Job]:
+    """The jobs that move every byte of a plan; the same plan gives the same jobs.
 
     Args:
-        targets: where each of the plan's targets lies, in their order; files exist already.
-        workers: number of threads.
-        progress: called with the number of bytes moved since the last call, from any thread.
-
-    Raises:
-        MMConvertError: a file that cannot be read or written; the rest is not run.
+        targets: where each of the plan's targets lies, in their order; files exist when the jobs
+            run.
     """
-    run_jobs(list(_jobs(plan, targets)), workers, progress)
+    if plan.cast:
+        import_module("mmconvert.values")  # numpy, before threads ask for it at once
+    return list(_jobs(plan, targets))
 
 
 def _jobs(plan: Plan, targets: Sequence[StoredTensor]) -> Iterator[Job]:
@@ -63,7 +62,7 @@ def _jobs(plan: Plan, targets: Sequence[StoredTensor]) -> Iterator[Job]:
             continue
         if target.nbytes <= STREAM_MIN * 16:
             small.append((target, copies))
-        elif all(_whole_rows(c, target) and is_plain(plan.sources[c.src]) for c in copies):
+        elif all(_scatters_to(plan.sources[c.src], target, c) for c in copies):
             for copy in copies:
                 scattered[copy.src].append(copy)
         else:
@@ -89,12 +88,16 @@ def _whole_rows(copy: Copy, tensor: StoredTensor) -> bool:
     return copy.cols == matrix(tensor.shape)[1]
 
 
+def _scatters_to(source: StoredTensor, target: StoredTensor, copy: Copy) -> bool:
+    return _whole_rows(copy, target) and is_plain(source) and source.dtype == target.dtype
+
+
 def _linear_runs(plan: Plan, target: StoredTensor, copies: Sequence[Copy]) -> list[Run] | None:
-    """The copies as runs, neighbouring ones joined; None if some copy is a column block."""
+    """The copies as runs, neighbouring ones joined; None if some copy is no run, or is cast."""
     runs: list[Run] = []
     for c in sorted(copies, key=lambda c: c.dst_row):
         source = plan.sources[c.src]
-        if not (_whole_rows(c, target) and _whole_rows(c, source) and is_plain(source)):
+        if not (_scatters_to(source, target, c) and _whole_rows(c, source)):
             return None
         start, at = rect_offset(source, c.src_row, 0), rect_offset(target, c.dst_row, 0)
         nbytes = c.rows * row_bytes(target)
@@ -200,10 +203,12 @@ def _gathers(
 def _gather_job(
     sources: Sequence[StoredTensor], target: StoredTensor, copies: list[Copy], top: int, bottom: int
 ) -> Job:
-    def run(files: Files) -> None:
+    def run(files: Files) -> Losses:
+        tally = _Tally()
         for begin, end in _steps(top, bottom, row_bytes(target), BAND):
             part = _cut(copies, begin, end, source=False)
-            _gather(files, sources, target, part, begin, end)
+            _gather(files, sources, target, part, (begin, end), tally)
+        return tally.losses
 
     nbytes = (bottom - top) * row_bytes(target)
     path = str(target.path)
@@ -220,18 +225,48 @@ def _gather(
     sources: Sequence[StoredTensor],
     target: StoredTensor,
     copies: Sequence[Copy],
-    top: int,
-    bottom: int,
+    band_rows: tuple[int, int],
+    tally: _Tally,
 ) -> None:
+    """Puts a band of a target together and writes it."""
+    top, bottom = band_rows
     line, item = row_bytes(target), ITEM_SIZE[target.dtype]
     band = BUFFERS.get("band", (bottom - top) * line)
     if sum(c.rows * c.cols for c in copies) * item < len(band):
         band[:] = bytes(len(band))  # the rest are fills; the buffer still holds another tensor
     for c in copies:
         region = Region(c.src_row, c.src_col, c.rows, c.cols)
-        at = (c.dst_row - top) * line + c.dst_col * item
-        read_region(files, sources[c.src], region, Window(band, at, line))
+        window = Window(band, (c.dst_row - top) * line + c.dst_col * item, line)
+        if sources[c.src].dtype == target.dtype:
+            read_region(files, sources[c.src], region, window)
+        else:
+            _read_cast(files, sources[c.src], region, target.dtype, window, tally)
     write_pieces(files, target.path, rect_offset(target, top, 0), [band])
+
+
+class _Tally:
+    """What the casts of one job have lost."""
+
+    def __init__(self) -> None:
+        self.losses: dict[str, Loss] = {}
+
+    def add(self, name: str, loss: Loss) -> None:
+        known = self.losses.get(name, Loss(0, 0))
+        self.losses[name] = Loss(*(a + b for a, b in zip(known, loss, strict=True)))
+
+
+def _read_cast(
+    files: Files, source: StoredTensor, region: Region, dtype: str, window: Window, tally: _Tally
+) -> None:
+    """Reads a region of a source in another dtype into the rows of a window."""
+    from mmconvert.values import cast
+
+    found = cast(read_compact(files, source, region, "cast"), source.dtype, dtype)
+    width = region.cols * ITEM_SIZE[dtype]
+    for row in range(region.rows):
+        window.row(row, width)[:] = found.bits[row * width : (row + 1) * width]
+    if found.overflowed or found.underflowed:
+        tally.add(place(source), Loss(found.overflowed, found.underflowed))
 
 
 def _batches(
@@ -254,9 +289,11 @@ def _batches(
 def _batch_job(
     sources: Sequence[StoredTensor], batch: list[tuple[StoredTensor, list[Copy]]], size: int
 ) -> Job:
-    def run(files: Files) -> None:
+    def run(files: Files) -> Losses:
+        tally = _Tally()
         for target, copies in batch:
-            _gather(files, sources, target, copies, 0, matrix(target.shape)[0])
+            _gather(files, sources, target, copies, (0, matrix(target.shape)[0]), tally)
+        return tally.losses
 
     path = str(batch[0][0].path)
     return Job((path,), (path, batch[0][0].offset), size, run)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import NamedTuple
 
+from mmconvert.casts import Loss
 from mmconvert.fileio import Files, Span, expect, open_files
 
 AHEAD = 4  # jobs whose bytes are asked for before their turn
 JOB_SIZE = 32 << 20  # bytes of one job, about: large enough for speed, small enough to share out
 
-Progress = Callable[[int], None]
+Losses = Mapping[str, Loss]  # by tensor, of the casts of one job
 
 
 class Job(NamedTuple):
@@ -25,14 +26,18 @@ class Job(NamedTuple):
         writes: the files that it writes.
         place: orders the jobs that write the same files, along one file.
         nbytes: bytes moved.
+        run: does it; returns what casts have lost.
         reads: what it reads, as far as it is worth fetching before.
     """
 
     writes: tuple[str, ...]
     place: tuple[str, int]
     nbytes: int
-    run: Callable[[Files], None]
+    run: Callable[[Files], Losses | None]
     reads: tuple[Span, ...] = ()
+
+
+Done = Callable[[Job, Losses], None]
 
 
 def default_workers() -> int:
@@ -42,9 +47,14 @@ def default_workers() -> int:
     return os.cpu_count() or 1
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, progress: Progress | None = None) -> None:
-    """Runs jobs over threads; the first failure ends all and is raised."""
+def run_jobs(jobs: Sequence[Job], workers: int, finished: Done | None = None) -> None:
+    """Runs jobs over threads; the first failure ends all and is raised.
+
+    Args:
+        finished: called after each job with what it lost, by one thread at a time.
+    """
     stop = threading.Event()
+    telling = threading.Lock()
     queue = _Queue(jobs)
 
     def work() -> None:
@@ -52,11 +62,12 @@ def run_jobs(jobs: Sequence[Job], workers: int, progress: Progress | None = None
             try:
                 with open_files() as files:
                     expect(files, queue.upcoming(job))  # the disk works while we copy
-                    job.run(files)
+                    losses = job.run(files) or {}
             finally:
                 queue.done(job)
-            if progress:
-                progress(job.nbytes)
+            if finished:
+                with telling:
+                    finished(job, losses)
 
     with ThreadPoolExecutor(max(1, min(workers, len(jobs)))) as pool:
         futures = [pool.submit(work) for _ in range(min(workers, len(jobs)))]

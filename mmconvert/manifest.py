@@ -1,4 +1,4 @@
-"""``mmconvert.json``: what an MM checkpoint was made of. It never overrules the data."""
+"""``mmconvert.json``: what a checkpoint was made of, and how. It never overrules the data."""
 
 from __future__ import annotations
 
@@ -9,24 +9,33 @@ from pathlib import Path
 from mmconvert.converters.family import Dims
 from mmconvert.errors import MMConvertError
 from mmconvert.formats.hf import read_json_file
-from mmconvert.formats.megatron import RANK_FILE
 from mmconvert.version import VERSION
 
 NAME = "mmconvert.json"
+WEIGHTS = ("*.pt", "*.safetensors")  # the files whose sizes and times it notes
 
 
 def write(folder: Path, content: Mapping[str, object]) -> None:
-    """Writes the manifest of a finished checkpoint, with the sizes of its rank files."""
-    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob(RANK_FILE))}
+    """Writes the manifest of a finished checkpoint, with size and time of its weight files."""
+    paths = sorted(path for pattern in WEIGHTS for path in folder.rglob(pattern))
+    files = {str(path.relative_to(folder)): state(path) for path in paths}
     whole = {"mmconvert": VERSION, **content, "files": files}
-    (folder / NAME).write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    (folder / NAME).write_text(
+        json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def state(path: Path) -> list[int]:
+    """A file's size in bytes and the time of its last change in nanoseconds."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def read(folder: Path) -> tuple[dict[str, object] | None, str]:
     """The manifest of a checkpoint that is still the one it was written for, and a note.
 
-    A manifest that is damaged, or whose rank files have other sizes now, is ignored: the note
-    then says so.
+    A manifest that is damaged, or whose weight files have other sizes now, is ignored: the note
+    then says so. Times are no matter here, as a copy of a checkpoint has others.
     """
     path = folder / NAME
     if not path.is_file():
@@ -35,14 +44,35 @@ def read(folder: Path) -> tuple[dict[str, object] | None, str]:
         content = read_json_file(path)
     except MMConvertError as error:
         return None, f"{path} is ignored: {error.what}"
+    changed = _changed(folder, content, times=False)
+    return (None, f"{path} is ignored: {changed}") if changed else (content, "")
+
+
+def digests(folder: Path) -> tuple[dict[str, str] | None, str]:
+    """The digests of a checkpoint whose weight files are untouched since, or None and why not."""
+    content, note = read(folder)
+    if content is None:
+        return None, note or f"{folder} has no {NAME}"
+    found = content.get("digests")
+    if not isinstance(found, dict) or not all(isinstance(d, str) for d in found.values()):
+        return None, f"{folder / NAME} holds no digests (a conversion writes them with --digests)"
+    changed = _changed(folder, content, times=True)
+    return (None, f"{folder / NAME} is not relied on: {changed}") if changed else (found, "")
+
+
+def _changed(folder: Path, content: Mapping[str, object], *, times: bool) -> str:
+    """What does not fit the files that are there; "" if all does."""
     files = content.get("files")
-    if not isinstance(files, dict):
-        return None, f"{path} is ignored: it lists no files"
-    for name, size in files.items():
+    if not isinstance(files, dict) or not files:
+        return "it lists no files"
+    for name, noted in files.items():
+        size, time = noted if isinstance(noted, list) and len(noted) == 2 else (noted, None)
         file = folder / str(name)
         if not file.is_file() or file.stat().st_size != size:
-            return None, f"{path} is ignored: {name} has changed since it was written"
-    return content, ""
+            return f"{name} has changed since it was written"
+        if times and file.stat().st_mtime_ns != time:
+            return f"{name} has another time than when it was written"
+    return ""
 
 
 def sizes(content: Mapping[str, object]) -> Dims:

@@ -1,15 +1,15 @@
 """Output folders that are complete or not there at all.
 
 Everything is written into a staging folder beside the target and renamed when complete. The
-staging folder is locked by its run; one that nobody holds is the rest of a killed run, and the
-next run removes it.
+staging folder is locked by its run; one that nobody holds is the rest of an interrupted run: the
+next run of the same request goes on with it, any other removes it.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -36,8 +36,18 @@ class Output:
         folder: the staging folder to write into.
     """
 
-    def __init__(self, target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
+    def __init__(
+        self,
+        target: Path,
+        inputs: Iterable[Path],
+        *,
+        overwrite: bool,
+        keeps: Callable[[Path], bool] = lambda folder: False,
+    ) -> None:
         """Checks that the target may be written.
+
+        Args:
+            keeps: whether what an interrupted run has left in the staging folder is of use.
 
         Raises:
             OutputError: it exists, or is, holds or lies in an input.
@@ -46,6 +56,7 @@ class Output:
         self.folder = self.final.parent / f".{self.final.name}.mmconvert-partial"
         self._aside = self.final.parent / f".{self.final.name}.mmconvert-old"
         self._overwrite = overwrite
+        self._keeps = keeps
         self._lock: int | None = None
         self._new_parents: list[Path] = []
         self._done = False
@@ -104,7 +115,7 @@ class Output:
         return self
 
     def _take(self) -> None:
-        """Makes the staging folder ours, empty."""
+        """Makes the staging folder ours, empty but for what can be kept."""
         while True:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             if fcntl is None:
@@ -127,7 +138,8 @@ class Output:
                 self._lock = lock
                 break
             os.close(lock)
-        _empty(self.folder)
+        if not self._keeps(self.folder):
+            _empty(self.folder)
 
     def commit(self) -> None:
         """Sets the modes and gives the folder its final name.
@@ -155,7 +167,8 @@ class Output:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._done:
+        kept = isinstance(error, KeyboardInterrupt) and self._keeps(self.folder)
+        if not self._done and not kept:
             shutil.rmtree(self.folder, ignore_errors=True)
             for parent in self._new_parents:  # innermost first; stops at one that is in use
                 try:

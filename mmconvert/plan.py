@@ -10,13 +10,13 @@ Tensors are matrices here: rows = the first dimension, columns = the product of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
 from mmconvert.errors import TensorError
-from mmconvert.stored import StoredTensor, Target
+from mmconvert.stored import FLOATS, StoredTensor, Target
 
 
 class Key(NamedTuple):
@@ -116,6 +116,7 @@ class Plan:
         notes: what is left out or worth knowing, in words.
         fills: rectangles of targets that are filled with zeros.
         zeros: rectangles of sources that have no place in the targets, as they must be zero.
+        cast: the dtype that floating-point tensors are cast to; "" leaves each as it is.
     """
 
     sources: Sequence[StoredTensor]
@@ -125,6 +126,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     fills: list[Zeros] = field(default_factory=list)
     zeros: list[Zeros] = field(default_factory=list)
+    cast: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -174,14 +176,27 @@ def _first_at_or_after(starts: list[int], row: int) -> int:
     return bisect_left(starts, row)
 
 
-def build(src: Side, dst: Side, notes: Sequence[str] = ()) -> Plan:
+def in_dtype(wholes: Mapping[Key, Whole], dtype: str) -> dict[Key, Whole]:
+    """The wholes with floating-point ones in another dtype; "" leaves each as it is."""
+    return {key: replace(w, dtype=cast_dtype(w.dtype, dtype)) for key, w in wholes.items()}
+
+
+def cast_dtype(old: str, new: str) -> str:
+    """What a tensor of dtype ``old`` becomes when ``new`` is asked for ("": nothing is)."""
+    return new if new and old in FLOATS else old
+
+
+def build(src: Side, dst: Side, notes: Sequence[str] = (), cast: str = "") -> Plan:
     """The plan that makes ``dst`` of ``src``.
+
+    Args:
+        cast: the dtype that floating-point tensors of ``src`` have in ``dst``; "" is each its own.
 
     Raises:
         TensorError: the sides do not hold the same wholes, in the same shapes and dtypes.
     """
-    check_same_wholes(src, dst)
-    plan = Plan(src.stored, dst.targets, [], [], list(notes))
+    check_same_wholes(replace(src, wholes=in_dtype(src.wholes, cast)), dst)
+    plan = Plan(src.stored, dst.targets, [], [], list(notes), cast=cast)
     for key, whole in src.wholes.items():
         original, *others = whole.copies
         for blocks in dst.wholes[key].copies:
@@ -212,7 +227,7 @@ def carry(plan: Plan, tensors: Sequence[StoredTensor]) -> Plan:
         rows, cols = matrix(tensor.shape)
         copies.append(Copy(len(sources), 0, 0, len(targets), 0, 0, rows, cols))
         sources.append(tensor)
-        targets.append(Target(tensor.name, tensor.dtype, tensor.shape))
+        targets.append(Target(tensor.name, cast_dtype(tensor.dtype, plan.cast), tensor.shape))
     return replace(plan, sources=sources, targets=targets, copies=copies)
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from mmconvert.errors import MMConvertError
-from mmconvert.plan import Plan, matrix
+from mmconvert.plan import Plan, cast_dtype, matrix
 
 
 def prove(plan: Plan) -> None:
@@ -22,7 +22,7 @@ def prove(plan: Plan) -> None:
     for c in plan.copies:
         reads[c.src].append(Rect(c.src_row, c.src_col, c.rows, c.cols))
         writes[c.dst].append(Rect(c.dst_row, c.dst_col, c.rows, c.cols))
-        if plan.sources[c.src].dtype != plan.targets[c.dst].dtype:
+        if plan.targets[c.dst].dtype != cast_dtype(plan.sources[c.src].dtype, plan.cast):
             raise _unproven(f"{plan.targets[c.dst].name} would change its dtype")
     for check in plan.replicas:
         c = check.copy

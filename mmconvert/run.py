@@ -3,71 +3,56 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
-from mmconvert import compare, manifest
+from mmconvert import compare, group, journal, manifest
+from mmconvert.casts import DTYPES
 from mmconvert.config import Options
 from mmconvert.differences import Difference, in_words
+from mmconvert.digests import ALGORITHM, digests
 from mmconvert.errors import CheckpointError, OutputError, ReplicaError, RequestError
+from mmconvert.estimate import estimate
 from mmconvert.events import Events
-from mmconvert.execute import execute
-from mmconvert.formats import hf, megatron
+from mmconvert.formats import hf_output, megatron
 from mmconvert.formats.safetensors import Entry
 from mmconvert.jobs import default_workers
+from mmconvert.moving import Moved, Staged, move
 from mmconvert.output import Output
-from mmconvert.plan import Plan
+from mmconvert.plan import Plan, Side
 from mmconvert.proof import prove
+from mmconvert.result import OutputFile, Result
 from mmconvert.sharding.layout import Layout
 from mmconvert.sources.model import Model
 from mmconvert.stored import StoredTensor
 
 SIDE_ROOM = 64 << 20  # bytes of free disk wanted beside the tensors, for everything small
+TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
-
-@dataclass(frozen=True)
-class Result:
-    """What a conversion did, or would do.
-
-    Attributes:
-        output: the folder.
-        written: False for a dry run.
-        plan: the plan.
-        layout: of the MM checkpoint that was read or written last.
-        seconds: wall time.
-    """
-
-    output: Path
-    written: bool
-    plan: Plan
-    layout: Layout
-    seconds: float
-
-    def as_dict(self) -> dict[str, object]:
-        """The result as JSON."""
-        return {
-            "output": str(self.output),
-            "written": self.written,
-            "tensors": len(self.plan.targets),
-            "bytes": self.plan.nbytes,
-            "copies": len(self.plan.copies),
-            "layout": self.layout.as_dict(),
-            "notes": self.plan.notes,
-            "seconds": round(self.seconds, 3),
-        }
+Create = Callable[[Path], Sequence[StoredTensor]]  # makes the files in a staging folder
 
 
 class Run:
-    """One conversion under way."""
+    """One conversion under way.
 
-    def __init__(self, options: Options | None, events: Events | None) -> None:
+    Attributes:
+        cast: safetensors spelling of the dtype that ``--dtype`` asks for; "" for none.
+    """
+
+    def __init__(self, command: str, options: Options | None, events: Events | None) -> None:
+        self.command = command
         self.options = options or Options()
         if self.options.workers < 0:
             raise RequestError(f"--workers is {self.options.workers}", "a number of threads, or 0")
         self.events = events or Events()
         self.workers = self.options.workers or default_workers()
+        self.cast = DTYPES.get(self.options.dtype, "")
+        self.group = group.current()
         self.began = time.monotonic()
+
+    # ------------------------------------------------------------------------------- proving
 
     def prove(self, plan: Plan) -> Plan:
         """Everything that can be known before a byte is written."""
@@ -78,13 +63,17 @@ class Run:
         return plan
 
     def _check_replicas(self, plan: Plan) -> None:
-        if plan.replicas:
-            size = compare.comparison_bytes(plan.replicas, plan.sources)
-            self.events.start("comparing replicas", size)
-            advance = self.events.advance
-            found = compare.compare(
-                plan.replicas, plan.sources, plan.sources, self.workers, advance
+        def differing() -> list[Difference]:
+            mine = self.group.share(
+                plan.replicas, lambda c: compare.comparison_bytes([c], plan.sources)
             )
+            self.events.start("comparing replicas", compare.comparison_bytes(mine, plan.sources))
+            return compare.compare(
+                mine, plan.sources, plan.sources, self.workers, self.events.advance
+            )
+
+        if plan.replicas:
+            found = [d for part in self.group.together(differing) for d in part]
             self._settle(found, "copies of one tensor differ", "the same values in every copy")
         found = compare.not_zero(plan.zeros, plan.sources)
         self._settle(found, "values that HF does not store are not zero", "zeros, as converted")
@@ -104,56 +93,148 @@ class Run:
             "find out which values training used, or give --replicas first to go on with a warning",
         )
 
+    # ------------------------------------------------------------------------------- writing
+
     def write_mm(
-        self, plan: Plan, source: Model, layout: Layout, target: Path, inputs: Sequence[Path]
+        self,
+        plan: Plan,
+        dst: Side,
+        source: Model,
+        layout: Layout,
+        target: Path,
+        inputs: Sequence[Path],
     ) -> Result:
         """Writes an MM checkpoint."""
-        output = self._output(plan, target, inputs)
-        if not self.options.dry_run:
-            with output:
-                places = megatron.create_mm(output.folder, layout, plan.targets)
-                self._move(plan, places)
-                manifest.write(output.folder, _manifest(source, layout, plan))
-                output.commit()
-        return self._result(plan, layout, target)
+        files = megatron.plan_mm(layout, plan.targets)
+        held: dict[str, list[int]] = {str(file.path): [] for file in files}
+        names = {file.rank: str(file.path) for file in files}
+        for i, t in enumerate(plan.targets):
+            if t.chunk is not None:
+                held[names[t.chunk.rank]].append(i)
+        listing = [OutputFile(str(f.path), f.image.size, tuple(held[str(f.path)])) for f in files]
+
+        def create(folder: Path) -> Sequence[StoredTensor]:
+            return megatron.create_mm(folder, layout, files, plan.targets)
+
+        about = {"kind": "mm", **_about(source, layout)}
+        result = Result(target, False, plan, layout, 0.0, tuple(listing), source.dropped)
+        result = replace(result, carried=tuple(t.name for t in source.carried))
+        return self._write(result, dst, about, inputs, create)
 
     def write_hf(
-        self, plan: Plan, model: Model, layout: Layout, target: Path, inputs: Sequence[Path]
+        self,
+        plan: Plan,
+        dst: Side,
+        model: Model,
+        source: Model,
+        layout: Layout,
+        target: Path,
+        inputs: Sequence[Path],
     ) -> Result:
         """Writes a Hugging Face checkpoint like ``model``'s."""
-        if model.hf is None:
+        original = model.hf
+        if original is None:
             raise CheckpointError("hf_dir holds no weights", "the original checkpoint")
-        output = self._output(plan, target, inputs)
-        if not self.options.dry_run:
-            with output:
-                entries = {t.name: Entry(t.name, t.dtype, t.shape) for t in plan.targets}
-                created = hf.create_hf(output.folder, model.hf, entries)
-                hf.copy_side_files(model.hf.folder, output.folder)
-                self._move(plan, [created[t.name] for t in plan.targets])
-                output.commit()
-        return self._result(plan, layout, target)
+        entries = {t.name: Entry(t.name, t.dtype, t.shape) for t in plan.targets}
+        size = self.options.max_shard_size
+        weights = hf_output.plan_weights(
+            original, entries, hf_output.parse_size(size) if size else 0
+        )
+        number = {t.name: i for i, t in enumerate(plan.targets)}
+        listing = [
+            OutputFile(file.name, file.size, tuple(number[e.name] for e in file.entries))
+            for file in weights.files
+        ]
+        sides = hf_output.side_files(original.folder)
+        listing += [OutputFile(str(p), (original.folder / p).stat().st_size) for p in sides]
 
-    def _output(self, plan: Plan, target: Path, inputs: Sequence[Path]) -> Output:
-        output = Output(target, inputs, overwrite=self.options.overwrite)
+        def create(folder: Path) -> Sequence[StoredTensor]:
+            created = hf_output.create_hf(folder, weights)
+            hf_output.copy_side_files(original.folder, folder)
+            if self.cast:
+                hf_output.write_dtype(folder, TORCH_NAMES[self.cast])
+            return [created[t.name] for t in plan.targets]
+
+        about = {"kind": "hf", **_about(source, layout), "weight_files": repr(weights)}
+        dropped = {**model.dropped, **source.dropped}
+        result = Result(target, False, plan, layout, 0.0, tuple(listing), dropped)
+        result = replace(result, carried=tuple(t.name for t in model.carried))
+        return self._write(result, dst, about, inputs, create)
+
+    def _write(
+        self,
+        result: Result,
+        dst: Side,
+        about: dict[str, object],
+        inputs: Sequence[Path],
+        create: Create,
+    ) -> Result:
+        """Writes the output, or says what it would take."""
+        plan = result.plan
+        boots = set(self.group.gather(journal.boot_id()))
+        request = journal.request_of(plan, about)
+        about.pop("weight_files", None)  # the files themselves tell
+        output = Output(
+            result.output,
+            inputs,
+            overwrite=self.options.overwrite,
+            keeps=lambda folder: bool(journal.read(folder, request, boots)),
+        )
+        self._check_room(output, plan)
+        if self.options.dry_run:
+            size = sum(file.nbytes for file in result.files)
+            would = estimate(plan, output.final, size, self.workers)
+            return replace(result, estimate=would, seconds=self._seconds())
+
+        def stage() -> Staged:
+            finished = journal.read(output.folder, request, boots)
+            return Staged(output.folder, request, create(output.folder), finished)
+
+        def commit() -> None:
+            journal.remove(output.folder)
+            manifest.write(output.folder, {"command": self.command, **about, **extra})
+            output.commit()
+
+        here: AbstractContextManager[object] = output if self.group.leads else nullcontext()
+        with here:
+            staged = self.group.lead(stage)
+            moved = move(plan, staged, self.workers, self.group, self.events)
+            for note in moved.losses.notes():
+                self.events.note(note)
+            extra = self._extra(plan, dst, staged, moved)
+            self.group.lead(commit)
+        return replace(result, written=True, moved=moved, seconds=self._seconds())
+
+    def _extra(self, plan: Plan, dst: Side, staged: Staged, moved: Moved) -> dict[str, object]:
+        """What the manifest says of the data that was written."""
+        files = sorted({tensor.path for tensor in plan.sources})
+        extra: dict[str, object] = {
+            "cast": {"dtype": plan.cast or None, **moved.losses.as_dict()},
+            "source": {f"{p.parent.name}/{p.name}": manifest.state(p) for p in files},
+        }
+        if self.options.digests:
+            mine = dict(self.group.share(list(dst.wholes.items()), lambda _: 1))
+            parts = self.group.together(
+                lambda: digests(mine, staged.places, self.workers, self.events)
+            )
+            whole = {name: digest for part in parts for name, digest in part.items()}
+            extra |= {"digest": ALGORITHM, "digests": whole}
+        return extra
+
+    def _check_room(self, output: Output, plan: Plan) -> None:
         try:
             output.check_room(plan.nbytes + SIDE_ROOM)
         except OutputError as error:
             if not self.options.dry_run:
                 raise
             self.events.note(f"warning: {error.what}")
-        return output
 
-    def _move(self, plan: Plan, places: Sequence[StoredTensor]) -> None:
-        self.events.start("converting", plan.nbytes)
-        execute(plan, places, self.workers, self.events.advance)
-
-    def _result(self, plan: Plan, layout: Layout, target: Path) -> Result:
-        seconds = time.monotonic() - self.began
-        return Result(target, not self.options.dry_run, plan, layout, seconds)
+    def _seconds(self) -> float:
+        return time.monotonic() - self.began
 
 
-def _manifest(source: Model, layout: Layout, plan: Plan) -> dict[str, object]:
-    files = sorted({tensor.path for tensor in plan.sources})
+def _about(source: Model, layout: Layout) -> dict[str, object]:
+    """What a manifest says of the model."""
     return {
         "converter": source.family.converter,
         "family": source.family.name,
@@ -165,8 +246,4 @@ def _manifest(source: Model, layout: Layout, plan: Plan) -> dict[str, object]:
         "save_vit_only": all(m.key != "llm" for m in source.modules),
         "dims": source.dims,
         "layout": layout.as_dict(),
-        "source": {
-            f"{path.parent.name}/{path.name}": [path.stat().st_size, path.stat().st_mtime_ns]
-            for path in files
-        },
     }

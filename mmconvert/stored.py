@@ -28,6 +28,9 @@ ITEM_SIZE: dict[str, int] = {
 }
 
 
+FLOATS = frozenset({"F16", "BF16", "F32", "F64"})  # what a cast may change
+
+
 class StoredTensor(NamedTuple):
     """One tensor as it is stored.
 

@@ -1,4 +1,4 @@
-"""Bits read as numbers: only to say how two tensors differ. The one place that needs numpy."""
+"""Bits read as numbers: to say how two tensors differ, and to cast. The one place for numpy."""
 
 from __future__ import annotations
 
@@ -61,3 +61,60 @@ def as_floats(data: np.ndarray, dtype: str) -> np.ndarray:
     kinds = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BOOL": "?"}
     kind = kinds.get(dtype, ("<u" if dtype[0] == "U" else "<i") + str(data.itemsize))
     return np.ascontiguousarray(data).view(kind).astype(np.float64)
+
+
+class Cast(NamedTuple):
+    """Values in another dtype, and what that cost.
+
+    Attributes:
+        bits: the values' bits.
+        overflowed: number of finite values that became infinite.
+        underflowed: number of values other than zero that became zero.
+    """
+
+    bits: memoryview
+    overflowed: int
+    underflowed: int
+
+
+def cast(data: memoryview, old: str, new: str) -> Cast:
+    """Values in another dtype, each rounded once, to the nearest, ties to even (IEEE 754).
+
+    Args:
+        data: the bits of the values.
+        old, new: dtypes among F16, BF16, F32 and F64.
+    """
+    values = _floats(data, old)
+    with np.errstate(all="ignore"):  # overflow and underflow are counted, not printed
+        if new == "BF16":
+            bits = _to_bf16(values)
+            result = _floats(bits.data.cast("B"), new)
+        else:
+            result = values.astype({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[new])
+            bits = result
+    overflowed = int((np.isinf(result) & np.isfinite(values)).sum())
+    underflowed = int(((result == 0) & (values != 0)).sum())
+    return Cast(np.ascontiguousarray(bits).data.cast("B"), overflowed, underflowed)
+
+
+def _floats(data: memoryview, dtype: str) -> np.ndarray:
+    """The values behind bits in the smallest numpy type that holds them all."""
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(data, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype])
+
+
+def _to_bf16(values: np.ndarray) -> np.ndarray:
+    """The bits of bfloat16 values."""
+    wide = values.astype("<f4")
+    if values.dtype.itemsize > wide.dtype.itemsize:
+        # Rounding twice can go wrong: cut to float32 with the last bit set if anything was lost
+        # ("round to odd", Boldo and Melquiond 2008), so that the second rounding sees it.
+        past = np.abs(wide.astype("<f8")) > np.abs(values)
+        wide = np.where(past, np.nextafter(wide, np.float32(0)), wide)
+        lost = (wide.astype("<f8") != values) & ~np.isnan(values)
+        wide = (wide.view("<u4") | lost).astype("<u4").view("<f4")
+    bits = wide.view("<u4")
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    quiet = (bits >> 16) | 0x40  # a NaN must not be rounded to infinity
+    return np.where(np.isnan(wide), quiet, rounded).astype("<u2")

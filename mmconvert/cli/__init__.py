@@ -20,6 +20,7 @@ from mmconvert.version import VERSION
 
 AUTO = "AutoConverter"  # the family is told by the checkpoint
 INTERRUPTED = 130
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # set by torchrun for every process that it starts
 
 LAYOUT = "--cfg.parallel_config.llm_pp_layers [12,16] --cfg.parallel_config.vit_pp_layers [32,0]"
 TOOLS = {
@@ -48,10 +49,31 @@ VERBS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns the exit code (see the error tree)."""
+def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
+    """Runs one command line; returns the exit code (see the error tree).
+
+    Args:
+        launched: whether torchrun may have started this process as one of several.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _terminated)
+    if not (launched and TORCHRUN in os.environ):
+        return _guarded(words)
+    from mmconvert import group
+
+    try:
+        processes = group.join()
+    except MMConvertError as error:
+        return _fail(error, words)
+    if not processes.leads:  # the first process speaks for all; the others only of their faults
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until this process ends
+    code = _guarded(words)
+    processes.leave()
+    return code
+
+
+def _guarded(words: list[str]) -> int:
+    """Runs one command line; whatever goes wrong becomes a message and an exit code."""
     try:
         return _dispatch(words)
     except MMConvertError as error:
@@ -62,10 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(error.as_dict()))
         return stop.code if isinstance(stop.code, int) else RequestError.exit_code
     except KeyboardInterrupt:
+        what = "interrupted: nothing was left under the final name"
         if _asked(words, "--json"):
-            what = "interrupted: nothing was left under the final name"
             print(json.dumps({"error": "Interrupted", "what": what, "exit_code": INTERRUPTED}))
-        print("interrupted: nothing was left under the final name", file=sys.stderr)
+        print(f"{what}; a conversion goes on when it is run again", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -144,6 +166,10 @@ def _dispatch(words: list[str]) -> int:
 def _tool(name: str, words: list[str]) -> int:
     from importlib import import_module
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "mmconvert.group" in sys.modules:
+        raise RequestError(
+            f"mm-convert {name} runs in one process", "torchrun with a conversion only"
+        )
     return import_module(f"mmconvert.cli.tools.{name}").run(words)
 
 

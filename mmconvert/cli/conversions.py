@@ -13,7 +13,7 @@ from mmconvert.cli.screen import amount, screen_events
 from mmconvert.config import HFToMM, MMToHF, Resplit
 
 if TYPE_CHECKING:
-    from mmconvert.convert import Result
+    from mmconvert.result import Result
 
 
 def convert(converter: str, verb: str, flags: list[str]) -> int:
@@ -25,6 +25,10 @@ def convert(converter: str, verb: str, flags: list[str]) -> int:
     if command.screen.json:
         print(json.dumps(result.as_dict()))
     elif not command.screen.quiet:
+        if result.estimate is not None:
+            from mmconvert.cli.dry_run import preview
+
+            print(preview(result))
         print(_summary(verb, result))
     return 0
 
@@ -32,7 +36,7 @@ def convert(converter: str, verb: str, flags: list[str]) -> int:
 def _run(converter: str, verb: str, command: Command) -> Result:
     # Not before the flags are understood: help need not pay for it.
     from mmconvert import convert as directions
-    from mmconvert import converters
+    from mmconvert import converters, group
     from mmconvert.recognise import family_of
 
     direction = {
@@ -42,7 +46,7 @@ def _run(converter: str, verb: str, command: Command) -> Result:
     }[verb]
     auto = converter == AUTO
     family = family_of(*_inputs(command.cfg)) if auto else converters.load(converter)
-    with screen_events(quiet=command.screen.quiet) as events:
+    with screen_events(quiet=command.screen.quiet or not group.current().leads) as events:
         return direction(family, command.cfg, command.options, events)
 
 

@@ -4,9 +4,41 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 # What a file system answers that cannot set space aside.
 _NOT_HERE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV}
+
+
+@contextmanager
+def opened(path: Path, nbytes: int) -> Iterator[int]:
+    """A file of a staging folder, open for writing, with its size set.
+
+    One that is there already, left by an interrupted run, keeps its bytes.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    try:
+        allocate(fd, nbytes)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def write_all(fd: int, data: bytes, offset: int) -> None:
+    """Writes bytes at an offset.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def allocate(fd: int, nbytes: int) -> None:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmconvert.errors import CheckpointError, FormatError
-from mmconvert.formats.allocate import allocate
 from mmconvert.formats.safetensors import (
-    Entry,
     WeightFile,
-    layout_weight_file,
     parse_json,
     read_weight_file,
 )
@@ -24,14 +18,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_JSON = 64 << 20  # bytes
 MAX_NAME = 200  # characters of a file name; no file system takes more than 255 bytes
-
-# Weights in any form, and what downloads and version control leave behind, are no side files.
-WEIGHT_SUFFIXES = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
-    *(".index.json", ".tmp", ".incomplete", ".lock"),
-)
-SKIPPED_FOLDERS = {".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".mmconvert"}
-SKIPPED_FILES = {"mmconvert.json", ".DS_Store"}
 
 
 @dataclass(frozen=True)
@@ -174,84 +160,3 @@ def _check_map(path: Path, weight_map: Mapping[str, str], files: list[WeightFile
             "an index that fits its files",
             "download the index and the weight files from one revision of the model",
         )
-
-
-def create_hf(
-    folder: Path, model: HFCheckpoint, entries: Mapping[str, Entry]
-) -> dict[str, StoredTensor]:
-    """Creates weight files like those of ``model`` in ``folder``, headers only, data as holes.
-
-    Where tensors, dtypes and shapes are those of ``model``, headers and index are its own, byte
-    for byte.
-
-    Args:
-        folder: an empty folder.
-        model: the checkpoint whose weight files, order, metadata and index are reproduced.
-        entries: what to write; tensors of ``model`` that are not among them are left out.
-
-    Returns:
-        where each tensor's data is to be written.
-    """
-    created: dict[str, StoredTensor] = {}
-    same = True
-    for file in model.files:
-        wanted = [entries[t.name] for t in file.tensors if t.name in entries]
-        if not wanted:
-            same = False
-            continue
-        if wanted == [Entry(t.name, t.dtype, t.shape) for t in file.tensors]:
-            head = len(file.header).to_bytes(8, "little") + file.header
-            starts = [t.offset for t in file.tensors]
-            size = max(t.offset + t.nbytes for t in file.tensors)
-        else:
-            same = False
-            head, starts, size = layout_weight_file(wanted, file.metadata)
-        path = folder / file.path.name
-        with path.open("xb") as out:
-            allocate(out.fileno(), size)
-            out.write(head)
-        for entry, start in zip(wanted, starts, strict=True):
-            created[entry.name] = StoredTensor(entry.name, entry.dtype, entry.shape, path, start)
-    if model.index is not None:
-        (folder / INDEX).write_bytes(model.index if same else _new_index(model.index, created))
-    return created
-
-
-def _new_index(index: bytes, created: Mapping[str, StoredTensor]) -> bytes:
-    content = json.loads(index)
-    if isinstance(content.get("metadata"), dict):
-        content["metadata"]["total_size"] = sum(t.nbytes for t in created.values())
-    content["weight_map"] = {t.name: t.path.name for t in sorted(created.values())}
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def side_files(folder: Path) -> list[Path]:
-    """Relative paths of the files that belong to a model beside its weights, links followed.
-
-    Weights in any format, indexes, caches and version control are left out.
-    """
-    found: list[Path] = []
-    seen: set[tuple[int, int]] = set()  # folders, so that linked folders cannot go in circles
-    for here, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS)
-        for name in sorted(files):
-            path = Path(here, name)
-            if name in SKIPPED_FILES or name.lower().endswith(WEIGHT_SUFFIXES):
-                continue
-            if path.is_file():  # follows links; leaves out broken ones, sockets and the like
-                found.append(path.relative_to(folder))
-    return found
-
-
-def copy_side_files(source: Path, target: Path) -> list[Path]:
-    """Copies the side files as real files; returns their relative paths."""
-    paths = side_files(source)
-    for path in paths:
-        (target / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / path, target / path)
-    return paths

@@ -8,16 +8,16 @@ laid out first (sparse) and the data copied into it in place.  Rules: ``_save`` 
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 from mmconvert.errors import RequestError
-from mmconvert.formats.allocate import allocate
+from mmconvert.formats.allocate import opened, write_all
 from mmconvert.formats.torch_objects import STORAGE_DTYPE
 from mmconvert.stored import ITEM_SIZE
 
@@ -198,18 +198,15 @@ def layout_pt(tree: SlotTree, stem: str = "archive") -> PtLayout:
     return PtLayout(archive.chunks, offsets, archive.position)
 
 
-def write_skeleton(fd: int, layout: PtLayout) -> None:
-    """Give an open file its size and everything but the tensor data, which reads as zeros.
+def write_skeleton(path: Path, layout: PtLayout) -> None:
+    """Give a file its size and everything but the tensor data, which reads as zeros at first.
 
     Raises:
         OSError: the file system refuses (space, quota, largest file size).
     """
-    allocate(fd, layout.size)
-    for offset, data in layout.chunks:
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(fd, view, offset)
-            view, offset = view[written:], offset + written
+    with opened(path, layout.size) as fd:
+        for offset, data in layout.chunks:
+            write_all(fd, data, offset)
 
 
 def _number(tree: SlotTree, path: tuple[str, ...], slots: dict[tuple[str, ...], Slot]) -> StateTree:

@@ -142,6 +142,11 @@ class Entry(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return prod(self.shape) * ITEM_SIZE[self.dtype]
+
 
 def layout_weight_file(
     entries: list[Entry], metadata: Mapping[str, str]
@@ -155,7 +160,7 @@ def layout_weight_file(
         table["__metadata__"] = dict(metadata)
     begin, starts = 0, []
     for entry in entries:
-        end = begin + prod(entry.shape) * ITEM_SIZE[entry.dtype]
+        end = begin + entry.nbytes
         shape = list(entry.shape)
         table[entry.name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [begin, end]}
         starts.append(begin)

@@ -18,7 +18,7 @@ from mmconvert.converters.family import (
 from mmconvert.errors import CheckpointError, RequestError, TensorError
 from mmconvert.formats.hf import HFCheckpoint, open_hf, read_config
 from mmconvert.names import number, summarise
-from mmconvert.sources.model import ENCODERS, Model, dropped_by, drops_too_much
+from mmconvert.sources.model import ENCODERS, Model, Notes, dropped_by, drops_too_much
 from mmconvert.stored import StoredTensor
 
 
@@ -70,7 +70,7 @@ def hf_model(
     traits = family.traits(config)
     table = family.modules(Variant(traits=traits))
     tensors = _by_hub_name(family, checkpoint)
-    notes: list[str] = []
+    notes = Notes()
     if llm_dir is not None:
         config, tensors = _with_text_of(llm_dir, family, table, config, tensors, notes)
     everything = list(tensors.values())
@@ -89,7 +89,7 @@ def hf_model(
         kept = hf_templates(modules)
         left = [name for name in tensors if not kept.find(name)]
         tensors = {name: t for name, t in tensors.items() if kept.find(name)}
-        notes.append(f"{len(left)} tensors outside the encoders left out (save_vit_only)")
+        notes.drop("save_vit_only: outside the encoders", left)
     return Model(
         family,
         variant,
@@ -97,9 +97,10 @@ def hf_model(
         family.dims(config),
         checkpoint,
         tensors,
-        tuple(notes),
+        tuple(notes.words),
         tuple(carried.values()),
         frozenset(p for p in options.drop if any(dropped_by((t.name,), (p,)) for t in everything)),
+        dropped=notes.dropped,
     )
 
 
@@ -135,7 +136,7 @@ def _claimed(
     table: tuple[Module, ...],
     tensors: Mapping[str, StoredTensor],
     options: Options,
-    notes: list[str],
+    notes: Notes,
 ) -> dict[str, StoredTensor]:
     """The tensors that have a row; the others are named in notes, or are an error."""
     index = hf_templates(table)
@@ -161,7 +162,7 @@ def _claimed(
             "leave them out with --drop 'NAME' (a pattern; may be repeated)",
         )
     for why, names in reasons.items():
-        notes.append(f"{number(names, 'tensor')} left out ({why}): {summarise(names)}")
+        notes.drop(why, names)
     return kept
 
 
@@ -195,7 +196,7 @@ def _with_text_of(
     table: tuple[Module, ...],
     config: Mapping[str, object],
     tensors: Mapping[str, StoredTensor],
-    notes: list[str],
+    notes: Notes,
 ) -> tuple[dict[str, object], dict[str, StoredTensor]]:
     """The model with the text decoder of a plain language model in place of its own."""
     text = tuple(m for m in table if m.key == "llm")
@@ -208,6 +209,6 @@ def _with_text_of(
     own = [name for name in tensors if index.find(name)]
     merged = {name: t for name, t in tensors.items() if not index.find(name)}
     merged |= _by_hub_name(family, other)
-    notes.append(f"{len(own)} text tensors of hf_dir left out: llm_hf_dir {folder} replaces them")
+    notes.drop(f"llm_hf_dir {folder} replaces the text decoder of hf_dir", own)
     top = {k: v for k, v in config.items() if k != "tie_word_embeddings"}
     return {**top, "text_config": dict(other.config)}, merged

@@ -25,7 +25,7 @@ from mmconvert.recognise import by_names
 from mmconvert.sharding.layout import GRID_FLAG, Chunk, Layout
 from mmconvert.sharding.stages import total
 from mmconvert.sides.mm_source import Parts, claim_mm
-from mmconvert.sources.model import ENCODERS, Model, dropped_by, drops_too_much
+from mmconvert.sources.model import ENCODERS, Model, Notes, dropped_by, drops_too_much
 from mmconvert.stored import StoredTensor
 
 TEXT = "text_decoder."  # how the MM names of every family's text decoder begin
@@ -52,9 +52,9 @@ def mm_model(
         CheckpointError: not a checkpoint of this family, or damaged.
     """
     checkpoint = open_mm(folder)
-    notes = [f"{checkpoint.folder}: {note}" for note in checkpoint.notes]
+    notes = Notes(f"{checkpoint.folder}: {note}" for note in checkpoint.notes)
     content, stale = manifest.read(checkpoint.root)
-    notes += [stale] if stale else []
+    notes.words += [stale] if stale else []
     _check_converter(family, checkpoint, content)
     dims = dict(model.dims) if model else manifest.sizes(content or {})
     parts, used = _without(family, checkpoint, options, notes)
@@ -96,7 +96,15 @@ def mm_model(
             "leave them out with --drop 'NAME' (a pattern; may be repeated)",
         )
     dims |= {f"{key}.layers": sum(map(sum, grid)) for key, grid in layout.grids.items()}
-    found = Model(family, variant, modules, dims, notes=tuple(notes), patterns=used)
+    found = Model(
+        family,
+        variant,
+        modules,
+        dims,
+        notes=tuple(notes.words),
+        patterns=used,
+        dropped=notes.dropped,
+    )
     return found, layout, parts
 
 
@@ -154,7 +162,7 @@ def _check_text(layout: Layout, checkpoint: MMCheckpoint) -> None:
 
 
 def _without(
-    family: Family, checkpoint: MMCheckpoint, options: Options, notes: list[str]
+    family: Family, checkpoint: MMCheckpoint, options: Options, notes: Notes
 ) -> tuple[dict[Chunk, dict[str, StoredTensor]], frozenset[str]]:
     """The tensors that no --drop pattern fits, and the patterns that fit some.
 
@@ -184,7 +192,7 @@ def _without(
                 raise drops_too_much(pattern, name)
             dropped.setdefault(pattern, set()).add(name)
     for pattern, names in dropped.items():
-        notes.append(f"{number(names, 'tensor')} left out (--drop {pattern}): {summarise(names)}")
+        notes.drop(f"--drop {pattern}", sorted(names))
     return kept, frozenset(dropped)
 
 
@@ -218,7 +226,7 @@ def _looks_tied(
     family: Family,
     parts: Parts,
     content: Mapping[str, object] | None,
-    notes: list[str],
+    notes: Notes,
 ) -> bool:
     """Whether the output layer is the embedding, where config.json is not at hand.
 
@@ -251,5 +259,5 @@ def _looks_tied(
             "so; else copy the rank folder of the last stage again",
         )
     if origins:
-        notes.append("warning: no output layer and no config.json: taken for tied embeddings")
+        notes.words.append("warning: no output layer and no config.json: taken for tied embeddings")
     return True

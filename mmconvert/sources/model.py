@@ -10,11 +10,31 @@ from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import Dims, Family, Module, Variant
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.formats.hf import HFCheckpoint
+from mmconvert.names import number, summarise
 from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
 from mmconvert.sharding.stages import show, total
 from mmconvert.stored import StoredTensor
 
 ENCODERS = {"vit", "audio"}  # what save_vit_only keeps
+
+
+class Notes:
+    """What is worth knowing of a checkpoint that is opened.
+
+    Attributes:
+        words: for people.
+        dropped: names of tensors that are left out, by the reason.
+    """
+
+    def __init__(self, words: Iterable[str] = ()) -> None:
+        self.words = list(words)
+        self.dropped: dict[str, tuple[str, ...]] = {}
+
+    def drop(self, why: str, names: Iterable[str]) -> None:
+        """Tensors are left out."""
+        self.dropped[why] = tuple(names)
+        count = number(self.dropped[why], "tensor")
+        self.words.append(f"{count} left out ({why}): {summarise(self.dropped[why])}")
 
 
 @dataclass(frozen=True)
@@ -30,6 +50,7 @@ class Model:
         carried: tensors of ``hf`` that are not converted and return from it.
         patterns: the --drop patterns that fit a tensor.
         tied_known: whether config.json or the tensors tell if the output layer is tied.
+        dropped: names of tensors that are left out, by the reason.
     """
 
     family: Family
@@ -42,6 +63,7 @@ class Model:
     carried: tuple[StoredTensor, ...] = ()
     patterns: frozenset[str] = frozenset()
     tied_known: bool = True
+    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def plain_modules(self) -> tuple[Module, ...]:
@@ -146,8 +168,19 @@ def unchecked_units(model: Model, found: Layout, wanted: Layout) -> list[str]:
 
 def check_reading_options(options: Options) -> None:
     """Raises RequestError for options that make no sense when nothing is read from MM."""
+    check_writing_options(options)
     if options.vit_qkv != "interleaved":
         raise RequestError(
             "--vit-qkv says how an MM checkpoint that is read is ordered; hf_to_mm reads none",
             "--vit-qkv with mm_to_hf or resplit",
+        )
+
+
+def check_writing_options(options: Options) -> None:
+    """Raises RequestError for options that make no sense when no HF checkpoint is written."""
+    if options.max_shard_size:
+        raise RequestError(
+            "--max-shard-size says how large weight files of a Hugging Face checkpoint may be; "
+            "none is written here",
+            "--max-shard-size with mm_to_hf",
         )

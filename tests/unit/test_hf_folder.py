@@ -16,7 +16,8 @@ from hfgen import make_hf, nested_config
 from mmconvert import converters
 from mmconvert.config import Options
 from mmconvert.errors import CheckpointError, FormatError, MMConvertError
-from mmconvert.formats.hf import INDEX, create_hf, open_hf, read_config
+from mmconvert.formats.hf import INDEX, open_hf, read_config
+from mmconvert.formats.hf_output import create_hf, plan_weights
 from mmconvert.formats.safetensors import Entry
 from mmconvert.sources.hf import config_model, hf_model
 
@@ -216,7 +217,7 @@ def test_headers_come_back_byte_for_byte(folder: Path, tmp_path: Path) -> None:
     found, out = open_hf(folder), tmp_path / "out"
     entries = {n: Entry(t.name, t.dtype, t.shape) for n, t in found.tensors().items()}
     out.mkdir()
-    created = create_hf(out, found, entries)
+    created = create_hf(out, plan_weights(found, entries))
     assert (out / INDEX).read_bytes() == (folder / INDEX).read_bytes()
     for file in found.files:
         size = 8 + len(file.header)
@@ -228,7 +229,7 @@ def test_headers_come_back_byte_for_byte(folder: Path, tmp_path: Path) -> None:
     }
     less, del_ = tmp_path / "less", "model.norm.weight"
     less.mkdir()
-    create_hf(less, found, {n: e for n, e in entries.items() if n != del_})
+    create_hf(less, plan_weights(found, {n: e for n, e in entries.items() if n != del_}))
     (less / "config.json").write_bytes((folder / "config.json").read_bytes())
     assert open_hf(less).tensors().keys() == entries.keys() - {del_}
 

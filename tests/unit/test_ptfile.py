@@ -73,9 +73,10 @@ def content_of(tensor: object) -> torch.Tensor:
 
 def write(path: Path, tree: Any, data: dict[tuple[str, ...], torch.Tensor] | None = None) -> None:
     layout = layout_pt(tree)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    path.unlink(missing_ok=True)  # a file that is there keeps its bytes
+    write_skeleton(path, layout)
+    fd = os.open(path, os.O_RDWR)
     try:
-        write_skeleton(fd, layout)
         for key, tensor in (data or {}).items():
             raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
             os.pwrite(fd, raw, layout.offsets[key])

@@ -1,0 +1,45 @@
+"""What a dry run shows: the files that would be written, and what that would take."""
+
+from __future__ import annotations
+
+from mmconvert.cli.screen import amount
+from mmconvert.names import summarise
+from mmconvert.result import Result
+
+SHOWN = 40  # files that are listed
+
+
+def preview(result: Result) -> str:
+    """The plan in words."""
+    lines = ["files:"]
+    width = max((len(file.path) for file in result.files[:SHOWN]), default=0)
+    for file in result.files[:SHOWN]:
+        held = f"{len(file.tensors)} tensors" if file.tensors else "copied"
+        lines.append(f"  {file.path:<{width}}  {amount(file.nbytes):>10}  {held}")
+    if len(result.files) > SHOWN:
+        rest = result.files[SHOWN:]
+        lines.append(f"  and {len(rest)} more, {amount(sum(file.nbytes for file in rest))}")
+    lines += [f"dropped: {len(n)} ({why}): {summarise(n)}" for why, n in result.dropped.items()]
+    if result.carried:
+        lines.append(f"carried: {len(result.carried)}: {summarise(result.carried)}")
+    fills = result.fills()
+    if fills:
+        lines.append(
+            f"filled with zeros: {sum(fills.values())} elements of {len(fills)} tensors: "
+            f"{summarise(list(fills))}"
+        )
+    lines += [f"cast: {n} tensors {old} -> {new}" for (old, new), n in result.casts().items()]
+    return "\n".join([*lines, *_cost(result)])
+
+
+def _cost(result: Result) -> list[str]:
+    would = result.estimate
+    if would is None:
+        return []
+    free = "unknown" if would.disk_free is None else amount(would.disk_free)
+    took = "unknown (no probe here)" if would.seconds is None else f"about {would.seconds:.1f} s"
+    return [
+        f"disk: {amount(would.disk_needed)} needed, {free} free",
+        f"memory: at most about {amount(would.memory)}",
+        f"time: {took}",
+    ]

@@ -1,0 +1,75 @@
+"""Digests of whole tensors: the same in every layout, and in Hugging Face as in MM format.
+
+A digest is SHA-256 over the dtype, the shape and the bytes of the whole tensor as MM format has
+it (vision q, k, v interleaved), row by row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from mmconvert.blockio import Region, Window, read_region
+from mmconvert.events import Events
+from mmconvert.fileio import BAND, BUFFERS, Files
+from mmconvert.jobs import Job, run_jobs
+from mmconvert.plan import Block, Key, Whole, matrix
+from mmconvert.stored import ITEM_SIZE, StoredTensor
+
+ALGORITHM = "sha256 of dtype, shape and row-major bytes of the whole MM tensor"
+
+
+def nbytes(whole: Whole) -> int:
+    """Bytes of a whole tensor."""
+    rows, cols = matrix(whole.shape)
+    return rows * cols * ITEM_SIZE[whole.dtype]
+
+
+def digests(
+    wholes: Mapping[Key, Whole], stored: Sequence[StoredTensor], workers: int, events: Events
+) -> dict[str, str]:
+    """The digest of every whole tensor, by its MM name with the model's layer number.
+
+    Args:
+        stored: the tensors that the wholes' blocks refer to; the first copy of each is read.
+    """
+    found: dict[str, str] = {}
+
+    def job(key: Key, whole: Whole) -> Job:
+        def run(files: Files) -> None:
+            found[key.name()] = _digest(files, whole, stored)
+
+        return Job((), (key.name(), 0), nbytes(whole), run)
+
+    jobs = [job(key, whole) for key, whole in wholes.items()]
+    jobs.sort(key=lambda job: -job.nbytes)  # the largest first, so that none is left at the end
+    events.start("digests", sum(job.nbytes for job in jobs))
+    run_jobs(jobs, workers, lambda job, _: events.advance(job.nbytes))
+    return dict(sorted(found.items()))
+
+
+def _digest(files: Files, whole: Whole, stored: Sequence[StoredTensor]) -> str:
+    rows, cols = matrix(whole.shape)
+    line = cols * ITEM_SIZE[whole.dtype]
+    hashed = hashlib.sha256(f"{whole.dtype} {list(whole.shape)}\n".encode())
+    step = max(1, BAND // max(1, line))
+    for top in range(0, rows, step):
+        bottom = min(rows, top + step)
+        band = BUFFERS.get("digest", (bottom - top) * line)
+        if whole.zeros:
+            band[:] = bytes(len(band))
+        for block in whole.copies[0]:
+            _read(files, stored[block.tensor], block, Window(band, 0, line), top, bottom)
+        hashed.update(band)
+    return hashed.hexdigest()
+
+
+def _read(
+    files: Files, tensor: StoredTensor, block: Block, band: Window, top: int, bottom: int
+) -> None:
+    """The part of a block that lies in rows ``top`` to ``bottom`` of the whole."""
+    first, last = max(top, block.whole_row), min(bottom, block.whole_row + block.rows)
+    if first < last:
+        region = Region(block.row + first - block.whole_row, block.col, last - first, block.cols)
+        at = (first - top) * band.stride + block.whole_col * ITEM_SIZE[tensor.dtype]
+        read_region(files, tensor, region, Window(band.buffer, at, band.stride))

@@ -1,0 +1,91 @@
+"""Runs a plan's jobs: shared among the processes of a run, and noted so that a run can resume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmconvert import journal
+from mmconvert.casts import Losses
+from mmconvert.events import Events
+from mmconvert.execute import jobs_of
+from mmconvert.group import Group
+from mmconvert.jobs import Job, run_jobs
+from mmconvert.plan import Plan
+from mmconvert.stored import StoredTensor
+
+
+@dataclass
+class Moved:
+    """What was done.
+
+    Attributes:
+        losses: of casts.
+        resumed: bytes that an interrupted run had moved before.
+    """
+
+    losses: Losses = field(default_factory=Losses)
+    resumed: int = 0
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A staging folder, ready to be filled.
+
+    Attributes:
+        folder: the folder.
+        request: see :func:`mmconvert.journal.request_of`.
+        places: where each of the plan's targets lies, in their order.
+        finished: what an interrupted run of the same request has left.
+    """
+
+    folder: Path
+    request: str
+    places: Sequence[StoredTensor]
+    finished: journal.Finished
+
+
+def move(plan: Plan, staged: Staged, workers: int, group: Group, events: Events) -> Moved:
+    """Moves every byte of a plan that is not in place already; returns when all processes have.
+
+    Raises:
+        MMConvertError: a file that cannot be read or written, in any process.
+    """
+    jobs = jobs_of(plan, staged.places)
+    done = [j for j in jobs if journal.job_key(j, staged.folder) in staged.finished]
+    moved = Moved(resumed=sum(job.nbytes for job in done))
+    for job in done:
+        moved.losses.add(staged.finished[journal.job_key(job, staged.folder)])
+    if done:
+        share = 100 * moved.resumed / max(1, plan.nbytes)
+        events.note(
+            f"an interrupted run of the same request left {moved.resumed / 1e9:.2f} GB "
+            f"({share:.0f} %) in place: only the rest is moved"
+        )
+    left = {id(job) for job in jobs} - {id(job) for job in done}
+    mine = group.share(
+        sorted((j for j in jobs if id(j) in left), key=lambda j: (j.writes, j.place)),
+        lambda job: job.nbytes,
+    )
+    for losses in group.together(lambda: _run(mine, staged, workers, group, events)):
+        moved.losses.merge(losses)
+    return moved
+
+
+def _run(jobs: Sequence[Job], staged: Staged, workers: int, group: Group, events: Events) -> Losses:
+    """Runs the jobs of this process; returns what they lost."""
+    events.start("converting", sum(job.nbytes for job in jobs))
+    losses = Losses()
+    notes = journal.Journal(staged.folder, staged.request, group.rank)
+
+    def finished(job: Job, lost: journal.Losses) -> None:
+        notes.add(job, lost)
+        losses.add(lost)
+        events.advance(job.nbytes)
+
+    try:
+        run_jobs(jobs, workers, finished)
+    finally:
+        notes.close()
+    return losses

@@ -1,0 +1,118 @@
+"""What a conversion did, or would do: as JSON, for whoever asked."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from mmconvert.estimate import Estimate
+from mmconvert.moving import Moved
+from mmconvert.plan import Plan
+from mmconvert.sharding.layout import Layout
+
+
+class OutputFile(NamedTuple):
+    """A file of the output.
+
+    Attributes:
+        path: below the output folder.
+        nbytes: its size; -1 where only writing it will tell.
+        tensors: indexes of the plan's targets that lie in it.
+    """
+
+    path: str
+    nbytes: int
+    tensors: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion did, or would do.
+
+    Attributes:
+        output: the folder.
+        written: False for a dry run.
+        plan: the plan.
+        layout: of the MM checkpoint that was read or written last.
+        seconds: wall time.
+        files: of the output.
+        dropped: reason -> names of source tensors that are left out.
+        carried: names of tensors that are not converted: they stay in ``hf_dir``, or are copied.
+        estimate: what it will take; for a dry run only.
+        moved: what casts have lost, and what an interrupted run had done before.
+    """
+
+    output: Path
+    written: bool
+    plan: Plan
+    layout: Layout
+    seconds: float
+    files: tuple[OutputFile, ...] = ()
+    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    carried: tuple[str, ...] = ()
+    estimate: Estimate | None = None
+    moved: Moved = field(default_factory=Moved)
+
+    def as_dict(self) -> dict[str, object]:
+        """The result as JSON; docs/json.md describes the keys."""
+        plan = self.plan
+        out: dict[str, object] = {
+            "output": str(self.output),
+            "written": self.written,
+            "tensors": len(plan.targets),
+            "bytes": plan.nbytes,
+            "copies": len(plan.copies),
+            "layout": self.layout.as_dict(),
+            "notes": plan.notes,
+            "seconds": round(self.seconds, 3),
+            "files": [
+                {"path": f.path, "bytes": f.nbytes, "tensors": len(f.tensors)} for f in self.files
+            ],
+            "dropped": {why: list(names) for why, names in self.dropped.items()},
+            "carried": list(self.carried),
+            "fills": self.fills(),
+            "cast": {"dtype": plan.cast or None, **self.moved.losses.as_dict()},
+            "resumed_bytes": self.moved.resumed,
+        }
+        if self.estimate is not None:
+            out["estimate"] = self.estimate.as_dict()
+            out["targets"] = self._targets()
+        return out
+
+    def fills(self) -> dict[str, int]:
+        """Number of elements that are filled with zeros, by target."""
+        found: dict[str, int] = defaultdict(int)
+        for fill in self.plan.fills:
+            found[self.plan.targets[fill.tensor].name] += fill.rows * fill.cols
+        return dict(found)
+
+    def casts(self) -> dict[tuple[str, str], int]:
+        """Number of targets by the dtypes (before, after) that a cast changes."""
+        pairs = {c.dst: self.plan.sources[c.src].dtype for c in self.plan.copies}
+        found: dict[tuple[str, str], int] = defaultdict(int)
+        for target, old in pairs.items():
+            new = self.plan.targets[target].dtype
+            if new != old:
+                found[old, new] += 1
+        return dict(found)
+
+    def _targets(self) -> list[dict[str, object]]:
+        """Every target: where it will lie, and which sources it is made of."""
+        sources: dict[int, dict[str, None]] = defaultdict(dict)
+        for copy in self.plan.copies:
+            source = self.plan.sources[copy.src]
+            sources[copy.dst][f"{source.path.parent.name}/{source.path.name}: {source.name}"] = None
+        return [
+            {
+                "name": self.plan.targets[i].name,
+                "dtype": self.plan.targets[i].dtype,
+                "shape": list(self.plan.targets[i].shape),
+                "file": file.path,
+                "from": list(sources[i]),
+            }
+            for file in self.files
+            for i in file.tensors
+        ]
