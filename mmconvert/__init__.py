@@ -23,7 +23,15 @@ from mmconvert.errors import (
 )
 
 if TYPE_CHECKING:
-    from mmconvert.api import hf_to_mm, inspect, load_rank, mm_to_hf, reshard, verify
+    from mmconvert.api import (
+        hf_to_mm,
+        inspect,
+        load_rank,
+        mm_to_hf,
+        open,  # noqa: A004 - its public name is mmconvert.open
+        reshard,
+        verify,
+    )
     from mmconvert.config import Options, ParallelConfig, Patterns
 
 __version__ = version.VERSION
@@ -47,6 +55,7 @@ __all__ = [
     "inspect",
     "load_rank",
     "mm_to_hf",
+    "open",
     "reshard",
     "verify",
 ]

@@ -5,7 +5,8 @@
     mmconvert.hf_to_mm("hf", "mm", {"llm_pp_layers": [12, 16], "vit_pp_layers": [32, 0]})
     mmconvert.mm_to_hf("mm", "hf", "back")
     mmconvert.reshard("mm", "mm2", {"tp_size": 2})
-    assert not mmconvert.verify("mm", "hf").differences
+    assert mmconvert.verify("mm", "hf").equal
+    mmconvert.open("mm")["text_decoder.decoder.final_layernorm.weight"]
 
 The family is told by config.json or by the checkpoint; ``converter`` asserts it.
 """
@@ -17,7 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmconvert import convert, converters, inspection, recognise, verification
+from mmconvert import convert, converters, inspection, lazy, recognise, verification
 from mmconvert.config import (
     CommonModelConfig,
     HFConfig,
@@ -31,6 +32,7 @@ from mmconvert.config import (
 from mmconvert.converters.family import Family
 from mmconvert.errors import LayoutError
 from mmconvert.events import Events
+from mmconvert.lazy import Tensors
 from mmconvert.result import Result
 from mmconvert.sharding.stages import parse_grid
 
@@ -160,6 +162,18 @@ def inspect(path: AnyPath) -> inspection.Inspection:
         CheckpointError: there is no checkpoint, or it is damaged.
     """
     return inspection.inspect(Path(path))
+
+
+def open(path: AnyPath) -> Tensors:  # noqa: A001 - read as mmconvert.open
+    """A lazy mapping of names to torch tensors over an HF folder, an MM folder or a rank file.
+
+    Headers are read at once, a tensor's data when it is asked for. MM tensors come whole, put
+    together from their ranks, under MM names with the model's own layer numbers.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    return lazy.open_checkpoint(Path(path))
 
 
 def load_rank(

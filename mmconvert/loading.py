@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mmconvert.blockio import Region, Window, read_region, row_bytes
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import Family
-from mmconvert.errors import LayoutError
+from mmconvert.errors import LayoutError, TensorError
 from mmconvert.fileio import open_files
 from mmconvert.plan import build
 from mmconvert.proof import prove
@@ -18,7 +18,7 @@ from mmconvert.sides.hf import hf_side
 from mmconvert.sides.mm_target import mm_target
 from mmconvert.sources.hf import hf_model
 from mmconvert.sources.model import target_layout
-from mmconvert.stored import ITEM_SIZE, Target
+from mmconvert.stored import ITEM_SIZE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,11 @@ TORCH_DTYPES = {
     "I16": "int16",
     "I8": "int8",
     "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
     "BOOL": "bool",
 }
 
@@ -52,8 +57,6 @@ def load_rank(
     Raises:
         LayoutError: a rank that the layout does not have.
     """
-    import torch
-
     source = hf_model(family, hf_dir, Options())
     layout = target_layout(source, given, prefix="")
     tp, pp, virtual = place
@@ -77,10 +80,20 @@ def load_rank(
             region = Region(c.src_row, c.src_col, c.rows, c.cols)
             read_region(files, plan.sources[c.src], region, window)
 
-    def tensor(number: int, target: Target) -> Tensor:
-        dtype = getattr(torch, TORCH_DTYPES[target.dtype])
-        if not target.nbytes:
-            return torch.empty(target.shape, dtype=dtype)
-        return torch.frombuffer(data[number], dtype=dtype).reshape(target.shape)
+    return {t.name: torch_tensor(data[i], t.dtype, t.shape) for i, t in wanted.items()}
 
-    return {target.name: tensor(i, target) for i, target in wanted.items()}
+
+def torch_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A torch tensor over these bytes.
+
+    Raises:
+        ImportError: torch is not installed. TensorError: a dtype that it does not have.
+    """
+    import torch
+
+    kind = getattr(torch, TORCH_DTYPES.get(dtype, ""), None)
+    if kind is None:
+        raise TensorError(f"torch has no dtype for {dtype}", f"one of {', '.join(TORCH_DTYPES)}")
+    if not data:
+        return torch.empty(shape, dtype=kind)
+    return torch.frombuffer(data, dtype=kind).reshape(shape)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmconvert import compare
+from mmconvert import compare, manifest
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.differences import Difference
-from mmconvert.errors import CheckpointError
+from mmconvert.errors import CheckpointError, DifferenceError
 from mmconvert.events import Events
 from mmconvert.jobs import default_workers
+from mmconvert.names import number, summarise
 from mmconvert.plan import Key, Side, build_comparison
 from mmconvert.recognise import family_of, is_hf
 from mmconvert.sharding.layout import Layout
@@ -30,11 +31,44 @@ class Verdict:
         tensors: number of whole tensors compared.
         nbytes: bytes of each side that were compared, replicas included.
         differences: at most one for each pair of stored tensors; empty if the models are equal.
+        unequal: names of whole tensors whose digests differ, where only these were compared.
+        by_digest: whether only the digests of both manifests were compared.
     """
 
     tensors: int
     nbytes: int
     differences: list[Difference]
+    unequal: tuple[str, ...] = ()
+    by_digest: bool = False
+
+    @property
+    def equal(self) -> bool:
+        """Whether the two are the same model."""
+        return not self.differences and not self.unequal
+
+
+def verify_quickly(
+    a: Path, b: Path, options: Options | None = None, events: Events | None = None
+) -> Verdict:
+    """Compares the digests in both manifests; the tensors where that is not possible.
+
+    Raises:
+        MMConvertError: as :func:`verify`.
+    """
+    events = events or Events()
+    found: list[dict[str, str]] = []
+    for folder in (a, b):
+        digests, why_not = manifest.digests(folder)
+        if digests is None:
+            events.note(f"{why_not}: all tensors are compared")
+            return verify(a, b, options, events)
+        found.append(digests)
+    left, right = found
+    if left.keys() != right.keys():
+        events.note("the manifests are of different forms of the model: all tensors are compared")
+        return verify(a, b, options, events)
+    unequal = tuple(name for name in left if left[name] != right[name])
+    return Verdict(len(left), 0, [], unequal, by_digest=True)
 
 
 def verify(
@@ -43,7 +77,8 @@ def verify(
     """Compares every tensor of two checkpoints, HF or MM, in any layouts of one family.
 
     Raises:
-        MMConvertError: a checkpoint that cannot be read, or that lacks tensors of the other.
+        DifferenceError: tensors that are missing, or of another shape or dtype, in one of them.
+        MMConvertError: a checkpoint that cannot be read.
     """
     options, events = options or Options(), events or Events()
     family, other = family_of(a), family_of(b)
@@ -62,6 +97,7 @@ def verify(
         _hf_side(one, canonical) if one else _mm_side(two) for one, two in zip(hf, mm, strict=True)
     )
     _leave_out_text(left, right, events)
+    _check_alike(a, b, left, right)
     pairs = build_comparison(left, right)
     nbytes = compare.comparison_bytes(pairs.equal, left.stored)
     events.start("comparing", nbytes)
@@ -97,6 +133,33 @@ def _leave_out_text(left: Side, right: Side, events: Events) -> None:
     for side in (left, right):
         for key in text(side):
             del side.wholes[key]
+
+
+def _check_alike(a: Path, b: Path, left: Side, right: Side) -> None:
+    """Raises DifferenceError where names, shapes or dtypes tell that the models differ."""
+    for one, wholes, other, others in (
+        (a, left.wholes, b, right.wholes),
+        (b, right.wholes, a, left.wholes),
+    ):
+        absent = [key.name() for key in wholes if key not in others]
+        if absent:
+            raise DifferenceError(
+                f"{number(absent, 'tensor')} of {one} not in {other}: {summarise(absent)}",
+                "the same tensors in both",
+            )
+    odd = [
+        (key.name(), one, other)
+        for key, one in left.wholes.items()
+        if ((other := right.wholes[key]).shape, other.dtype) != (one.shape, one.dtype)
+    ]
+    if odd:
+        name, one, other = odd[0]
+        raise DifferenceError(
+            f"{number(odd, 'tensor')} of another shape or dtype, such as {name}: "
+            f"{one.dtype} {list(one.shape)} in {a}, {other.dtype} {list(other.shape)} in {b}",
+            "the same shapes and dtypes in both",
+            f"mm-convert diff {a} {b} compares values across dtypes",
+        )
 
 
 def hint(a: Path, b: Path, verdict: Verdict, options: Options) -> str:

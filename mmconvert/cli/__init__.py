@@ -25,6 +25,7 @@ TORCHRUN = "TORCHELASTIC_RUN_ID"  # set by torchrun for every process that it st
 LAYOUT = "--cfg.parallel_config.llm_pp_layers [12,16] --cfg.parallel_config.vit_pp_layers [32,0]"
 TOOLS = {
     "verify": "A B compares two checkpoints, Hugging Face or MM, in any two layouts",
+    "roundtrip": "HF_DIR proves for CI that what comes back from MM format is what went in",
     "inspect": "PATH says what a checkpoint is, with a picture of its layout",
 }
 VERBS = {

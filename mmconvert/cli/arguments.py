@@ -43,7 +43,7 @@ def _grid(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 @REGISTRY.primitive_rule
 def _patterns(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """The --drop patterns: one word, which ``_drops_joined`` has made of them all."""
+    """The --drop patterns: one word, which ``_repeated_joined`` has made of them all."""
     if info.type != Patterns:
         return None
     return PrimitiveConstructorSpec(
@@ -80,7 +80,7 @@ def read_plain(form: type[Plain], words: Sequence[str], prog: str, description: 
         tyro.conf.FlagCreatePairsOff[form],
         prog=prog,
         description=description,
-        args=_drops_joined([_underscored(word) for word in words]),
+        args=_repeated_joined([_underscored(word) for word in words]),
         use_underscores=True,
         registry=REGISTRY,
     )
@@ -169,26 +169,29 @@ def normalise(words: Sequence[str], config: type) -> list[str]:
         elif flag in OWN_FLAGS and values[:1] and values[0].lower() == "true":
             values = values[1:]
         out += [flag, *values]
-    return _drops_joined(out)
+    return _repeated_joined(out)
 
 
-def _drops_joined(words: Sequence[str]) -> list[str]:
-    """All ``--drop PATTERN`` as one flag with a JSON list, the others untouched."""
-    patterns: list[str] = []
+REPEATED = ("--drop", "--layout")  # flags that may be given several times
+
+
+def _repeated_joined(words: Sequence[str]) -> list[str]:
+    """All occurrences of a repeatable flag as one, with a JSON list; other words untouched."""
+    given: dict[str, list[str]] = {}
     out: list[str] = []
     rest = iter(words)
     for word in rest:
         flag, equals, value = word.partition("=")
-        if flag != "--drop":
+        if flag not in REPEATED:
             out.append(word)
         elif equals:
-            patterns.append(value)
+            given.setdefault(flag, []).append(value)
         else:
-            pattern = next(rest, None)
-            if pattern is None:  # for tyro to refuse
+            following = next(rest, None)
+            if following is None:  # for tyro to refuse
                 return [*out, word]
-            patterns.append(pattern)
-    return [*out, "--drop", json.dumps(patterns)] if patterns else out
+            given.setdefault(flag, []).append(following)
+    return out + [word for flag, values in given.items() for word in (flag, json.dumps(values))]
 
 
 OWN_FLAGS = ("--overwrite", "--dry_run", "--json", "--quiet", "--debug")
@@ -217,18 +220,27 @@ def _pairs(words: Sequence[str]) -> list[list[str]]:
 
 def _flags_of(path: Path) -> list[list[str]]:
     """The flags that a YAML file stands for: its keys, nested, joined with dots."""
+    return list(_flatten(read_yaml(path, "--config"), "-"))
+
+
+def read_yaml(path: Path, flag: str) -> dict[object, object]:
+    """The keys of a YAML file that was given with a flag.
+
+    Raises:
+        RequestError: it cannot be read, or holds no keys.
+    """
     import yaml
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RequestError(f"--config {path}: {error.strerror}", "a readable file") from error
+        raise RequestError(f"{flag} {path}: {error.strerror}", "a readable file") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise RequestError(f"--config {path}: not valid YAML: {reason}") from None
+        raise RequestError(f"{flag} {path}: not valid YAML: {reason}") from None
     if not isinstance(content, dict):
-        raise RequestError(f"--config {path}: no keys", "keys such as cfg:, nested as the flags")
-    return list(_flatten(content, "-"))
+        raise RequestError(f"{flag} {path}: no keys", "keys such as cfg:, nested as the flags")
+    return content
 
 
 def _flatten(content: Mapping[object, object], prefix: str) -> list[list[str]]:
@@ -238,7 +250,7 @@ def _flatten(content: Mapping[object, object], prefix: str) -> list[list[str]]:
         flag = flag.replace("-", "_").replace("__", "--", 1) if prefix == "-" else flag
         if isinstance(value, dict):
             found += _flatten(value, flag)
-        elif isinstance(value, list) and flag == "--drop":
+        elif isinstance(value, list) and flag in REPEATED:
             found += [[flag, str(item)] for item in value]
         elif value is not None:
             text = json.dumps(value) if isinstance(value, list) else str(value)

@@ -161,6 +161,16 @@ def _rank_folders(folder: Path) -> dict[Rank, Path]:
     return dict(sorted(ranks.items()))
 
 
+def rank_file_parts(file: Path) -> dict[str, dict[str, StoredTensor]]:
+    """The model chunks of one rank file, by their key: ``model``, or ``model0``, ``model1``...
+
+    Raises:
+        FormatError: a damaged file, or none of a rank.
+    """
+    found = _read_rank_file(file, {})
+    return {name: found[name] for name in _part_names(file, found)}
+
+
 def _part_names(file: Path, found: Iterable[str]) -> list[str]:
     names = sorted(found, key=lambda name: int(name[5:] or 0))
     if names == ["model"] or names == [f"model{i}" for i in range(len(names))] != []:

@@ -27,6 +27,9 @@ class Pair:
     """Another one."""
     drop: Patterns = NO_PATTERNS
     """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
+    quick: bool = False
+    """Compare the digests in both mmconvert.json (conversions write them with --digests) where
+    both are there and no weight file has changed since; else all tensors."""
     vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"
     """How the MM checkpoints order the rows of the vision encoder's q, k and v."""
     workers: int = 0
@@ -49,23 +52,31 @@ def run(words: list[str]) -> int:
 
     with screen_events(quiet=pair.quiet) as events:
         options = Options(workers=pair.workers, drop=pair.drop, vit_qkv=pair.vit_qkv)
-        verdict = verification.verify(pair.a, pair.b, options, events)
+        compare = verification.verify_quickly if pair.quick else verification.verify
+        verdict = compare(pair.a, pair.b, options, events)
         hint = verification.hint(pair.a, pair.b, verdict, options)
     found = [as_dict(d) for d in verdict.differences]
     if pair.json:
-        print(
-            json.dumps(
-                {"equal": not found, "tensors": verdict.tensors, "differences": found, "hint": hint}
-            )
-        )
+        answer = {
+            "equal": verdict.equal,
+            "tensors": verdict.tensors,
+            "differences": found,
+            "by_digest": verdict.by_digest,
+            "unequal_digests": list(verdict.unequal),
+            "hint": hint,
+        }
+        print(json.dumps(answer))
     elif not pair.quiet:
-        if not found:
+        if verdict.equal and verdict.by_digest:
+            print(f"equal: {verdict.tensors} tensors, by the digests of both manifests")
+        elif verdict.equal:
             size = amount(verdict.nbytes)
             print(f"equal: {verdict.tensors} tensors, {size} compared, every copy included")
-        for d in verdict.differences[:SHOWN]:
-            print(in_words(d))
-        if len(found) > SHOWN:
-            print(f"and {len(found) - SHOWN} more tensors differ")
+        words = [in_words(d) for d in verdict.differences]
+        words += [f"{name}: the digests differ" for name in verdict.unequal]
+        print("\n".join(words[:SHOWN]), end="\n" if words else "")
+        if len(words) > SHOWN:
+            print(f"and {len(words) - SHOWN} more tensors differ")
         if hint:
             print(f"hint: {hint}")
-    return DIFFERENT if found else 0
+    return 0 if verdict.equal else DIFFERENT

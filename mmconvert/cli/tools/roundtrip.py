@@ -1,0 +1,104 @@
+"""The command ``roundtrip``: does a checkpoint come back from MM format as it was?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mmconvert.cli.arguments import read_plain, read_yaml
+from mmconvert.cli.screen import amount, screen_events
+from mmconvert.cli.tools.junit import Case, write_junit
+from mmconvert.config import NO_PATTERNS, MaybePath, Options, ParallelConfig, Patterns
+from mmconvert.errors import RequestError
+
+DIFFERENT = 1
+
+
+@dataclass(frozen=True)
+class Trip:
+    """What to send through MM format."""
+
+    hf_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="HF_DIR")]
+    """A Hugging Face checkpoint."""
+    layout: Annotated[Patterns, tyro.conf.arg(metavar="FILE.yaml")] = NO_PATTERNS
+    """A YAML file with the keys of --cfg.parallel_config; may be repeated. Not given: TP1 PP1,
+    TP2 PP2, and PP2 VPP2, as far as the model allows them."""
+    junit: Annotated[MaybePath, tyro.conf.arg(metavar="FILE.xml")] = None
+    """Also write the result as a JUnit file, which CI systems show."""
+    drop: Patterns = NO_PATTERNS
+    """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
+    workers: int = 0
+    """Number of threads; 0 takes one for each core."""
+    json: bool = False
+    """Print the result, or the error, as JSON."""
+    quiet: bool = False
+    """Print nothing; the exit code is the answer."""
+    debug: bool = False
+    """Add the traceback to errors."""
+
+
+def run(words: list[str]) -> int:
+    """Sends it there and back; exit code 1 if anything came back changed."""
+    text = (
+        "Streams a checkpoint HF -> MM -> HF through the plans of a conversion, writes nothing, "
+        "and compares digests. Exit code 0 if every byte would come back, 1 if not."
+    )
+    prog = "mm-convert roundtrip"
+    asked = read_plain(Trip, words, prog, f"{text}\n\nexample:\n  {prog} HF_DIR --junit trip.xml")
+    from mmconvert.recognise import family_of
+    from mmconvert.roundtrip import roundtrip
+
+    layouts = [(Path(name).stem, _layout(Path(name))) for name in asked.layout]
+    with screen_events(quiet=asked.quiet) as events:
+        options = Options(workers=asked.workers, drop=asked.drop)
+        found = roundtrip(family_of(asked.hf_dir), asked.hf_dir, layouts, options, events)
+    if asked.junit is not None:
+        cases = [
+            Case(o.name, o.seconds, "\n".join(f"changed: {n}" for n in o.unequal), o.skipped)
+            for o in found
+        ]
+        write_junit(asked.junit, f"mm-convert roundtrip {asked.hf_dir.resolve().name}", cases)
+    if asked.json:
+        listed = [
+            {
+                "name": o.name,
+                "layout": o.layout.as_dict() if o.layout else None,
+                "equal": not o.unequal if o.layout else None,
+                "tensors": o.tensors,
+                "bytes": o.nbytes,
+                "unequal": list(o.unequal),
+                "skipped": o.skipped,
+                "seconds": round(o.seconds, 3),
+            }
+            for o in found
+        ]
+        print(json.dumps({"equal": not any(o.unequal for o in found), "layouts": listed}))
+    elif not asked.quiet:
+        for o in found:
+            if o.layout is None:
+                print(f"{o.name}: skipped: {o.skipped}")
+                continue
+            verdict = (
+                f"{len(o.unequal)} CHANGED: {o.unequal[0]}" if o.unequal else "come back equal"
+            )
+            print(
+                f"{o.name}: {o.tensors} tensors, {amount(o.nbytes)}, {verdict} ({o.seconds:.1f} s)"
+            )
+    return DIFFERENT if any(o.unequal for o in found) else 0
+
+
+def _layout(path: Path) -> ParallelConfig:
+    """A layout from a YAML file, also from one that is made for --config."""
+    from mmconvert.api import parallel_config
+
+    content: object = read_yaml(path, "--layout")
+    for key in ("cfg", "parallel_config"):
+        if isinstance(content, dict) and key in content:
+            content = content[key]
+    if not isinstance(content, dict):
+        raise RequestError(f"--layout {path}: parallel_config has no keys", "llm_pp_layers: ...")
+    return parallel_config({str(key): value for key, value in content.items()})
