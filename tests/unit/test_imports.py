@@ -121,6 +121,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli.tools.verify": {"cli.*", "config", "differences", "verification"},
     "cli.tools.roundtrip": {"api", "cli.*", "config", "recognise", "roundtrip"},
     "cli.tools.junit": set(),
+    "cli.tools.completion": {"cli", "converters.*"},
     "cli.tools.inspect": {"cli.*", "inspection", "picture", "sharding.layout"},
     "__main__": {"cli"},
     "__init__": {"api", "config"},
