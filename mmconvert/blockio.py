@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
 from typing import Literal, NamedTuple
@@ -64,19 +66,38 @@ def read_region(files: Files, tensor: StoredTensor, region: Region, window: Wind
         return
     item = ITEM_SIZE[tensor.dtype]
     row_step, col_step = matrix_strides(tensor)
-    start = tensor.offset + (row * row_step + col * col_step) * item
+    start = (row * row_step + col * col_step) * item
     width, step = cols * item, row_step * item
     if col_step != 1 and cols > 1:
         _read_columns(files, tensor, start, region, window)
     elif step == width or rows == 1:
-        read_pieces(files, tensor.path, start, window.pieces(rows, width))
+        _read_bytes(files, tensor, start, window.pieces(rows, width))
     elif step < width or width >= DIRECT_ROW or step > MOST_SKIPPED * width:
         for r in range(rows):
-            read_pieces(files, tensor.path, start + r * step, [window.row(r, width)])
+            _read_bytes(files, tensor, start + r * step, [window.row(r, width)])
     else:  # one run of the file: each row's piece, then what lies between it and the next
         skipped = BUFFERS.get("skipped", step - width)
         pieces = [p for r in range(rows) for p in (window.row(r, width), skipped)]
-        read_pieces(files, tensor.path, start, pieces[:-1])
+        _read_bytes(files, tensor, start, pieces[:-1])
+
+
+def _read_bytes(
+    files: Files, tensor: StoredTensor, start: int, pieces: Sequence[memoryview]
+) -> None:
+    """Fills buffers with the bytes of a tensor's storage from its byte ``start`` on."""
+    if not tensor.extents:
+        read_pieces(files, tensor.path, tensor.offset + start, pieces)
+        return
+    number = bisect_right(tensor.extents, start, key=lambda extent: extent.start) - 1
+    for piece in pieces:
+        done = 0
+        while done < len(piece):
+            extent = tensor.extents[number]
+            skip = start - extent.start
+            size = min(len(piece) - done, extent.nbytes - skip)
+            read_pieces(files, tensor.path, extent.offset + skip, [piece[done : done + size]])
+            done, start = done + size, start + size
+            number += skip + size == extent.nbytes
 
 
 def _read_columns(
@@ -98,7 +119,7 @@ def _read_columns(
     out = window.buffer.cast(INTEGER[item])
     first, stride = window.at // item, window.stride // item
     for c in range(region.cols):
-        read_pieces(files, tensor.path, start + c * col_step * item, [raw])
+        _read_bytes(files, tensor, start + c * col_step * item, [raw])
         column = out[first + c : first + c + (rows - 1) * stride + 1 : stride]
         if row_step:
             column[:] = elements[::row_step]

@@ -31,6 +31,20 @@ ITEM_SIZE: dict[str, int] = {
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})  # what a cast may change
 
 
+class Extent(NamedTuple):
+    """A run of a tensor's bytes that lies in one piece of its file.
+
+    Attributes:
+        start: of the tensor's bytes in row-major order, the first one that lies here.
+        offset: absolute byte offset in the file where it lies.
+        nbytes: length of the run.
+    """
+
+    start: int
+    offset: int
+    nbytes: int
+
+
 class StoredTensor(NamedTuple):
     """One tensor as it is stored.
 
@@ -41,6 +55,9 @@ class StoredTensor(NamedTuple):
         path: the file that holds the data.
         offset: absolute byte offset in the file of element ``[0, 0, ...]``.
         strides: strides in *elements*, or None for a contiguous (row-major) tensor.
+        extents: where the bytes lie, in order and without gaps, if the file holds them in
+            several pieces, which may be cut anywhere; else empty. Such a tensor has the strides
+            of a contiguous one, not None: its bytes are not one run of the file.
     """
 
     name: str
@@ -49,6 +66,7 @@ class StoredTensor(NamedTuple):
     path: Path
     offset: int
     strides: tuple[int, ...] | None = None
+    extents: tuple[Extent, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,311 @@
+"""MindSpore .ckpt files: scanned, laid out, in pieces, hostile."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mscodec
+from mmconvert.blockio import Region, read_compact
+from mmconvert.errors import CheckpointError, FormatError, OutputError, RequestError
+from mmconvert.fileio import open_files
+from mmconvert.formats import mindspore
+from mmconvert.formats.mindspore import DTYPES, CkptFile, Leftover, check_crc, read_ckpt
+from mmconvert.formats.mindspore_layout import create_ckpt, layout_ckpt, rectangles, seal
+from mmconvert.formats.safetensors import Entry
+from mmconvert.plan import matrix
+from mmconvert.stored import ITEM_SIZE, StoredTensor
+from mscodec import Named, blob, ckpt, num, record, tensor
+
+# save_checkpoint of MindSpore 2.7.0 wrote this: [2, 3] Float16 "b", scalar Float32 "s" of 1.5,
+# and append_dict={"epoch": 3, "flag": True, "text": "hé"}.
+REAL = bytes.fromhex(
+    "0a200a0162121b080208031207466c6f617431361a0c003c003c003c000000000000"
+    "0a140a0173120f1207466c6f617433321a040000c03f"
+    "0a1a0a0565706f6368121112 05496e7436341a080300000000000000"
+    "0a110a04666c616712091204426f6f6c1a0101"
+    "0a190a047465787412110800120373 74721a0868000000e9000000".replace(" ", "")
+)
+SMALL = [
+    tensor("wte.embedding_weight", "BFloat16", (7, 5)),
+    tensor("ln.gamma", "Float32", (5,)),
+    tensor("conv1.weight", "Float16", (3, 2, 4, 4)),
+    tensor("step_num", "Int64", ()),
+    tensor("旗", "Bool", (3, 3)),
+]
+
+
+def scanned(content: bytes, folder: Path) -> CkptFile:
+    path = folder / "x.ckpt"
+    path.write_bytes(content)
+    return read_ckpt(path)
+
+
+def data_of(t: StoredTensor) -> bytes:
+    """All bytes of a stored tensor, read as the executor reads them."""
+    rows, cols = matrix(t.shape)
+    with open_files() as files:
+        return bytes(read_compact(files, t, Region(0, 0, rows, cols), "test"))
+
+
+def same(found: CkptFile, wanted: Sequence[Named]) -> None:
+    assert [(t.name, t.dtype, t.shape) for t in found.tensors] == [
+        (t.tag, DTYPES[t.kind], t.shape) for t in wanted
+    ]
+    for got, t in zip(found.tensors, wanted, strict=True):
+        assert data_of(got) == t.data
+
+
+# ------------------------------------------------------------------------------------ reading
+def test_a_file_of_mindspore(tmp_path: Path) -> None:
+    found = scanned(REAL, tmp_path)
+    assert [(t.name, t.dtype, t.shape) for t in found.tensors] == [
+        ("b", "F16", (2, 3)),
+        ("s", "F32", ()),
+        ("epoch", "I64", ()),
+        ("flag", "BOOL", ()),
+    ]
+    assert data_of(found.tensors[2]) == (3).to_bytes(8, "little")
+    assert found.leftovers == [Leftover("text", "str", 8)]
+    assert found.crc is None
+    assert found.end == len(REAL)
+
+
+def test_every_dtype_and_shape(tmp_path: Path) -> None:
+    found = scanned(ckpt(SMALL), tmp_path)
+    same(found, SMALL)
+    assert all(t.strides is None and not t.extents for t in found.tensors)
+
+
+def test_the_fields_of_a_record_in_another_order(tmp_path: Path) -> None:
+    """Unknown fields are skipped, dims may be packed, several records may share a message."""
+    inner = blob(3, b"abcd") + num(9, 1) + blob(2, b"UInt8") + blob(1, b"\x02", b"\x02")
+    content = blob(1, blob(2, inner), blob(7, b"?"), blob(1, b"x")) + num(5, 3)
+    (found,) = scanned(content, tmp_path).tensors
+    assert (found.name, found.dtype, found.shape, data_of(found)) == ("x", "U8", (2, 2), b"abcd")
+
+
+def test_an_old_scalar(tmp_path: Path) -> None:
+    (found,) = scanned(record("loss_scale", "Float32", [0], b"\0\0\x80\x3f"), tmp_path).tensors
+    assert found.shape == ()
+
+
+def test_a_hash_table_is_left_over(tmp_path: Path) -> None:
+    content = blob(1, blob(1, b"table"), blob(3, b"")) + REAL
+    assert scanned(content, tmp_path).leftovers[0] == Leftover("table", "map", 0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.sampled_from(range(5)))
+def test_pieces_of_any_size_are_joined(sizes: list[int], number: int) -> None:
+    """Also pieces that end inside a row, or inside an element."""
+    wanted = [SMALL[number], tensor("after", "Float32", (2, 2))]
+    with tempfile.TemporaryDirectory() as folder:
+        found = scanned(ckpt(wanted, sizes), Path(folder))
+        same(found, wanted)
+
+
+def test_columns_of_a_tensor_in_pieces(tmp_path: Path) -> None:
+    """Any rectangle, over pieces that end inside elements."""
+    t = tensor("w", "Float32", (9, 11))
+    (found,) = scanned(ckpt([t], [7, 50, 3, 61]), tmp_path).tensors
+    rows = [t.data[r * 44 : r * 44 + 44] for r in range(9)]
+    with open_files() as files:
+        for row, col, high, wide in [(0, 0, 9, 11), (2, 3, 5, 4), (8, 10, 1, 1), (0, 10, 9, 1)]:
+            got = bytes(read_compact(files, found, Region(row, col, high, wide), "test"))
+            assert got == b"".join(r[col * 4 : (col + wide) * 4] for r in rows[row : row + high])
+
+
+def test_the_checksum(tmp_path: Path) -> None:
+    content = mscodec.with_crc(ckpt(SMALL))
+    found = scanned(content, tmp_path)
+    same(found, SMALL)
+    assert found.end == len(content) - 17
+    check_crc(found)
+    check_crc(scanned(ckpt(SMALL), tmp_path))  # has none
+    damaged = bytearray(content)
+    damaged[found.tensors[0].offset] ^= 1
+    with pytest.raises(FormatError, match="its trailer says"):
+        check_crc(scanned(bytes(damaged), tmp_path))
+
+
+GOOD = record("a", "Float32", [2], bytes(8))
+
+
+def value(*parts: bytes) -> bytes:
+    return blob(1, *parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "the file is empty"),
+        (b"PK\3\4" + bytes(40), "a zip archive"),
+        (b"\x80\x02}q", "a pickle"),
+        (b"\x20\0\0\0\0\0\0\0{}" + bytes(40), "a safetensors file"),
+        (GOOD[:-1], "field 1 claims 26 bytes, 25 are left (at byte 0 of 27)"),
+        (GOOD[:1], "a number is cut off"),
+        (GOOD + GOOD[:5], "field 1 claims 26 bytes, 3 are left (at byte 28 of 33)"),
+        (GOOD + b"\0", "field number 0 (at byte 28 of 29)"),
+        (GOOD + b"crc_num" + bytes(9), "(at byte 29 of 44)"),
+        (num(1, 5), "a record has wire type 0, not 2"),
+        (value(), "a record without a tag"),
+        (value(blob(1, b"a")), "the record of a has 0 tensors, not one"),
+        (value(blob(1, b"a"), blob(1, b"b")), "the record of a has two tags"),
+        (value(blob(1, b"\xff")), "a tag is not UTF-8 text"),
+        (value(blob(1, b"x" * 5000)), "a tag has 5000 bytes, over 4096"),
+        (value(blob(1, b"a"), blob(2), blob(2)), "has 2 tensors, not one"),
+        (value(blob(1, b"a"), num(2, 3)), "a tensor has wire type 0, not 2"),
+        (value(blob(1, b"a"), blob(2, blob(2, b"Float32"))), "a has no data"),
+        (value(blob(1, b"a"), blob(2, blob(3, b"abcd"))), "a has no type"),
+        (value(blob(1, b"a"), blob(2, blob(2, b"Int8"), blob(2, b"Int8"))), "two types"),
+        (record("a", "Int4", [2], b"x"), "has the type 'Int4', which is not known"),
+        (record("a", "float32", [1], bytes(4)), "has the type 'float32'"),
+        (record("a", "Float32", [2], bytes(7)), "a Float32 [2] has 7 bytes of data, not 8"),
+        (record("a", "Float32", [-1], b""), "a has the shape [-1]"),
+        (record("a", "Float32", [2**62], b""), f"a has the shape [{2**62}]"),
+        (record("a", "Float32", [2**47] * 8, b""), "has 0 bytes of data"),
+        (record("a", "Float32", [1] * 9, bytes(4)), "more than 8 dimensions"),
+        (value(blob(1, b"a"), blob(2, blob(1, b"\1" * 9))), "more than 8 numbers"),
+        (value(blob(1, b"a"), blob(2, b"\x0d\0\0\0\0")), "shape of a has wire type 5, not 2"),
+        (GOOD + record("b", "Int8", [1], b"x") + GOOD, "a occurs again; it was complete at byte 0"),
+        (GOOD + GOOD, "a Float32 [2] has 16 bytes of data, not 8"),
+        (GOOD + record("a", "Float32", [4], bytes(8)), "a goes on with another type or shape"),
+        (GOOD + record("a", "Int32", [2], bytes(8)), "a goes on with another type or shape"),
+    ],
+)
+def test_hostile_files(content: bytes, words: str, tmp_path: Path) -> None:
+    with pytest.raises(FormatError) as caught:
+        scanned(content, tmp_path)
+    assert words in caught.value.what
+    assert caught.value.what.startswith(str(tmp_path / "x.ckpt"))
+
+
+def test_too_many_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mindspore, "MAX_RECORDS", 2)
+    with pytest.raises(FormatError, match="more than 2 records"):
+        scanned(b"".join(record(f"t{i}", "Int8", [1], b"x") for i in range(3)), tmp_path)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="No such file"):
+        read_ckpt(tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError):
+        read_ckpt(tmp_path)
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.data())
+def test_damaged_files_are_an_error_or_keep_to_their_bounds(data: st.DataObject) -> None:
+    content = bytearray(data.draw(st.sampled_from([REAL, mscodec.with_crc(ckpt(SMALL, [40, 9]))])))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        kind = data.draw(st.sampled_from(["set", "cut", "double"]))
+        if kind == "set":
+            content[at] = data.draw(st.integers(0, 255))
+        elif kind == "cut" and at:
+            del content[at:]
+        else:
+            content[at:at] = content[max(0, at - 30) : at]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = scanned(bytes(content), Path(folder))
+        except FormatError:
+            return
+        for t in found.tensors:
+            assert len(data_of(t)) == t.nbytes
+            for extent in t.extents:
+                assert 0 <= extent.offset <= extent.offset + extent.nbytes <= len(content)
+
+
+# ------------------------------------------------------------------------------------ writing
+def entries(tensors: Sequence[Named]) -> list[Entry]:
+    return [Entry(t.tag, DTYPES[t.kind], t.shape) for t in tensors]
+
+
+def written(tensors: Sequence[Named], path: Path, *, crc: bool, chunk: int) -> list[StoredTensor]:
+    """A file of ours, its data written through the rectangles."""
+    layout = layout_ckpt(entries(tensors), crc=crc, chunk=chunk)
+    stored = create_ckpt(path, layout, entries(tensors))
+    with path.open("r+b") as file:
+        for t, place in zip(tensors, stored, strict=True):
+            item, cols = ITEM_SIZE[place.dtype], matrix(t.shape)[1]
+            for row, col, piece in rectangles(place):
+                start = (row * cols + col) * item
+                file.seek(piece.offset)
+                file.write(t.data[start : start + piece.nbytes])
+    seal(path, layout)
+    return stored
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.booleans(), st.integers(1, 12).map(lambda n: 8 * n))
+def test_what_we_write_is_what_mindspore_writes(crc: bool, chunk: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.ckpt"
+        stored = written(SMALL, path, crc=crc, chunk=chunk)
+        content = ckpt(SMALL, [chunk])
+        assert path.read_bytes() == (mscodec.with_crc(content) if crc else content)
+        found = read_ckpt(path)
+        assert found.tensors == stored
+        same(found, SMALL)
+        check_crc(found)
+
+
+@pytest.mark.parametrize("nbytes", [1, 100, 127, 128, 129, 16_255, 16_256, 16_384, 2_097_152])
+def test_lengths_around_the_sizes_of_varints(nbytes: int, tmp_path: Path) -> None:
+    entry = Entry("a" * 100, "U8", (nbytes,))
+    layout = layout_ckpt([entry])
+    plain = record("a" * 100, "UInt8", [nbytes], bytes(nbytes))
+    assert layout.size == layout.end == len(plain)
+    create_ckpt(tmp_path / "x.ckpt", layout, [entry])
+    assert (tmp_path / "x.ckpt").read_bytes() == plain
+
+
+def test_a_real_embedding_is_cut_every_512_mib() -> None:
+    layout = layout_ckpt([Entry("wte", "F16", (151936, 4096))])
+    assert [extent.nbytes for extent in layout.extents[0]] == [2**29, 2**29, 170_917_888]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 30))
+def test_rectangles_tile_the_tensor(rows: int, cols: int, per_chunk: int) -> None:
+    """Each element once, in runs; at most three rectangles for each piece."""
+    entry = Entry("w", "F16", (rows, cols))
+    with tempfile.TemporaryDirectory() as folder:
+        layout = layout_ckpt([entry], chunk=2 * per_chunk)
+        (place,) = create_ckpt(Path(folder) / "x.ckpt", layout, [entry])
+    found = rectangles(place)
+    assert len(found) <= 3 * max(1, len(place.extents))
+    seen = [
+        (row + r, col + c)
+        for row, col, piece in found
+        for r in range(piece.shape[0])
+        for c in range(piece.shape[1])
+    ]
+    assert seen == [(r, c) for r in range(rows) for c in range(cols)]
+    assert all(piece.strides is None and not piece.extents for _, _, piece in found)
+
+
+def test_what_a_ckpt_cannot_hold(tmp_path: Path) -> None:
+    for entry, words in [
+        (Entry("a", "F8_E4M3", (2,)), "a is F8_E4M3, which a .ckpt file cannot hold"),
+        (Entry("a", "F32", (0, 2)), "without elements"),
+        (Entry("", "F32", (2,)), "does not fit"),
+        (Entry("a", "F32", (1,) * 9), "does not fit"),
+    ]:
+        with pytest.raises(RequestError, match=words):
+            layout_ckpt([entry])
+    with pytest.raises(RequestError, match="written twice"):
+        layout_ckpt([Entry("a", "F32", (2,)), Entry("a", "F32", (2,))])
+    layout = layout_ckpt([Entry("a", "F32", (2,))], chunk=6)
+    (place,) = create_ckpt(tmp_path / "x.ckpt", layout, [Entry("a", "F32", (2,))])
+    with pytest.raises(CheckpointError, match="cut inside an element"):
+        rectangles(place)
+    with pytest.raises(OutputError):
+        create_ckpt(tmp_path / "x.ckpt", layout, [Entry("a", "F32", (2,))])
