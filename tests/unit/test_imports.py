@@ -32,10 +32,13 @@ ALLOWED: dict[str, set[str]] = {
     "sharding.stages": set(),
     "sharding.spans": set(),
     "sharding.layout": {"sharding.stages"},
+    "sharding.slices": {"sharding.spans"},
     "stored": {"sharding.layout"},
     # files
     "formats.*": {"formats.*", "stored"},
     "formats.megatron": {"formats.*", "stored", "sharding.layout"},
+    "formats.strategy": {"formats.*", "sharding.slices"},
+    "formats.strategy_writer": {"formats.*", "sharding.slices"},
     # tables
     "converters.*": {"names", "sharding.*", "converters.*"},
     # the plan, and its sides made from a table
