@@ -1,13 +1,14 @@
 # make demo   converts a small real model there and back, and shows it
 # make test   style, types and every test
 # make quick  the tests that take a moment
+# make mindspore-env  a CPU MindSpore for the tests that compare with it; prints its interpreter
 # make bench  conversions against `cp -r`, side by side (writes 18 GB below benchmarks/data)
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test quick lint bench clean
+.PHONY: demo test quick lint mindspore-env bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or later is needed"'
@@ -29,8 +30,11 @@ test: lint
 quick: $(VENV)/ready
 	$(PY) -m pytest -n auto -m 'not slow'
 
+mindspore-env:
+	@tests/with_mindspore/setup.sh .venv-mindspore
+
 bench: $(VENV)/ready
 	$(PY) benchmarks/convert.py
 
 clean:
-	rm -rf $(VENV) benchmarks/data
+	rm -rf $(VENV) .venv-mindspore benchmarks/data
