@@ -1,0 +1,173 @@
+"""Layouts whose towers end within the first model chunk of the ranks: exact, for any towers.
+
+There stage = rank for everything of the towers, so a tower layout is a cut of the towers into
+consecutive stages. Text layers are alike and stand in order, so only their number on each rank
+counts. For a bound on the load of every rank, a dynamic program over (stage, tower layers placed)
+finds the greatest number of text layers for which the ranks have room; the bound can be kept if
+and only if that is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from mmconvert.balance.chains import Problem, level
+from mmconvert.balance.effort import Effort
+
+State = tuple[int, ...]  # layers placed of each tower
+
+
+class Found(NamedTuple):
+    """A layout: layers on every stage by chain key, and the largest load of a rank."""
+
+    placed: dict[str, list[int]]
+    loads: list[int]
+
+    @property
+    def rank_order(self) -> tuple[int, int, list[list[int]]]:
+        """The smaller the better: largest load, evenness, then any fixed order."""
+        squares = sum(load * load for load in self.loads)
+        return max(self.loads), squares, list(self.placed.values())
+
+
+class _Best(NamedTuple):
+    """The best way to a state: room for text layers so far, evenness, and where it came from."""
+
+    room: int
+    squares: int
+    came_from: State
+
+
+def layouts(problem: Problem, bound: int, effort: Effort) -> Iterator[Found]:
+    """Layouts in which no rank's load exceeds ``bound``; at least one if there is any.
+
+    For each first text stage and each state of the towers before it, the way there with the most
+    room for text is tried, the evenest among equals.
+
+    Raises:
+        EffortSpent: too much to search.
+    """
+    text, pp = problem.text, problem.pp
+    start: State = (0,) * len(problem.towers)
+    reached: list[dict[State, _Best]] = [{start: _Best(0, 0, start)}]
+    fewest = max(0, problem.stages - text.layers)  # a stage beyond these has a text layer
+    for stage in range(pp):
+        if stage >= fewest:
+            for state in sorted(reached[stage]):
+                found = _finish(problem, bound, reached, stage, state)
+                if found is not None:
+                    yield found
+        if stage + 1 < pp:
+            reached.append(_advance(problem, bound, reached[stage], stage, effort))
+
+
+def _prefix(problem: Problem, state: State) -> int:
+    return sum(t.upto(count) for t, count in zip(problem.towers, state, strict=True))
+
+
+def _advance(
+    problem: Problem, bound: int, states: dict[State, _Best], stage: int, effort: Effort
+) -> dict[State, _Best]:
+    """The states after a stage that holds tower layers only."""
+    unit, chunks = problem.text.layer, problem.vpp - 1
+    towers = sum(t.total for t in problem.towers)
+    # What is left must fit the ranks that are left, whatever its order: an upper bound.
+    ahead = (problem.pp - stage - 1) * bound - problem.text.before - problem.text.after
+    after: dict[State, _Best] = {}
+    for state in sorted(states):
+        here = states[state]
+        done = _prefix(problem, state)
+        for nxt, cost in _cuts(problem, state, bound):
+            effort.spend()
+            room = (bound - cost) // unit if chunks else 0
+            if nxt == state or room < chunks:
+                continue
+            most = here.room + room + (ahead - (towers - done - cost)) // unit
+            if most < problem.text.layers:
+                continue
+            best = _Best(here.room + room, here.squares + cost * cost, state)
+            old = after.get(nxt)
+            if old is None or (best.room, -best.squares) > (old.room, -old.squares):
+                after[nxt] = best
+    return after
+
+
+def _cuts(problem: Problem, state: State, bound: int) -> Iterator[tuple[State, int]]:
+    """The states that one more stage can lead to, with the stage's cost, at most ``bound``."""
+    partial: list[tuple[State, int]] = [((), 0)]
+    for tower, placed in zip(problem.towers, state, strict=True):
+        base = tower.upto(placed)
+        longer: list[tuple[State, int]] = []
+        for head, cost in partial:
+            for count in range(placed, tower.layers + 1):
+                total = cost + tower.upto(count) - base
+                if total > bound:
+                    break
+                longer.append(((*head, count), total))
+        partial = longer
+    yield from partial
+
+
+def _finish(
+    problem: Problem, bound: int, reached: list[dict[State, _Best]], stage: int, state: State
+) -> Found | None:
+    """Puts the rest of the towers on ``stage``, which is the first with text layers."""
+    path = [state]
+    for earlier in range(stage, 0, -1):
+        path.append(reached[earlier][path[-1]].came_from)
+    path.reverse()
+    path.append(tuple(t.layers for t in problem.towers))
+    placed = {
+        t.key: [b[i] - a[i] for a, b in zip(path, path[1:], strict=False)]
+        + [0] * (problem.stages - stage - 1)
+        for i, t in enumerate(problem.towers)
+    }
+    prefixes = [_prefix(problem, s) for s in path]
+    base = [b - a for a, b in zip(prefixes, prefixes[1:], strict=False)]
+    base += [0] * (problem.pp - stage - 1)
+    return with_text(problem, bound, stage, placed, base)
+
+
+def with_text(
+    problem: Problem, bound: int, stage: int, placed: dict[str, list[int]], base: list[int]
+) -> Found | None:
+    """Adds the text layers to a layout of the towers, or None if the bound has no room for them.
+
+    Args:
+        stage: the first that has text layers.
+        base: cost of the towers on each rank.
+    """
+    text, pp = problem.text, problem.pp
+    base = list(base)
+    base[stage % pp] += text.before
+    base[pp - 1] += text.after
+    chunks = [problem.stages_of(rank, stage, problem.stages) for rank in range(pp)]
+    floor = [len(own) for own in chunks]
+    cap = [(bound - load) // text.layer if own else 0 for load, own in zip(base, chunks)]  # noqa: B905 - of one length
+    if any(load > bound for load in base):
+        return None
+    counts = level(base, floor, cap, text.layers, text.layer)
+    if counts is None:
+        return None
+    loads = [load + count * text.layer for load, count in zip(base, counts, strict=True)]
+    filled = [0] * problem.stages
+    for rank, own in enumerate(chunks):
+        tower_here = [_tower_cost(problem, placed, q) for q in own]
+        extra = [
+            cost + (text.before if q == stage else 0) + (text.after if q + 1 == problem.stages else 0)
+            for cost, q in zip(tower_here, own, strict=True)
+        ]
+        shares = level(extra, [1] * len(own), [text.layers] * len(own), counts[rank], text.layer)
+        for q, count in zip(own, shares or [], strict=True):
+            filled[q] = count
+    return Found({**placed, text.key: filled}, loads)
+
+
+def _tower_cost(problem: Problem, placed: dict[str, list[int]], stage: int) -> int:
+    """Cost of the towers on one stage."""
+    cost = 0
+    for tower in problem.towers:
+        before = sum(placed[tower.key][:stage])
+        cost += tower.upto(before + placed[tower.key][stage]) - tower.upto(before)
+    return cost

@@ -1,0 +1,148 @@
+"""The layout whose slowest rank is fastest, and the proof that no other is faster.
+
+Whether a bound on every rank's load can be kept is decided exactly (see ``narrow`` and ``wide``);
+the smallest such bound is found by bisection between whole numbers. What can be kept gives a
+layout, what cannot a lower bound: when both meet, the layout is proven optimal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from mmconvert.balance import narrow, wide
+from mmconvert.balance.chains import Chain, Problem, grid, rank_loads
+from mmconvert.balance.effort import Effort, EffortSpent
+from mmconvert.balance.narrow import Found
+from mmconvert.errors import LayoutError
+from mmconvert.sharding.stages import StageGrid, check_grids
+
+STEPS = 4_000_000  # a few seconds of Python; models of today need a tenth of it
+
+Layouts = Callable[[int, Effort], Iterator[Found]]  # those that keep a bound
+
+
+@dataclass(frozen=True)
+class Balance:
+    """A balanced layout.
+
+    Attributes:
+        grids: stage grid by chain key.
+        loads: cost of each pipeline rank.
+        lower_bound: no layout has a smaller largest load.
+    """
+
+    grids: dict[str, StageGrid]
+    loads: list[int]
+    lower_bound: int
+
+    @property
+    def optimal(self) -> bool:
+        """Whether it is proven that no layout's slowest rank is faster."""
+        return max(self.loads) == self.lower_bound
+
+    @property
+    def gap(self) -> float:
+        """How much faster the slowest rank could be at most, as a part of the lower bound."""
+        return max(self.loads) / self.lower_bound - 1
+
+
+def balance(problem: Problem, steps: int = STEPS) -> Balance:
+    """The layout with the smallest largest load of a rank.
+
+    Every stage holds a layer, and no text layer stands before a tower's last. Among the layouts
+    with that largest load, an even one is taken: the evenest by sum of squares without virtual
+    stages. The same problem always gives the same layout.
+
+    Args:
+        steps: how much may be searched, for each kind of layout.
+
+    Raises:
+        LayoutError: more stages than layers, or too many layers to search.
+    """
+    problem.check()
+    low = max(-(-problem.total // problem.pp), *(c.layer for c in problem.chains), 1)
+    found, proven = _smallest(low, problem.total, _narrow(problem), Effort(steps))
+    if problem.vpp > 1:
+        for kind, exact in _wide(problem):
+            # Only what beats the best so far is of interest.
+            ceiling = max(found.loads) if found else problem.total
+            other, bound = _smallest(low, ceiling, kind, Effort(steps))
+            proven = min(proven, bound if exact else low)
+            found = min(filter(None, (found, other)), key=lambda f: f.rank_order, default=None)
+    if found is None:
+        raise LayoutError(
+            f"no layout found for --pp {problem.pp} x --vpp {problem.vpp} and "
+            + ", ".join(f"{c.layers} {c.key} layers" for c in problem.chains),
+            "fewer stages: a layer on each, and no text layer before a tower's last",
+            "choose a smaller --pp or --vpp",
+        )
+    return _checked(problem, found, proven)
+
+
+def _narrow(problem: Problem) -> Layouts:
+    return lambda bound, effort: narrow.layouts(problem, bound, effort)
+
+
+def _wide(problem: Problem) -> Iterator[tuple[Layouts, bool]]:
+    """The searches for towers in several model chunks, and whether each is complete."""
+    if len(problem.towers) == 1:
+        yield lambda bound, effort: wide.layouts(problem, bound, effort), True
+    for tower in problem.towers if len(problem.towers) == 2 else ():
+        yield _pinned(problem, tower), False
+
+
+def _pinned(problem: Problem, whole: Chain) -> Layouts:
+    """Of two towers one stands on stage 0 as a whole, as in the published two-tower layouts."""
+    (other,) = (t for t in problem.towers if t.key != whole.key)
+    joined = replace(problem, towers=(other._replace(before=other.before + whole.total),))
+    alone = [whole.layers] + [0] * (problem.stages - 1)
+
+    def layouts(bound: int, effort: Effort) -> Iterator[Found]:
+        for found in wide.layouts(joined, bound, effort):
+            yield Found({whole.key: alone, **found.placed}, found.loads)
+
+    return layouts
+
+
+def _smallest(low: int, high: int, layouts: Layouts, effort: Effort) -> tuple[Found | None, int]:
+    """The best layout of a kind with a largest load of at most ``high``, and a lower bound.
+
+    The bound is for layouts of this kind; ``high + 1`` if none keeps ``high``. Bounds are tried
+    from ``low`` upwards, since tight ones are decided fastest.
+    """
+    best: Found | None = None
+    low, step = min(low, high), max(1, low // 256)
+    try:
+        trial = low
+        while best is None and low <= high:
+            best = next(layouts(trial, effort), None)
+            if best is None:
+                low = trial + 1
+                trial, step = min(high, trial + step), step * 2
+        while best is not None and low < max(best.loads):
+            trial = (low + max(best.loads) - 1) // 2
+            better = next(layouts(trial, effort), None)
+            if better is None:
+                low = trial + 1
+            else:
+                best = better
+        if best is None:
+            return None, low
+        for found in layouts(low, effort):
+            best = min(best, found, key=lambda f: f.rank_order)
+    except EffortSpent:
+        pass
+    return best, low
+
+
+def _checked(problem: Problem, found: Found, proven: int) -> Balance:
+    """The layout as grids, after what no layout may break has been checked once more."""
+    grids = {c.key: grid(found.placed[c.key], problem.pp) for c in problem.chains}
+    check_grids(grids, {c.key: f"{c.key}_pp_layers" for c in problem.chains})
+    loads = rank_loads(problem, found.placed)
+    sums_fit = all(sum(found.placed[c.key]) == c.layers for c in problem.chains)
+    filled = all(map(any, zip(*found.placed.values(), strict=True)))
+    if not (sums_fit and filled and loads == found.loads):
+        raise AssertionError(f"a layout that is not what was searched for: {grids}")
+    return Balance(grids, loads, min(proven, max(loads)))
