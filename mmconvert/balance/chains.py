@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heapreplace
 from typing import NamedTuple
 
 from mmconvert.errors import LayoutError
@@ -125,7 +126,9 @@ def grid(counts: Counts, pp: int) -> StageGrid:
     return tuple(tuple(counts[i : i + pp]) for i in range(0, len(counts), pp))
 
 
-def level(base: Sequence[int], floor: Sequence[int], cap: Sequence[int], n: int, unit: int):
+def level(
+    base: Sequence[int], floor: Sequence[int], cap: Sequence[int], n: int, unit: int
+) -> list[int] | None:
     """Spreads ``n`` equal things of cost ``unit`` so that the bins' loads are most even.
 
     Args:
@@ -134,17 +137,20 @@ def level(base: Sequence[int], floor: Sequence[int], cap: Sequence[int], n: int,
         cap: how many it may take.
 
     Returns:
-        How many each bin takes, a list of int; None if they do not fit. Giving each to the bin
-        that is lowest minimises the sum of squares (the increments of a square grow).
+        How many each bin takes; None if they do not fit. Giving each to the bin that is lowest
+        minimises the sum of squares (the increments of a square grow).
     """
     taken = list(floor)
-    left = n - sum(taken)
-    if left < 0 or any(low > high for low, high in zip(floor, cap, strict=True)):
+    fits = all(low <= high for low, high in zip(floor, cap, strict=True))
+    if not (fits and sum(floor) <= n <= sum(cap)):
         return None
-    for _ in range(left):
-        open_bins = [i for i in range(len(taken)) if taken[i] < cap[i]]
-        if not open_bins:
-            return None
-        lowest = min(open_bins, key=lambda i: (base[i] + taken[i] * unit, i))
-        taken[lowest] += 1
+    heap = [(base[i] + taken[i] * unit, i) for i in range(len(taken)) if taken[i] < cap[i]]
+    heapify(heap)
+    for _ in range(n - sum(taken)):
+        load, i = heap[0]
+        taken[i] += 1
+        if taken[i] < cap[i]:
+            heapreplace(heap, (load + unit, i))
+        else:
+            heappop(heap)
     return taken

@@ -10,6 +10,7 @@ and only if that is enough.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 from mmconvert.balance.chains import Problem, level
@@ -39,11 +40,16 @@ class _Best(NamedTuple):
     came_from: State
 
 
-def layouts(problem: Problem, bound: int, effort: Effort) -> Iterator[Found]:
+def layouts(
+    problem: Problem, bound: int, effort: Effort, *, every: bool = False
+) -> Iterator[Found]:
     """Layouts in which no rank's load exceeds ``bound``; at least one if there is any.
 
     For each first text stage and each state of the towers before it, the way there with the most
     room for text is tried, the evenest among equals.
+
+    Args:
+        every: also states that others outdo, which only matter for evenness.
 
     Raises:
         EffortSpent: too much to search.
@@ -59,7 +65,8 @@ def layouts(problem: Problem, bound: int, effort: Effort) -> Iterator[Found]:
                 if found is not None:
                     yield found
         if stage + 1 < pp:
-            reached.append(_advance(problem, bound, reached[stage], stage, effort))
+            after = _advance(problem, bound, reached[stage], stage, effort)
+            reached.append(after if every else _furthest(problem, after))
 
 
 def _prefix(problem: Problem, state: State) -> int:
@@ -93,6 +100,22 @@ def _advance(
     return after
 
 
+def _furthest(problem: Problem, states: dict[State, _Best]) -> dict[State, _Best]:
+    """Without states that have placed no more of any tower than another.
+
+    Without virtual stages the further state can do what the other can: from any layout of the
+    other, take out the layers that it has placed already, close up stages that this leaves empty,
+    and give the stages won at the end to text layers, of which there are enough to split.
+    """
+    if problem.vpp > 1 or problem.text.layers < problem.stages:
+        return states
+    kept: list[State] = []
+    for state in sorted(states, reverse=True):
+        if not any(all(a <= b for a, b in zip(state, k, strict=True)) for k in kept):
+            kept.append(state)
+    return {state: states[state] for state in kept}
+
+
 def _cuts(problem: Problem, state: State, bound: int) -> Iterator[tuple[State, int]]:
     """The states that one more stage can lead to, with the stage's cost, at most ``bound``."""
     partial: list[tuple[State, int]] = [((), 0)]
@@ -119,12 +142,11 @@ def _finish(
     path.reverse()
     path.append(tuple(t.layers for t in problem.towers))
     placed = {
-        t.key: [b[i] - a[i] for a, b in zip(path, path[1:], strict=False)]
-        + [0] * (problem.stages - stage - 1)
+        t.key: [b[i] - a[i] for a, b in pairwise(path)] + [0] * (problem.stages - stage - 1)
         for i, t in enumerate(problem.towers)
     }
     prefixes = [_prefix(problem, s) for s in path]
-    base = [b - a for a, b in zip(prefixes, prefixes[1:], strict=False)]
+    base = [b - a for a, b in pairwise(prefixes)]
     base += [0] * (problem.pp - stage - 1)
     return with_text(problem, bound, stage, placed, base)
 
@@ -155,7 +177,9 @@ def with_text(
     for rank, own in enumerate(chunks):
         tower_here = [_tower_cost(problem, placed, q) for q in own]
         extra = [
-            cost + (text.before if q == stage else 0) + (text.after if q + 1 == problem.stages else 0)
+            cost
+            + (text.before if q == stage else 0)
+            + (text.after if q + 1 == problem.stages else 0)
             for cost, q in zip(tower_here, own, strict=True)
         ]
         shares = level(extra, [1] * len(own), [text.layers] * len(own), counts[rank], text.layer)

@@ -7,8 +7,10 @@ layout, what cannot a lower bound: when both meet, the layout is proven optimal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 from mmconvert.balance import narrow, wide
 from mmconvert.balance.chains import Chain, Problem, grid, rank_loads
@@ -17,9 +19,15 @@ from mmconvert.balance.narrow import Found
 from mmconvert.errors import LayoutError
 from mmconvert.sharding.stages import StageGrid, check_grids
 
-STEPS = 4_000_000  # a few seconds of Python; models of today need a tenth of it
+STEPS = 1_500_000  # two or three seconds of Python; one tower needs a tenth of it
 
-Layouts = Callable[[int, Effort], Iterator[Found]]  # those that keep a bound
+
+class Layouts(Protocol):
+    """A kind of layouts: those that keep a bound on every rank's load."""
+
+    def __call__(self, bound: int, effort: Effort, *, every: bool = False) -> Iterator[Found]:
+        """At least one if there is any; ``every`` looks for more, for the sake of evenness."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,12 +70,12 @@ def balance(problem: Problem, steps: int = STEPS) -> Balance:
     """
     problem.check()
     low = max(-(-problem.total // problem.pp), *(c.layer for c in problem.chains), 1)
-    found, proven = _smallest(low, problem.total, _narrow(problem), Effort(steps))
+    found, proven = _smallest(low, problem.total, partial(narrow.layouts, problem), Effort(steps))
     if problem.vpp > 1:
         for kind, exact in _wide(problem):
-            # Only what beats the best so far is of interest.
-            ceiling = max(found.loads) if found else problem.total
-            other, bound = _smallest(low, ceiling, kind, Effort(steps))
+            # Only what beats the best so far is of interest; mostly one look says: nothing does.
+            high = max(found.loads) - 1 if found else problem.total
+            other, bound = _smallest(low, high, kind, Effort(steps), sure=found is None)
             proven = min(proven, bound if exact else low)
             found = min(filter(None, (found, other)), key=lambda f: f.rank_order, default=None)
     if found is None:
@@ -80,14 +88,10 @@ def balance(problem: Problem, steps: int = STEPS) -> Balance:
     return _checked(problem, found, proven)
 
 
-def _narrow(problem: Problem) -> Layouts:
-    return lambda bound, effort: narrow.layouts(problem, bound, effort)
-
-
 def _wide(problem: Problem) -> Iterator[tuple[Layouts, bool]]:
     """The searches for towers in several model chunks, and whether each is complete."""
     if len(problem.towers) == 1:
-        yield lambda bound, effort: wide.layouts(problem, bound, effort), True
+        yield partial(wide.layouts, problem), True
     for tower in problem.towers if len(problem.towers) == 2 else ():
         yield _pinned(problem, tower), False
 
@@ -98,22 +102,27 @@ def _pinned(problem: Problem, whole: Chain) -> Layouts:
     joined = replace(problem, towers=(other._replace(before=other.before + whole.total),))
     alone = [whole.layers] + [0] * (problem.stages - 1)
 
-    def layouts(bound: int, effort: Effort) -> Iterator[Found]:
-        for found in wide.layouts(joined, bound, effort):
+    def layouts(bound: int, effort: Effort, *, every: bool = False) -> Iterator[Found]:
+        for found in wide.layouts(joined, bound, effort, every=every):
             yield Found({whole.key: alone, **found.placed}, found.loads)
 
     return layouts
 
 
-def _smallest(low: int, high: int, layouts: Layouts, effort: Effort) -> tuple[Found | None, int]:
+def _smallest(
+    low: int, high: int, layouts: Layouts, effort: Effort, *, sure: bool = True
+) -> tuple[Found | None, int]:
     """The best layout of a kind with a largest load of at most ``high``, and a lower bound.
 
     The bound is for layouts of this kind; ``high + 1`` if none keeps ``high``. Bounds are tried
-    from ``low`` upwards, since tight ones are decided fastest.
+    from ``low`` upwards, since tight ones are decided fastest; where it is not ``sure`` that
+    ``high`` can be kept, that is tried first.
     """
     best: Found | None = None
-    low, step = min(low, high), max(1, low // 256)
+    step = max(1, low // 256)
     try:
+        if not sure and next(layouts(high, effort), None) is None:
+            return None, high + 1
         trial = low
         while best is None and low <= high:
             best = next(layouts(trial, effort), None)
@@ -129,7 +138,7 @@ def _smallest(low: int, high: int, layouts: Layouts, effort: Effort) -> tuple[Fo
                 best = better
         if best is None:
             return None, low
-        for found in layouts(low, effort):
+        for found in layouts(low, effort, every=True):
             best = min(best, found, key=lambda f: f.rank_order)
     except EffortSpent:
         pass

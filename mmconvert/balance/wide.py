@@ -29,14 +29,17 @@ class Ends(NamedTuple):
     shared: bool
 
 
-def layouts(problem: Problem, bound: int, effort: Effort) -> Iterator[Found]:
+def layouts(
+    problem: Problem, bound: int, effort: Effort, *, every: bool = False
+) -> Iterator[Found]:
     """Layouts in which no rank's load exceeds ``bound``, the roomiest for each pair of ends.
 
-    ``problem`` has one tower.
+    ``problem`` has one tower. ``every`` changes nothing here.
 
     Raises:
         EffortSpent: too much to search.
     """
+    del every
     (tower,) = problem.towers
     for text in range(problem.pp, problem.stages):
         if problem.stages - text > problem.text.layers:

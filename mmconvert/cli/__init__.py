@@ -27,6 +27,7 @@ TOOLS = {
     "verify": "A B compares two checkpoints, Hugging Face or MM, in any two layouts",
     "roundtrip": "HF_DIR proves for CI that what comes back from MM format is what went in",
     "inspect": "PATH says what a checkpoint is, with a picture of its layout",
+    "suggest": "HF_DIR --pp N balances the layers over the pipeline and prints the command",
     "completion": "bash|zsh prints a script that completes these words in the shell",
 }
 VERBS = {

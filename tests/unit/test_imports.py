@@ -95,6 +95,24 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "formats.*", "recognise", "sharding.layout", "sides.*", "sources.*"),
         "stored",
     },
+    # balancing a pipeline
+    "balance.effort": set(),
+    "balance.chains": {"sharding.stages"},
+    "balance.narrow": {"balance.chains", "balance.effort"},
+    "balance.wide": {"balance.chains", "balance.effort", "balance.narrow"},
+    "balance.optimum": {"balance.*", "sharding.stages"},
+    "balance.workload": {"converters.family", "sources.model"},
+    "balance.cost": {
+        *("balance.chains", "balance.workload", "converters.family", "names", "plan"),
+        *("sharding.layout", "sides.*", "sources.model", "stored"),
+    },
+    "balance.shapes": {
+        *("config", "converters.family", "plan", "sides.*", "sources.*"),
+    },
+    "balance.frozen": {"sharding.stages", "sources.model"},
+    "balance.suggestion": {
+        *("balance.*", "converters.family", "formats.hf", "recognise", "sharding.*", "sources.*"),
+    },
     "loading": {
         *("blockio", "config", "converters.family", "fileio", "plan", "proof", "stored"),
         *("sharding.layout", "sides.*", "sources.*"),
@@ -126,6 +144,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli.tools.junit": set(),
     "cli.tools.completion": {"cli", "converters.*"},
     "cli.tools.inspect": {"cli.*", "inspection", "picture", "sharding.layout"},
+    "cli.tools.suggest": {"cli.*", "balance.*"},
     "__main__": {"cli"},
     "__init__": {"api", "config"},
 }
