@@ -14,9 +14,9 @@ from mmconvert.balance.optimum import Balance, balance
 from mmconvert.balance.shapes import config_shapes, has_weights, stored_shapes
 from mmconvert.balance.workload import Workload, flows, patch_sizes
 from mmconvert.converters.family import Variant
-from mmconvert.errors import LayoutError
+from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.formats.hf import read_config
-from mmconvert.recognise import family_of
+from mmconvert.recognise import family_of, is_hf
 from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG
 from mmconvert.sharding.stages import StageGrid, flat, show
 from mmconvert.sources.hf import config_model
@@ -141,6 +141,12 @@ def suggest(folder: Path, wanted: Wanted) -> Suggestion:
     for flag, size in {"pp": wanted.pp, "vpp": wanted.vpp}.items():
         if size < 1:
             raise LayoutError(f"--{flag} is {size}", "a number of at least 1")
+    if not is_hf(folder):
+        raise CheckpointError(
+            f"{folder} {'has no config.json' if folder.is_dir() else 'is not a folder'}",
+            "the folder of a Hugging Face checkpoint, or one with its config.json alone",
+            "give that folder as HF_DIR",
+        )
     config = read_config(folder)
     family = family_of(folder)
     model = config_model(family, folder)

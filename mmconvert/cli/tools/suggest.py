@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from mmconvert.balance.suggestion import Suggestion
 
 TEXT = """Balanced *_pp_layers for a model: the layout whose slowest pipeline rank has the least to
-do, proven by exact search. Cost: floating-point operations of a training step from the tensors'
-shapes (headers only; config.json alone is enough). No text layer stands before the last layer of
-an encoder, and every stage holds a layer.
+do; says whether that is proven. Cost: floating-point operations of a training step, from the
+tensors' shapes (headers only; without weight files from config.json alone). No text layer stands
+before the last layer of an encoder, and every stage holds a layer.
 
 example:
   mm-convert suggest HF_DIR --pp 4 --tp 2 --freeze image_encoder"""
