@@ -44,11 +44,13 @@ def frozen_warnings(grids: Mapping[str, StageGrid], frozen: Set[str], pp: int) -
     out: list[str] = []
     if whole:
         ranks = ", ".join(map(str, whole))
-        out.append(f"pipeline rank {ranks} holds only frozen weights: training needs {DUMMY}")
+        words = f"ranks {ranks} hold" if len(whole) > 1 else f"rank {ranks} holds"
+        out.append(f"pipeline {words} only frozen weights: training needs {DUMMY}")
     if parts:
         listed = ", ".join(f"{s // pp} of pipeline rank {s % pp}" for s in parts)
+        words = f"chunks {listed} hold" if len(parts) > 1 else f"chunk {listed} holds"
         out.append(
-            f"model chunk {listed} holds only frozen weights, beside chunks that are trained: "
+            f"model {words} only frozen weights, beside chunks of the same rank that are trained: "
             f"training may need {DUMMY}"
         )
     return out

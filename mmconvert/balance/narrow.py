@@ -166,7 +166,9 @@ def with_text(
     base[pp - 1] += text.after
     chunks = [problem.stages_of(rank, stage, problem.stages) for rank in range(pp)]
     floor = [len(own) for own in chunks]
-    cap = [(bound - load) // text.layer if own else 0 for load, own in zip(base, chunks)]  # noqa: B905 - of one length
+    cap = [
+        (bound - load) // text.layer if own else 0 for load, own in zip(base, chunks, strict=True)
+    ]
     if any(load > bound for load in base):
         return None
     counts = level(base, floor, cap, text.layers, text.layer)

@@ -80,8 +80,8 @@ def balance(problem: Problem, steps: int = STEPS) -> Balance:
             found = min(filter(None, (found, other)), key=lambda f: f.rank_order, default=None)
     if found is None:
         raise LayoutError(
-            f"no layout found for --pp {problem.pp} x --vpp {problem.vpp} and "
-            + ", ".join(f"{c.layers} {c.key} layers" for c in problem.chains),
+            f"no layout found in {steps:,} steps of search for --pp {problem.pp} x --vpp "
+            f"{problem.vpp} and " + ", ".join(f"{c.layers} {c.key} layers" for c in problem.chains),
             "fewer stages: a layer on each, and no text layer before a tower's last",
             "choose a smaller --pp or --vpp",
         )

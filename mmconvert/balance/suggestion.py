@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmconvert.balance.chains import Problem, rank_loads
+from mmconvert.balance.chains import Problem, rank_loads, stage_costs
 from mmconvert.balance.cost import Costs, module_costs
 from mmconvert.balance.frozen import frozen_keys, frozen_warnings
 from mmconvert.balance.optimum import Balance, balance
@@ -72,6 +72,7 @@ class Suggestion:
     Attributes:
         tp: tensor-parallel sizes that were given, by module key.
         imbalance: largest load of a rank over the mean, less 1.
+        chunk_imbalance: the same of model chunks, of which a rank has several with virtual stages.
         ranks: by pipeline rank.
         notes: what the figures rest on.
         warnings: what training must know.
@@ -82,6 +83,7 @@ class Suggestion:
     tp: Mapping[str, int]
     balance: Balance
     imbalance: float
+    chunk_imbalance: float
     ranks: list[RankFigures]
     notes: list[str]
     warnings: list[str]
@@ -109,6 +111,7 @@ class Suggestion:
             "parallel_config": self.parallel_config(),
             "converter": self.model.family.converter,
             "imbalance": self.imbalance,
+            "chunk_imbalance": self.chunk_imbalance,
             "optimal": self.balance.optimal,
             "gap": self.balance.gap,
             "ranks": [
@@ -163,7 +166,13 @@ def suggest(folder: Path, wanted: Wanted) -> Suggestion:
         notes.append("sizes are those of config.json; no weight file was read")
     every = {m.key: tp.get(m.key, tp["llm"]) for m in model.modules}
     costs = module_costs(model, wholes, every, flows(model, sizes, wanted.work), frozen)
-    found = balance(_problem(costs, wanted, wanted.by))
+    problem = _problem(costs, wanted, wanted.by)
+    found = balance(problem)
+    counts = {key: flat(grid) for key, grid in found.grids.items()}
+    chunks = [
+        sum(c)
+        for c in zip(*(stage_costs(ch, counts[ch.key]) for ch in problem.chains), strict=True)
+    ]
     ranks = _ranks(found.grids, costs, wanted, model.variant)
     warnings += frozen_warnings(found.grids, frozen, wanted.pp)
     if wanted.vpp > 1 and wanted.pp == 1:
@@ -173,7 +182,8 @@ def suggest(folder: Path, wanted: Wanted) -> Suggestion:
         wanted,
         tp,
         found,
-        max(found.loads) * wanted.pp / sum(found.loads) - 1,
+        _over_mean(found.loads),
+        _over_mean(chunks),
         ranks,
         notes,
         warnings,
@@ -238,6 +248,10 @@ def _ranks(
         )
         for rank in range(wanted.pp)
     ]
+
+
+def _over_mean(loads: Sequence[int]) -> float:
+    return max(loads) * len(loads) / sum(loads) - 1
 
 
 def _as_list(grid: StageGrid) -> list[object]:

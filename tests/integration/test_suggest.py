@@ -129,6 +129,7 @@ def test_layouts_are_whole_and_in_order(model: str, flags: list[str], hf_of: Any
     assert sum(shares) == pytest.approx(1)
     assert found["imbalance"] == pytest.approx(max(shares) * len(shares) - 1)
     assert found["optimal"] == (found["gap"] == 0)
+    assert found["chunk_imbalance"] >= found["imbalance"]
 
 
 @pytest.mark.parametrize("model", LAYERS)
@@ -191,10 +192,8 @@ def test_stages_with_frozen_weights_only_are_named(
     hf = hf_of("qwen2.5vl-7b")
     found = suggest(hf, *flags, "--freeze", "image_encoder", "--image-tokens", "4000")
     text = " ".join(found["warnings"])
-    assert ("pipeline rank 0" in text and "holds only frozen weights: training needs" in text) == (
-        rank
-    ), text
-    assert ("model chunk 0 of pipeline rank 0" in text) == chunk, text
+    assert ("only frozen weights: training needs" in text) == rank, text
+    assert ("0 of pipeline rank 0" in text) == chunk, text
     assert ("--enable-dummy-optimizer" in text) == (rank or chunk)
     assert suggest(hf, *flags, "--image-tokens", "4000")["warnings"] == []
 

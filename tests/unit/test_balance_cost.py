@@ -94,7 +94,7 @@ def test_parameters_are_those_of_the_model(tiny: Any) -> None:
     assert sum(c.total for c in chains) == sum(p.numel() for p in model.parameters())
 
 
-AUDIO = {
+AUDIO: dict[str, Any] = {
     "encoder_layers": 3,
     "encoder_attention_heads": 4,
     "d_model": 32,

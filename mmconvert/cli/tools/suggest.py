@@ -138,3 +138,5 @@ def show(found: Suggestion) -> None:
     if not found.balance.optimal:
         proof = f"not proven optimal: at most {found.balance.gap:.2%} above the best"
     print(f"imbalance {found.imbalance:.2%} (slowest rank over the mean); {proof}")
+    if found.wanted.vpp > 1:
+        print(f"the largest model chunk is {found.chunk_imbalance:.0%} above the mean chunk")
