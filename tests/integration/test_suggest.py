@@ -269,3 +269,26 @@ def test_help_names_every_flag() -> None:
     for flag in ("--pp", "--vpp", "--freeze", "--seq_length", "--image_tokens", "--json", "HF_DIR"):
         assert flag in text.replace("-length", "_length").replace("-tokens", "_tokens"), flag
     assert "suggest" in run_cli("--help", check=0).stdout
+
+
+def shape_of(value: Any) -> Any:
+    """Keys and types, without values; of a list, its first item."""
+    if isinstance(value, dict):
+        return {key: shape_of(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shape_of(item) for item in value[:1]]
+    return type(value).__name__
+
+
+def test_the_documented_json_is_what_is_printed(hf_of: Any) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "json.md").read_text()
+    section = text.split("## suggest\n", 1)[1].split("\n## ", 1)[0]
+    sample = json.loads(section.split("```json\n", 1)[1].split("```", 1)[0])
+    got = suggest(
+        *(hf_of("qwen2vl-2b"), "--config-only", "--pp", "8", "--freeze", "image_encoder"),
+        *("--image-tokens", "4000"),
+    )
+    assert got["notes"] and got["warnings"]
+    assert shape_of(sample) == shape_of(got)
+    for key in got:
+        assert f"`{key}`" in section, key

@@ -88,6 +88,8 @@ def check(problem: Problem, found: Balance) -> None:
 
 @SLOW
 @given(problems(st.sampled_from([0, 1, 1, 1])))
+# with virtual stages, having placed more of the tower is not always better: 147, not 148
+@example(Problem((Chain("vit", 3, 42, 39, 43),), Chain("llm", 6, 83, 22, 1), 3, 2))
 def test_one_tower_is_balanced_as_well_as_can_be(problem: Problem) -> None:
     want, found = best_of_all(problem), balance(problem)
     event(f"vpp {problem.vpp}")
