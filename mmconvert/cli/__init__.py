@@ -24,6 +24,7 @@ INTERRUPTED = 130
 LAYOUT = "--cfg.parallel_config.llm_pp_layers [12,16] --cfg.parallel_config.vit_pp_layers [32,0]"
 TOOLS = {
     "verify": "A B compares two checkpoints, Hugging Face or MM, in any two layouts",
+    "diff": "A B measures how far apart two checkpoints are, by tensor, layer and module",
     "inspect": "PATH says what a checkpoint is, with a picture of its layout",
 }
 VERBS = {

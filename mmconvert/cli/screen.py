@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mmconvert.events import Events
+from mmconvert.words import amount as amount  # printed by every tool, so found here too
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -72,8 +73,3 @@ def screen_events(*, quiet: bool) -> Iterator[Events]:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         yield Bars(progress)
-
-
-def amount(nbytes: float) -> str:
-    """Bytes in words: 12.3 MB, 4.42 GB."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
