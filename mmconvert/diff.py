@@ -19,7 +19,7 @@ from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.events import Events
 from mmconvert.formats.megatron import find_weights
 from mmconvert.jobs import default_workers
-from mmconvert.names import NO_LAYER
+from mmconvert.names import NO_LAYER, number
 from mmconvert.pairing import Opened, open_pair
 from mmconvert.plan import Block, Key, Whole, matrix
 from mmconvert.sources.model import idle_patterns
@@ -108,7 +108,7 @@ def _add_carried(a: Opened, b: Opened) -> list[str]:
                 side.side.wholes[key] = Whole(tensor.shape, tensor.dtype, [[block]])
         return []
     return [
-        f"{side.path}: {len(carried)} tensors have no place in MM format: not compared"
+        f"{side.path}: {number(carried, 'tensor')} without a place in MM format not compared"
         for side, carried in sides
         if carried
     ]
@@ -136,13 +136,13 @@ def _findings(found: Diff) -> list[str]:
         if t.dtype_a != t.dtype_b:
             dtypes[t.dtype_a, t.dtype_b] = dtypes.get((t.dtype_a, t.dtype_b), 0) + 1
     notes += [
-        f"{count} tensors are {a} in A and {b} in B: compared as numbers"
+        f"{count} of {len(found.tensors)} tensors are {a} in A and {b} in B: compared as numbers"
         for (a, b), count in dtypes.items()
     ]
     odd = found.odd()
     if odd:
         notes.append(
-            f"warning: {len(odd)} tensors hold NaN or infinite values, such as {odd[0].name}: "
+            f"warning: NaN or infinite values in {number(odd, 'tensor')}, such as {odd[0].name}: "
             "these are counted, and are in no sum"
         )
     changed = found.changed()

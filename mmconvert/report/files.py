@@ -5,13 +5,27 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mmconvert.errors import OutputError, cannot_write
+from mmconvert.errors import OutputError, RequestError, cannot_write
 
 HEADS = (b"<!doctype html", b"<svg")  # how our reports begin; only such files are replaced
 
 
+def check_reports(*paths: Path | None, overwrite: bool) -> list[Path]:
+    """The reports that are asked for; each may be written. Asked before the long work.
+
+    Raises:
+        RequestError: one file for two reports; OutputError: see :func:`check_report`.
+    """
+    wanted = [path for path in paths if path is not None]
+    if len({os.path.realpath(path) for path in wanted}) < len(wanted):
+        raise RequestError(f"--html and --svg are both {wanted[0]}", "two files")
+    for path in wanted:
+        check_report(path, overwrite=overwrite)
+    return wanted
+
+
 def check_report(path: Path, *, overwrite: bool) -> None:
-    """Whether a report may be written there: asked before the long work.
+    """Whether a report may be written there.
 
     Raises:
         OutputError: something is there, or the folder is not.

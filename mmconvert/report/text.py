@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 from mmconvert.diffresult import Diff, Facts, Group, TensorDistance
+from mmconvert.report.chart import Axis, axis_for
 from mmconvert.words import amount, printable
 
 BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "12345678"
@@ -68,6 +68,7 @@ def lines_of(found: Diff, top: int, *, hf_names: bool, unicode: bool) -> list[st
         lines += ["", *_layers(found.layers(), BLOCKS if unicode else ASCII)]
         shown = changed[:top] if top else changed
         lines += ["", *_tensors(shown, len(changed), _hf_name if hf_names else _mm_name)]
+    lines += _odd(found.odd()) if found.odd() else []
     for what, names in (("only in A", found.only_a), ("only in B", found.only_b)):
         lines += ["", f"{what}: {_some(names)}"] if names else []
     if found.other_shapes:
@@ -117,29 +118,44 @@ def _modules(groups: Sequence[Group]) -> list[str]:
 
 
 def _layers(groups: Sequence[Group], levels: str) -> list[str]:
-    """One line for each module: a bar for each layer, from none to the module's largest."""
+    """One line for each module that changed: a bar for each layer, on the scale of the charts."""
     by_module: dict[str, list[Group]] = {}
     for group in groups:
         if isinstance(group.layer, int):
             by_module.setdefault(group.module, []).append(group)
     lines: list[str] = []
     for module, found in by_module.items():
-        most = max(found, key=lambda g: g.totals.relative)
-        if not most.totals.relative:
+        if not any(group.changed for group in found):
             continue
-        bars = "".join(_level(g.totals.relative / most.totals.relative, levels) for g in found)
+        axis = axis_for([g.totals.relative for g in found])
+        bars = "".join(_level(g, axis, levels) for g in found)
+        most = max(found, key=lambda g: g.totals.relative)
         least = min(found, key=lambda g: g.totals.relative)
+        scale = " (log scale)" if axis.low else ""
         lines.append(
-            f"{module} layers 0-{len(found) - 1}  {bars}  most {figure(most.totals.relative)} in "
-            f"layer {most.layer}, least {figure(least.totals.relative)} in layer {least.layer}"
+            f"{module} layers 0-{len(found) - 1}  {bars}{scale}  most "
+            f"{figure(most.totals.relative)} in layer {most.layer}, least "
+            f"{figure(least.totals.relative)} in layer {least.layer}"
         )
     return lines
 
 
-def _level(share: float, levels: str) -> str:
-    if math.isnan(share):  # infinity over infinity: A is zero throughout
-        share = 1.0
-    return "." if share == 0 else levels[min(len(levels) - 1, int(share * len(levels)))]
+def _level(group: Group, axis: Axis, levels: str) -> str:
+    """A layer as one character: ! for NaN or infinite values, . for no difference."""
+    if group.totals.odd:
+        return "!"
+    share = axis.share(group.totals.relative)
+    return levels[min(len(levels) - 1, int(share * len(levels)))] if share else "."
+
+
+def _odd(tensors: Sequence[TensorDistance]) -> list[str]:
+    lines = [
+        f"{printable(t.name)}: A {t.totals.nan_a} NaN, {t.totals.inf_a} infinite; "
+        f"B {t.totals.nan_b} NaN, {t.totals.inf_b} infinite"
+        for t in tensors[:LISTED]
+    ]
+    more = len(tensors) - LISTED
+    return ["", *lines, *([f"and {more} more tensors with such values"] if more > 0 else [])]
 
 
 def _tensors(shown: Sequence[TensorDistance], changed: int, name: Name) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -14,7 +14,13 @@ from mmconvert.cli.arguments import read_plain
 from mmconvert.cli.screen import screen_events
 from mmconvert.config import NO_PATTERNS, MaybePath, Options, Patterns
 from mmconvert.errors import RequestError
+from mmconvert.report.files import check_reports
+from mmconvert.words import printable
 
+if TYPE_CHECKING:
+    from mmconvert.diffresult import Diff
+
+LONG = 2000  # characters of a note
 DIFFERENT = 1
 
 
@@ -32,8 +38,10 @@ class Pair:
     """Name tensors as MM does, with the model's layer numbers, or as Hugging Face does."""
     html: MaybePath = None
     """Write a report to this file: one HTML page with charts, which needs nothing else."""
+    svg: MaybePath = None
+    """Write the charts alone to this file."""
     overwrite: bool = False
-    """Replace an existing report."""
+    """Replace an existing report or picture."""
     drop: Patterns = NO_PATTERNS
     """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
     vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"
@@ -61,26 +69,30 @@ def run(words: list[str]) -> int:
         raise RequestError(f"--top is {pair.top}", "a number of tensors, or 0 for all")
     from mmconvert.diff import diff
     from mmconvert.report.data import diff_dict
-    from mmconvert.report.files import check_report, write_report
     from mmconvert.report.text import lines_of
 
-    if pair.html:
-        check_report(pair.html, overwrite=pair.overwrite)
+    reports = check_reports(pair.html, pair.svg, overwrite=pair.overwrite)
     with screen_events(quiet=pair.quiet) as events:
         options = Options(workers=pair.workers, drop=pair.drop, vit_qkv=pair.vit_qkv)
         found = diff(pair.a, pair.b, options, events)
         for note in found.notes:
-            events.note(note)
-    if pair.html:
-        from mmconvert.report.diffpage import diff_page
-
-        write_report(pair.html, diff_page(found, pair.top), overwrite=pair.overwrite)
+            events.note(printable(note, LONG))
+    _write(found, pair)
     if pair.json:
         print(json.dumps(diff_dict(found, pair.top)))
     elif not pair.quiet:
         unicode = "utf" in (sys.stdout.encoding or "").lower()
         lines = lines_of(found, pair.top, hf_names=pair.names == "hf", unicode=unicode)
-        print("\n".join(lines))
-        if pair.html:
-            print(f"\nreport: {pair.html}")
+        print("\n".join([*lines, *(f"written: {path}" for path in reports)]))
     return 0 if found.equal else DIFFERENT
+
+
+def _write(found: Diff, pair: Pair) -> None:
+    """The files that were asked for."""
+    from mmconvert.report.diffpage import diff_page, diff_svg
+    from mmconvert.report.files import write_report
+
+    if pair.html:
+        write_report(pair.html, diff_page(found, pair.top), overwrite=pair.overwrite)
+    if pair.svg:
+        write_report(pair.svg, diff_svg(found), overwrite=pair.overwrite)
