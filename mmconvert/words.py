@@ -22,12 +22,16 @@ def printable(text: str, longest: int = LONGEST) -> str:
     Terminals obey control characters, XML forbids some, text direction marks mislead readers and
     lone surrogates cannot be encoded.
     """
-    if len(text) > longest:
-        half = (longest - 3) // 2
-        text = f"{text[:half]}...{text[-half:]}"
+    text = _cut(text, longest)
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return _cut("".join(shown), longest)
+
+
+def _cut(text: str, longest: int) -> str:
+    half = (longest - 3) // 2
+    return f"{text[:half]}...{text[-half:]}" if len(text) > longest else text
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -98,7 +98,7 @@ def _bars(
     drawing: Drawing, bars: Sequence[Bar], axis: Axis, step: float, floor: float, css: str
 ) -> None:
     widest = max((width_of(bar.label) for bar in bars), default=0)
-    each = max(1, math.ceil((widest + BETWEEN) / step))
+    each = round(_round_step(max(1, math.ceil((widest + BETWEEN) / step))))
     labelled = [n for n, bar in enumerate(bars) if not bar.label.isdigit()]
     for number, bar in enumerate(bars):
         x = LEFT + number * step

@@ -44,9 +44,10 @@ class Drawing:
 
     def text(self, x: float, y: float, words: str, css: str = "ink", anchor: str = "start") -> None:
         """Words whose baseline begins (or has its middle or end) at a place."""
+        words = printable(words)
         where = f' text-anchor="{anchor}"' if anchor != "start" else ""
         self._parts.append(
-            f'<text x="{_n(x)}" y="{_n(y)}" class="{css}"{where}>{safe(words)}</text>'
+            f'<text x="{_n(x)}" y="{_n(y)}" class="{css}"{where}>{escape(words)}</text>'
         )
         share = {"start": 1.0, "middle": 0.5, "end": 0.0}[anchor]
         self._reach(x + share * width_of(words), y + 4)

@@ -86,7 +86,8 @@ def _show(found: Inspection, asked: Inspected) -> None:
 
     from mmconvert.picture import boxes_table, layout_table
 
-    print(f"{asked.path}: {KINDS[found.kind]}, {found.family or 'unknown family'}")
+    family = found.family or "unknown family"
+    print(f"{printable(str(asked.path), LONG)}: {KINDS[found.kind]}, {family}")
     print(
         f"{found.parameters:,} parameters, {'/'.join(found.dtype)}, {found.tensors} tensors, ",
         end="",
