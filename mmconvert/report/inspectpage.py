@@ -25,9 +25,8 @@ def title_of(found: Inspection, path: Path) -> str:
     return f"{name}: {KINDS[found.kind]}{family}, {amount(found.nbytes)}"
 
 
-def inspect_drawing(found: Inspection, path: Path) -> Drawing:
+def inspect_drawing(found: Inspection, title: str) -> Drawing:
     """The picture that fits the kind."""
-    title = title_of(found, path)
     if found.layout is not None:
         return layout_drawing(found.layout, found.boxes, title)
     return stacks_drawing(
@@ -37,7 +36,8 @@ def inspect_drawing(found: Inspection, path: Path) -> Drawing:
 
 def inspect_svg(found: Inspection, path: Path) -> str:
     """The picture as a file of its own."""
-    return inspect_drawing(found, path).standalone(title_of(found, path))
+    title = title_of(found, path)
+    return inspect_drawing(found, title).standalone(title)
 
 
 def inspect_page(found: Inspection, path: Path, *, tensors: bool) -> str:
@@ -56,8 +56,8 @@ def inspect_page(found: Inspection, path: Path, *, tensors: bool) -> str:
         facts |= {GRID_FLAG[key]: show(grid) for key, grid in found.layout.grids.items()}
     parts = [page.heading(title_of(found, path), 1), page.facts(facts)]
     parts += [page.bullets(found.notes)] if found.notes else []
-    parts.append(page.picture(inspect_drawing(found, path), title_of(found, path)))
-    parts.append(page.heading("What lies where"))
+    parts.append(page.picture(inspect_drawing(found, "What lies where"), title_of(found, path)))
+    parts.append(page.heading("In figures"))
     rows = [
         (box.name, "; ".join(h.words for h in box.holdings), f"{box.tensors:,}", f"{box.nbytes:,}")
         for box in found.boxes

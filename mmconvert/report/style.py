@@ -54,7 +54,7 @@ PAGE_STYLE = f"""
 --ground:#fff;--ink:#1b1f24;--dim:#57606a;--line:#cfd6dd;--band:#f5f7f9}}
 @media (prefers-color-scheme:dark){{
 :root{{--ground:#0d1117;--ink:#e6edf3;--dim:#9aa4af;--line:#3d444d;--band:#161b22}}}}
-body{{margin:0 auto;max-width:75rem;padding:1.5rem;background:var(--ground);color:var(--ink);
+body{{margin:0;padding:1.5rem 2rem;background:var(--ground);color:var(--ink);
 font:15px/1.5 {_FONT}}}
 h1{{font-size:1.5rem;margin:0 0 .5rem}}h2{{font-size:1.15rem;margin:2rem 0 .5rem}}
 p.lead{{font-size:1.05rem}}.quiet{{color:var(--dim)}}
@@ -68,6 +68,6 @@ td.name{{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mon
 font-size:12px;overflow-wrap:anywhere;min-width:20rem}}
 dl{{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;margin:.5rem 0}}
 dt{{color:var(--dim)}}dd{{margin:0;overflow-wrap:anywhere}}
-ul{{padding-left:1.2rem}}li{{overflow-wrap:anywhere}}
+p,ul,dl{{max-width:60rem}}ul{{padding-left:1.2rem}}li{{overflow-wrap:anywhere}}
 figure{{margin:1rem 0}}
 """

@@ -134,7 +134,7 @@ def test_equal_checkpoints(hf: Path, trained: Path, trained_mm: Path) -> None:
 
 
 def test_the_report_on_the_terminal(hf: Path, trained: Path) -> None:
-    out = run_cli("diff", hf, trained, "--top", 2, "--names", "hf", check=1).stdout
+    out = run_cli("diff", hf, trained, "--top", "2", "--names", "hf", check=1).stdout
     assert "of 61 tensors differ" in out
     assert re.search(r"text_decoder layers 0-3  \.\S\S\S", out)
     assert len(re.findall(r"^ .*_proj\.weight", out, re.MULTILINE)) == 2
@@ -324,7 +324,7 @@ def check_page(text: str) -> Page:
 
 def test_the_page(hf: Path, trained: Path, tmp_path: Path) -> None:
     file = tmp_path / "report.html"
-    done = run_cli("diff", hf, trained, "--top", 3, "--html", file, check=1)
+    done = run_cli("diff", hf, trained, "--top", "3", "--html", file, check=1)
     assert f"written: {file}" in done.stdout
     page = check_page(file.read_text(encoding="utf-8"))
     assert page.tags.count("svg") == 1
