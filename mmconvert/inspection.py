@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+from mmconvert import contents, converters
 from mmconvert.config import Options, ParallelConfig
+from mmconvert.contents import Box
 from mmconvert.errors import MMConvertError
 from mmconvert.formats.hf import open_hf
 from mmconvert.formats.megatron import find_weights
@@ -35,6 +37,7 @@ class Inspection:
         layout: for MM.
         listing: name, dtype, shape, file of every stored tensor.
         notes: what is worth knowing.
+        boxes: what each weight file, or each model chunk of each rank, holds.
     """
 
     kind: str
@@ -47,6 +50,7 @@ class Inspection:
     layout: Layout | None = None
     listing: list[StoredTensor] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    boxes: list[Box] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, object]:
         """The JSON form: keys as documented in docs/json.md."""
@@ -59,6 +63,7 @@ class Inspection:
             "tensors": self.tensors,
             "iteration": self.iteration,
             "notes": self.notes,
+            "contents": [box.as_dict() for box in self.boxes],
         }
         if self.layout is not None:
             out["layout"] = layout_dict(self.layout)
@@ -90,27 +95,29 @@ def inspect(path: Path) -> Inspection:
 
 def _rank_file(path: Path) -> Inspection:
     file = read_pt(path)
-    parts = [part for key, part in file.content.items() if str(key).startswith("model")]
-    found = [
-        tensor
-        for part in parts
-        if isinstance(part, dict)
-        for tensor in part.values()
-        if isinstance(tensor, StoredTensor)
-    ]
-    others = [key for key, part in file.content.items() if part not in parts]
+    parts = {
+        str(key): {
+            str(name): tensor for name, tensor in part.items() if isinstance(tensor, StoredTensor)
+        }
+        for key, part in file.content.items()
+        if str(key).startswith("model") and isinstance(part, dict)
+    }
+    found = [tensor for part in parts.values() for tensor in part.values()]
+    others = [key for key in file.content if not str(key).startswith("model")]
     note = [f"beside the weights: {', '.join(map(str, others))}"] if others else []
-    return _inspection("mm_rank_file", "", found, notes=note)
+    boxes = contents.of_rank_file(parts, converters.registry().values())
+    return _inspection("mm_rank_file", "", found, notes=note, boxes=boxes)
 
 
 def _hf(path: Path) -> Inspection:
     checkpoint = open_hf(path)
     found = list(checkpoint.tensors().values())
     try:
-        family = family_of(path).name
+        family = family_of(path)
+        name, boxes = family.name, contents.of_hf(checkpoint, family)
     except MMConvertError:
-        family = ""
-    return _inspection("hf", family, found)
+        name, boxes = "", contents.of_hf(checkpoint, None)
+    return _inspection("hf", name, found, boxes=boxes)
 
 
 def _mm(path: Path) -> Inspection:
@@ -121,8 +128,9 @@ def _mm(path: Path) -> Inspection:
     found = [tensor for part in parts.values() for tensor in part.values()]
     parameters = sum(prod(whole.shape) for whole in side.wholes.values())
     iteration = find_weights(path)[1]
+    boxes = contents.of_mm(model.modules, layout, parts)
     notes = list(model.notes)
-    return _inspection("mm", family.name, found, parameters, iteration, layout, notes)
+    return _inspection("mm", family.name, found, parameters, iteration, layout, notes, boxes)
 
 
 def _inspection(
@@ -133,6 +141,7 @@ def _inspection(
     iteration: str = "",
     layout: Layout | None = None,
     notes: list[str] | None = None,
+    boxes: list[Box] | None = None,
 ) -> Inspection:
     listing = list(found)
     sizes: Counter[str] = Counter()
@@ -149,4 +158,5 @@ def _inspection(
         layout,
         listing,
         notes or [],
+        boxes or [],
     )

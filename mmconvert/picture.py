@@ -1,27 +1,84 @@
-"""A picture of a layout for the terminal: pipeline stages, and the layers on each."""
+"""Pictures for the terminal: the stages of a layout and the layers on each; weight files."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich.table import Table
+from rich.text import Text
 
-from mmconvert.sharding.layout import TP_FLAG, Layout
+from mmconvert.contents import WORDS, Box
+from mmconvert.sharding.layout import TP_FLAG, Chunk, Layout
 from mmconvert.sharding.stages import first_stage, flat, last_stage
+from mmconvert.words import amount, printable
 
-NAMES = {"vit": "vision", "audio": "audio", "llm": "text"}
 COLORS = {"vit": "cyan", "audio": "magenta", "llm": "green"}
+BAR = 12  # characters of the longest bar
+EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
-def layout_table(layout: Layout, title: str = "") -> Table:
-    """One line for each pipeline rank, one column for each virtual stage."""
-    sizes = ", ".join(f"{TP_FLAG[key]} {size}" for key, size in layout.tp.items())
-    caption = f"{sizes}; in, out: what stands before and after a module's layers"
+def layout_table(
+    layout: Layout, title: str = "", sizes: Mapping[Chunk, int] | None = None
+) -> Table:
+    """One line for each pipeline rank, one column for each virtual stage.
+
+    Args:
+        sizes: bytes of each model chunk of each rank; with them, the bytes of the rank files
+            are drawn as bars.
+    """
+    words = ", ".join(f"{TP_FLAG[key]} {size}" for key, size in layout.tp.items())
+    caption = f"{words}; in, out: what stands before and after a module's layers"
     table = Table(title=title or None, caption=caption)
     table.add_column("pp rank", justify="right")
     for virtual in range(layout.vpp_size):
         table.add_column(f"model chunk {virtual}" if layout.vpp_size > 1 else "model")
+    files = _file_sizes(layout, sizes) if sizes else []
+    if files:
+        table.add_column("bytes of each rank file", no_wrap=True)
+    most = max((largest for _, largest in files), default=0)
     for pp in range(layout.pp_size):
         stages = [v * layout.pp_size + pp for v in range(layout.vpp_size)]
-        table.add_row(str(pp), *(_cell(layout, stage) for stage in stages))
+        cells: list[str | Text] = [_cell(layout, stage) for stage in stages]
+        if files:
+            least, largest = files[pp]
+            size = amount(largest) if least == largest else f"{amount(least)} to {amount(largest)}"
+            cells.append(Text(f"{_bar(largest, most)} {size}"))
+        table.add_row(str(pp), *cells)
+    return table
+
+
+def _file_sizes(layout: Layout, sizes: Mapping[Chunk, int]) -> list[tuple[int, int]]:
+    """Bytes of the smallest and of the largest rank file of each pipeline rank."""
+    found: list[tuple[int, int]] = []
+    for pp in range(layout.pp_size):
+        files = [0] * layout.tp_folders
+        for chunk, nbytes in sizes.items():
+            if chunk.rank.pp == pp:
+                files[chunk.rank.tp] += nbytes
+        found.append((min(files), max(files)))
+    return found
+
+
+def _bar(nbytes: int, most: int) -> str:
+    """A bar of BAR characters at most, padded to that length."""
+    eighths = -(-nbytes * BAR * 8 // most) if most else 0
+    bar = "█" * (eighths // 8) + (EIGHTHS[eighths % 8] if eighths % 8 else "")
+    return bar.ljust(BAR)
+
+
+def boxes_table(boxes: Sequence[Box], unit: str) -> Table:
+    """One line for each weight file, or model chunk of one rank file: bytes, and what it holds."""
+    table = Table()
+    table.add_column(unit)
+    table.add_column("bytes", no_wrap=True)
+    table.add_column("holds")
+    most = max((box.nbytes for box in boxes), default=0)
+    for box in boxes:
+        holds = Text("\n").join(
+            Text(printable(h.words), style=COLORS.get(h.module, "")) for h in box.holdings
+        )
+        bar = f"{_bar(box.nbytes, most)} {amount(box.nbytes)}"
+        table.add_row(Text(printable(box.name)), Text(bar), holds)
     return table
 
 
@@ -33,7 +90,7 @@ def _cell(layout: Layout, stage: int) -> str:
             continue
         first = sum(counts[:stage])
         last = first + counts[stage] - 1
-        words = f"{NAMES[key]} {first}" + (f"-{last}" if last > first else "")
+        words = f"{WORDS[key]} {first}" + (f"-{last}" if last > first else "")
         if stage == first_stage(grid):
             words = f"in, {words}"
         if stage == last_stage(grid):

@@ -52,12 +52,29 @@ def nonzero(data: memoryview, dtype: str, cols: int) -> Gap | None:
     return Gap(row, col, float(values[row, col]), 0.0, largest, int((values != 0).sum()))
 
 
+def _e4m3_values() -> np.ndarray:
+    """The value of each of the 256 bytes of F8_E4M3: bias 7, no infinity, NaN is all ones.
+
+    Source: the OCP 8-bit floating point specification (OFP8), revision 1.0, section 5.
+    """
+    bits = np.arange(256)
+    exponent, mantissa = (bits >> 3) & 15, bits & 7
+    sizes = np.where(exponent, np.ldexp(1 + mantissa / 8, exponent - 7), np.ldexp(mantissa / 8, -6))
+    sizes[(bits & 127) == 127] = np.nan
+    return np.where(bits & 128, -sizes, sizes)
+
+
+_E4M3 = _e4m3_values()
+
+
 def as_floats(data: np.ndarray, dtype: str) -> np.ndarray:
     """The values behind bits, as float64."""
     if dtype == "BF16":  # the upper half of a float32
         return (data.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    if dtype.startswith("F8"):
-        return data.astype(np.float64)  # the raw bits: numpy has no 8-bit floats
+    if dtype == "F8_E5M2":  # the upper half of a float16
+        return (data.astype(np.uint16) << 8).view(np.float16).astype(np.float64)
+    if dtype == "F8_E4M3":
+        return _E4M3[data]
     kinds = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BOOL": "?"}
     kind = kinds.get(dtype, ("<u" if dtype[0] == "U" else "<i") + str(data.itemsize))
     return np.ascontiguousarray(data).view(kind).astype(np.float64)

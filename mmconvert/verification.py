@@ -6,21 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmconvert import compare, manifest
-from mmconvert.config import Options, ParallelConfig
+from mmconvert.config import Options
 from mmconvert.differences import Difference
-from mmconvert.errors import CheckpointError, DifferenceError
+from mmconvert.errors import DifferenceError
 from mmconvert.events import Events
 from mmconvert.jobs import default_workers
 from mmconvert.names import number, summarise
+from mmconvert.pairing import open_pair
 from mmconvert.plan import Key, Side, build_comparison
-from mmconvert.recognise import family_of, is_hf
-from mmconvert.sharding.layout import Layout
-from mmconvert.sides.hf import hf_side
-from mmconvert.sides.mm_source import Parts, mm_source
-from mmconvert.sides.reorder import reorder
-from mmconvert.sources.hf import hf_model
-from mmconvert.sources.mm import mm_model
-from mmconvert.sources.model import Model
 
 
 @dataclass(frozen=True)
@@ -81,21 +74,7 @@ def verify(
         MMConvertError: a checkpoint that cannot be read.
     """
     options, events = options or Options(), events or Events()
-    family, other = family_of(a), family_of(b)
-    if family.converter != other.converter:
-        raise CheckpointError(
-            f"{a} is a checkpoint of {family.name}, {b} of {other.name}", "two of one family"
-        )
-    hf = [hf_model(family, folder, options) if is_hf(folder) else None for folder in (a, b)]
-    hint = hf[0] or hf[1]
-    mm = [
-        None if model else mm_model(family, folder, ParallelConfig(), hint, options, prefix="")
-        for folder, model in zip((a, b), hf, strict=True)
-    ]
-    canonical = any(found[0].variant.canonical for found in mm if found)
-    left, right = (
-        _hf_side(one, canonical) if one else _mm_side(two) for one, two in zip(hf, mm, strict=True)
-    )
+    left, right = (opened.side for opened in open_pair(a, b, options))
     _leave_out_text(left, right, events)
     _check_alike(a, b, left, right)
     pairs = build_comparison(left, right)
@@ -106,19 +85,6 @@ def verify(
     found += compare.not_zero(pairs.zeros_a, left.stored)
     found += compare.not_zero(pairs.zeros_b, right.stored)
     return Verdict(len(left.wholes), nbytes, found)
-
-
-def _hf_side(model: Model, canonical: bool) -> Side:
-    """An HF checkpoint in the structure of the MM checkpoint that it is compared with."""
-    variant = replace(model.variant, canonical=canonical, vit_qkv="interleaved")
-    return hf_side(model.family.modules(variant), model.dims, model.hf_tensors)
-
-
-def _mm_side(found: tuple[Model, Layout, Parts] | None) -> Side:
-    assert found is not None  # noqa: S101 - narrows the type: what is not HF was opened as MM
-    model, layout, parts = found
-    side = mm_source(model.modules, model.dims, layout, parts)
-    return reorder(side, model.modules, model.plain_modules, model.dims)
 
 
 def _leave_out_text(left: Side, right: Side, events: Events) -> None:

@@ -26,6 +26,7 @@ LAYOUT = "--cfg.parallel_config.llm_pp_layers [12,16] --cfg.parallel_config.vit_
 TOOLS = {
     "verify": "A B compares two checkpoints, Hugging Face or MM, in any two layouts",
     "roundtrip": "HF_DIR proves for CI that what comes back from MM format is what went in",
+    "diff": "A B measures how far apart two checkpoints are, by tensor, layer and module",
     "inspect": "PATH says what a checkpoint is, with a picture of its layout",
     "suggest": "HF_DIR --pp N balances the layers over the pipeline and prints the command",
     "completion": "bash|zsh prints a script that completes these words in the shell",

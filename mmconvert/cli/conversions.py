@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from mmconvert import config
 from mmconvert.cli import AUTO, VERBS
 from mmconvert.cli.arguments import Command, read
-from mmconvert.cli.screen import amount, screen_events
+from mmconvert.cli.screen import screen_events
 from mmconvert.config import HFToMM, MMToHF, Resplit
+from mmconvert.words import amount
 
 if TYPE_CHECKING:
     from mmconvert.result import Result

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mmconvert.cli.screen import amount
 from mmconvert.names import summarise
 from mmconvert.result import Result
+from mmconvert.words import amount
 
 SHOWN = 40  # files that are listed
 

@@ -72,12 +72,3 @@ def screen_events(*, quiet: bool) -> Iterator[Events]:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         yield Bars(progress)
-
-
-def amount(nbytes: float) -> str:
-    """Bytes in words: 512 B, 12.3 kB, 12.3 MB, 4.42 GB."""
-    if nbytes >= 1e9:
-        return f"{nbytes / 1e9:.2f} GB"
-    if nbytes >= 1e6:
-        return f"{nbytes / 1e6:.1f} MB"
-    return f"{nbytes / 1e3:.1f} kB" if nbytes >= 1e3 else f"{nbytes:.0f} B"

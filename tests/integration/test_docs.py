@@ -27,7 +27,7 @@ README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 CONTRIBUTING, FORMATS = ROOT / "CONTRIBUTING.md", ROOT / "docs" / "formats.md"
 DOCS = [README, CHINESE, CONTRIBUTING, FORMATS, ROOT / "CHANGELOG.md"]
 # "0.04 s" and "231.6 MB/s", padded or not
-TIMES = re.compile(r"\b\d+\.\d+ s\b(, [\d.]+ [MG]B/s)?")
+TIMES = re.compile(r"\b\d+\.\d+ s\b(, [\d.]+ [kMG]B/s)?")
 RUN = {"bash", "console"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

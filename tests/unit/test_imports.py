@@ -18,8 +18,8 @@ import mmconvert
 
 PACKAGE = Path(mmconvert.__file__).parent
 
-# Everyone may import `errors` and `version`.
-ANYONE = {"errors", "version"}
+# Everyone may import these: errors, the version, numbers and names in words.
+ANYONE = {"errors", "version", "words"}
 
 # Module -> what else of the package it may import, also inside functions. `room.*` stands for
 # every module of a sub-package. Keys with `*` hold for modules that have no line of their own.
@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "version": set(),
     "events": set(),
     "names": set(),
+    "words": set(),
     "sharding.stages": set(),
     "sharding.spans": set(),
     "sharding.layout": {"sharding.stages"},
@@ -65,6 +66,9 @@ ALLOWED: dict[str, set[str]] = {
     "result": {"estimate", "moving", "plan", "sharding.layout"},
     "differences": {"plan", "stored"},
     "values": {"stored"},
+    "measure": {"stored", "values"},
+    "distance": {"blockio", "fileio", "jobs", "measure", "plan", "stored"},
+    "diffresult": {"distance"},
     "compare": {"blockio", "differences", "fileio", "jobs", "stored", "plan", "values"},
     "output": {"sharding.layout"},
     # opening checkpoints
@@ -87,13 +91,23 @@ ALLOWED: dict[str, set[str]] = {
         "sides.*",
         *("sources.*", "sharding.*"),
     },
+    "pairing": {
+        *("config", "plan", "recognise", "sharding.layout", "sides.*", "sources.*"),
+    },
     "verification": {
-        *("compare", "config", "differences", "events", "jobs", "manifest", "names", "plan"),
-        *("recognise", "sharding.layout", "sides.*", "sources.*"),
+        *("compare", "config", "differences", "events", "jobs", "manifest", "names"),
+        *("pairing", "plan"),
+    },
+    "diff": {
+        *("config", "converters.family", "differences", "diffresult", "distance", "events"),
+        *("formats.megatron", "jobs", "names", "pairing", "plan", "sources.model", "stored"),
+    },
+    "contents": {
+        *("converters.family", "formats.hf", "names", "sharding.*", "stored", "words"),
     },
     "inspection": {
-        *("config", "formats.*", "recognise", "sharding.layout", "sides.*", "sources.*"),
-        "stored",
+        *("config", "contents", "converters.*", "formats.*", "recognise", "sharding.layout"),
+        *("sides.*", "sources.*", "stored"),
     },
     # balancing a pipeline
     "balance.effort": set(),
@@ -130,11 +144,22 @@ ALLOWED: dict[str, set[str]] = {
         "recognise",
         *("result", "sharding.stages", "verification"),
     },
+    # what was found, as text, pictures and pages
+    "report.data": {"diffresult", "distance"},
+    "report.text": {"diffresult", "report.chart", "words"},
+    "report.files": set(),
+    "report.style": set(),
+    "report.svg": {"report.style", "words"},
+    "report.grid": {"contents", "report.*", "sharding.*", "words"},
+    "report.stacks": {"contents", "report.*", "words"},
+    "report.chart": {"report.svg"},
+    "report.page": {"report.style", "report.svg"},
+    "report.diffpage": {"diffresult", "report.*"},
+    "report.inspectpage": {"inspection", "report.*", "sharding.*", "stored", "words"},
     # the shell
-    "picture": {"sharding.*"},
     "cli": {"cli.*", "config", "converters.*", "group"},
     "cli.arguments": {"config", "sharding.*"},
-    "cli.screen": {"events"},
+    "cli.screen": {"events", "words"},
     "cli.conversions": {
         *("cli", "cli.*", "config", "convert", "converters.*", "group", "recognise", "result"),
     },
@@ -143,15 +168,17 @@ ALLOWED: dict[str, set[str]] = {
     "cli.tools.roundtrip": {"api", "cli.*", "config", "recognise", "roundtrip"},
     "cli.tools.junit": set(),
     "cli.tools.completion": {"cli", "converters.*"},
-    "cli.tools.inspect": {"cli.*", "inspection", "picture", "sharding.layout"},
     "cli.tools.suggest": {"cli.*", "balance.*"},
+    "picture": {"contents", "sharding.*", "words"},
+    "cli.tools.diff": {"cli.*", "config", "diff", "diffresult", "report.*", "words"},
+    "cli.tools.inspect": {"cli.*", "config", "inspection", "picture", "report.*", "words"},
     "__main__": {"cli"},
     "__init__": {"api", "config"},
 }
 
 # Libraries beside the standard library: who may import them at all.
 LIBRARIES: dict[str, set[str]] = {
-    "numpy": {"values"},
+    "numpy": {"measure", "values"},
     "rich": {"cli.screen", "cli.tools.*", "picture"},
     "tyro": {"cli.arguments", "cli.tools.*"},
     "yaml": {"cli.arguments"},

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from mmconvert.cli.arguments import read_plain
-from mmconvert.cli.screen import amount
-from mmconvert.sharding.layout import Layout
+from mmconvert.config import MaybePath
+from mmconvert.report.files import check_reports
+from mmconvert.words import amount, printable
+
+if TYPE_CHECKING:
+    from mmconvert.inspection import Inspection
+
+LONG = 2000  # characters of a note
 
 
 @dataclass(frozen=True)
@@ -21,46 +28,78 @@ class Inspected:
     """A checkpoint folder, Hugging Face or MM, or one rank file."""
     tensors: bool = False
     """List every tensor."""
+    html: MaybePath = None
+    """Write a report to this file: one HTML page with the picture, which needs nothing else."""
+    svg: MaybePath = None
+    """Write the picture alone to this file."""
+    overwrite: bool = False
+    """Replace an existing report or picture."""
     json: bool = False
     """Print the result, or the error, as JSON."""
     debug: bool = False
     """Add the traceback to errors."""
 
 
+KINDS = {"hf": "Hugging Face checkpoint", "mm": "MM checkpoint", "mm_rank_file": "MM rank file"}
+
+
 def run(words: list[str]) -> int:
     """Looks, and shows."""
-    text = "What a checkpoint is: kind, family, sizes; for MM the layout, as a picture."
+    text = "What a checkpoint is: kind, family, sizes; what lies where, as a picture."
     prog = "mm-convert inspect"
-    asked = read_plain(Inspected, words, prog, f"{text}\n\nexample:\n  {prog} MM_DIR")
+    example = f"{prog} MM_DIR --html report.html --svg layout.svg"
+    asked = read_plain(Inspected, words, prog, f"{text}\n\nexample:\n  {example}")
     from mmconvert import inspection
 
+    reports = check_reports(asked.html, asked.svg, overwrite=asked.overwrite)
     found = inspection.inspect(asked.path)
+    _write(found, asked)
     if asked.json:
         listing = [[t.name, t.dtype, list(t.shape), str(t.path)] for t in found.listing]
         extra = {"listing": listing} if asked.tensors else {}
         print(json.dumps(found.as_dict() | extra))
         return 0
-    kinds = {"hf": "Hugging Face checkpoint", "mm": "MM checkpoint", "mm_rank_file": "MM rank file"}
-    print(f"{asked.path}: {kinds[found.kind]}, {found.family or 'unknown family'}")
+    _show(found, asked)
+    for path in reports:
+        print(f"written: {path}")
+    return 0
+
+
+def _write(found: Inspection, asked: Inspected) -> None:
+    """The files that were asked for."""
+    if asked.html is None and asked.svg is None:
+        return
+    from mmconvert.report.files import write_report
+    from mmconvert.report.inspectpage import inspect_page, inspect_svg
+
+    if asked.html:
+        text = inspect_page(found, asked.path, tensors=asked.tensors)
+        write_report(asked.html, text, overwrite=asked.overwrite)
+    if asked.svg:
+        write_report(asked.svg, inspect_svg(found, asked.path), overwrite=asked.overwrite)
+
+
+def _show(found: Inspection, asked: Inspected) -> None:
+    """The facts, the picture and, if asked for, the tensors on the terminal."""
+    from rich.console import Console
+
+    from mmconvert.picture import boxes_table, layout_table
+
+    family = found.family or "unknown family"
+    print(f"{printable(str(asked.path), LONG)}: {KINDS[found.kind]}, {family}")
     print(
         f"{found.parameters:,} parameters, {'/'.join(found.dtype)}, {found.tensors} tensors, ",
         end="",
     )
     print(amount(found.nbytes) + (f", iteration {found.iteration}" if found.iteration else ""))
     for note in found.notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note, LONG)}")
     if found.layout is not None:
-        show_layout(found.layout)
+        sizes = {b.chunk: b.nbytes for b in found.boxes if b.chunk is not None}
+        Console().print(layout_table(found.layout, sizes=sizes))
+    elif found.boxes:
+        Console().print(boxes_table(found.boxes, "weight file" if found.kind == "hf" else "part"))
     if asked.tensors:
         for t in found.listing:
-            print(f"{t.name}  {t.dtype} {list(t.shape)}  {t.path.parent.name}/{t.path.name}")
-    return 0
-
-
-def show_layout(layout: Layout) -> None:
-    """Draws a layout in the terminal."""
-    from rich.console import Console
-
-    from mmconvert.picture import layout_table
-
-    Console().print(layout_table(layout))
+            place = f"{t.path.parent.name}/{t.path.name}"
+            print(f"{printable(t.name)}  {t.dtype} {list(t.shape)}  {place}")

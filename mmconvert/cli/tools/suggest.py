@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mmconvert.cli.arguments import read_plain
-from mmconvert.cli.screen import amount, screen_events
+from mmconvert.cli.screen import screen_events
+from mmconvert.words import amount
 
 if TYPE_CHECKING:
     from mmconvert.balance.suggestion import Suggestion

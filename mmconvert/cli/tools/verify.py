@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 import tyro
 
 from mmconvert.cli.arguments import read_plain
-from mmconvert.cli.screen import amount, screen_events
+from mmconvert.cli.screen import screen_events
 from mmconvert.config import NO_PATTERNS, Options, Patterns
+from mmconvert.words import amount
 
 DIFFERENT = 1
 SHOWN = 5  # differences that are printed

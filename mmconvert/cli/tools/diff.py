@@ -1,0 +1,98 @@
+"""The command ``diff``: how far apart are two checkpoints?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from mmconvert.cli.arguments import read_plain
+from mmconvert.cli.screen import screen_events
+from mmconvert.config import NO_PATTERNS, MaybePath, Options, Patterns
+from mmconvert.errors import RequestError
+from mmconvert.report.files import check_reports
+from mmconvert.words import printable
+
+if TYPE_CHECKING:
+    from mmconvert.diffresult import Diff
+
+LONG = 2000  # characters of a note
+DIFFERENT = 1
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two checkpoints."""
+
+    a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
+    """A checkpoint folder, Hugging Face or MM: what is measured against, such as the base model."""
+    b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
+    """Another one, such as the trained model."""
+    top: int = 20
+    """Number of tensors that are listed, the largest relative L2 first; 0 lists all that differ."""
+    names: Literal["mm", "hf"] = "mm"
+    """Name tensors as MM does, with the model's layer numbers, or as Hugging Face does."""
+    html: MaybePath = None
+    """Write a report to this file: one HTML page with charts, which needs nothing else."""
+    svg: MaybePath = None
+    """Write the charts alone to this file."""
+    overwrite: bool = False
+    """Replace an existing report or picture."""
+    drop: Patterns = NO_PATTERNS
+    """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
+    vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"
+    """How the MM checkpoints order the rows of the vision encoder's q, k and v."""
+    workers: int = 0
+    """Number of threads; 0 takes one for each core."""
+    json: bool = False
+    """Print the result, or the error, as JSON."""
+    quiet: bool = False
+    """Print nothing; the exit code is the answer."""
+    debug: bool = False
+    """Add the traceback to errors."""
+
+
+ABOUT = """How far apart are two checkpoints? Relative L2 is ||A - B|| / ||A||, by tensor, layer and
+module. Exit code 0 if all numbers are equal, 1 if not."""
+
+
+def run(words: list[str]) -> int:
+    """Measures, and shows; exit code 1 if anything differs."""
+    prog = "mm-convert diff"
+    example = f"{prog} BASE_DIR TRAINED_DIR --top 5 --html report.html"
+    pair = read_plain(Pair, words, prog, f"{ABOUT}\n\nexample:\n  {example}")
+    if pair.top < 0:
+        raise RequestError(f"--top is {pair.top}", "a number of tensors, or 0 for all")
+    from mmconvert.diff import diff
+    from mmconvert.report.data import diff_dict
+    from mmconvert.report.text import lines_of
+
+    reports = check_reports(pair.html, pair.svg, overwrite=pair.overwrite)
+    with screen_events(quiet=pair.quiet) as events:
+        options = Options(workers=pair.workers, drop=pair.drop, vit_qkv=pair.vit_qkv)
+        found = diff(pair.a, pair.b, options, events)
+        for note in found.notes:
+            events.note(printable(note, LONG))
+    _write(found, pair)
+    if pair.json:
+        print(json.dumps(diff_dict(found, pair.top)))
+    elif not pair.quiet:
+        unicode = "utf" in (sys.stdout.encoding or "").lower()
+        lines = lines_of(found, pair.top, hf_names=pair.names == "hf", unicode=unicode)
+        print("\n".join([*lines, *(f"written: {path}" for path in reports)]))
+    return 0 if found.equal else DIFFERENT
+
+
+def _write(found: Diff, pair: Pair) -> None:
+    """The files that were asked for."""
+    from mmconvert.report.diffpage import diff_page, diff_svg
+    from mmconvert.report.files import write_report
+
+    if pair.html:
+        write_report(pair.html, diff_page(found, pair.top), overwrite=pair.overwrite)
+    if pair.svg:
+        write_report(pair.svg, diff_svg(found), overwrite=pair.overwrite)

@@ -1,0 +1,163 @@
+"""What a diff found: figures by tensor, by layer and by module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmconvert.distance import Totals
+
+NOT_CONVERTED = "not converted"  # tensors of HF checkpoints that have no place in MM format
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One of the two checkpoints: ``kind`` is hf or mm, ``iteration`` is "" for hf."""
+
+    path: Path
+    kind: str
+    family: str
+    dtypes: tuple[str, ...]
+    iteration: str = ""
+
+
+@dataclass(frozen=True)
+class At:
+    """An element: the stored tensor in words ("" where nothing is stored), index, value."""
+
+    place: str
+    index: tuple[int, ...]
+    value: float
+
+
+@dataclass(frozen=True)
+class TensorDistance:
+    """One whole tensor.
+
+    Attributes:
+        name: the MM name with the model's layer number.
+        hf_names: the HF tensors that it is made of.
+        module: the module's MM name.
+        layer: its number, or ``in`` or ``out`` for what stands before or after the layers.
+        shape: of the whole.
+        dtype_a, dtype_b: as stored.
+        totals: the figures.
+        a, b: where the largest difference is; None if nothing differs.
+    """
+
+    name: str
+    hf_names: tuple[str, ...]
+    module: str
+    layer: int | str
+    shape: tuple[int, ...]
+    dtype_a: str
+    dtype_b: str
+    totals: Totals
+    a: At | None
+    b: At | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors together: a module (``layer`` None), or one layer of it."""
+
+    module: str
+    layer: int | str | None
+    tensors: int
+    changed: int
+    totals: Totals
+
+
+@dataclass(frozen=True)
+class OtherShape:
+    """A tensor that has another shape in B, so that nothing can be compared."""
+
+    name: str
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Diff:
+    """The outcome.
+
+    Attributes:
+        a, b: the checkpoints.
+        tensors: every tensor compared, in the model's order.
+        only_a, only_b: names of tensors that the other has not.
+        other_shapes: tensors that could not be compared.
+        nbytes: bytes of A that were compared.
+        notes: what is worth knowing.
+    """
+
+    a: Facts
+    b: Facts
+    tensors: list[TensorDistance]
+    only_a: list[str]
+    only_b: list[str]
+    other_shapes: list[OtherShape]
+    nbytes: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def equal(self) -> bool:
+        """Whether both hold the same tensors with the same numbers."""
+        return not (self.changed() or self.only_a or self.only_b or self.other_shapes)
+
+    @property
+    def totals(self) -> Totals:
+        """All tensors together."""
+        return _sum(t.totals for t in self.tensors)
+
+    def changed(self) -> list[TensorDistance]:
+        """The tensors that differ, the largest relative L2 first."""
+        found = [t for t in self.tensors if t.totals.different]
+        return sorted(found, key=lambda t: (-t.totals.relative, -t.totals.largest, t.name))
+
+    def odd(self) -> list[TensorDistance]:
+        """The tensors that hold NaN or infinite values."""
+        return [t for t in self.tensors if t.totals.odd]
+
+    def modules(self) -> list[Group]:
+        """Each module's tensors together, the largest relative L2 first."""
+        return sorted(
+            _grouped(self.tensors, lambda t: (t.module, None)), key=lambda g: -g.totals.relative
+        )
+
+    def layers(self) -> list[Group]:
+        """Each layer's tensors together, in the model's order."""
+        rest = [t for t in self.tensors if t.module != NOT_CONVERTED]
+        order = {"in": -1, "out": 1 << 30}
+        modules = list(dict.fromkeys(t.module for t in rest))
+        groups = _grouped(rest, lambda t: (t.module, t.layer))
+        return sorted(
+            groups,
+            key=lambda g: (
+                modules.index(g.module),
+                g.layer if isinstance(g.layer, int) else order[str(g.layer)],
+            ),
+        )
+
+
+def _grouped(
+    tensors: Iterable[TensorDistance],
+    key: Callable[[TensorDistance], tuple[str, int | str | None]],
+) -> list[Group]:
+    groups: dict[tuple[str, int | str | None], list[TensorDistance]] = {}
+    for tensor in tensors:
+        groups.setdefault(key(tensor), []).append(tensor)
+    return [
+        Group(
+            *(module, layer, len(found), sum(t.totals.different > 0 for t in found)),
+            _sum(t.totals for t in found),
+        )
+        for (module, layer), found in groups.items()
+    ]
+
+
+def _sum(parts: Iterable[Totals]) -> Totals:
+    total = Totals()
+    for part in parts:
+        total = total.plus(part)
+    return total

@@ -1,0 +1,1 @@
+"""Reports: pictures and pages as text, JSON forms, and the files that take them."""

@@ -1,0 +1,78 @@
+"""The report of ``inspect``: one page, or its picture alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmconvert.inspection import Inspection
+from mmconvert.report import page
+from mmconvert.report.grid import layout_drawing
+from mmconvert.report.stacks import stacks_drawing
+from mmconvert.report.svg import Drawing
+from mmconvert.sharding.layout import GRID_FLAG
+from mmconvert.sharding.stages import show
+from mmconvert.stored import StoredTensor
+from mmconvert.words import amount
+
+KINDS = {"hf": "Hugging Face checkpoint", "mm": "MM checkpoint", "mm_rank_file": "MM rank file"}
+
+
+def title_of(found: Inspection, path: Path) -> str:
+    """One line: name, kind, family, size. A rank file is called by its folder too."""
+    name = path.name or str(path)
+    name = f"{path.parent.name}/{name}" if found.kind == "mm_rank_file" else name
+    family = f", {found.family}" if found.family else ""
+    return f"{name}: {KINDS[found.kind]}{family}, {amount(found.nbytes)}"
+
+
+def inspect_drawing(found: Inspection, title: str) -> Drawing:
+    """The picture that fits the kind."""
+    if found.layout is not None:
+        return layout_drawing(found.layout, found.boxes, title)
+    return stacks_drawing(
+        found.boxes, title, "weight file" if found.kind == "hf" else "model chunk"
+    )
+
+
+def inspect_svg(found: Inspection, path: Path) -> str:
+    """The picture as a file of its own."""
+    title = title_of(found, path)
+    return inspect_drawing(found, title).standalone(title)
+
+
+def inspect_page(found: Inspection, path: Path, *, tensors: bool) -> str:
+    """The whole page; ``tensors`` lists every stored tensor."""
+    facts = {
+        "path": str(path),
+        "kind": KINDS[found.kind],
+        "family": found.family,
+        "parameters": f"{found.parameters:,}",
+        "dtype": ", ".join(found.dtype),
+        "tensors": f"{found.tensors:,}",
+        "bytes": f"{found.nbytes:,} ({amount(found.nbytes)}), every copy counted",
+        "iteration": found.iteration,
+    }
+    if found.layout is not None:
+        facts |= {GRID_FLAG[key]: show(grid) for key, grid in found.layout.grids.items()}
+    parts = [page.heading(title_of(found, path), 1), page.facts(facts)]
+    parts += [page.bullets(found.notes)] if found.notes else []
+    parts.append(page.picture(inspect_drawing(found, "What lies where"), title_of(found, path)))
+    parts.append(page.heading("In figures"))
+    rows = [
+        (box.name, "; ".join(h.words for h in box.holdings), f"{box.tensors:,}", f"{box.nbytes:,}")
+        for box in found.boxes
+    ]
+    parts.append(page.table(("place", "holds", "tensors", "bytes"), rows, "ttnn"))
+    if tensors:
+        listed = [
+            (t.name, t.dtype, "x".join(map(str, t.shape)) or "scalar", f"{t.nbytes:,}", _file(t))
+            for t in found.listing
+        ]
+        parts.append(page.heading("Tensors"))
+        head = ("tensor", "dtype", "shape", "bytes", "file")
+        parts.append(page.table(head, listed, "mttnt"))
+    return page.page(title_of(found, path), parts)
+
+
+def _file(tensor: StoredTensor) -> str:
+    return f"{tensor.path.parent.name}/{tensor.path.name}"

@@ -1,0 +1,175 @@
+"""A diff as lines for a terminal: plain text, names at the end of lines so that none is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mmconvert.diffresult import Diff, Facts, Group, TensorDistance
+from mmconvert.report.chart import Axis, axis_for
+from mmconvert.words import amount, printable
+
+BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "12345678"
+KINDS = {"hf": "Hugging Face", "mm": "MM"}
+LISTED = 5  # names of tensors that only one side has
+Name = Callable[[TensorDistance], str]
+
+
+def percent(part: int, whole: int) -> str:
+    """A share that is 0% only for none and 100% only for all."""
+    if part in (0, whole):
+        return "100%" if part else "0%"
+    return f"{min(99.9, max(0.1, 100 * part / whole)):.1f}%"
+
+
+def figure(value: float) -> str:
+    """A relative or absolute difference in four figures; 0 is exact."""
+    return "0" if value == 0 else f"{value:.3e}"
+
+
+def facts(side: Facts) -> str:
+    """A checkpoint in one line."""
+    more = f", iteration {side.iteration}" if side.iteration else ""
+    dtypes = "/".join(side.dtypes)
+    return f"{printable(str(side.path))} ({KINDS[side.kind]}, {side.family}, {dtypes}{more})"
+
+
+def headline(found: Diff) -> str:
+    """The outcome in one sentence."""
+    size, count = amount(found.nbytes), len(found.tensors)
+    changed = len(found.changed())
+    if found.equal:
+        return f"equal: {count} tensors, {size} compared as numbers"
+    words = f"{changed} of {count} tensors differ" if changed else f"{count} tensors are equal"
+    if changed:
+        t = found.totals
+        words += (
+            f": relative L2 {figure(t.relative)}, largest difference {figure(t.largest)}, "
+            f"{percent(t.different, t.elements)} of the elements"
+        )
+    for what, names in (("only in A", found.only_a), ("only in B", found.only_b)):
+        words += f"; {len(names)} {what}" if names else ""
+    if found.other_shapes:
+        words += f"; {len(found.other_shapes)} of other shapes"
+    return words
+
+
+def lines_of(found: Diff, top: int, *, hf_names: bool, unicode: bool) -> list[str]:
+    """The whole report.
+
+    Args:
+        top: number of tensors listed; 0 for all.
+        hf_names: name tensors as Hugging Face does.
+        unicode: whether block characters can be shown.
+    """
+    lines = [f"A  {facts(found.a)}", f"B  {facts(found.b)}", headline(found)]
+    changed = found.changed()
+    if changed:
+        lines += ["", *_modules(found.modules())]
+        lines += ["", *_layers(found.layers(), BLOCKS if unicode else ASCII)]
+        shown = changed[:top] if top else changed
+        lines += ["", *_tensors(shown, len(changed), _hf_name if hf_names else _mm_name)]
+    lines += _odd(found.odd()) if found.odd() else []
+    for what, names in (("only in A", found.only_a), ("only in B", found.only_b)):
+        lines += ["", f"{what}: {_some(names)}"] if names else []
+    if found.other_shapes:
+        words = [f"{s.name} {list(s.a)} and {list(s.b)}" for s in found.other_shapes]
+        lines += ["", f"other shapes: {_some(words)}"]
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(map(printable, names[:LISTED])) + (f" and {more} more" if more > 0 else "")
+
+
+def _mm_name(t: TensorDistance) -> str:
+    return t.name
+
+
+def _hf_name(t: TensorDistance) -> str:
+    return " + ".join(t.hf_names) or t.name
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned columns: the last one, a name, to the left, the others to the right."""
+    table = [head, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(head) - 1)]
+    return [
+        "  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[-1]])
+        for row in table
+    ]
+
+
+def _modules(groups: Sequence[Group]) -> list[str]:
+    head = ("relative L2", "largest", "tensors", "elements", "module")
+    return _table(
+        head,
+        [
+            (
+                figure(g.totals.relative),
+                figure(g.totals.largest),
+                f"{g.changed}/{g.tensors}",
+                percent(g.totals.different, g.totals.elements),
+                g.module,
+            )
+            for g in groups
+        ],
+    )
+
+
+def _layers(groups: Sequence[Group], levels: str) -> list[str]:
+    """One line for each module that changed: a bar for each layer, on the scale of the charts."""
+    by_module: dict[str, list[Group]] = {}
+    for group in groups:
+        if isinstance(group.layer, int):
+            by_module.setdefault(group.module, []).append(group)
+    lines: list[str] = []
+    for module, found in by_module.items():
+        if not any(group.changed for group in found):
+            continue
+        axis = axis_for([g.totals.relative for g in found])
+        bars = "".join(_level(g, axis, levels) for g in found)
+        most = max(found, key=lambda g: g.totals.relative)
+        least = min(found, key=lambda g: g.totals.relative)
+        scale = " (log scale)" if axis.low else ""
+        lines.append(
+            f"{module} layers 0-{len(found) - 1}  {bars}{scale}  most "
+            f"{figure(most.totals.relative)} in layer {most.layer}, least "
+            f"{figure(least.totals.relative)} in layer {least.layer}"
+        )
+    return lines
+
+
+def _level(group: Group, axis: Axis, levels: str) -> str:
+    """A layer as one character: ! for NaN or infinite values, . for no difference."""
+    if group.totals.odd:
+        return "!"
+    share = axis.share(group.totals.relative)
+    return levels[min(len(levels) - 1, int(share * len(levels)))] if share else "."
+
+
+def _odd(tensors: Sequence[TensorDistance]) -> list[str]:
+    lines = [
+        f"{printable(t.name)}: A {t.totals.nan_a} NaN, {t.totals.inf_a} infinite; "
+        f"B {t.totals.nan_b} NaN, {t.totals.inf_b} infinite"
+        for t in tensors[:LISTED]
+    ]
+    more = len(tensors) - LISTED
+    return ["", *lines, *([f"and {more} more tensors with such values"] if more > 0 else [])]
+
+
+def _tensors(shown: Sequence[TensorDistance], changed: int, name: Name) -> list[str]:
+    head = ("relative L2", "largest", "A", "B", "elements", f"tensor ({len(shown)} of {changed})")
+    return _table(
+        head,
+        [
+            (
+                figure(t.totals.relative),
+                figure(t.totals.largest),
+                *((f"{t.a.value:g}", f"{t.b.value:g}") if t.a and t.b else ("", "")),
+                percent(t.totals.different, t.totals.elements),
+                printable(name(t)),
+            )
+            for t in shown
+        ],
+    )

@@ -1,0 +1,45 @@
+"""Numbers and names as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+LONGEST = 200  # characters of a name; a name comes from a file and may have any length
+_UNITS = ((1e9, "GB", 2), (1e6, "MB", 1), (1e3, "kB", 1))
+
+
+def amount(nbytes: float) -> str:
+    """Bytes in words: 512 B, 7.1 kB, 12.3 MB, 4.42 GB."""
+    for size, unit, digits in _UNITS:
+        if nbytes >= size:
+            return f"{nbytes / size:.{digits}f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def printable(text: str, longest: int = LONGEST) -> str:
+    """A name from a file, safe to show: control and invisible characters escaped, cut if long.
+
+    Terminals obey control characters, XML forbids some, text direction marks mislead readers and
+    lone surrogates cannot be encoded.
+    """
+    text = _cut(text, longest)
+    if text.isprintable():
+        return text
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return _cut("".join(shown), longest)
+
+
+def _cut(text: str, longest: int) -> str:
+    half = (longest - 3) // 2
+    return f"{text[:half]}...{text[-half:]}" if len(text) > longest else text
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers as ranges: 0-3,7."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)

@@ -1,0 +1,125 @@
+"""docs/diff.md and docs/json.md: the commands run, the outputs and keys are those shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cli import run_cli
+from commands import install
+from training import make_base, make_trained
+
+ROOT = Path(__file__).parents[2]
+PAGE, KEYS = ROOT / "docs" / "diff.md", ROOT / "docs" / "json.md"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the page after its commands; they are run here."""
+    folder = tmp_path_factory.mktemp("page")
+    make_trained(make_base(folder / "base"), folder / "trained")
+    shim = install(tmp_path_factory.mktemp("bin"))
+    env = {"PATH": f"{shim}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    (console,) = re.findall(r"^```console\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+    code = 0
+    for part in re.split(r"^\$ ", console, flags=re.MULTILINE)[1:]:
+        command = re.match(r"(?:.*\\\n)*.*\n", part)
+        assert command
+        shown = part[command.end() :]
+        if command[0] == "echo $?\n":
+            assert int(shown) == code
+            continue
+        done = subprocess.run(
+            ["bash", "-c", command[0]],
+            cwd=folder,
+            env={**os.environ, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            timeout=120,
+            check=False,
+        )
+        code = done.returncode
+        assert done.stdout == shown
+    return folder
+
+
+def test_the_commands_print_what_the_page_shows(folder: Path) -> None:
+    assert (folder / "report.html").is_file()
+
+
+def test_the_pictures_are_those_that_are_written(folder: Path) -> None:
+    run_cli("inspect", "trained_mm", "--svg", "layout.svg", cwd=folder, check=0)
+    for written, kept in (("layers.svg", "diff.svg"), ("layout.svg", "layout.svg")):
+        picture = ROOT / "docs" / "images" / kept
+        assert (folder / written).read_text() == picture.read_text()
+        assert f"(images/{kept})" in PAGE.read_text()
+        assert picture.stat().st_size < 60_000
+
+
+def flat(value: object, name: str) -> set[str]:
+    """The keys of a JSON value as docs/json.md writes them: a.b, list[].key."""
+    if isinstance(value, dict):
+        return {key for k, v in value.items() for key in flat(v, f"{name}.{k}" if name else k)}
+    if isinstance(value, list):
+        return {key for item in value for key in flat(item, f"{name}[]")} or {f"{name}[]"}
+    return {name}
+
+
+def documented(section: str) -> set[str]:
+    text = KEYS.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+FIGURES = {
+    *("elements", "different_elements", "relative_l2", "l2_difference", "l2_a"),
+    "largest_difference",
+}
+
+
+def test_the_keys_of_diff(folder: Path) -> None:
+    """Every key that is printed is described, and the other way round."""
+    done = run_cli("diff", "base", "trained_mm", "--json", cwd=folder, check=1)
+    repeated = {f"{group}[].{key}" for group in ("modules", "layers", "top") for key in FIGURES}
+    repeated |= {f"layers[].{key}" for key in ("module", "tensors", "changed")}
+    found = flat(json.loads(done.stdout), "")
+    named = documented("diff")
+    assert found - repeated <= named
+    # Lists that are empty here; their keys are compared in test_diff.py.
+    empty = {n for n in named if n.startswith(("not_finite[]", "other_shapes[]"))}
+    assert named - found - empty == {"modules[]", "layers[]", "top[]"}
+    assert {"not_finite[]", "other_shapes[]"} <= found
+
+
+def test_the_keys_of_inspect(folder: Path) -> None:
+    done = run_cli("inspect", "trained_mm", "--json", "--tensors", cwd=folder, check=0)
+    found = flat(json.loads(done.stdout), "")
+    found = {re.sub(r"^listing.*", "listing[]", name) for name in found}
+    named = documented("inspect")
+    # Qwen2-VL has no audio encoder: null stands there.
+    assert found - {"layout.audio_pp_layers"} <= named
+    assert named - found == {"contents[]", "layout", "layout.audio_pp_layers[][]"}
+
+
+def test_the_samples_have_the_keys_and_values_that_are_printed(folder: Path) -> None:
+    commands = {
+        "diff": ("diff", "base", "trained_mm", "--top", "1"),
+        "inspect": ("inspect", "trained_mm"),
+    }
+    for section, words in commands.items():
+        text = KEYS.read_text().split(f"\n## {section}\n")[1]
+        sample = re.search(r"^```text\n(.*?)^```$", text, re.M | re.S)
+        assert sample
+        shown = json.loads(sample[1].replace(", ...]", "]"))
+        got = json.loads(run_cli(*words, "--json", cwd=folder).stdout)
+        assert list(shown) == list(got)
+        for key, value in shown.items():
+            some = isinstance(value, list)
+            assert all(item in got[key] for item in value) if some else got[key] == value, key
