@@ -25,6 +25,7 @@ LAYOUT = "--cfg.parallel_config.llm_pp_layers [12,16] --cfg.parallel_config.vit_
 TOOLS = {
     "verify": "A B compares two checkpoints, Hugging Face or MM, in any two layouts",
     "inspect": "PATH says what a checkpoint is, with a picture of its layout",
+    "doctor": "PATH says what is wrong with a checkpoint, and prints the commands that mend it",
 }
 VERBS = {
     "hf_to_mm": (
