@@ -59,7 +59,7 @@ def detect_layout(
                     f"{row[chunk.rank.pp]} on tp rank 0",
                     "the same layers on all tp ranks",
                 )
-    tp = {m.key: _tp_size(m, checkpoint, dims, same) for m in modules}
+    tp = {m.key: tp_size(m, checkpoint, dims, same) for m in modules}
     return Layout(tp, {key: tuple(tuple(row) for row in grid) for key, grid in grids.items()})
 
 
@@ -71,7 +71,12 @@ def _where(checkpoint: MMCheckpoint, chunk: Chunk) -> str:
 Shards = list[StoredTensor]
 
 
-def _tp_size(module: Module, checkpoint: MMCheckpoint, dims: Dims, same: SameBytes) -> int:
+def tp_size(module: Module, checkpoint: MMCheckpoint, dims: Dims, same: SameBytes) -> int:
+    """The tensor-parallel size of one module.
+
+    Raises:
+        CheckpointError: shapes that no size explains.
+    """
     folders = checkpoint.tp_folders
     if folders == 1:
         return 1
@@ -97,6 +102,35 @@ def _tp_size(module: Module, checkpoint: MMCheckpoint, dims: Dims, same: SameByt
             if all(same(shards[r % size], t) is not False for r, t in enumerate(shards)):
                 return size
     return folders
+
+
+def likely_tp_size(module: Module, checkpoint: MMCheckpoint, dims: Dims) -> int:
+    """The size that explains most tensors, each by itself, where :func:`tp_size` finds none."""
+    folders = checkpoint.tp_folders
+    rows = _first_layer(module, checkpoint)
+    sizes = [d for d in range(1, folders + 1) if folders % d == 0]
+    return max(sizes, key=lambda size: (sum(_explains([r], size, dims) for r in rows), size))
+
+
+def fits(module: Module, checkpoint: MMCheckpoint, size: int, dims: Dims) -> bool:
+    """Whether a tensor-parallel size explains the shapes; :func:`tp_size` takes 1 of 1 as given."""
+    return _explains(_first_layer(module, checkpoint), size, dims)
+
+
+def whole_tp_size(module: Module, checkpoint: MMCheckpoint, dims: Dims) -> int:
+    """How many shards like those of tp rank 0 make the tensors that ``dims`` asks for.
+
+    1 if the tensors do not agree on a number. Larger than the number of rank folders where
+    folders are missing.
+    """
+    counts: set[float] = set()
+    for row, shards in _first_layer(module, checkpoint):
+        names = (row.cols,) if row.shard and row.shard.axis else row.rows
+        if row.shard and names and all(name in dims for name in names):
+            length = matrix(shards[0].shape)[row.shard.axis]
+            counts.add(sum(dims[name] for name in names) / length if length else 0)
+    count = counts.pop() if len(counts) == 1 else 1.0
+    return int(count) if count.is_integer() and count > 0 else 1
 
 
 def _first_layer(module: Module, checkpoint: MMCheckpoint) -> list[tuple[Row, Shards]]:
@@ -129,13 +163,13 @@ def _explains(rows: Sequence[tuple[Row, Shards]], size: int, dims: Dims) -> bool
         if row.shard:
             length = sum(matrix(t.shape)[row.shard.axis] for t in group)
             height, width = (length, width) if row.shard.axis == 0 else (height, length)
-        wanted = {row.cols: width} if row.cols else {}
+        wanted = [(row.cols, width)] if row.cols else []
         names = set(row.rows)
         if len(names) == 1 and height % len(row.rows) == 0:
-            wanted[row.rows[0]] = height // len(row.rows)
+            wanted.append((row.rows[0], height // len(row.rows)))
         elif names and names <= known.keys() and sum(known[n] for n in row.rows) != height:
             return False
-        for dim, value in wanted.items():
+        for dim, value in wanted:
             if known.setdefault(dim, value) != value:
                 return False
     return True

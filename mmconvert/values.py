@@ -67,6 +67,42 @@ def _e4m3_values() -> np.ndarray:
 _E4M3 = _e4m3_values()
 
 
+# The bits of the exponent; all set they mean infinity or NaN.
+_EXPONENT = {
+    "BF16": 0x7F80,
+    "F16": 0x7C00,
+    "F32": 0x7F80_0000,
+    "F64": 0x7FF0_0000_0000_0000,
+    "F8_E5M2": 0x7C,
+    "F8_E4M3": 0x7F,  # it has no infinity: only all bits set are NaN
+}
+
+
+class NotFinite(NamedTuple):
+    """NaN and infinity in a region: the first one's place, and how many of each there are."""
+
+    row: int
+    col: int
+    nans: int
+    infinities: int
+
+
+def not_finite(data: memoryview, dtype: str, cols: int) -> NotFinite | None:
+    """NaN and infinity among the values of a region of ``cols`` columns; None if there are none."""
+    if dtype not in _EXPONENT:
+        return None
+    item = ITEM_SIZE[dtype]
+    bits = np.frombuffer(data, f"<u{item}")
+    mask = bits.dtype.type(_EXPONENT[dtype])
+    special = (bits & mask) == mask
+    if not special.any():
+        return None
+    row, col = divmod(int(np.argmax(special)), cols)
+    magnitude = bits[special] & bits.dtype.type((1 << (8 * item - 1)) - 1)
+    infinities = 0 if dtype == "F8_E4M3" else int((magnitude == mask).sum())
+    return NotFinite(row, col, int(special.sum()) - infinities, infinities)
+
+
 def as_floats(data: np.ndarray, dtype: str) -> np.ndarray:
     """The values behind bits, as float64."""
     if dtype == "BF16":  # the upper half of a float32

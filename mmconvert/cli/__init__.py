@@ -30,6 +30,7 @@ TOOLS = {
     "inspect": "PATH says what a checkpoint is, with a picture of its layout",
     "suggest": "HF_DIR --pp N balances the layers over the pipeline and prints the command",
     "completion": "bash|zsh prints a script that completes these words in the shell",
+    "doctor": "PATH says what is wrong with a checkpoint, and prints the commands that mend it",
 }
 VERBS = {
     "hf_to_mm": (

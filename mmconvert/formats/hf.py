@@ -129,6 +129,16 @@ def _single_file(folder: Path) -> Path:
     )
 
 
+def read_index(folder: Path) -> dict[str, str]:
+    """The weight map of a folder's index: tensor name -> file name.
+
+    Raises:
+        CheckpointError: unreadable; FormatError: no weight map.
+    """
+    path = folder / INDEX
+    return _weight_map(path, parse_json(_read_small(path), path))
+
+
 def _weight_map(path: Path, index: object) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats.pickles import Inert
-from mmconvert.formats.ptfile import PtLayout, Slot, layout_pt, read_pt, write_skeleton
+from mmconvert.formats.ptfile import (
+    PtFile,
+    PtLayout,
+    Slot,
+    layout_pt,
+    read_pt,
+    write_skeleton,
+)
 from mmconvert.sharding.layout import Chunk, Layout, Rank, parse_folder
 from mmconvert.stored import StoredTensor, Target
 
@@ -107,9 +114,9 @@ def open_mm(root: Path) -> MMCheckpoint:
         file = path / RANK_FILE
         if not file.is_file():
             raise CheckpointError(f"{path} has no {RANK_FILE}", "the weights of every rank")
-        found = _read_rank_file(file, notes)
+        found = rank_parts(read_pt(file), notes)
         keys[file] = sorted(found)
-        for virtual, name in enumerate(_part_names(file, found)):
+        for virtual, name in enumerate(part_names(file, found)):
             parts[Chunk(rank, virtual)] = found[name]
     first, *others = keys
     for file in others:
@@ -167,11 +174,16 @@ def rank_file_parts(file: Path) -> dict[str, dict[str, StoredTensor]]:
     Raises:
         FormatError: a damaged file, or none of a rank.
     """
-    found = _read_rank_file(file, {})
-    return {name: found[name] for name in _part_names(file, found)}
+    found = rank_parts(read_pt(file), {})
+    return {name: found[name] for name in part_names(file, found)}
 
 
-def _part_names(file: Path, found: Iterable[str]) -> list[str]:
+def part_names(file: Path, found: Iterable[str]) -> list[str]:
+    """The keys of a rank file's model chunks, in their order.
+
+    Raises:
+        FormatError: none, or with a gap.
+    """
     names = sorted(found, key=lambda name: int(name[5:] or 0))
     if names == ["model"] or names == [f"model{i}" for i in range(len(names))] != []:
         return names
@@ -181,8 +193,16 @@ def _part_names(file: Path, found: Iterable[str]) -> list[str]:
     )
 
 
-def _read_rank_file(file: Path, notes: dict[str, int]) -> dict[str, dict[str, StoredTensor]]:
-    pt = read_pt(file)
+def rank_parts(pt: PtFile, notes: dict[str, int]) -> dict[str, dict[str, StoredTensor]]:
+    """The tensors of a rank file: by name, by key of their model chunk.
+
+    Args:
+        notes: receives the bytes of everything else, by its key.
+
+    Raises:
+        FormatError: something else than tensors among the weights.
+    """
+    file = pt.path
     found: dict[str, dict[str, StoredTensor]] = {}
     for key, value in pt.content.items():
         if not isinstance(key, str) or not _PART.fullmatch(key):

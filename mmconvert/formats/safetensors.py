@@ -71,6 +71,27 @@ def read_weight_file(path: Path) -> WeightFile:
     return WeightFile(path, header, metadata, tensors)
 
 
+def expected_size(path: Path) -> int | None:
+    """The size that a file's header asks for; None where the header itself is cut or damaged.
+
+    Raises:
+        CheckpointError: the file cannot be opened.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(min(length, MAX_HEADER))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}", "a readable file") from error
+    try:
+        entries = _parse(path, header)
+        entries.pop("__metadata__", None)
+        sizes = [e["data_offsets"][1] for e in entries.values() if isinstance(e, dict)]
+    except (FormatError, LookupError, TypeError):
+        return None
+    return 8 + length + max(sizes, default=0) if all(map(_is_size, sizes)) else None
+
+
 def _damaged(path: Path, what: str) -> FormatError:
     return FormatError(
         f"{path}: {what}", "an undamaged safetensors file", "download or copy the file again"

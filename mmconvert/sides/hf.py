@@ -8,7 +8,7 @@ from mmconvert.converters.family import ZEROS, Dims, Module, Row
 from mmconvert.errors import TensorError
 from mmconvert.names import summarise
 from mmconvert.plan import Block, Key, Side, Whole, matrix
-from mmconvert.sides.instances import instances
+from mmconvert.sides.instances import Instance, instances
 from mmconvert.stored import StoredTensor, Target
 
 
@@ -61,6 +61,42 @@ def hf_side(modules: Sequence[Module], dims: Dims, tensors: Mapping[str, StoredT
             "replace config.json or the weights by those that belong together",
         )
     return side
+
+
+def partial_hf(
+    modules: Sequence[Module], dims: Dims, tensors: Mapping[str, StoredTensor]
+) -> tuple[Side, list[Instance], list[TensorError]]:
+    """What of an HF checkpoint can be read as wholes; which rows lack tensors; what is wrong.
+
+    For looking at a damaged checkpoint; see :func:`hf_side`.
+    """
+    side = Side()
+    lacking: list[Instance] = []
+    faults: list[TensorError] = []
+    layers = {m.key: dims[f"{m.key}.layers"] for m in modules}
+    for item in instances(modules, layers):
+        names = [name.replace("{}", str(item.layer)) for name in item.row.hf if name != ZEROS]
+        found = [tensors[name] for name in names if name in tensors]
+        if len(found) < len(names):
+            lacking += [] if item.row.tied_to else [item]
+            continue
+        first = len(side.stored)
+        try:
+            whole = _fused(item.row, found, list(range(first, first + len(found))), dims)
+        except TensorError as error:
+            faults.append(error)
+            continue
+        side.stored += found
+        known = side.wholes.setdefault(item.key, whole)
+        if known is whole:
+            continue
+        if (known.shape, known.dtype) == (whole.shape, whole.dtype):
+            known.copies += whole.copies
+        else:
+            what = f"{found[0].name} is {whole.dtype} {list(whole.shape)}, the embedding that it "
+            what += f"is tied to {known.dtype} {list(known.shape)}"
+            faults.append(TensorError(what, "equal tensors"))
+    return side, lacking, faults
 
 
 def _fused(item: Row, found: Sequence[StoredTensor], numbers: Sequence[int], dims: Dims) -> Whole:

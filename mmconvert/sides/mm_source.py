@@ -51,6 +51,28 @@ def mm_source(modules: Sequence[Module], dims: Dims, layout: Layout, parts: Part
     return side
 
 
+def partial_source(
+    modules: Sequence[Module], dims: Dims, layout: Layout, parts: Parts
+) -> tuple[Side, list[tuple[StoredTensor, TensorError | ReplicaError]]]:
+    """What of an MM checkpoint can be read as wholes, and what is wrong with the rest: the
+    first shard of a tensor, and its fault.
+
+    Tensors that are missing on some tp rank are passed over; see :func:`mm_source`.
+    """
+    side = Side()
+    faults: list[tuple[StoredTensor, TensorError | ReplicaError]] = []
+    for item, stage, name in placements(modules, layout, every_tied=True):
+        chunks = [layout.chunk(tp, stage) for tp in range(layout.tp_folders)]
+        shards = [parts[c][name] for c in chunks if name in parts.get(c, {})]
+        if len(shards) < layout.tp_folders:
+            continue
+        try:
+            _add_shards(side, item, layout.tp[item.module.key], shards, dims)
+        except (TensorError, ReplicaError) as error:
+            faults.append((shards[0], error))
+    return side, faults
+
+
 def _add_shards(
     side: Side, item: Instance, size: int, shards: Sequence[StoredTensor], dims: Dims
 ) -> None:
@@ -58,8 +80,9 @@ def _add_shards(
     axis = split.axis if split else 0
     group = shards[:size]
     for rank, tensor in enumerate(shards):
-        like = group[rank % size] if split else shards[0]
-        if tensor.shape != like.shape or tensor.dtype != shards[0].dtype:
+        same_dtype = tensor.dtype == shards[0].dtype
+        like = group[rank % size] if split and same_dtype else shards[0]
+        if tensor.shape != like.shape or not same_dtype:
             raise ReplicaError(
                 f"{tensor.name}: {tensor.dtype} {list(tensor.shape)} in {tensor.path}, "
                 f"{like.dtype} {list(like.shape)} in {like.path}",

@@ -78,7 +78,7 @@ def hf_model(
     tensors = {name: t for name, t in tensors.items() if name not in carried}
     tensors = _claimed(family, table, tensors, options, notes)
     variant = Variant(
-        tied=_tied(family, table, config, tensors),
+        tied=is_tied(family, table, config, tensors),
         canonical=canonical,
         vit_qkv=options.vit_qkv,
         traits=traits,
@@ -176,7 +176,7 @@ def _said_tied(family: Family, config: Mapping[str, object]) -> bool | None:
     return said.pop() if len(said) == 1 else None
 
 
-def _tied(
+def is_tied(
     family: Family,
     table: tuple[Module, ...],
     config: Mapping[str, object],

@@ -62,7 +62,7 @@ def mm_model(
     # The manifest may say that the text decoder was left out; if it is there, it counts.
     said = content is not None and content.get("save_vit_only") is True
     vit_only = vit_only or (said and not any(name.startswith(TEXT) for name in names))
-    variant = _variant_of(family, names, checkpoint, model)
+    variant = variant_of(family, names, checkpoint, model)
     if model is not None and model.tied_known:
         tied = model.variant.tied
     else:
@@ -196,10 +196,14 @@ def _without(
     return kept, frozenset(dropped)
 
 
-def _variant_of(
+def variant_of(
     family: Family, names: set[str], checkpoint: MMCheckpoint, model: Model | None
 ) -> Variant:
-    """The variant whose table knows most of the names, and of these the smallest."""
+    """The variant whose table knows most of the names, and of these the smallest.
+
+    Raises:
+        CheckpointError: none knows any.
+    """
     candidates = family.variants
     if model is not None:
         choices = {v.canonical for v in candidates}

@@ -127,6 +127,48 @@ ALLOWED: dict[str, set[str]] = {
     "balance.suggestion": {
         *("balance.*", "converters.family", "formats.hf", "recognise", "sharding.*", "sources.*"),
     },
+    "doctor.report": set(),
+    "doctor.leftovers": {"doctor.report", "doctor.shell"},
+    "doctor.shell": {"sharding.*"},
+    "doctor.asked": {
+        *("config", "doctor.report", "doctor.shell", "formats.hf", "plan", "recognise", "sides.hf"),
+        *("sources.hf", "sources.model"),
+    },
+    "doctor.folder": {"doctor.report", "doctor.shell", "formats.megatron", "sharding.layout"},
+    "doctor.rankfiles": {
+        *("doctor.folder", "doctor.report", "doctor.shell", "formats.*", "sharding.layout"),
+        "stored",
+    },
+    "doctor.chart": {
+        *("converters.family", "doctor.folder", "doctor.report", "formats.megatron", "manifest"),
+        *("names", "recognise", "sharding.*", "sources.*", "stored"),
+    },
+    "doctor.tensors": {
+        *("converters.family", "doctor.chart", "doctor.folder", "doctor.report", "doctor.shell"),
+        *("names", "sharding.stages", "stored"),
+    },
+    "doctor.shapes": {
+        *("compare", "detect", "doctor.chart", "doctor.folder", "doctor.report", "plan"),
+        *("sharding.layout", "sides.mm_source"),
+    },
+    "doctor.values": {
+        *("blockio", "compare", "converters.family", "differences", "doctor.chart"),
+        *("doctor.report", "events", "fileio", "jobs", "plan", "sharding.layout", "sides.*"),
+        *("stored", "values"),
+    },
+    "doctor.hf_files": {
+        *("doctor.rankfiles", "doctor.report", "doctor.shell", "formats.*", "names"),
+    },
+    "doctor.single": {"doctor.*", "events", "formats.*", "sharding.layout", "stored"},
+    "doctor.mm": {
+        *("config", "doctor.*", "events", "formats.*", "manifest", "sharding.layout"),
+        *("sides.mm_source", "sources.mm"),
+    },
+    "doctor.hf": {
+        *("config", "converters.*", "doctor.*", "events", "formats.safetensors", "names"),
+        *("sides.*", "sources.hf", "stored"),
+    },
+    "doctor.examine": {"doctor.*", "events", "formats.*"},
     "loading": {
         *("blockio", "config", "converters.family", "fileio", "plan", "proof", "stored"),
         *("sharding.layout", "sides.*", "sources.*"),
@@ -172,6 +214,7 @@ ALLOWED: dict[str, set[str]] = {
     "picture": {"contents", "sharding.*", "words"},
     "cli.tools.diff": {"cli.*", "config", "diff", "diffresult", "report.*", "words"},
     "cli.tools.inspect": {"cli.*", "config", "inspection", "picture", "report.*", "words"},
+    "cli.tools.doctor": {"cli.*", "config", "doctor.*", "jobs"},
     "__main__": {"cli"},
     "__init__": {"api", "config"},
 }

@@ -1,0 +1,105 @@
+"""The command ``doctor``: what is wrong with this checkpoint, and what mends it?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from mmconvert.cli.arguments import read_plain
+from mmconvert.cli.screen import screen_events
+from mmconvert.config import MaybePath
+
+if TYPE_CHECKING:
+    from mmconvert.doctor.report import Finding, Report
+
+UNHEALTHY = 3
+KINDS = {
+    "hf": "Hugging Face checkpoint",
+    "mm": "MM checkpoint",
+    "mm_rank_file": "MM rank file",
+    "hf_weight_file": "safetensors file",
+}
+
+
+@dataclass(frozen=True)
+class Patient:
+    """What to examine."""
+
+    path: tyro.conf.Positional[Path]
+    """A checkpoint folder, Hugging Face or MM, or one of its weight files."""
+    hf_dir: MaybePath = None
+    """For MM: folder of the original Hugging Face checkpoint. Gives sizes and tied embeddings,
+    and shows whether vision q, k, v stand in the right order."""
+    quick: bool = False
+    """Do not compare copies of tensors; nearly all that is read then are headers."""
+    values: bool = False
+    """Read all data, and search it for NaN and infinity."""
+    workers: int = 0
+    """Number of threads; 0 takes one for each core."""
+    json: bool = False
+    """Print the result as JSON."""
+    quiet: bool = False
+    """Print nothing; the exit code is the answer."""
+    debug: bool = False
+    """Add the traceback to errors."""
+
+
+def run(words: list[str]) -> int:
+    """Examines; exit code 3 if anything must be mended."""
+    text = "What is wrong with a checkpoint, all of it, and the commands that mend it.\n"
+    text += "Writes nothing. Exit code 0 if it is healthy (warnings do not count), 3 if not."
+    prog = "mm-convert doctor"
+    asked = read_plain(Patient, words, prog, f"{text}\n\nexample:\n  {prog} MM_DIR --hf_dir HF_DIR")
+    from mmconvert.doctor.asked import Asked
+    from mmconvert.doctor.examine import examine
+    from mmconvert.errors import RequestError
+    from mmconvert.jobs import default_workers
+
+    if asked.workers < 0:
+        raise RequestError(f"--workers is {asked.workers}", "a number of threads, or 0")
+    wanted = Asked(asked.hf_dir, asked.quick, asked.values, asked.workers or default_workers())
+    with screen_events(quiet=asked.quiet) as events:
+        report = examine(asked.path, wanted, events)
+    if asked.json:
+        print(json.dumps(report.as_dict()))
+    elif not asked.quiet:
+        _show(report)
+    return 0 if report.healthy else UNHEALTHY
+
+
+def _show(report: Report) -> None:
+    from mmconvert.doctor.report import plain
+
+    for finding in [*report.errors(), *report.warnings()]:
+        print("\n".join(_lines(finding)))
+    for name, count in report.more.items():
+        print(f"and {count} more of {name}")
+    kind = KINDS.get(report.kind, "no checkpoint")
+    whose = f" of {report.family}" if report.family else ""
+    numbers = f"{counted(report.files, 'weight file')}, {counted(report.tensors, 'tensor')} read"
+    print(plain(f"{report.path}: {kind}{whose}, {numbers}"))
+    for words, listed in (("looked at", report.checked), ("not looked at", report.skipped)):
+        for item in listed:
+            print(plain(f"{words}: {item}"))
+    found = report.as_dict()
+    counts = f"{counted(found['errors'], 'error')}, {counted(found['warnings'], 'warning')}"
+    print(f"healthy: {counts}" if report.healthy else f"not healthy: {counts}")
+
+
+def counted(count: object, word: str) -> str:
+    """A count with its word: 1 error, 2 errors."""
+    return f"{count} {word}" + ("" if count == 1 else "s")
+
+
+def _lines(finding: Finding) -> list[str]:
+    """A finding; everything in it has passed `plain` or `quote`."""
+    lines = [f"{finding.severity} {finding.id}: {finding.what}"]
+    if finding.fix:
+        lines.append(f"  to fix: {finding.fix}")
+    if finding.command:
+        lines.append(f"  command: {finding.command}")
+    return lines
