@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mmconvert import version
 from mmconvert.errors import (
     CheckpointError,
+    DatasetError,
     DifferenceError,
     FormatError,
     LayoutError,
@@ -38,6 +39,7 @@ __version__ = version.VERSION
 
 __all__ = [
     "CheckpointError",
+    "DatasetError",
     "DifferenceError",
     "FormatError",
     "LayoutError",

@@ -6,6 +6,7 @@
     │   ├── LayoutError               sizes, stage grids or head counts that cannot work
     │   │   └── UnknownSizeError      a number that shapes do not tell, such as a head count
     │   └── OutputError               the output exists, is locked, or cannot be written
+    ├── DatasetError          exit 3  a dataset's annotation file is missing or damaged
     └── CheckpointError       exit 3  a checkpoint is missing, damaged or not what was declared
         ├── FormatError               a file breaks its format (truncated, hostile, unreadable)
         ├── TensorError               tensors missing, unclaimed, of a wrong shape or dtype
@@ -82,6 +83,12 @@ class UnknownSizeError(LayoutError):
 
 class OutputError(RequestError):
     """The output exists, is in use by another run, or cannot be written."""
+
+
+class DatasetError(MMConvertError):
+    """A dataset's annotation file is missing, damaged, or names images that are not there."""
+
+    exit_code = 3
 
 
 class CheckpointError(MMConvertError):

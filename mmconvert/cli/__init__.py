@@ -31,6 +31,7 @@ TOOLS = {
     "suggest": "HF_DIR --pp N balances the layers over the pipeline and prints the command",
     "completion": "bash|zsh prints a script that completes these words in the shell",
     "doctor": "PATH says what is wrong with a checkpoint, and prints the commands that mend it",
+    "data": "CONVERSION brings a dataset's annotations to the form that training reads",
 }
 VERBS = {
     "hf_to_mm": (
@@ -192,7 +193,7 @@ def _top_help(names: list[str]) -> str:
     converters = "\n".join(f"  {name}{about.get(name, '')}" for name in names)
     tools = "\n".join(f"  {name:<10} {text}" for name, text in TOOLS.items())
     return f"""usage: mm-convert CONVERTER VERB [flags]
-       mm-convert TOOL PATH ... [flags]
+       mm-convert TOOL WORDS ... [flags]
 
 Moves multimodal checkpoints between Hugging Face and MM format, and from any parallel
 layout to any other: complete or not at all, in bounded memory, without torch or an NPU.

@@ -25,7 +25,7 @@ from mmconvert.version import VERSION
 ROOT = Path(__file__).parents[2]
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 CONTRIBUTING, FORMATS = ROOT / "CONTRIBUTING.md", ROOT / "docs" / "formats.md"
-DOCS = [README, CHINESE, CONTRIBUTING, FORMATS, ROOT / "CHANGELOG.md"]
+DOCS = [README, CHINESE, CONTRIBUTING, FORMATS, ROOT / "docs" / "data.md", ROOT / "CHANGELOG.md"]
 # "0.04 s" and "231.6 MB/s", padded or not
 TIMES = re.compile(r"\b\d+\.\d+ s\b(, [\d.]+ [kMG]B/s)?")
 RUN = {"bash", "console"}
@@ -398,3 +398,23 @@ def test_the_family_of_contributing_is_one_that_must_be_complete(
     words = ["--cfg.hf_config.hf_dir", hf, "--cfg.mm_dir", tmp_path / "mm"]
     done = run_cli("TinyVLConverter", "hf_to_mm", *words, env=package, check=3)
     assert "vision.blocks.0.fc1.bias" in done.stderr
+
+
+def test_the_commands_on_datasets_print_what_is_shown(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    for name in ("a", "b"):
+        path = work / f"coco/train2014/COCO_train2014_{name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    values = {"a": "<image>\nWhat is this?", "b": "What is this?\n<image>", "no": "<image>\nWhat?"}
+    items: list[dict[str, object]] = [
+        {"image": f"{image}.jpg", "conversations": [{"from": "human", "value": value}]}
+        for image, value in values.items()
+    ]
+    items.append({"conversations": [{"from": "human", "value": "Hello."}]})
+    (work / "llava.json").write_text(json.dumps(items))
+    (console,) = blocks(ROOT / "docs" / "data.md", "console")
+    run_block(console, work)
+    written = json.loads((work / "qwenvl.json").read_text())
+    questions = [item["conversations"][0]["value"].split("\n")[1:] for item in written]
+    assert questions == [["What is this?"], ["What is this?"], []]

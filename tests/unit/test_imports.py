@@ -198,6 +198,9 @@ ALLOWED: dict[str, set[str]] = {
     "report.page": {"report.style", "report.svg"},
     "report.diffpage": {"diffresult", "report.*"},
     "report.inspectpage": {"inspection", "report.*", "sharding.*", "stored", "words"},
+    # datasets
+    "datasets.*": {"datasets.*"},
+    "datasets.convert": {"datasets.*", "events"},
     # the shell
     "cli": {"cli.*", "config", "converters.*", "group"},
     "cli.arguments": {"config", "sharding.*"},
@@ -215,6 +218,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli.tools.diff": {"cli.*", "config", "diff", "diffresult", "report.*", "words"},
     "cli.tools.inspect": {"cli.*", "config", "inspection", "picture", "report.*", "words"},
     "cli.tools.doctor": {"cli.*", "config", "doctor.*", "jobs"},
+    "cli.tools.data": {"cli.*", "datasets.*"},
     "__main__": {"cli"},
     "__init__": {"api", "config"},
 }
