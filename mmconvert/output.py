@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from mmconvert.errors import OutputError, cannot_write
+from mmconvert.errors import LostProcessError, OutputError, cannot_write
 from mmconvert.sharding.layout import parse_folder
 
 try:
@@ -167,7 +168,11 @@ class Output:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        kept = isinstance(error, KeyboardInterrupt) and self._keeps(self.folder)
+        with suppress(OSError):  # stopped between the two renames: the old checkpoint comes back
+            if not self._done and self._aside.exists() and not os.path.lexists(self.final):
+                self._aside.rename(self.final)
+        stopped = isinstance(error, (KeyboardInterrupt, LostProcessError))
+        kept = stopped and self._keeps(self.folder)
         if not self._done and not kept:
             shutil.rmtree(self.folder, ignore_errors=True)
             for parent in self._new_parents:  # innermost first; stops at one that is in use
