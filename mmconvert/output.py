@@ -90,8 +90,10 @@ class Output:
             )
 
     def check_room(self, nbytes: int) -> None:
-        """Raises OutputError if the disk has not ``nbytes`` free."""
+        """Raises OutputError if the disk has not ``nbytes`` free, the staging folder's included."""
         free = free_bytes(self.final)
+        if free is not None:
+            free += _room_taken(self.folder)  # an interrupted run's: filled further, or removed
         if free is not None and free < nbytes:
             raise OutputError(
                 f"{self.final}: {nbytes / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free",
@@ -119,6 +121,10 @@ class Output:
         """Makes the staging folder ours, empty but for what can be kept."""
         while True:
             self.folder.mkdir(mode=0o700, exist_ok=True)
+            if self.folder.is_symlink():  # what it points to is not ours to empty
+                raise OutputError(
+                    f"{self.folder} is a link", "no file of that name, or the rest of a run"
+                )
             if fcntl is None:
                 break
             lock = os.open(self.folder, os.O_RDONLY)
@@ -223,6 +229,16 @@ def free_bytes(path: Path) -> int | None:
             except OSError:
                 return None
     return None
+
+
+def _room_taken(folder: Path) -> int:
+    """Bytes of disk that the files below a folder take; 0 if there is none."""
+    taken = 0
+    for here, _, files in os.walk(folder):
+        for name in files:
+            with suppress(OSError):  # another run is at work there
+                taken += os.lstat(Path(here, name)).st_blocks * 512  # stat(2): units of 512 bytes
+    return taken
 
 
 def _same(descriptor: int, path: Path) -> bool:

@@ -180,7 +180,8 @@ class Run:
             overwrite=self.options.overwrite,
             keeps=lambda folder: bool(journal.read(folder, request, boots)),
         )
-        self._check_room(output, plan)
+        # Only once: a process that comes late would miss what the first one has taken already.
+        self.group.lead(lambda: self._check_room(output, plan))
         if self.options.dry_run:
             size = sum(file.nbytes for file in result.files)
             would = estimate(plan, output.final, size, self.workers)
