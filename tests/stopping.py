@@ -77,6 +77,7 @@ def main() -> int:
         nonlocal seen
         if place == "before" and seen == count:
             stop()
+            return
         note(self, job, losses)
         seen += 1
         if place == "after" and seen == count:

@@ -229,7 +229,8 @@ def test_an_interruption_keeps_what_is_done(
 def test_an_interruption_before_anything_is_done(works: dict[str, Work], out: Path) -> None:
     """Nothing to keep, so nothing stays, new parents included."""
     deep = out / "new" / "parent"
-    stopped(*works["hf_to_mm"].words(deep), number=signal.SIGINT, place="before", count=0)
+    words = works["hf_to_mm"].words(deep, "--workers", "1")
+    stopped(*words, number=signal.SIGINT, place="before", count=0)
     untouched(out)
 
 
