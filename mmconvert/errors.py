@@ -5,7 +5,8 @@
     ├── RequestError          exit 2  the request is impossible as it stands
     │   ├── LayoutError               sizes, stage grids or head counts that cannot work
     │   │   └── UnknownSizeError      a number that shapes do not tell, such as a head count
-    │   └── OutputError               the output exists, is locked, or cannot be written
+    │   ├── OutputError               the output exists, is locked, or cannot be written
+    │   └── LostProcessError          a process of torchrun's is gone
     ├── DatasetError          exit 3  a dataset's annotation file is missing or damaged
     └── CheckpointError       exit 3  a checkpoint is missing, damaged or not what was declared
         ├── FormatError               a file breaks its format (truncated, hostile, unreadable)
@@ -83,6 +84,10 @@ class UnknownSizeError(LayoutError):
 
 class OutputError(RequestError):
     """The output exists, is in use by another run, or cannot be written."""
+
+
+class LostProcessError(RequestError):
+    """Another process of the same run is gone; what was done is kept, as after an interruption."""
 
 
 class DatasetError(MMConvertError):

@@ -53,6 +53,7 @@ def _jobs(plan: Plan, targets: Sequence[StoredTensor]) -> Iterator[Job]:
         by_target[copy.dst].append(copy)
     scattered: dict[int, list[Copy]] = defaultdict(list)
     small: list[tuple[StoredTensor, list[Copy]]] = []
+    origin = Origin(plan.sources, _repeats(plan.copies) if plan.cast else frozenset())
     by_target.update({f.tensor: by_target[f.tensor] for f in plan.fills})  # all of it may be zeros
     for number, copies in by_target.items():
         target = targets[number]
@@ -66,10 +67,10 @@ def _jobs(plan: Plan, targets: Sequence[StoredTensor]) -> Iterator[Job]:
             for copy in copies:
                 scattered[copy.src].append(copy)
         else:
-            yield from _gathers(plan.sources, target, copies)
+            yield from _gathers(origin, target, copies)
     for number, copies in scattered.items():
         yield from _scatters(plan.sources[number], targets, copies)
-    yield from _batches(plan.sources, small)
+    yield from _batches(origin, small)
 
 
 # -------------------------------------------------------------------------------------- stream
@@ -193,21 +194,41 @@ def _scatter_job(
 # -------------------------------------------------------------------------------------- gather
 
 
-def _gathers(
-    sources: Sequence[StoredTensor], target: StoredTensor, copies: Sequence[Copy]
-) -> Iterator[Job]:
+class Origin(NamedTuple):
+    """What targets are put together from.
+
+    Attributes:
+        sources: the plan's.
+        repeats: (source, target) of copies that write once more what another target has too, such
+            as a norm on every tensor-parallel rank: what their casts lose is counted already.
+    """
+
+    sources: Sequence[StoredTensor]
+    repeats: frozenset[tuple[int, int]]
+
+
+def _repeats(copies: Sequence[Copy]) -> frozenset[tuple[int, int]]:
+    first: dict[tuple[int, ...], int] = {}
+    return frozenset(
+        (c.src, c.dst)
+        for c in copies
+        if first.setdefault((c.src, c.src_row, c.src_col, c.rows, c.cols), c.dst) != c.dst
+    )
+
+
+def _gathers(origin: Origin, target: StoredTensor, copies: Sequence[Copy]) -> Iterator[Job]:
     for top, bottom in _steps(0, matrix(target.shape)[0], row_bytes(target), JOB_SIZE):
-        yield _gather_job(sources, target, _cut(copies, top, bottom, source=False), top, bottom)
+        yield _gather_job(origin, target, _cut(copies, top, bottom, source=False), top, bottom)
 
 
 def _gather_job(
-    sources: Sequence[StoredTensor], target: StoredTensor, copies: list[Copy], top: int, bottom: int
+    origin: Origin, target: StoredTensor, copies: list[Copy], top: int, bottom: int
 ) -> Job:
     def run(files: Files) -> Losses:
         tally = _Tally()
         for begin, end in _steps(top, bottom, row_bytes(target), BAND):
             part = _cut(copies, begin, end, source=False)
-            _gather(files, sources, target, part, (begin, end), tally)
+            _gather(files, origin, target, part, (begin, end), tally)
         return tally.losses
 
     nbytes = (bottom - top) * row_bytes(target)
@@ -215,14 +236,14 @@ def _gather_job(
     reads = tuple(
         Span(source.path, rect_offset(source, c.src_row, 0), c.rows * row_bytes(source))
         for c in copies
-        if is_plain(source := sources[c.src])
+        if is_plain(source := origin.sources[c.src])
     )
     return Job((path,), (path, rect_offset(target, top, 0)), nbytes, run, reads)
 
 
 def _gather(
     files: Files,
-    sources: Sequence[StoredTensor],
+    origin: Origin,
     target: StoredTensor,
     copies: Sequence[Copy],
     band_rows: tuple[int, int],
@@ -237,10 +258,13 @@ def _gather(
     for c in copies:
         region = Region(c.src_row, c.src_col, c.rows, c.cols)
         window = Window(band, (c.dst_row - top) * line + c.dst_col * item, line)
-        if sources[c.src].dtype == target.dtype:
-            read_region(files, sources[c.src], region, window)
-        else:
-            _read_cast(files, sources[c.src], region, target.dtype, window, tally)
+        source = origin.sources[c.src]
+        if source.dtype == target.dtype:
+            read_region(files, source, region, window)
+            continue
+        loss = _read_cast(files, source, region, target.dtype, window)
+        if (c.src, c.dst) not in origin.repeats:
+            tally.add(place(source), loss)
     write_pieces(files, target.path, rect_offset(target, top, 0), [band])
 
 
@@ -251,13 +275,14 @@ class _Tally:
         self.losses: dict[str, Loss] = {}
 
     def add(self, name: str, loss: Loss) -> None:
-        known = self.losses.get(name, Loss(0, 0))
-        self.losses[name] = Loss(*(a + b for a, b in zip(known, loss, strict=True)))
+        if any(loss):
+            known = self.losses.get(name, Loss(0, 0))
+            self.losses[name] = Loss(*(a + b for a, b in zip(known, loss, strict=True)))
 
 
 def _read_cast(
-    files: Files, source: StoredTensor, region: Region, dtype: str, window: Window, tally: _Tally
-) -> None:
+    files: Files, source: StoredTensor, region: Region, dtype: str, window: Window
+) -> Loss:
     """Reads a region of a source in another dtype into the rows of a window."""
     from mmconvert.values import cast
 
@@ -265,34 +290,29 @@ def _read_cast(
     width = region.cols * ITEM_SIZE[dtype]
     for row in range(region.rows):
         window.row(row, width)[:] = found.bits[row * width : (row + 1) * width]
-    if found.overflowed or found.underflowed:
-        tally.add(place(source), Loss(found.overflowed, found.underflowed))
+    return Loss(found.overflowed, found.underflowed)
 
 
-def _batches(
-    sources: Sequence[StoredTensor], small: list[tuple[StoredTensor, list[Copy]]]
-) -> Iterator[Job]:
+def _batches(origin: Origin, small: list[tuple[StoredTensor, list[Copy]]]) -> Iterator[Job]:
     """Small targets of one file, put together into jobs that are worth starting."""
     small.sort(key=lambda item: (str(item[0].path), item[0].offset))
     batch: list[tuple[StoredTensor, list[Copy]]] = []
     size = 0
     for target, copies in small:
         if batch and (size >= JOB_SIZE or batch[0][0].path != target.path):
-            yield _batch_job(sources, batch, size)
+            yield _batch_job(origin, batch, size)
             batch, size = [], 0
         batch.append((target, copies))
         size += target.nbytes
     if batch:
-        yield _batch_job(sources, batch, size)
+        yield _batch_job(origin, batch, size)
 
 
-def _batch_job(
-    sources: Sequence[StoredTensor], batch: list[tuple[StoredTensor, list[Copy]]], size: int
-) -> Job:
+def _batch_job(origin: Origin, batch: list[tuple[StoredTensor, list[Copy]]], size: int) -> Job:
     def run(files: Files) -> Losses:
         tally = _Tally()
         for target, copies in batch:
-            _gather(files, sources, target, copies, (0, matrix(target.shape)[0]), tally)
+            _gather(files, origin, target, copies, (0, matrix(target.shape)[0]), tally)
         return tally.losses
 
     path = str(batch[0][0].path)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from mmconvert import errors
-from mmconvert.errors import MMConvertError, RequestError
+from mmconvert.errors import LostProcessError, MMConvertError, RequestError
 
 T = TypeVar("T")
 
@@ -125,8 +125,8 @@ def _nothing() -> Any:  # noqa: ANN401 - stands for any work
     return None
 
 
-def _lost(error: Exception) -> RequestError:
-    return RequestError(
+def _lost(error: Exception) -> LostProcessError:
+    return LostProcessError(
         f"the processes of this run have lost each other: {' '.join(str(error).split())[:200]}",
         "all of them, until the end",
         "see what the others printed; the same command goes on where it stopped",
@@ -167,6 +167,6 @@ def join() -> Group:
         RequestError: they cannot be reached.
     """
     global _current
-    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         _current = Launched()
     return _current

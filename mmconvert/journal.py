@@ -19,8 +19,11 @@ from mmconvert.jobs import Job, Losses
 from mmconvert.plan import Plan
 from mmconvert.version import VERSION
 
-PREFIX = ".mmconvert-journal"  # then a number: each process of a run keeps its own
+PREFIX = ".mmconvert-journal"  # then number and machine: each process of a run keeps its own
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # Linux, proc(5)
+
+# What reading a damaged journal may raise.
+_SENSELESS = (OSError, ValueError, TypeError, AttributeError, RecursionError)
 
 Finished = dict[str, Losses]  # by job_key
 
@@ -47,9 +50,10 @@ def request_of(plan: Plan, extra: object) -> str:
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def _state(path: Path) -> tuple[int, int]:
+def _state(path: Path) -> tuple[int, ...]:
+    """Changes whenever the file may have: its own time can be set back, that of its inode not."""
     status = path.stat()
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def job_key(job: Job, folder: Path) -> str:
@@ -60,14 +64,18 @@ def job_key(job: Job, folder: Path) -> str:
     return blake2b(words.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
 
 
-def read(folder: Path, request: str, boots: Iterable[str]) -> Finished:
+def read(folder: Path, request: str, boots: Iterable[str], files: Mapping[str, int]) -> Finished:
     """The finished jobs of earlier runs of this very request; empty if there are none.
 
     Args:
         boots: the boot ids of the machines of this run.
+        files: path below ``folder`` -> size, of the files that the jobs write. If one is not
+            there as it was left, what was done counts for nothing: a new one would be empty.
     """
     found: Finished = {}
     try:
+        if not all(_in_place(folder / name, size) for name, size in files.items()):
+            return {}
         for path in sorted(folder.glob(f"{PREFIX}.*")):
             head, *lines = path.read_bytes().split(b"\n")
             if head not in {_head(request, boot) for boot in boots if boot}:
@@ -75,19 +83,32 @@ def read(folder: Path, request: str, boots: Iterable[str]) -> Finished:
             for line in lines[:-1]:  # what follows the last newline was cut off by the kill
                 key, _, losses = line.decode("ascii").partition(" ")
                 found[key] = _losses(losses)
-    except (OSError, ValueError, TypeError, AttributeError):  # a journal that makes no sense
+    except _SENSELESS:
         return {}
     return found
+
+
+def _in_place(path: Path, size: int) -> bool:
+    """Whether a regular file of this size is there, and no link leads to it."""
+    return os.path.realpath(path) == str(path) and path.is_file() and path.stat().st_size == size
 
 
 def _head(request: str, boot: str) -> bytes:
     return f"{request} {boot}".encode()
 
 
+def _torn(path: Path) -> int:
+    """Bytes after a journal's last whole line."""
+    return len(path.read_bytes().rpartition(b"\n")[2])
+
+
 def _losses(text: str) -> Losses:
     if not text:
         return {}
-    return {name: Loss(*counts) for name, counts in json.loads(text).items()}
+    found = {name: Loss(*counts) for name, counts in json.loads(text).items()}
+    if not all(type(count) is int for loss in found.values() for count in loss):
+        raise ValueError("a loss is no number")
+    return found
 
 
 class Journal:
@@ -96,11 +117,15 @@ class Journal:
     def __init__(self, folder: Path, request: str, number: int = 0) -> None:
         """Opens it for appending; the file is made if there is none."""
         self._folder = folder
-        path = folder / f"{PREFIX}.{number}"
+        # The boot id in the name: with other machines in the next run, a process may get the
+        # number that one of another machine had, and its jobs must not pass for that machine's.
+        path = folder / f"{PREFIX}.{number}.{boot_id()}"
         new = not path.exists()
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         if new:
             os.write(self._fd, _head(request, boot_id()) + b"\n")
+        elif torn := _torn(path):
+            os.ftruncate(self._fd, path.stat().st_size - torn)
 
     def add(self, job: Job, losses: Mapping[str, Loss]) -> None:
         """A job is done. One write call, so that a kill leaves whole lines but the last."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from mmconvert.errors import OutputError, cannot_write
+from mmconvert.errors import LostProcessError, OutputError, cannot_write
 from mmconvert.sharding.layout import parse_folder
 
 try:
@@ -89,8 +90,10 @@ class Output:
             )
 
     def check_room(self, nbytes: int) -> None:
-        """Raises OutputError if the disk has not ``nbytes`` free."""
+        """Raises OutputError if the disk has not ``nbytes`` free, the staging folder's included."""
         free = free_bytes(self.final)
+        if free is not None:
+            free += _room_taken(self.folder)  # an interrupted run's: filled further, or removed
         if free is not None and free < nbytes:
             raise OutputError(
                 f"{self.final}: {nbytes / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free",
@@ -118,6 +121,10 @@ class Output:
         """Makes the staging folder ours, empty but for what can be kept."""
         while True:
             self.folder.mkdir(mode=0o700, exist_ok=True)
+            if self.folder.is_symlink():  # what it points to is not ours to empty
+                raise OutputError(
+                    f"{self.folder} is a link", "no file of that name, or the rest of a run"
+                )
             if fcntl is None:
                 break
             lock = os.open(self.folder, os.O_RDONLY)
@@ -167,7 +174,11 @@ class Output:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        kept = isinstance(error, KeyboardInterrupt) and self._keeps(self.folder)
+        with suppress(OSError):  # stopped between the two renames: the old checkpoint comes back
+            if not self._done and self._aside.exists() and not os.path.lexists(self.final):
+                self._aside.rename(self.final)
+        stopped = isinstance(error, (KeyboardInterrupt, LostProcessError))
+        kept = stopped and self._keeps(self.folder)
         if not self._done and not kept:
             shutil.rmtree(self.folder, ignore_errors=True)
             for parent in self._new_parents:  # innermost first; stops at one that is in use
@@ -218,6 +229,16 @@ def free_bytes(path: Path) -> int | None:
             except OSError:
                 return None
     return None
+
+
+def _room_taken(folder: Path) -> int:
+    """Bytes of disk that the files below a folder take; 0 if there is none."""
+    taken = 0
+    for here, _, files in os.walk(folder):
+        for name in files:
+            with suppress(OSError):  # another run is at work there
+                taken += os.lstat(Path(here, name)).st_blocks * 512  # stat(2): units of 512 bytes
+    return taken
 
 
 def _same(descriptor: int, path: Path) -> bool:

@@ -172,25 +172,33 @@ class Run:
         """Writes the output, or says what it would take."""
         plan = result.plan
         boots = set(self.group.gather(journal.boot_id()))
-        request = journal.request_of(plan, about)
+        before = _states(plan)
+        request = journal.request_of(plan, (about, result.files))
         about.pop("weight_files", None)  # the files themselves tell
+        written = {file.path: file.nbytes for file in result.files if file.tensors}
+
+        def finished(folder: Path) -> journal.Finished:
+            return journal.read(folder, request, boots, written)
+
         output = Output(
             result.output,
             inputs,
             overwrite=self.options.overwrite,
-            keeps=lambda folder: bool(journal.read(folder, request, boots)),
+            keeps=lambda folder: bool(finished(folder)),
         )
-        self._check_room(output, plan)
+        # Only once: a process that comes late would miss what the first one has taken already.
+        self.group.lead(lambda: self._check_room(output, plan))
         if self.options.dry_run:
             size = sum(file.nbytes for file in result.files)
             would = estimate(plan, output.final, size, self.workers)
             return replace(result, estimate=would, seconds=self._seconds())
 
         def stage() -> Staged:
-            finished = journal.read(output.folder, request, boots)
-            return Staged(output.folder, request, create(output.folder), finished)
+            done = finished(output.folder)
+            return Staged(output.folder, request, create(output.folder), done)
 
         def commit() -> None:
+            _check_unchanged(before, plan)
             journal.remove(output.folder)
             manifest.write(output.folder, {"command": self.command, **about, **extra})
             output.commit()
@@ -207,10 +215,9 @@ class Run:
 
     def _extra(self, plan: Plan, dst: Side, staged: Staged, moved: Moved) -> dict[str, object]:
         """What the manifest says of the data that was written."""
-        files = sorted({tensor.path for tensor in plan.sources})
         extra: dict[str, object] = {
             "cast": {"dtype": plan.cast or None, **moved.losses.as_dict()},
-            "source": {f"{p.parent.name}/{p.name}": manifest.state(p) for p in files},
+            "source": {f"{p.parent.name}/{p.name}": state for p, state in _states(plan).items()},
         }
         if self.options.digests:
             mine = dict(self.group.share(list(dst.wholes.items()), lambda _: 1))
@@ -231,6 +238,25 @@ class Run:
 
     def _seconds(self) -> float:
         return time.monotonic() - self.began
+
+
+def _states(plan: Plan) -> dict[Path, list[int]]:
+    """Size and time of every source file; raises CheckpointError if one is gone."""
+    try:
+        return {path: manifest.state(path) for path in sorted({t.path for t in plan.sources})}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}", "a readable file") from error
+
+
+def _check_unchanged(before: dict[Path, list[int]], plan: Plan) -> None:
+    """Raises CheckpointError if a source was written to meanwhile: some of it may be copied."""
+    for path, state in _states(plan).items():
+        if before[path] != state:
+            raise CheckpointError(
+                f"{path} has changed during the conversion",
+                "a file that does not change during the conversion",
+                "wait until whatever writes it has finished, and run the command again",
+            )
 
 
 def _about(source: Model, layout: Layout) -> dict[str, object]:

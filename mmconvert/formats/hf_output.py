@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,7 +158,7 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([KMG]I?B)?", text.strip().upper())
     size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
     if size < 1:
-        raise RequestError(f"--max_shard_size {text}", "a size such as 5GB, 500MB or 2GiB")
+        raise RequestError(f"--max-shard-size {text}", "a size such as 5GB, 500MB or 2GiB")
     return size
 
 
@@ -172,11 +172,19 @@ def write_dtype(folder: Path, dtype: str) -> None:
     if not path.is_file():
         raise TensorError(f"{path} was not written")
     config = read_json_file(path)
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+    for part in _objects(config):
         for key in DTYPE_KEYS:
             if isinstance(part.get(key), str):
                 part[key] = dtype
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _objects(value: object) -> Iterator[dict[str, object]]:
+    """Every JSON object in a value, at any depth: Qwen2.5-Omni's configs lie three deep."""
+    if isinstance(value, dict):
+        yield value
+        for inner in value.values():
+            yield from _objects(inner)
 
 
 def side_files(folder: Path) -> list[Path]:

@@ -34,6 +34,8 @@ from commands import (
     untouched,
 )
 from hfgen import make_hf
+from mmconvert.errors import OutputError
+from mmconvert.output import Output
 from mmread import compare_mm, modes
 
 Convert = Callable[..., Done]
@@ -561,3 +563,22 @@ def test_a_source_that_shrinks(tmp_path: Path, out: Path) -> None:
         caught(process, out)
         os.truncate(hf / "model.safetensors", 200_000)
         refused(ended(process), 3, str(hf / "model.safetensors"), out=out)
+
+
+# ---------------------------------------------------------------- between two renames
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError], ids=lambda k: k.__name__)
+def test_stopped_while_replacing(kind: type[BaseException], tied_mm22: Path, out: Path) -> None:
+    """The old checkpoint was moved aside, the new one not yet in its place: the old comes back."""
+
+    def half_a_commit() -> None:
+        with Output(out, [], overwrite=True) as output:
+            (output.folder / "new").write_text("complete")
+            out.rename(out.with_name(".out.mmconvert-old"))
+            raise kind
+
+    copied(tied_mm22, out)
+    before = snapshot(out)
+    with pytest.raises((kind, OutputError)):
+        half_a_commit()
+    assert snapshot(out) == before
+    assert litter(out) == []

@@ -1,0 +1,92 @@
+"""Conversions that are stopped at an exact point, each in a process of its own.
+
+As a program, ``python stopping.py SIGNAL PLACE COUNT WORD ...`` runs ``mm-convert WORD ...`` and
+sends itself SIGNAL when COUNT jobs are noted in the journal: with the PLACE ``after`` right then,
+with ``before`` when the next job is done but not noted. Torchrun may start it too; then only the
+process of rank $STOP_RANK, or 0, stops.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmconvert import cli
+from mmconvert.casts import Loss
+from mmconvert.jobs import Job
+from mmconvert.journal import PREFIX, Journal
+
+Done = subprocess.CompletedProcess[str]
+
+
+def command(number: signal.Signals, place: str, count: int, *words: str | Path) -> list[str]:
+    """The words after ``python`` or ``torchrun``."""
+    return [__file__, str(int(number)), place, str(count), *map(str, words)]
+
+
+def stopped(
+    *words: str | Path,
+    number: signal.Signals = signal.SIGKILL,
+    place: str = "after",
+    count: int = 1,
+    cwd: Path | None = None,
+) -> Done:
+    """Run ``mm-convert`` with `words` up to the point where it is stopped.
+
+    A run that has too few jobs is a fault of the test, and fails it.
+    """
+    done = subprocess.run(
+        [sys.executable, *command(number, place, count, *words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    wanted = -9 if number == signal.SIGKILL else 130
+    assert done.returncode == wanted, f"{done.returncode}\n{done.stdout}{done.stderr}"
+    return done
+
+
+def staging(out: Path) -> Path:
+    """The folder in which the files of `out` are made."""
+    return out.with_name(f".{out.name}.mmconvert-partial")
+
+
+def noted(out: Path) -> int:
+    """Number of finished jobs that the journals of an interrupted run tell of."""
+    journals = staging(out).glob(f"{PREFIX}.*")
+    return sum(len(path.read_bytes().splitlines()) - 1 for path in journals)
+
+
+def main() -> int:
+    """The program."""
+    number, place, count, words = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:]
+    note, seen = Journal.add, 0
+
+    def stop() -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(1)  # the main thread now ends the run; this thread must not run ahead of it
+
+    def add(self: Journal, job: Job, losses: Mapping[str, Loss]) -> None:
+        nonlocal seen
+        if place == "before" and seen == count:
+            stop()
+            return
+        note(self, job, losses)
+        seen += 1
+        if place == "after" and seen == count:
+            stop()
+
+    if os.environ.get("RANK", "0") == os.environ.get("STOP_RANK", "0"):
+        Journal.add = add
+    return cli.main(words, launched=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
