@@ -17,12 +17,15 @@ WEIGHTS = ("*.pt", "*.safetensors")  # the files whose sizes and times it notes
 
 def write(folder: Path, content: Mapping[str, object]) -> None:
     """Writes the manifest of a finished checkpoint, with size and time of its weight files."""
-    paths = sorted(path for pattern in WEIGHTS for path in folder.rglob(pattern))
-    files = {str(path.relative_to(folder)): state(path) for path in paths}
+    files = {str(path.relative_to(folder)): state(path) for path in _weight_files(folder)}
     whole = {"mmconvert": VERSION, **content, "files": files}
-    (folder / NAME).write_text(
-        json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+    # A file name that is no UTF-8 has lone surrogates in it; JSON's escape is Python's.
+    (folder / NAME).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(path for pattern in WEIGHTS for path in folder.rglob(pattern))
 
 
 def state(path: Path) -> list[int]:
@@ -56,7 +59,7 @@ def digests(folder: Path) -> tuple[dict[str, str] | None, str]:
     found = content.get("digests")
     if not isinstance(found, dict) or not all(isinstance(d, str) for d in found.values()):
         return None, f"{folder / NAME} holds no digests (a conversion writes them with --digests)"
-    changed = _changed(folder, content, times=True)
+    changed = _changed(folder, content, times=True) or _added(folder, content)
     return (None, f"{folder / NAME} is not relied on: {changed}") if changed else (found, "")
 
 
@@ -73,6 +76,14 @@ def _changed(folder: Path, content: Mapping[str, object], *, times: bool) -> str
         if times and file.stat().st_mtime_ns != time:
             return f"{name} has another time than when it was written"
     return ""
+
+
+def _added(folder: Path, content: Mapping[str, object]) -> str:
+    """A weight file that is not listed; "" if there is none. Training may have gone on here."""
+    listed = content.get("files")
+    names = (str(path.relative_to(folder)) for path in _weight_files(folder))
+    new = [name for name in names if not (isinstance(listed, dict) and name in listed)]
+    return f"{new[0]} has come since it was written" if new else ""
 
 
 def sizes(content: Mapping[str, object]) -> Dims:

@@ -39,6 +39,7 @@ class Run:
 
     Attributes:
         cast: safetensors spelling of the dtype that ``--dtype`` asks for; "" for none.
+        file_limit: bytes of a weight file by ``--max-shard-size``; 0 for none.
     """
 
     def __init__(self, command: str, options: Options | None, events: Events | None) -> None:
@@ -49,6 +50,8 @@ class Run:
         self.events = events or Events()
         self.workers = self.options.workers or default_workers()
         self.cast = DTYPES.get(self.options.dtype, "")
+        limit = self.options.max_shard_size
+        self.file_limit = hf_output.parse_size(limit) if limit else 0
         self.group = group.current()
         self.began = time.monotonic()
 
@@ -136,10 +139,7 @@ class Run:
         if original is None:
             raise CheckpointError("hf_dir holds no weights", "the original checkpoint")
         entries = {t.name: Entry(t.name, t.dtype, t.shape) for t in plan.targets}
-        size = self.options.max_shard_size
-        weights = hf_output.plan_weights(
-            original, entries, hf_output.parse_size(size) if size else 0
-        )
+        weights = hf_output.plan_weights(original, entries, self.file_limit)
         number = {t.name: i for i, t in enumerate(plan.targets)}
         listing = [
             OutputFile(file.name, file.size, tuple(number[e.name] for e in file.entries))

@@ -2,13 +2,15 @@
 
 As a program, ``python stopping.py SIGNAL PLACE COUNT WORD ...`` runs ``mm-convert WORD ...`` and
 sends itself SIGNAL when COUNT jobs are noted in the journal: with the PLACE ``after`` right then,
-with ``before`` when the next job is done but not noted. Torchrun may start it too; then only the
+with ``before`` when the next job is done but not noted. SIGNAL 0 is no signal: from then on the
+process may write to no file, as on a full disk. Torchrun may start the program too; then only the
 process of rank $STOP_RANK, or 0, stops.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from mmconvert.journal import PREFIX, Journal
 Done = subprocess.CompletedProcess[str]
 
 
-def command(number: signal.Signals, place: str, count: int, *words: str | Path) -> list[str]:
+def command(number: int, place: str, count: int, *words: str | Path) -> list[str]:
     """The words after ``python`` or ``torchrun``."""
     return [__file__, str(int(number)), place, str(count), *map(str, words)]
 
@@ -70,6 +72,9 @@ def main() -> int:
     note, seen = Journal.add, 0
 
     def stop() -> None:
+        if not number:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            return
         os.kill(os.getpid(), number)
         time.sleep(1)  # the main thread now ends the run; this thread must not run ahead of it
 
@@ -77,7 +82,7 @@ def main() -> int:
         nonlocal seen
         if place == "before" and seen == count:
             stop()
-            return
+            return  # so the job is not noted
         note(self, job, losses)
         seen += 1
         if place == "after" and seen == count:

@@ -172,7 +172,9 @@ def _dispatch(words: list[str]) -> int:
 def _tool(name: str, words: list[str]) -> int:
     from importlib import import_module
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "mmconvert.group" in sys.modules:
+    from mmconvert import group
+
+    if group.current().size > 1:
         raise RequestError(
             f"mm-convert {name} runs in one process", "torchrun with a conversion only"
         )

@@ -63,7 +63,8 @@ def _inputs(cfg: object) -> list[Path]:
 def _summary(verb: str, result: Result) -> str:
     done = "would write" if not result.written else "wrote"
     size = result.plan.nbytes
-    rate = f", {amount(size / result.seconds)}/s" if result.written else ""
+    moved = size - result.moved.resumed
+    rate = f", {amount(moved / result.seconds)}/s" if result.written else ""
     where = "from" if verb == "mm_to_hf" else "layout"
     return (
         f"{done} {result.output}: {len(result.plan.targets)} tensors, {amount(size)} in "

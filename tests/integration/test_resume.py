@@ -160,6 +160,16 @@ def test_a_killed_run_goes_on(
     assert share in done.stderr and f"{moved / 1e9:.2f} GB" in done.stderr
 
 
+def test_the_speed_is_that_of_this_run(works: dict[str, Work], out: Path) -> None:
+    """Three quarters were there already, so they were not moved in these hundredths of seconds."""
+    work = works["hf_to_mm"]
+    stopped(*work.words(out, "--workers", "1"), count=11)
+    words = work.run(out).stdout.splitlines()[0].split()
+    size, seconds = float(words[words.index("MB") - 1]), float(words[words.index("in") + 1])
+    factor = {"kB/s": 1e-3, "MB/s": 1, "GB/s": 1e3}[words[-1]]
+    assert float(words[-2]) * factor * seconds < size / 2, words
+
+
 def test_the_report_counts_what_was_lost_before(
     works: dict[str, Work], undisturbed: Ask, out: Path
 ) -> None:
