@@ -29,6 +29,7 @@ TOOLS = {
     "inspect": "PATH says what a checkpoint is, with a picture of its layout",
     "suggest": "HF_DIR --pp N balances the layers over the pipeline and prints the command",
     "completion": "bash|zsh prints a script that completes these words in the shell",
+    "validate": "--mm_dir D --hf_dir H runs both and compares what they compute",
 }
 VERBS = {
     "hf_to_mm": (

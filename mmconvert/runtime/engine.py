@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor, nn
 from torch.distributed.pipelining import (
     PipelineStage,
@@ -37,6 +39,26 @@ def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """
     flat = logits[:, :-1].float().flatten(0, 1)
     return F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def next_step(batch: Batch, token: int, position: Tensor) -> Batch:
+    """The batch of one further token, without pictures or sounds."""
+    ids = torch.full_like(batch.ids[:, :1], token)
+    where = position.expand(*batch.positions.shape[:-1], 1)
+    return Batch(
+        ids, ids, where, batch.pixels[:0], batch.grid[:0], 0, batch.features[:, :0], batch.lengths[:0]
+    )
+
+
+def appended(batch: Batch, token: int, position: Tensor) -> Batch:
+    """The batch with one further token of text."""
+    more = next_step(batch, token, position)
+    return replace(
+        batch,
+        ids=torch.cat([batch.ids, more.ids], 1),
+        labels=torch.cat([batch.labels, more.labels], 1),
+        positions=torch.cat([batch.positions, more.positions], -1),
+    )
 
 
 class Engine:
@@ -88,6 +110,41 @@ class Engine:
             self.mesh.share_from_last(out)
             found.append(out)
         return found
+
+    def generate(self, batch: Batch, most: int, stop: set[int], on_token: Callable[[int], None]) -> list[int]:
+        """Greedy tokens after a prompt of one sample, with a KV cache; the same on every process.
+
+        Args:
+            most: how many tokens at most.
+            stop: ids that end the answer; the one found is the last token given.
+            on_token: gets each token as it comes.
+        """
+        for stage in self.stages:
+            stage.cache = transformers.DynamicCache() if stage.llm is not None else None
+        found: list[int] = []
+        position = batch.positions.amax()
+        try:
+            while len(found) < most:
+                token = self._next(batch)
+                found.append(token)
+                on_token(token)
+                if token in stop:
+                    break
+                position = position + 1
+                batch = next_step(batch, token, position)
+        finally:
+            for stage in self.stages:
+                stage.cache = None
+        return found
+
+    def _next(self, batch: Batch) -> int:
+        with torch.no_grad():
+            outs = self._run([batch], None, None)
+        token = torch.zeros((), dtype=torch.int64, device=self.mesh.device)
+        if outs:
+            token = outs[0][0, -1].argmax()
+        self.mesh.share_from_last(token)
+        return int(token)
 
     def loss(self, batches: Sequence[Batch]) -> float:
         """Mean loss over the learnt tokens of all micro-batches, without gradients."""

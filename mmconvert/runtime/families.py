@@ -17,7 +17,7 @@ from mmconvert.runtime.bind import params_on_meta
 CLASSES = {
     "qwen2_vl": ("Qwen2VLConfig", "Qwen2VLForConditionalGeneration"),
     "qwen2_5_vl": ("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration"),
-    "qwen2_5_omni": ("Qwen2_5OmniConfig", "Qwen2_5OmniThinkerForConditionalGeneration"),
+    "qwen2_5_omni": ("Qwen2_5OmniThinkerConfig", "Qwen2_5OmniThinkerForConditionalGeneration"),
     "internvl_chat": ("InternVLConfig", "InternVLForConditionalGeneration"),
 }
 TEXT_CONFIGS = {
@@ -135,6 +135,8 @@ def architecture(hf_dir: Path) -> Architecture:
         CheckpointError: config.json is missing, or of no family that is known here.
     """
     content = read_config(hf_dir)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     kind = content.get("model_type")
     if kind not in CLASSES:
         raise CheckpointError(
@@ -156,11 +158,12 @@ def architecture(hf_dir: Path) -> Architecture:
 
 
 def _config(kind: str, content: dict[str, Any]) -> Any:  # noqa: ANN401 - transformers' config
-    made = getattr(transformers, CLASSES[kind][0])
     if kind == "internvl_chat":
         return _intern_config(content)
-    config = made.from_dict({k: v for k, v in content.items() if k != "auto_map"})
-    return config.thinker_config if kind == "qwen2_5_omni" else config
+    if kind == "qwen2_5_omni":
+        content = content.get("thinker_config", {})
+    made = getattr(transformers, CLASSES[kind][0])
+    return made.from_dict({k: v for k, v in content.items() if k != "auto_map"})
 
 
 def _tied(content: dict[str, Any], config: Any) -> object:  # noqa: ANN401 - as above

@@ -8,6 +8,7 @@ from typing import Any
 
 import safetensors
 import torch
+import transformers
 from torch import Tensor
 
 from mmconvert.errors import CheckpointError, FormatError, MMConvertError, TensorError
@@ -57,6 +58,18 @@ def forward(arch: Architecture, model: Any, batch: Batch) -> Tensor:  # noqa: AN
     inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids)}
     inputs |= modal_inputs(arch, batch)
     return model(**inputs, use_cache=False).logits
+
+
+def generate(arch: Architecture, model: Any, batch: Batch, most: int, stop: set[int]) -> list[int]:  # noqa: ANN401 - as above
+    """Greedy tokens by transformers' own ``generate``."""
+    config = transformers.GenerationConfig(
+        max_new_tokens=most, do_sample=False, pad_token_id=0, eos_token_id=sorted(stop) or None
+    )
+    model.generation_config = config  # the folder's own may sample, or penalise repetition
+    inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids)}
+    with torch.no_grad():
+        out = model.generate(**inputs, **modal_inputs(arch, batch), generation_config=config)
+    return out[0, batch.ids.shape[1] :].tolist()
 
 
 def modal_inputs(arch: Architecture, batch: Batch) -> dict[str, Any]:
