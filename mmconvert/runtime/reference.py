@@ -140,6 +140,8 @@ def _native_intern(arch: Architecture, hf_dir: Path, dtype: torch.dtype) -> Any:
     if wrong:
         raise TensorError(f"{hf_dir}: {wrong[0]} does not fit config.json", "the model's own weights")
     model.load_state_dict(state, strict=True, assign=True)
+    if arch.tied:
+        model.lm_head.weight = arch.parts(model).text.embed_tokens.weight
     return model
 
 

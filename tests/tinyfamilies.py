@@ -18,7 +18,7 @@ from commands import layout as layout_flags
 from tinymodels import CONVERTERS as QWEN
 from tinymodels import TEXT, VOCAB, save, tiny_model
 
-CONVERTERS = {**QWEN, "omni": "Qwen2_5_OmniConverter"}
+CONVERTERS = {**QWEN, "omni": "Qwen2_5_OmniConverter", "omni4": "Qwen2_5_OmniConverter"}
 CONVERTERS |= dict.fromkeys(("intern-qwen2", "intern-llama", "intern-internlm2"), "InternVLConverter")
 KINDS = tuple(CONVERTERS)
 INTERN_TEXT = {
@@ -42,8 +42,8 @@ def randomise(model: Any, seed: int = 7) -> Any:
 
 def make(kind: str, folder: Path, *, tied: bool = False, **options: Any) -> Path:
     """A Hugging Face folder of a tiny model of `kind`."""
-    if kind == "omni":
-        return make_omni(folder)
+    if kind.startswith("omni"):
+        return make_omni(folder, groups=4 if kind == "omni4" else 2)
     if kind.startswith("intern"):
         return make_intern(kind, folder, tied=tied, **options)
     return save(tiny_model(kind, tied=tied), folder)
@@ -51,9 +51,18 @@ def make(kind: str, folder: Path, *, tied: bool = False, **options: Any) -> Path
 
 def convert(kind: str, hf: Path, mm: Path, llm: str, vit: str, tp: int = 1, *more: str) -> Path:
     """The MM form of a folder at a layout; Omni's audio tower lies like its vision tower."""
-    if kind == "omni" and not any(word.startswith("audio_pp") for word in more):
+    if kind.startswith("omni") and not any(word.startswith("audio_pp") for word in more):
         more = (*more, f"audio_pp_layers={vit}")
     hf_to_mm(hf, mm, *layout_flags(llm, vit, tp, *more), converter=CONVERTERS[kind])
+    return mm
+
+
+def convert_flags(
+    kind: str, hf: Path, mm: Path, llm: str, vit: str, tp: int, flags: tuple[str, ...]
+) -> Path:
+    """As `convert`, with further ``key=value`` flags of ``--cfg``."""
+    words = [w for flag in flags for w in (f"--cfg.{flag.split('=')[0]}", flag.split("=")[1])]
+    hf_to_mm(hf, mm, *layout_flags(llm, vit, tp), *words, converter=CONVERTERS[kind])
     return mm
 
 
@@ -67,8 +76,8 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]
 
 
 # ------------------------------------------------------------------------------------- Omni
-def omni_thinker() -> Any:
-    """The thinker of a tiny Qwen2.5-Omni."""
+def omni_thinker(groups: int = 2) -> Any:
+    """The thinker of a tiny Qwen2.5-Omni; `groups` K/V heads in the text decoder."""
     from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
     audio = {"d_model": 24, "encoder_layers": 3, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
@@ -80,7 +89,7 @@ def omni_thinker() -> Any:
     config = Qwen2_5OmniThinkerConfig(
         audio_config=audio,
         vision_config=vision,
-        text_config={**TEXT, "tie_word_embeddings": False},
+        text_config={**TEXT, "tie_word_embeddings": False, "num_key_value_heads": groups},
         tie_word_embeddings=False,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
@@ -93,9 +102,9 @@ def omni_thinker() -> Any:
     return randomise(Qwen2_5OmniThinkerForConditionalGeneration(config))
 
 
-def make_omni(folder: Path) -> Path:
+def make_omni(folder: Path, groups: int = 2) -> Path:
     """A tiny Qwen2.5-Omni with the hub's names; of the speech parts one tensor stands for all."""
-    model = omni_thinker()
+    model = omni_thinker(groups)
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         hub = name.replace("model.language_model.", "model.", 1)
