@@ -30,6 +30,8 @@ TOOLS = {
     "suggest": "HF_DIR --pp N balances the layers over the pipeline and prints the command",
     "completion": "bash|zsh prints a script that completes these words in the shell",
     "validate": "--mm_dir D --hf_dir H runs both and compares what they compute",
+    "generate": "--mm_dir D --hf_dir H --prompt P answers, from pictures, videos and sounds too",
+    "finetune": "--mm_dir D --hf_dir H --data F --save S trains on conversations",
 }
 VERBS = {
     "hf_to_mm": (

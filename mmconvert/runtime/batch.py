@@ -74,7 +74,7 @@ def alike(batches: Sequence[Batch], merge: int, intern: bool) -> list[Batch]:
     rows = _target([b.sound_rows for b in batches], 2)
     out: list[Batch] = []
     for b in batches:
-        grown = _pad_text(b, time)
+        grown = pad_text(b, time)
         grown = _pad_pixels(grown, patches - b.patches, merge, intern)
         out.append(_pad_sound(grown, rows - b.sound_rows))
     return out
@@ -86,7 +86,8 @@ def _target(sizes: Sequence[int], unit: int) -> int:
     return most if all(s == most or most - s >= unit for s in sizes) else most + unit
 
 
-def _pad_text(b: Batch, time: int) -> Batch:
+def pad_text(b: Batch, time: int) -> Batch:
+    """The batch with ids padded at the end."""
     more = time - b.ids.shape[1]
     if not more:
         return b

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmconvert.runtime.batch import Batch
+from mmconvert.runtime.batch import IGNORED, Batch, pad_text
 from mmconvert.runtime.families import Architecture
-from mmconvert.runtime.reference import token_types
+from mmconvert.runtime.reference import split_visual, token_types
 
 SIDE = 8  # patches along each side of the picture
 SOUND = 50  # frames of sound
@@ -87,15 +89,13 @@ def assemble(
     """
     hidden = {arch.image_token(), arch.token("video_token_id"), arch.token("audio_token_id")} - {None}
     for token in hidden:
-        labels = labels.masked_fill(ids == token, -100)
+        labels = labels.masked_fill(ids == token, IGNORED)
     batch = Batch(ids, labels, torch.zeros(0), pixels, grid, image_rows, features, lengths)
     return Batch(ids, labels, positions(arch, batch), pixels, grid, image_rows, features, lengths)
 
 
 def positions(arch: Architecture, batch: Batch) -> Tensor:
     """Positions of every token: (3, batch, time) by transformers' own rule, (batch, time) if plain."""
-    from mmconvert.runtime.reference import split_visual
-
     time = torch.arange(batch.ids.shape[1]).expand(batch.ids.shape)
     if arch.intern:
         return time
@@ -116,12 +116,36 @@ def positions(arch: Architecture, batch: Batch) -> Tensor:
     return found
 
 
-_ROPE: dict[int, object] = {}
+_ROPE: dict[int, Any] = {}
 
 
-def rope_model(arch: Architecture) -> object:
+def rope_model(arch: Architecture) -> Any:  # noqa: ANN401 - transformers' model
     """A model without data that knows the family's rule of positions; made once."""
     if id(arch) not in _ROPE:
         _ROPE.clear()
         _ROPE[id(arch)] = arch.parts(arch.skeleton(torch.float32)).positions
     return _ROPE[id(arch)]
+
+
+def joined(arch: Architecture, batches: Sequence[Batch]) -> Batch:
+    """Several batches as one: text padded at the end, images before videos."""
+    if len(batches) == 1:
+        return batches[0]
+    time = max(b.ids.shape[1] for b in batches)
+    padded = [pad_text(b, time) for b in batches]
+    if arch.intern:
+        pixels, grid = [b.pixels for b in batches], [b.grid for b in batches]
+    else:
+        both = [split_visual(arch, b) for b in batches]
+        ordered = [one for one, _ in both] + [two for _, two in both]
+        pixels, grid = [p for p, _ in ordered], [g for _, g in ordered]
+    return Batch(
+        torch.cat([b.ids for b in padded]),
+        torch.cat([b.labels for b in padded]),
+        torch.cat([b.positions for b in padded], dim=0 if arch.intern else 1),
+        torch.cat(pixels),
+        torch.cat(grid),
+        sum(b.image_rows for b in batches),
+        torch.cat([b.features for b in batches], dim=1),
+        torch.cat([b.lengths for b in batches]),
+    )
