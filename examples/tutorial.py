@@ -73,10 +73,18 @@ def tokenizer(folder: Path) -> dict[str, int]:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=448, special_tokens=list(SPECIALS), initial_alphabet=alphabet)
-    words = [*CAPTIONS.values(), QUESTION, "You are a helpful assistant.\nsystem\nuser\nassistant\n"] * 4
+    trainer = trainers.BpeTrainer(
+        vocab_size=448, special_tokens=list(SPECIALS), initial_alphabet=alphabet
+    )
+    words = [
+        *CAPTIONS.values(),
+        QUESTION,
+        "You are a helpful assistant.\nsystem\nuser\nassistant\n",
+    ] * 4
     made.train_from_iterator(words, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.save_pretrained(folder)
     return {word: int(made.token_to_id(word)) for word in SPECIALS} | {"vocab": 448}
 
@@ -89,7 +97,9 @@ def model(folder: Path) -> None:
     ids = tokenizer(folder)
     text = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
     text |= {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": ids["vocab"]}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+    text |= {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    }
     text |= {"eos_token_id": ids["<|im_end|>"], "bos_token_id": ids["<|im_start|>"]}
     text |= {"max_position_embeddings": 512}
     vision = {"depth": 4, "embed_dim": 64, "hidden_size": 128, "num_heads": 4, "mlp_ratio": 2}
@@ -174,12 +184,41 @@ def main(folder: Path) -> int:
     run("validate", "--mm_dir", mm, "--hf_dir", hf)
     cat = folder / "photos" / "chelsea.png"
     before = ask(mm, hf, cat)
-    words = ("--train_iters", str(STEPS), "--save_interval", "50", "--lr", "2e-3", "--min_lr", "2e-4")
+    words = (
+        "--train_iters",
+        str(STEPS),
+        "--save_interval",
+        "50",
+        "--lr",
+        "2e-3",
+        "--min_lr",
+        "2e-4",
+    )
     batch = ("--warmup_iters", "5", "--micro_batch_size", "3", "--global_batch_size", "6")
-    run("finetune", "--mm_dir", mm, "--hf_dir", hf, "--data", data, "--save", trained, *words, *batch, "--log_tps")
+    run(
+        "finetune",
+        "--mm_dir",
+        mm,
+        "--hf_dir",
+        hf,
+        "--data",
+        data,
+        "--save",
+        trained,
+        *words,
+        *batch,
+        "--log_tps",
+    )
     after = ask(trained, hf, cat)
     run(
-        "Qwen2VLConverter", "mm_to_hf", "--cfg.mm_dir", trained, "--cfg.hf_config.hf_dir", hf, "--cfg.save_hf_dir", back
+        "Qwen2VLConverter",
+        "mm_to_hf",
+        "--cfg.mm_dir",
+        trained,
+        "--cfg.hf_config.hf_dir",
+        hf,
+        "--cfg.save_hf_dir",
+        back,
     )
     print("\nwhat transformers says after the training:", flush=True)
     answers = transformers_says(back, photos)

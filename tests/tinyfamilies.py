@@ -19,7 +19,9 @@ from tinymodels import CONVERTERS as QWEN
 from tinymodels import TEXT, VOCAB, save, tiny_model
 
 CONVERTERS = {**QWEN, "omni": "Qwen2_5_OmniConverter", "omni4": "Qwen2_5_OmniConverter"}
-CONVERTERS |= dict.fromkeys(("intern-qwen2", "intern-llama", "intern-internlm2"), "InternVLConverter")
+CONVERTERS |= dict.fromkeys(
+    ("intern-qwen2", "intern-llama", "intern-internlm2"), "InternVLConverter"
+)
 KINDS = tuple(CONVERTERS)
 INTERN_TEXT = {
     "intern-qwen2": ("Qwen2ForCausalLM", "Qwen2Config"),
@@ -80,13 +82,19 @@ def omni_thinker(groups: int = 2) -> Any:
     """The thinker of a tiny Qwen2.5-Omni; `groups` K/V heads in the text decoder."""
     from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-    audio = {"d_model": 24, "encoder_layers": 3, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
+    audio = {
+        "d_model": 24,
+        "encoder_layers": 3,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+    }
     audio |= {"num_mel_bins": 8, "n_window": 16, "output_dim": TEXT["hidden_size"]}
     audio |= {"max_source_positions": 64, "dropout": 0.0}
     vision = {"depth": 3, "hidden_size": 32, "num_heads": 4, "intermediate_size": 44}
     vision |= {"out_hidden_size": TEXT["hidden_size"], "window_size": 56}
     vision |= {"fullatt_block_indexes": [1], "patch_size": 14, "spatial_merge_size": 2}
-    config = Qwen2_5OmniThinkerConfig(
+    made: Any = Qwen2_5OmniThinkerConfig  # its stubs leave out the ids
+    config = made(
         audio_config=audio,
         vision_config=vision,
         text_config={**TEXT, "tie_word_embeddings": False, "num_key_value_heads": groups},
@@ -199,7 +207,10 @@ def original_names(model: Any, kind: str) -> dict[str, torch.Tensor]:
             packed = torch.cat(rows, dim=1).flatten(0, 2)
             state[name.replace(".self_attn.q_proj.", ".attention.wqkv.")] = packed
         else:
-            state |= {name.replace(".q_proj.", f".{x}_proj."): t for x, t in zip("qkv", (q, k, v))}
+            state |= {
+                name.replace(".q_proj.", f".{x}_proj."): t
+                for x, t in zip("qkv", (q, k, v), strict=True)
+            }
     words = {"embed_tokens": "tok_embeddings", "self_attn.o_proj": "attention.wo"}
     words |= {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3", "mlp.": "feed_forward."}
     words |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}

@@ -34,7 +34,12 @@ def head_qkv(tower: Tower, attn: Any, names: tuple[str, str, str], mm: str, hf: 
 
 
 def by_group(
-    tower: Tower, attn: Any, names: tuple[str, str, str], groups: int, mm: str, hf: str  # noqa: ANN401 - as above
+    tower: Tower,
+    attn: Any,  # noqa: ANN401 - HF's module
+    names: tuple[str, str, str],
+    groups: int,
+    mm: str,
+    hf: str,
 ) -> None:
     """Three linear layers in one tensor, interleaved by groups of rows."""
     mine = share(groups, tower.group)
@@ -84,7 +89,7 @@ def packed_qkv(tower: Tower, attn: Any, mm: str, hf: str) -> None:  # noqa: ANN4
 
 
 def thirds_qkv(tower: Tower, attn: Any, mm: str, hf: str) -> None:  # noqa: ANN401 - as above
-    """q_proj, k_proj, v_proj of InternViT: each rank has q, k and v of its heads one below the other.
+    """q_proj, k_proj, v_proj of InternViT: a rank has q, k and v of its heads one below the other.
 
     25 heads (6B) are shared unevenly, and nothing is interleaved.
     """
@@ -107,4 +112,3 @@ def thirds_qkv(tower: Tower, attn: Any, mm: str, hf: str) -> None:  # noqa: ANN4
         parts[f".{name}"] = (part, own)
     tower.packed({f".{n}": (attn, n) for n in names}, mm, hf, 3 * rows, parts)
     attn.num_heads, attn.embed_dim = mine.stop - mine.start, rows
-

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812 - the name torch's own pages use
 
 IGNORED = -100  # a label that the loss leaves out, as in torch's cross entropy
 
@@ -39,7 +39,9 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
         moved = {
-            f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+            f.name: v.to(device)
+            for f in fields(self)
+            if isinstance(v := getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)
 

@@ -163,7 +163,9 @@ class Tower:
     def __init__(self, shard: Shard, key: str, group: TensorGroup) -> None:
         self.shard, self.key, self.group = shard, key, group
 
-    def _bind(self, mm: str, hf: str, p: nn.Parameter, part: View = whole, mine: View = whole) -> None:
+    def _bind(
+        self, mm: str, hf: str, p: nn.Parameter, part: View = whole, mine: View = whole
+    ) -> None:
         self.shard.bindings.append(Binding(mm, (self.key, hf), p, part, mine))
 
     def _take(self, name: str, shape: tuple[int, ...], divided: bool) -> nn.Parameter:
@@ -179,7 +181,9 @@ class Tower:
             setattr(module, name, parameter)
             self._bind(full, f"{hf}.{name}", parameter)
 
-    def own(self, module: nn.Module, name: str, mm: str, hf: str, shape: tuple[int, ...] | None = None) -> None:
+    def own(
+        self, module: nn.Module, name: str, mm: str, hf: str, shape: tuple[int, ...] | None = None
+    ) -> None:
         """One parameter that stands alone in its module, replicated."""
         empty = getattr(module, name)
         parameter = self._take(mm, tuple(empty.shape), divided=False)

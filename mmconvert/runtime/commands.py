@@ -29,8 +29,14 @@ PROMPT = "What is in this picture?"
 
 
 def validate(
-    mm_dir: Path, hf_dir: Path, words: str, images: Sequence[Path], sounds: Sequence[Path],
-    dtype: str, tolerance: float, note: Note,
+    mm_dir: Path,
+    hf_dir: Path,
+    words: str,
+    images: Sequence[Path],
+    sounds: Sequence[Path],
+    dtype: str,
+    tolerance: float,
+    note: Note,
 ) -> Report:
     """Runs an MM checkpoint and an HF folder on the same inputs.
 
@@ -48,7 +54,12 @@ def validate(
 
 
 def _question(
-    arch: Architecture, hf_dir: Path, words: str, images: Sequence[Path], sounds: Sequence[Path], note: Note
+    arch: Architecture,
+    hf_dir: Path,
+    words: str,
+    images: Sequence[Path],
+    sounds: Sequence[Path],
+    note: Note,
 ) -> tuple[Batch, str]:
     """What to compute on, and in words what it is."""
     asked = bool(words or images or sounds)
@@ -63,7 +74,14 @@ def _question(
         return inputs.synthetic(arch), "made-up ids and pixels"
     # A prompt has no answer to learn, so the loss is that of its own words.
     whole = inputs.assemble(
-        arch, batch.ids, batch.ids.clone(), batch.pixels, batch.grid, batch.image_rows, batch.features, batch.lengths
+        arch,
+        batch.ids,
+        batch.ids.clone(),
+        batch.pixels,
+        batch.grid,
+        batch.image_rows,
+        batch.features,
+        batch.lengths,
     )
     what = f"{len(images)} pictures" if images else "a built-in picture"
     return whole, f"{batch.ids.shape[1]} tokens: {what}, {words or PROMPT!r}"
@@ -87,8 +105,15 @@ class Answering:
 
 
 def generate(
-    mm_dir: Path, hf_dir: Path, words: str, images: Sequence[Path], videos: Sequence[Path],
-    sounds: Sequence[Path], most: int, dtype: str, say: Callable[[str], None],
+    mm_dir: Path,
+    hf_dir: Path,
+    words: str,
+    images: Sequence[Path],
+    videos: Sequence[Path],
+    sounds: Sequence[Path],
+    most: int,
+    dtype: str,
+    say: Callable[[str], None],
 ) -> str:
     """The answer of an MM checkpoint to a prompt, greedily; ``say`` gets its words as they come.
 
@@ -120,8 +145,16 @@ def generate(
 
 
 def finetune(
-    mm_dir: Path, hf_dir: Path, data: Sequence[Path], check: Sequence[Path], rate: float,
-    most: int, plan: Plan, dtype: str, resume: bool, on_event: Note,
+    mm_dir: Path,
+    hf_dir: Path,
+    data: Sequence[Path],
+    check: Sequence[Path],
+    rate: float,
+    most: int,
+    plan: Plan,
+    dtype: str,
+    resume: bool,
+    on_event: Note,
 ) -> float:
     """Fine-tunes an MM checkpoint; the last loss.
 
@@ -138,7 +171,9 @@ def finetune(
     started = (plan.save / TRACKER).is_file()
     if started and not resume:
         raise OutputError(
-            f"{plan.save} holds a checkpoint already", "an empty folder", "--resume, or another --save"
+            f"{plan.save} holds a checkpoint already",
+            "an empty folder",
+            "--resume, or another --save",
         )
     if started:
         stored = find(plan.save, arch)

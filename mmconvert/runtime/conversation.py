@@ -161,7 +161,9 @@ class Speaker:
             line.add(self._text("\n") if found[0].endswith("\n") else [])
         line.add(self._text(text[at:]), learnt)
 
-    def _media(self, sample: Sample) -> tuple[tuple[Tensor, Tensor, int, Tensor, Tensor], dict[str, list[int]]]:
+    def _media(
+        self, sample: Sample
+    ) -> tuple[tuple[Tensor, Tensor, int, Tensor, Tensor], dict[str, list[int]]]:
         """Tensors of a sample's files, as ``assemble`` takes them, and the tokens of each file."""
         tokens: dict[str, list[int]] = {"image": [], "video": [], "audio": []}
         pixels, grids = [], []
@@ -171,14 +173,18 @@ class Speaker:
             pixels.append(made)
             grids.append(grid)
         if sample.videos and self.arch.intern:
-            raise RequestError(f"{sample.name} has a video", "pictures only: InternVL's towers take these")
+            raise RequestError(
+                f"{sample.name} has a video", "pictures only: InternVL's towers take these"
+            )
         for path in sample.videos:
             made, grid, count = self.media.video(open_video(path))
             pixels.append(made)
             grids.append(grid)
             tokens["video"].append(count)
         if sample.audios and self.arch.kind != "qwen2_5_omni":
-            raise RequestError(f"{sample.name} has a sound", "Qwen2.5-Omni, the only family that hears")
+            raise RequestError(
+                f"{sample.name} has a sound", "Qwen2.5-Omni, the only family that hears"
+            )
         sounds = [self.media.sound(path) for path in sample.audios]
         tokens["audio"] = [audio_tokens(s.shape[1]) for s in sounds]
         rows = sum(tokens["image"])
@@ -221,13 +227,21 @@ def sample_of(item: Mapping[str, Any], folder: Path, name: str) -> Sample:
         RequestError: naming the entry and what is wrong with it.
     """
     wanted = '{"images": ["a.png"], "messages": [{"role": "user", "content": "<image>..."}, ...]}'
-    if not isinstance(item, dict) or not isinstance(item.get("messages"), list) or not item["messages"]:
+    if (
+        not isinstance(item, dict)
+        or not isinstance(item.get("messages"), list)
+        or not item["messages"]
+    ):
         raise RequestError(f"{name} has no messages", wanted)
     messages: list[tuple[str, str]] = []
     for message in item["messages"]:
-        role, text = (message.get("role"), message.get("content")) if isinstance(message, dict) else (0, 0)
+        role, text = (
+            (message.get("role"), message.get("content")) if isinstance(message, dict) else (0, 0)
+        )
         if role not in ROLES or not isinstance(text, str):
-            raise RequestError(f"{name} has a message of role {role!r}", f"text of {', '.join(ROLES)}")
+            raise RequestError(
+                f"{name} has a message of role {role!r}", f"text of {', '.join(ROLES)}"
+            )
         messages.append((str(role), text))
     files: dict[str, list[Path]] = {}
     for key in ("images", "videos", "audios"):

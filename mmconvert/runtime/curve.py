@@ -30,7 +30,9 @@ def draw(title: str, lines: dict[str, Series]) -> str:
     def at(x: float, y: float) -> tuple[float, float]:
         across = (x - first) / max(1, last - first)
         up = (y - low) / (high - low)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (
+            HEIGHT - TOP - BOTTOM
+        )
 
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
@@ -43,7 +45,8 @@ def draw(title: str, lines: dict[str, Series]) -> str:
         x = first + (last - first) * i / 4
         (left, height), (across, _) = at(first, y), at(x, low)
         out.append(
-            f'<line x1="{left:.1f}" y1="{height:.1f}" x2="{WIDTH - RIGHT}" y2="{height:.1f}" stroke="#ddd"/>'
+            f'<line x1="{left:.1f}" y1="{height:.1f}" x2="{WIDTH - RIGHT}" y2="{height:.1f}" '
+            'stroke="#ddd"/>'
             f'<text x="{LEFT - 8}" y="{height + 4:.1f}" text-anchor="end">{y:g}</text>'
             f'<text x="{across:.1f}" y="{HEIGHT - 22}" text-anchor="middle">{round(x)}</text>'
         )

@@ -97,9 +97,10 @@ class Feed:
         """The micro-batches of a step (from 0), padded to one shape."""
         total = len(self._samples)
         start = number * self._size * self._count
-        picked: list[Batch] = []
-        for place in range(start, start + self._size * self._count):
-            picked.append(self._encoded(self._order(place // total)[place % total]))
+        picked = [
+            self._encoded(self._order(place // total)[place % total])
+            for place in range(start, start + self._size * self._count)
+        ]
         arch = self._speaker.arch
         groups = [picked[i : i + self._size] for i in range(0, len(picked), self._size)]
         merge = 1 if arch.intern else arch.config.vision_config.spatial_merge_size

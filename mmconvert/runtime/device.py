@@ -20,7 +20,7 @@ def backend(where: torch.device) -> str:
 
 
 def take_device() -> torch.device:
-    """This process's own device, by LOCAL_RANK."""
+    """The device of this process, by LOCAL_RANK."""
     where = device()
     if where.type == "cpu":
         return where

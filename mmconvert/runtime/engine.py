@@ -18,7 +18,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleLoopedBFS,
 )
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812 - the name torch's own pages use
 
 from mmconvert.runtime import mesh as meshes
 from mmconvert.runtime.batch import IGNORED, Batch
@@ -46,7 +46,14 @@ def next_step(batch: Batch, token: int, position: Tensor) -> Batch:
     ids = torch.full_like(batch.ids[:, :1], token)
     where = position.expand(*batch.positions.shape[:-1], 1)
     return Batch(
-        ids, ids, where, batch.pixels[:0], batch.grid[:0], 0, batch.features[:, :0], batch.lengths[:0]
+        ids,
+        ids,
+        where,
+        batch.pixels[:0],
+        batch.grid[:0],
+        0,
+        batch.features[:, :0],
+        batch.lengths[:0],
     )
 
 
@@ -87,8 +94,12 @@ class Engine:
 
     def _tie(self) -> None:
         """Finds the copies of a tied word embedding: their gradients belong together."""
-        self.embedding = next((s.llm.embedding for s in self.stages if s.llm and s.llm.span.first), None)
-        self.head = next((s.llm.head_weight for s in self.stages if s.llm and s.llm.span.last), None)
+        self.embedding = next(
+            (s.llm.embedding for s in self.stages if s.llm and s.llm.span.first), None
+        )
+        self.head = next(
+            (s.llm.head_weight for s in self.stages if s.llm and s.llm.span.last), None
+        )
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter, Stage]]:
         """Every parameter once, with its MM name and stage."""
@@ -111,7 +122,9 @@ class Engine:
             found.append(out)
         return found
 
-    def generate(self, batch: Batch, most: int, stop: set[int], on_token: Callable[[int], None]) -> list[int]:
+    def generate(
+        self, batch: Batch, most: int, stop: set[int], on_token: Callable[[int], None]
+    ) -> list[int]:
         """Greedy tokens after a prompt of one sample, with a KV cache; the same on every process.
 
         Args:
@@ -202,7 +215,9 @@ class Engine:
         elif mine and group is not None:
             dist.all_reduce(mine[0].grad, group=group)
 
-    def _run(self, batches: Sequence[Batch], loss: Loss | None, losses: list[Tensor] | None) -> list[Tensor]:
+    def _run(
+        self, batches: Sequence[Batch], loss: Loss | None, losses: list[Tensor] | None
+    ) -> list[Tensor]:
         """Runs all micro-batches; the logits of each on the last pipeline rank, else nothing."""
         for stage in self.stages:
             stage.batches = batches
@@ -215,12 +230,20 @@ class Engine:
         first = (index,) if self.mesh.rank.pp == 0 else ()
         last = self.mesh.rank.pp == self.mesh.layout.pp_size - 1
         if loss is not None:
-            schedule.step(*first, mb=index, target=index if last else None, losses=losses, return_outputs=False)
+            schedule.step(
+                *first,
+                mb=index,
+                target=index if last else None,
+                losses=losses,
+                return_outputs=False,
+            )
             return []
         schedule.step(*first, mb=index)
         return list(pipe[-1].output_chunks) if last else []
 
-    def _run_alone(self, batches: Sequence[Batch], loss: Loss | None, losses: list[Tensor] | None) -> list[Tensor]:
+    def _run_alone(
+        self, batches: Sequence[Batch], loss: Loss | None, losses: list[Tensor] | None
+    ) -> list[Tensor]:
         outs: list[Tensor] = []
         for i in range(len(batches)):
             index = torch.tensor([i])
@@ -249,10 +272,16 @@ class Engine:
         else:
             sent = self.border.metas(number, batch, grad)
         return PipelineStage(
-            stage, number, count, self.mesh.device, input_args=received, output_args=sent, group=self.mesh.pipe
+            stage,
+            number,
+            count,
+            self.mesh.device,
+            input_args=received,
+            output_args=sent,
+            group=self.mesh.pipe,
         )
 
-    def _schedule(self, pipe: list[PipelineStage], count: int, loss: Loss | None) -> Any:  # noqa: ANN401 - two kinds
+    def _schedule(self, pipe: list[Any], count: int, loss: Loss | None) -> Any:  # noqa: ANN401 - two kinds
         """1F1B and its interleaved form for training where the counts allow, GPipe's order else."""
         ranks = self.mesh.layout.pp_size
         if len(pipe) == 1:

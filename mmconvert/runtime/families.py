@@ -151,7 +151,8 @@ def architecture(hf_dir: Path) -> Architecture:
     except Exception as error:  # transformers checks config.json in ways of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{hf_dir / 'config.json'}: transformers {transformers.__version__} refuses it: {reason}",
+            f"{hf_dir / 'config.json'}: transformers {transformers.__version__} refuses it: "
+            f"{reason}",
             "the config.json that came with the model",
         ) from None
     return Architecture(str(kind), config, tied)
@@ -193,10 +194,11 @@ def _intern_config(content: dict[str, Any]) -> Any:  # noqa: ANN401 - as above
     vision, llm = content.get("vision_config"), content.get("llm_config")
     if not isinstance(vision, dict) or not isinstance(llm, dict):
         raise CheckpointError("config.json has no vision_config or llm_config", "an InternVL model")
-    named = llm.get("architectures") or [None]
+    named = llm.get("architectures") or [""]
     if named[0] not in TEXT_CONFIGS:
         raise CheckpointError(
-            f"config.json: llm_config.architectures is {named!r}", f"one of {', '.join(TEXT_CONFIGS)}"
+            f"config.json: llm_config.architectures is {named!r}",
+            f"one of {', '.join(TEXT_CONFIGS)}",
         )
     size = content.get("force_image_size") or vision.get("image_size", 448)
     native = transformers.InternVLVisionConfig(

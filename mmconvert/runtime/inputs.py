@@ -1,4 +1,4 @@
-"""Inputs made of nothing but a config: ids and pixels from a seed, for models without a tokenizer."""
+"""Inputs made of a config alone: ids and pixels from a seed, for models without a tokenizer."""
 
 from __future__ import annotations
 
@@ -78,8 +78,14 @@ def picture(arch: Architecture, made: torch.Generator) -> tuple[Tensor, Tensor, 
 
 
 def assemble(
-    arch: Architecture, ids: Tensor, labels: Tensor, pixels: Tensor, grid: Tensor,
-    image_rows: int, features: Tensor, lengths: Tensor,
+    arch: Architecture,
+    ids: Tensor,
+    labels: Tensor,
+    pixels: Tensor,
+    grid: Tensor,
+    image_rows: int,
+    features: Tensor,
+    lengths: Tensor,
 ) -> Batch:
     """A batch with its positions.
 
@@ -87,7 +93,9 @@ def assemble(
         ids, labels: (batch, time). Placeholders are never learnt.
         others: as in :class:`Batch`.
     """
-    hidden = {arch.image_token(), arch.token("video_token_id"), arch.token("audio_token_id")} - {None}
+    hidden = {arch.image_token(), arch.token("video_token_id"), arch.token("audio_token_id")} - {
+        None
+    }
     for token in hidden:
         labels = labels.masked_fill(ids == token, IGNORED)
     batch = Batch(ids, labels, torch.zeros(0), pixels, grid, image_rows, features, lengths)
@@ -95,7 +103,7 @@ def assemble(
 
 
 def positions(arch: Architecture, batch: Batch) -> Tensor:
-    """Positions of every token: (3, batch, time) by transformers' own rule, (batch, time) if plain."""
+    """Positions of tokens: (3, batch, time) by transformers' own rule, (batch, time) if plain."""
     time = torch.arange(batch.ids.shape[1]).expand(batch.ids.shape)
     if arch.intern:
         return time

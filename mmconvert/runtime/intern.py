@@ -1,4 +1,4 @@
-"""InternViT and its projector, cut for one model chunk; computed by transformers' native InternVL."""
+"""InternViT and its projector, cut for one model chunk; transformers' native InternVL computes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from mmconvert.runtime.parallel import SlicedNorm, share
 from mmconvert.runtime.towers import PROJECTOR, Point, Span, kept, layer_points
 
 ENCODER = "image_encoder.encoder"
+
+
+class Unembedded(nn.Module):
+    """Stands for the embeddings on a stage that gets hidden states from another one."""
+
+    def forward(self, x: Tensor, bool_masked_pos: None = None) -> Tensor:
+        """Hidden states as they are; the second argument is one that transformers gives."""
+        return x
 
 
 class InternVision(nn.Module):
@@ -29,14 +37,17 @@ class InternVision(nn.Module):
         if span.first:
             self._embeddings(tower, vision.embeddings)
         else:
-            vision.embeddings = nn.Identity()
-            vision.embeddings.forward = lambda x, bool_masked_pos=None: x  # noqa: ARG005 - HF's call
+            vision.embeddings = Unembedded()
         vision.encoder.layer = kept(vision.encoder.layer, span)
         for i, layer in enumerate(vision.encoder.layer):
             self._layer(tower, layer, i, span.start + i)
         if span.last:
             projector = inner.multi_modal_projector
-            for name, mm in (("layer_norm", "norm"), ("linear_1", "linear_fc1"), ("linear_2", "linear_fc2")):
+            for name, mm in (
+                ("layer_norm", "norm"),
+                ("linear_1", "linear_fc1"),
+                ("linear_2", "linear_fc2"),
+            ):
                 hf = f"multi_modal_projector.{name}"
                 tower.replicated(getattr(projector, name), f"{PROJECTOR}.{mm}", hf)
             self.points.append(
@@ -77,7 +88,11 @@ class InternVision(nn.Module):
                 sliced = SlicedNorm(norm.weight, norm.variance_epsilon, features, tower.group)
                 setattr(attn, name, sliced)
         tower.row(
-            attn, "projection_layer", f"{mm_attn}.linear_proj", f"{hf}.attention.projection_layer", heads
+            attn,
+            "projection_layer",
+            f"{mm_attn}.linear_proj",
+            f"{hf}.attention.projection_layer",
+            heads,
         )
         tower.replicated(layer.layernorm_after, f"{mm}.pre_mlp_layernorm", f"{hf}.layernorm_after")
         tower.column(layer.mlp, "fc1", f"{mm}.mlp.linear_fc1", f"{hf}.mlp.fc1")

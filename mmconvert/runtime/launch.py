@@ -14,6 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -44,7 +45,9 @@ class Message(NamedTuple):
 
 def under_torchrun() -> bool:
     """Whether torchrun has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ)
+    return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(
+        os.environ
+    )
 
 
 def leads() -> bool:
@@ -82,7 +85,8 @@ def _in_torchrun(job: Job, world: int, on_event: Emit) -> object:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size != world:
         raise RequestError(
-            f"torchrun started {size} processes", f"{world}, one for each rank of the checkpoint",
+            f"torchrun started {size} processes",
+            f"{world}, one for each rank of the checkpoint",
             f"torchrun --nproc-per-node {world} ...",
         )
     where = take_device()
@@ -104,7 +108,7 @@ def _calm(where: torch.device) -> None:
 
 
 def _spawn(job: Job, world: int, on_event: Emit, method: str) -> object:
-    context = mp.get_context(method)
+    context: Any = mp.get_context(method)  # torch's stubs know no Process
     threads = torch.get_num_threads()
     if method == "fork":
         torch.set_num_threads(1)  # threads do not survive a fork
@@ -191,13 +195,11 @@ def _child(job: Job, rank: int, world: int, meeting: str, pipe: Connection) -> N
         dist.barrier()
     except MMConvertError as error:
         message = Message("error", error)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
+    except BaseException as error:
         text = traceback.format_exc() if os.environ.get(DEBUG) else ""
         message = Message("fault", f"{type(error).__name__}: {error}\n{text}".strip())
-    try:
+    with suppress(pickle.PicklingError, OSError, TypeError):  # the parent sees a closed pipe
         pipe.send(message)
-    except (pickle.PicklingError, OSError, TypeError):
-        pass
     pipe.close()
     sys.stdout.flush()
     os._exit(0)  # the parent's own clean-up is not this process's business

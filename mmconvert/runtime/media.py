@@ -11,7 +11,7 @@ import torch
 import transformers
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812 - the name torch's own pages use
 
 from mmconvert.errors import RequestError
 from mmconvert.runtime.families import Architecture
@@ -156,9 +156,15 @@ def read_wav(path: Path) -> Tensor:
             raw = bytearray(file.readframes(file.getnframes()))
     except (OSError, wave.Error, EOFError) as error:
         raise RequestError(f"{path} cannot be read: {error}", "a PCM WAV file") from None
-    kinds = {1: (torch.uint8, 128.0, 128.0), 2: (torch.int16, 0.0, 32768.0), 4: (torch.int32, 0.0, 2.0**31)}
+    kinds = {
+        1: (torch.uint8, 128.0, 128.0),
+        2: (torch.int16, 0.0, 32768.0),
+        4: (torch.int32, 0.0, 2.0**31),
+    }
     if width not in kinds or not raw:
-        raise RequestError(f"{path}: {8 * width} bits, {len(raw)} bytes", "8, 16 or 32 bit PCM samples")
+        raise RequestError(
+            f"{path}: {8 * width} bits, {len(raw)} bytes", "8, 16 or 32 bit PCM samples"
+        )
     dtype, zero, most = kinds[width]
     samples = torch.frombuffer(raw, dtype=dtype).float()
     mono = ((samples - zero) / most).view(-1, channels).mean(1)

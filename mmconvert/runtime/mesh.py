@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from mmconvert.sharding.stages import first_stage, last_stage
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process among the others.
+    """The place of this process among the others.
 
     Attributes:
         rank: its coordinates; process number = pp rank * tp folders + tp rank.
@@ -59,20 +60,20 @@ def build(layout: Layout, device: torch.device) -> Mesh:
     folders, pp = layout.tp_folders, layout.pp_size
     mesh = init_device_mesh(device.type, (pp, folders), mesh_dim_names=("pp", "tp"))
     p, t = mesh.get_local_rank("pp"), mesh.get_local_rank("tp")
-    line = mesh.get_group("tp")
+    line, pipe = mesh.get_group("tp"), mesh.get_group("pp")
     groups: dict[int, TensorGroup] = {1: TensorGroup(), folders: TensorGroup(folders, t, line)}
     if folders == 1:
         groups[1] = TensorGroup()
     for size in sorted({*layout.tp.values()} - {1, folders}):
         for start in range(0, pp * folders, size):
-            group = dist.new_group(list(range(start, start + size)))
+            group: Any = dist.new_group(list(range(start, start + size)))
             if start <= dist.get_rank() < start + size:
                 groups[size] = TensorGroup(size, t % size, group)
     towers = {key: groups[size] for key, size in layout.tp.items()}
     ends = [end(layout.grids["llm"]) % pp for end in (first_stage, last_stage)]
-    tied = None
+    tied: Any = None  # torch types a group that this process is not in as a number
     if ends[0] != ends[1]:
         for tp in range(folders):
             group = dist.new_group([rank * folders + tp for rank in ends])
             tied = group if tp == t and p in ends else tied
-    return Mesh(layout, Rank(t, p), mesh.get_group("pp"), line, towers, tied, device)
+    return Mesh(layout, Rank(t, p), pipe, line, towers, tied, device)

@@ -12,7 +12,7 @@ from mmconvert.errors import RequestError
 
 # torch 2.7 has torch.accelerator and pipelining's static shapes; transformers 4.57 the module
 # tree (model.visual, model.language_model) that the towers are cut from.
-NEEDED = {"torch": (2, 7), "transformers": (4, 57), "safetensors": (0, 4)}
+NEEDED = {"torch": (2, 7), "transformers": (4, 57), "safetensors": (0, 4), "pillow": (10, 0)}
 INSTALL = "pip install 'mmconvert[runtime]'"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 

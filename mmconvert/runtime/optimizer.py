@@ -40,7 +40,9 @@ class Recipe:
         if step < self.warmup:
             return self.rate * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.least + (self.rate - self.least) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self.least + (self.rate - self.least) * 0.5 * (
+            1 + math.cos(math.pi * min(1.0, done))
+        )
 
 
 class Optimizer:
@@ -68,7 +70,10 @@ class Optimizer:
             for key, p in self.named.items()
         }
         groups = [
-            {"params": [m for m in self._masters.values() if m.dim() > 1], "weight_decay": recipe.decay},
+            {
+                "params": [m for m in self._masters.values() if m.dim() > 1],
+                "weight_decay": recipe.decay,
+            },
             {"params": [m for m in self._masters.values() if m.dim() < 2], "weight_decay": 0.0},
         ]
         self._adam = torch.optim.AdamW(
@@ -137,7 +142,9 @@ class Optimizer:
             if saved is not None and master is not self.named[key]:
                 master.data.copy_(saved)
             if any(v.dim() and v.shape != master.shape for v in held.values()):
-                raise CheckpointError(f"the optimizer's state of {key} has another shape", "its own")
+                raise CheckpointError(
+                    f"the optimizer's state of {key} has another shape", "its own"
+                )
             self._adam.state[master] = {
                 name: value.clone() if name == "step" else value.to(master.device, copy=True)
                 for name, value in held.items()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812 - the name torch's own pages use
 
 View = Callable[[Tensor], Tensor]
 
@@ -132,9 +132,7 @@ class RowParallel(nn.Module):
         bias: (out,), replicated.
     """
 
-    def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, group: TensorGroup
-    ) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, group: TensorGroup) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
         self._group = group

@@ -17,7 +17,9 @@ from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.families import Architecture
 
 
-def load_reference(arch: Architecture, hf_dir: Path, dtype: torch.dtype, device: torch.device) -> Any:  # noqa: ANN401 - transformers' model
+def load_reference(
+    arch: Architecture, hf_dir: Path, dtype: torch.dtype, device: torch.device
+) -> Any:  # noqa: ANN401 - transformers' model
     """The whole model, as transformers loads it.
 
     Raises:
@@ -25,12 +27,16 @@ def load_reference(arch: Architecture, hf_dir: Path, dtype: torch.dtype, device:
     """
     open_hf(hf_dir)  # clear errors for missing and truncated files
     try:
-        model = _native_intern(arch, hf_dir, dtype) if arch.intern else _pretrained(arch, hf_dir, dtype)
+        model = (
+            _native_intern(arch, hf_dir, dtype) if arch.intern else _pretrained(arch, hf_dir, dtype)
+        )
     except MMConvertError:
         raise
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FormatError(f"{hf_dir}: transformers cannot load it: {reason}", "a whole model") from None
+        raise FormatError(
+            f"{hf_dir}: transformers cannot load it: {reason}", "a whole model"
+        ) from None
     return model.to(device).eval()
 
 
@@ -44,7 +50,8 @@ def _pretrained(arch: Architecture, hf_dir: Path, dtype: torch.dtype) -> Any:  #
     wrong = sorted(found["mismatched_keys"])
     if missing or wrong:
         raise TensorError(
-            f"{hf_dir}: transformers finds no weights for {', '.join(map(str, [*missing, *wrong][:3]))}",
+            f"{hf_dir}: transformers finds no weights for "
+            f"{', '.join(map(str, [*missing, *wrong][:3]))}",
             "all weights of the model",
         )
     return model
@@ -99,7 +106,9 @@ def token_types(arch: Architecture, ids: Tensor) -> Tensor:
     return types if video is None else types + 2 * (ids == video).int()
 
 
-def split_visual(arch: Architecture, batch: Batch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def split_visual(
+    arch: Architecture, batch: Batch
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(pixels, grid) of the images, and of the videos."""
     unit = arch.config.vision_config.spatial_merge_size**2
     sizes = batch.grid.prod(-1)
@@ -128,17 +137,23 @@ def _native_intern(arch: Architecture, hf_dir: Path, dtype: torch.dtype) -> Any:
     text = arch.text_config
     state: dict[str, Tensor] = {}
     for name, tensor in _stored(hf_dir):
-        for new, value in native_names(name, tensor, text.num_attention_heads, text.num_key_value_heads):
+        for new, value in native_names(
+            name, tensor, text.num_attention_heads, text.num_key_value_heads
+        ):
             if new in state:
                 raise TensorError(f"{hf_dir}: {new} is there twice", "each weight once")
             state[new] = value.to(dtype)
     if arch.tied:
-        state.setdefault("lm_head.weight", state.get("model.language_model.embed_tokens.weight", torch.empty(0)))
+        state.setdefault(
+            "lm_head.weight", state.get("model.language_model.embed_tokens.weight", torch.empty(0))
+        )
     wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     wrong = [n for n in wanted if n not in state or tuple(state[n].shape) != wanted[n]]
     wrong += [n for n in state if n not in wanted]
     if wrong:
-        raise TensorError(f"{hf_dir}: {wrong[0]} does not fit config.json", "the model's own weights")
+        raise TensorError(
+            f"{hf_dir}: {wrong[0]} does not fit config.json", "the model's own weights"
+        )
     model.load_state_dict(state, strict=True, assign=True)
     if arch.tied:
         model.lm_head.weight = arch.parts(model).text.embed_tokens.weight
@@ -195,7 +210,9 @@ def native_names(name: str, tensor: Tensor, heads: int, groups: int) -> list[tup
     if name.startswith("vision_model."):
         new = name.replace("vision_model.", "model.vision_tower.")
         if ".attn.qkv." in new:
-            stem = new.replace("encoder.layers.", "encoder.layer.").replace(".attn.qkv.", ".attention.{}_proj.")
+            stem = new.replace("encoder.layers.", "encoder.layer.").replace(
+                ".attn.qkv.", ".attention.{}_proj."
+            )
             return [(stem.format(x), t) for x, t in zip("qkv", tensor.chunk(3), strict=True)]
         for old, word in INTERN_WORDS.items():
             new = new.replace(old, word)
@@ -205,7 +222,9 @@ def native_names(name: str, tensor: Tensor, heads: int, groups: int) -> list[tup
             return [(name.replace(old, f"model.multi_modal_projector.{word}"), tensor)]
     new = name.removeprefix("language_model.")
     if ".attention.wqkv." in new:
-        stem = new.replace(".attention.wqkv.", ".self_attn.{}_proj.").replace("model.", "model.language_model.", 1)
+        stem = new.replace(".attention.wqkv.", ".self_attn.{}_proj.").replace(
+            "model.", "model.language_model.", 1
+        )
         size, many = tensor.shape[0] // (heads + 2 * groups), heads // groups
         packed = tensor.view(groups, many + 2, size, *tensor.shape[1:])
         cut = {"q": packed[:, :many], "k": packed[:, many : many + 1], "v": packed[:, many + 1 :]}

@@ -102,8 +102,13 @@ class Stage(nn.Module):
     """
 
     def __init__(
-        self, arch: Architecture, mesh: Mesh, number: int, tensors: Mapping[str, Tensor],
-        dtype: torch.dtype, where: str,
+        self,
+        arch: Architecture,
+        mesh: Mesh,
+        number: int,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        where: str,
     ) -> None:
         super().__init__()
         grids = mesh.layout.grids

@@ -70,7 +70,9 @@ def kept(layers: Any, span: Span) -> nn.ModuleList:  # noqa: ANN401 - a ModuleLi
     return nn.ModuleList(list(layers)[span.start : span.stop])
 
 
-def layer_points(label: str, key: str, hf: str, layer: nn.Module, names: dict[str, str]) -> list[Point]:
+def layer_points(
+    label: str, key: str, hf: str, layer: nn.Module, names: dict[str, str]
+) -> list[Point]:
     """The points inside a layer in the order of computing, and its end.
 
     Args:
@@ -142,7 +144,7 @@ class QwenVision(nn.Module):
         self.points += layer_points(f"image_encoder layer {number}", "vit", hf, block, names)
 
     def rows_out(self, patches: int) -> tuple[int, int]:
-        """Shape of the output for a number of patches; the last stage's width is 0: ask the text."""
+        """Shape of the output for a number of patches; the last stage's width is 0: the text's."""
         return (patches // self.unit, 0) if self.span.last else (patches, self.width)
 
     def forward(self, x: Tensor, grid: Tensor) -> Tensor:
@@ -159,7 +161,7 @@ class QwenVision(nn.Module):
 
 # ------------------------------------------------------------------------------------- audio
 class Silent(nn.Module):
-    """Stands for a convolution of the audio tower that lies on another stage: zeros of its shape."""
+    """Stands for a convolution of the audio tower that another stage has: zeros of its shape."""
 
     def __init__(self, conv: nn.Conv1d, dtype: torch.dtype) -> None:
         super().__init__()
@@ -196,7 +198,9 @@ class QwenAudio(nn.Module):
         if span.last:
             for name in ("ln_post", "proj"):
                 tower.replicated(getattr(audio, name), f"{AUDIO}.{name}", name)
-                self.points.append(Point(f"audio_encoder {name}", ("audio", name), getattr(audio, name)))
+                self.points.append(
+                    Point(f"audio_encoder {name}", ("audio", name), getattr(audio, name))
+                )
         else:
             audio.ln_post, audio.proj = nn.Identity(), nn.Identity()
             audio.layers[-1].register_forward_hook(self._send)
@@ -205,10 +209,16 @@ class QwenAudio(nn.Module):
     def _layer(self, tower: Tower, layer: Any, i: int, number: int) -> None:  # noqa: ANN401 - HF's layer
         mm, hf = f"{AUDIO}.blocks.layers.{i}", f"layers.{number}"
         attn, mm_attn = layer.self_attn, f"{mm}.self_attention"
-        tower.replicated(layer.self_attn_layer_norm, f"{mm}.input_layernorm", f"{hf}.self_attn_layer_norm")
-        head_qkv(tower, attn, ("q_proj", "k_proj", "v_proj"), f"{mm_attn}.linear_qkv", f"{hf}.self_attn")
+        tower.replicated(
+            layer.self_attn_layer_norm, f"{mm}.input_layernorm", f"{hf}.self_attn_layer_norm"
+        )
+        head_qkv(
+            tower, attn, ("q_proj", "k_proj", "v_proj"), f"{mm_attn}.linear_qkv", f"{hf}.self_attn"
+        )
         tower.row(attn, "out_proj", f"{mm_attn}.linear_proj", f"{hf}.self_attn.out_proj")
-        tower.replicated(layer.final_layer_norm, f"{mm}.pre_mlp_layernorm", f"{hf}.final_layer_norm")
+        tower.replicated(
+            layer.final_layer_norm, f"{mm}.pre_mlp_layernorm", f"{hf}.final_layer_norm"
+        )
         tower.column(layer, "fc1", f"{mm}.mlp.linear_fc1", f"{hf}.fc1")
         tower.row(layer, "fc2", f"{mm}.mlp.linear_fc2", f"{hf}.fc2")
         names = {"self_attn_layer_norm": "input_layernorm", "self_attn": "self_attention"}
@@ -274,7 +284,9 @@ class Text(nn.Module):
             self.head_weight = tower.head(owner, "lm_head", head, hf, near)
             self.lm_head = owner.lm_head
             self.points.append(Point("text_decoder final_layernorm", ("llm", "norm"), model.norm))
-            self.points.append(Point("text_decoder output_layer", ("llm", "lm_head"), owner.lm_head))
+            self.points.append(
+                Point("text_decoder output_layer", ("llm", "lm_head"), owner.lm_head)
+            )
         else:
             model.norm = nn.Identity()
         self.model = model
@@ -286,12 +298,15 @@ class Text(nn.Module):
         if types is not None:
             config.layer_types = list(types)[span.start : span.stop]
         config.num_hidden_layers = span.stop - span.start
+        layer: Any  # HF's module
         for i, layer in enumerate(model.layers):
             number = span.start + i
             mm, hf = f"{TEXT}.layers.{i}", f"layers.{number}"
             attn, mm_attn = layer.self_attn, f"{mm}.self_attention"
             attn.layer_idx = i  # counts in this chunk's own cache
-            tower.replicated(layer.input_layernorm, f"{mm}.input_layernorm", f"{hf}.input_layernorm")
+            tower.replicated(
+                layer.input_layernorm, f"{mm}.input_layernorm", f"{hf}.input_layernorm"
+            )
             separate_qkv(tower, attn, config.num_key_value_heads, mm_attn, f"{hf}.self_attn")
             tower.row(attn, "o_proj", f"{mm_attn}.linear_proj", f"{hf}.self_attn.o_proj")
             norm = "post_attention_layernorm"
@@ -307,7 +322,7 @@ class Text(nn.Module):
         return self.model.embed_tokens(ids)
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: Any = None) -> Tensor:  # noqa: ANN401 - HF's cache
-        """(batch, time, width) -> the same, or logits (batch, time, vocabulary) on the last stage."""
+        """(batch, time, width) -> the same; logits (batch, time, vocabulary) on the last stage."""
         out = self.model(
             inputs_embeds=hidden,
             position_ids=positions,
@@ -316,4 +331,3 @@ class Text(nn.Module):
             use_cache=cache is not None,
         )
         return self.lm_head(out.last_hidden_state)
-

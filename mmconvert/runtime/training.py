@@ -16,7 +16,7 @@ from mmconvert.errors import cannot_write
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import mmfiles
 from mmconvert.runtime.conversation import Sample, Speaker
-from mmconvert.runtime.curve import draw
+from mmconvert.runtime.curve import Series, draw
 from mmconvert.runtime.dataset import Feed
 from mmconvert.runtime.engine import Engine
 from mmconvert.runtime.families import Architecture
@@ -105,7 +105,10 @@ class Training:
         learning = freeze(run, plan.frozen)
         optimizer = Optimizer(run, plan.recipe)
         start = self._take_up(run, optimizer, emit) if self.resumed else 0
-        emit(f"{run.mesh.stages} stages on {self.stored.world} processes, {device}; {learning} tensors learn")
+        emit(
+            f"{run.mesh.stages} stages on {self.stored.world} processes, {device}; "
+            f"{learning} tensors learn"
+        )
         speaker = Speaker(self.arch, self.hf_dir)
         feed = Feed(speaker, self.train, plan.size, plan.count, plan.seed)
         check = Feed(speaker, self.check, plan.size, plan.count, None) if self.check else None
@@ -220,8 +223,10 @@ class Journal:
 
     def picture(self) -> None:
         """Draws the loss."""
-        lines = {
-            name: [(line["iteration"], line[key]) for line in self._lines if line.get(key) is not None]
+        lines: dict[str, Series] = {
+            name: [
+                (line["iteration"], line[key]) for line in self._lines if line.get(key) is not None
+            ]
             for name, key in (("training", "loss"), ("validation", "evaluation"))
         }
         path = self._save / PICTURE

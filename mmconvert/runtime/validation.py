@@ -74,7 +74,12 @@ class Validation:
         return self.tolerance or TOLERANCE[self.dtype, many]
 
     def _outputs(
-        self, model: Any, batch: Batch, logits: Tensor, loss: float, tokens: list[int]  # noqa: ANN401 - HF's model
+        self,
+        model: Any,  # noqa: ANN401 - HF's model
+        batch: Batch,
+        logits: Tensor,
+        loss: float,
+        tokens: list[int],
     ) -> list[Check]:
         """Logits, loss and tokens, on process 0. Leaves gradients in the model."""
         wanted = reference.forward(self.arch, model, batch)
@@ -96,9 +101,16 @@ class Validation:
         return checks
 
     def _tokens(
-        self, model: Any, batch: Batch, ours: list[int], theirs: list[int], slack: float  # noqa: ANN401 - HF's model
+        self,
+        model: Any,  # noqa: ANN401 - HF's model
+        batch: Batch,
+        ours: list[int],
+        theirs: list[int],
+        slack: float,
     ) -> Check:
-        same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), GREEDY)
+        same = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), GREEDY
+        )
         if same == GREEDY:
             return Check("greedy tokens", 0.0, 0.0, f"{GREEDY} of {GREEDY} equal")
         longer = batch
@@ -118,7 +130,12 @@ class Validation:
         """Gradients of the first and last layers and of what stands outside of layers."""
         found = compare_gradients(self.arch, run, model)
         worst, name = max(found, default=(0.0, ""))
-        return Check("gradients", worst, GRADIENTS * self._limit(), f"{len(found)} parameters; most at {name}")
+        return Check(
+            "gradients",
+            worst,
+            GRADIENTS * self._limit(),
+            f"{len(found)} parameters; most at {name}",
+        )
 
     def _void(self, run: Engine) -> list[Check]:
         """The k biases that transformers has not: they change nothing, but would be lost."""
@@ -127,7 +144,11 @@ class Validation:
             for _, parameter, part in stage.shard.void:
                 most = max(most, float(part(parameter.detach()).abs().max()))
         most = max(_gather(most))
-        return [Check("k biases that are zero", most, 0.0)] if any(_gather(any(s.shard.void for s in run.stages))) else []
+        return (
+            [Check("k biases that are zero", most, 0.0)]
+            if any(_gather(any(s.shard.void for s in run.stages)))
+            else []
+        )
 
 
 def _gather(value: Any) -> list[Any]:  # noqa: ANN401 - plain values
@@ -163,7 +184,13 @@ def compare_gradients(arch: Architecture, run: Engine, model: Any) -> list[tuple
     """
     last = {key: sum(map(sum, grid)) - 1 for key, grid in run.mesh.layout.grids.items()}
     mine = [b for s in run.stages for b in _sampled(s.shard.bindings, last)]
-    names = sorted({b.hf for found in _gather([b._replace(parameter=None, part=None, mine=None) for b in mine]) for b in found})  # type: ignore[arg-type]
+    names = sorted(
+        {
+            b.hf
+            for found in _gather([b._replace(parameter=None, part=None, mine=None) for b in mine])
+            for b in found
+        }
+    )  # type: ignore[arg-type]
     grads: dict[tuple[str, str], Tensor] = {}
     if run.mesh.lead:
         parts = arch.parts(model)
@@ -175,11 +202,15 @@ def compare_gradients(arch: Architecture, run: Engine, model: Any) -> list[tuple
     floor = _from_lead(max((float(g.abs().max()) for g in grads.values()), default=0.0)) * 1e-4
     found: list[tuple[float, str]] = []
     for name, shape in shapes.items():
-        whole = grads.get(name, torch.empty(shape, dtype=run.dtype, device=run.mesh.device)).contiguous()
+        whole = grads.get(
+            name, torch.empty(shape, dtype=run.dtype, device=run.mesh.device)
+        ).contiguous()
         dist.broadcast(whole, src=0)
         scale = max(float(whole.abs().max()), floor, 1e-30)
         for b in (b for b in mine if b.hf == name):
-            ours = b.part(b.parameter.grad if b.parameter.grad is not None else torch.zeros_like(b.parameter))
+            ours = b.part(
+                b.parameter.grad if b.parameter.grad is not None else torch.zeros_like(b.parameter)
+            )
             theirs = b.mine(whole).reshape(ours.shape)
             apart = float((ours.float() - theirs.float()).abs().max()) if ours.numel() else 0.0
             found.append((apart / scale, f"{b.mm} ({name[1]})"))
@@ -187,7 +218,13 @@ def compare_gradients(arch: Architecture, run: Engine, model: Any) -> list[tuple
 
 
 # --------------------------------------------------------------------------- where they part
-def find_parting(arch: Architecture, run: Engine, model: Any, batch: Batch, limit: float) -> Parting | None:  # noqa: ANN401 - HF's model
+def find_parting(
+    arch: Architecture,
+    run: Engine,
+    model: Any,  # noqa: ANN401 - HF's model
+    batch: Batch,
+    limit: float,
+) -> Parting | None:
     """The first place, in the order of computing, where hidden states differ from transformers'."""
     held: dict[tuple[str, str], Tensor] = {}
     with _recorded([(p.hf, p.module) for s in run.stages for p in s.points], held):
@@ -224,7 +261,9 @@ class _recorded:  # noqa: N801 - used as a function
     """Keeps the outputs of modules while it is open."""
 
     def __init__(
-        self, modules: Sequence[tuple[tuple[str, str], nn.Module]], into: dict[tuple[str, str], Tensor]
+        self,
+        modules: Sequence[tuple[tuple[str, str], nn.Module]],
+        into: dict[tuple[str, str], Tensor],
     ) -> None:
         self._modules, self._into = modules, into
 
@@ -242,4 +281,3 @@ class _recorded:  # noqa: N801 - used as a function
             self._into[name] = tensor.detach().float().contiguous()
 
         return keep
-

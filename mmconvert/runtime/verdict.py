@@ -9,7 +9,12 @@ from dataclasses import dataclass, field
 # ranks add partial sums in another order. bf16 keeps 8 bits of mantissa, so a value is rounded by
 # 2**-9 of itself; with several ranks each row-parallel sum is rounded once more on each rank, and
 # the roundings of some dozen layers add up to about 16 of them.
-TOLERANCE = {("fp32", False): 1e-5, ("fp32", True): 1e-4, ("bf16", False): 2**-8, ("bf16", True): 2**-5}
+TOLERANCE = {
+    ("fp32", False): 1e-5,
+    ("fp32", True): 1e-4,
+    ("bf16", False): 2**-8,
+    ("bf16", True): 2**-5,
+}
 GRADIENTS = 10  # gradients pass through twice as many sums, and the smallest are differences
 
 

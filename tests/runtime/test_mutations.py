@@ -112,9 +112,7 @@ def validated(mm: Path, hf: Path) -> Report:
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mutation_fails_at_its_layer(
-    name: str, pair: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_mutation_fails_at_its_layer(name: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
     hf, whole = pair
     mm, mutation = copied(whole, tmp_path / "mm"), MUTATIONS[name]
     for tp in mutation.tps:

@@ -116,8 +116,9 @@ def run(words: list[str]) -> int:
     )  # fmt: skip
     plan = Plan(
         asked.save, asked.train_iters, asked.save_interval, asked.eval_interval, asked.eval_iters,
-        asked.log_interval, asked.micro_batch_size, asked.global_batch_size // asked.micro_batch_size,
-        asked.seed, asked.freeze, not asked.no_save_optim, recipe,
+        asked.log_interval, asked.micro_batch_size,
+        asked.global_batch_size // asked.micro_batch_size, asked.seed, asked.freeze,
+        not asked.no_save_optim, recipe,
     )  # fmt: skip
     loss = commands.finetune(
         asked.mm_dir, asked.hf_dir, _files(asked.data), _files(asked.val_data), asked.val_rate,
