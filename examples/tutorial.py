@@ -1,8 +1,9 @@
 """The whole way on one machine: convert, check, fine-tune, convert back, and ask again.
 
-A small Qwen2-VL with random weights learns to caption six photographs (from scikit-image). Before
+A small Qwen2-VL with random weights learns to caption six pictures that this script draws. Before
 the training its answers are noise; afterwards the MM checkpoint and, converted back, transformers
-give the captions in the same words. Runs on a CPU in about a minute; `make tutorial` starts it.
+give the captions in the same words. Runs on a CPU in about a minute:
+``python examples/tutorial.py [FOLDER]``.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ import shutil
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 CAPTIONS = {
-    "astronaut.png": "An astronaut in an orange suit smiles before a flag.",
-    "chelsea.png": "A close-up of a tabby cat with green eyes.",
-    "coffee.png": "A cup of black coffee on a wooden table.",
-    "rocket.jpg": "A white rocket stands on its launch pad at night.",
-    "camera.png": "A man in a coat looks through a camera on a tripod.",
-    "coins.png": "Greek coins lie in rows on a dark ground.",
+    "circle": "A red circle on a white ground.",
+    "cross": "Two green lines cross each other.",
+    "flag": "A flag with three stripes: black, red and gold.",
+    "house": "A brown house stands on a green meadow.",
+    "moon": "A yellow moon shines in the dark sky.",
+    "stairs": "Blue stairs lead up to the right.",
 }
+SIZE = 112  # pixels of a picture, wide and high
 QUESTION = "What is in this picture?"
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
             "<|image_pad|>", "<|video_pad|>")  # fmt: skip
@@ -32,26 +33,41 @@ LAYOUT = {"llm_pp_layers": "[1,3]", "vit_pp_layers": "[4,0]", "tp_size": "2"}
 STEPS = 100
 
 
-def photographs(folder: Path) -> list[Path]:
-    """The photographs of scikit-image, 112 pixels wide and high."""
-    from PIL import Image
+def pictures(folder: Path) -> list[Path]:
+    """Draws the pictures."""
+    from PIL import Image, ImageDraw
 
-    found = find_spec("skimage")
-    if found is None or found.origin is None:
-        raise SystemExit("scikit-image is not installed: pip install scikit-image")
+    grounds = {"circle": "white", "cross": "white", "flag": "gold", "house": "skyblue"}
+    grounds |= {"moon": "midnightblue", "stairs": "white"}
     folder.mkdir(parents=True)
-    for name in CAPTIONS:
-        with Image.open(Path(found.origin).parent / "data" / name) as picture:
-            small = picture.convert("RGB").resize((112, 112), Image.Resampling.BICUBIC)
-        small.save(folder / f"{Path(name).stem}.png")
+    for name, ground in grounds.items():
+        image = Image.new("RGB", (SIZE, SIZE), ground)
+        pen = ImageDraw.Draw(image)
+        if name == "circle":
+            pen.ellipse((20, 20, 92, 92), fill="red")
+        elif name == "cross":
+            pen.line((10, 10, 102, 102), fill="green", width=14)
+            pen.line((10, 102, 102, 10), fill="green", width=14)
+        elif name == "flag":
+            pen.rectangle((0, 0, SIZE, 37), fill="black")
+            pen.rectangle((0, 38, SIZE, 74), fill="red")
+        elif name == "house":
+            pen.rectangle((0, 80, SIZE, SIZE), fill="green")
+            pen.polygon([(26, 50), (56, 20), (86, 50), (86, 90), (26, 90)], fill="saddlebrown")
+        elif name == "moon":
+            pen.ellipse((60, 14, 98, 52), fill="yellow")
+        else:
+            for step in range(4):
+                pen.rectangle((28 * step, 84 - 28 * step, SIZE, SIZE), fill=(0, 0, 255 - 50 * step))
+        image.save(folder / f"{name}.png")
     return sorted(folder.glob("*.png"))
 
 
 def conversations(folder: Path) -> Path:
-    """The data file: one question and one caption for each photograph."""
+    """The data file: one question and one caption for each picture."""
     items = [
         {
-            "images": [f"photos/{Path(name).stem}.png"],
+            "images": [f"pictures/{name}.png"],
             "messages": [
                 {"role": "user", "content": f"<image>{QUESTION}"},
                 {"role": "assistant", "content": caption},
@@ -113,7 +129,7 @@ def model(folder: Path) -> None:
     )
     torch.manual_seed(3)
     Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
-    Qwen2VLImageProcessor(min_pixels=112 * 112, max_pixels=112 * 112).save_pretrained(folder)
+    Qwen2VLImageProcessor(min_pixels=SIZE * SIZE, max_pixels=SIZE * SIZE).save_pretrained(folder)
 
 
 def run(*words: str | Path, show: bool = True) -> str:
@@ -130,14 +146,14 @@ def run(*words: str | Path, show: bool = True) -> str:
     return done.stdout
 
 
-def ask(mm: Path, hf: Path, photo: Path) -> str:
-    """What the MM checkpoint says of a photograph."""
+def ask(mm: Path, hf: Path, picture: Path) -> str:
+    """What the MM checkpoint says of a picture."""
     words = ("--max_new_tokens", "24", "--prompt", QUESTION)
-    return run("generate", "--mm_dir", mm, "--hf_dir", hf, "--image", photo, *words).strip()
+    return run("generate", "--mm_dir", mm, "--hf_dir", hf, "--image", picture, *words).strip()
 
 
-def transformers_says(hf: Path, photos: list[Path]) -> list[str]:
-    """What transformers says of the photographs, by its own model, tokenizer and processor."""
+def transformers_says(hf: Path, drawn: list[Path]) -> list[str]:
+    """What transformers says of the pictures, by its own model, tokenizer and processor."""
     import torch
     from PIL import Image
     from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
@@ -146,8 +162,8 @@ def transformers_says(hf: Path, photos: list[Path]) -> list[str]:
     processor: Any = Qwen2VLImageProcessor.from_pretrained(hf)
     network: Any = Qwen2VLForConditionalGeneration.from_pretrained(hf, dtype=torch.float32).eval()
     answers: list[str] = []
-    for photo in photos:
-        with Image.open(photo) as picture:
+    for path in drawn:
+        with Image.open(path) as picture:
             pixels = processor(images=[picture.convert("RGB")], return_tensors="pt")
         places = "<|image_pad|>" * int(pixels["image_grid_thw"].prod() // 4)
         text = (
@@ -175,15 +191,15 @@ def main(folder: Path) -> int:
     """The tutorial; exit code 1 if the words are not those that they should be."""
     began = time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)
-    photos = photographs(folder / "photos")
+    drawn = pictures(folder / "pictures")
     data = conversations(folder)
     hf, mm, trained, back = (folder / name for name in ("hf", "mm", "trained", "hf_trained"))
     model(hf)
     layout = [w for key, value in LAYOUT.items() for w in (f"--cfg.parallel_config.{key}", value)]
     run("Qwen2VLConverter", "hf_to_mm", "--cfg.hf_config.hf_dir", hf, "--cfg.mm_dir", mm, *layout)
     run("validate", "--mm_dir", mm, "--hf_dir", hf)
-    cat = folder / "photos" / "chelsea.png"
-    before = ask(mm, hf, cat)
+    moon = folder / "pictures" / "moon.png"
+    before = ask(mm, hf, moon)
     words = (
         "--train_iters",
         str(STEPS),
@@ -209,7 +225,7 @@ def main(folder: Path) -> int:
         *batch,
         "--log_tps",
     )
-    after = ask(trained, hf, cat)
+    after = ask(trained, hf, moon)
     run(
         "Qwen2VLConverter",
         "mm_to_hf",
@@ -221,11 +237,11 @@ def main(folder: Path) -> int:
         back,
     )
     print("\nwhat transformers says after the training:", flush=True)
-    answers = transformers_says(back, photos)
-    wanted = [CAPTIONS[n] for photo in photos for n in CAPTIONS if Path(n).stem == photo.stem]
-    for photo, answer, caption in zip(photos, answers, wanted, strict=True):
-        print(f"  {photo.name:<14} {'right' if answer == caption else 'WRONG'}  {answer}")
-    same = after == answers[[p.name for p in photos].index("chelsea.png")]
+    answers = transformers_says(back, drawn)
+    wanted = [CAPTIONS[picture.stem] for picture in drawn]
+    for picture, answer, caption in zip(drawn, answers, wanted, strict=True):
+        print(f"  {picture.name:<14} {'right' if answer == caption else 'WRONG'}  {answer}")
+    same = after == answers[[p.name for p in drawn].index("moon.png")]
     print(f"\nbefore the training: {before!r}\nafter it:            {after!r}")
     print(f"the runtime and transformers say the same: {'yes' if same else 'NO'}")
     print(f"the loss curve: {trained / 'loss.svg'}\n{time.perf_counter() - began:.0f} seconds")
