@@ -32,6 +32,9 @@ TOOLS = {
     "completion": "bash|zsh prints a script that completes these words in the shell",
     "doctor": "PATH says what is wrong with a checkpoint, and prints the commands that mend it",
     "data": "CONVERSION brings a dataset's annotations to the form that training reads",
+    "validate": "--mm_dir D --hf_dir H runs both and compares what they compute",
+    "generate": "--mm_dir D --hf_dir H --prompt P answers, from pictures, videos and sounds too",
+    "finetune": "--mm_dir D --hf_dir H --data F --save S trains on conversations",
 }
 VERBS = {
     "hf_to_mm": (

@@ -177,6 +177,17 @@ ALLOWED: dict[str, set[str]] = {
         *("compare", "config", "converters.family", "digests", "events", "jobs", "names", "plan"),
         *("proof", "sharding.*", "sides.*", "sources.*", "stored"),
     },
+    # running checkpoints, with torch
+    "runtime.*": {"formats.*", "runtime.*", "sharding.*"},
+    "runtime.needs": set(),
+    "runtime.launch": {"runtime.device"},
+    "runtime.device": set(),
+    "runtime.curve": set(),
+    "runtime.verdict": set(),
+    "runtime.parallel": set(),
+    "runtime.bind": {"runtime.parallel"},
+    "runtime.attention": {"runtime.bind", "runtime.parallel"},
+    "runtime.families": {"runtime.bind"},
     "lazy": {
         *("blockio", "config", "fileio", "formats.*", "loading", "plan", "recognise", "sides.*"),
         *("sources.*", "stored"),
@@ -219,6 +230,17 @@ ALLOWED: dict[str, set[str]] = {
     "cli.tools.inspect": {"cli.*", "config", "inspection", "picture", "report.*", "words"},
     "cli.tools.doctor": {"cli.*", "config", "doctor.*", "jobs"},
     "cli.tools.data": {"cli.*", "datasets.*"},
+    "cli.tools.validate": {
+        *("cli.arguments", "runtime.commands", "runtime.launch", "runtime.needs"),
+        "runtime.verdict",
+    },
+    "cli.tools.generate": {
+        *("cli.arguments", "runtime.commands", "runtime.launch", "runtime.needs"),
+    },
+    "cli.tools.finetune": {
+        *("cli.arguments", "runtime.commands", "runtime.launch", "runtime.needs"),
+        *("runtime.optimizer", "runtime.training"),
+    },
     "__main__": {"cli"},
     "__init__": {"api", "config"},
 }
@@ -226,18 +248,17 @@ ALLOWED: dict[str, set[str]] = {
 # Libraries beside the standard library: who may import them at all.
 LIBRARIES: dict[str, set[str]] = {
     "numpy": {"measure", "values"},
+    "PIL": {"runtime.media"},
     "rich": {"cli.screen", "cli.tools.*", "picture"},
     "tyro": {"cli.arguments", "cli.tools.*"},
     "yaml": {"cli.arguments"},
 }
 HEAVY = {"torch", "torch_npu", "transformers", "safetensors", "megatron"}
-HEAVY_ROOMS = (
-    "loading",
-    "lazy",
-    "api",
-    "group",
-    "runtime.",
-)  # these may import them inside functions
+# These may import them: the first inside functions, the second also at their top, for which no
+# other module imports that room at its own top.
+HEAVY_ROOMS = ("loading", "lazy", "api", "group")
+HEAVY_AT_THE_TOP = ("runtime.",)
+LIGHT = {"runtime.needs"}  # runs before torch may be imported
 
 
 class Import(NamedTuple):
@@ -371,11 +392,25 @@ def test_libraries_are_imported_where_they_belong(module: str) -> None:
         if found.inside or library in sys.stdlib_module_names:
             continue
         if library in HEAVY:
+            if module.startswith(HEAVY_AT_THE_TOP) and module not in LIGHT:
+                continue
             if found.top or not (module + ".").startswith(HEAVY_ROOMS):
                 wrong.append(f"line {found.line}: {library}")
         elif not any(_fits(module, place) for place in LIBRARIES.get(library, set())):
             wrong.append(f"line {found.line}: {library}, not listed in LIBRARIES for {module}")
     assert wrong == []
+
+
+def test_the_runtime_is_imported_late() -> None:
+    """Its modules import torch: from outside the room only inside functions, after a look."""
+    early = [
+        (module, found.target)
+        for module in FILES
+        if not module.startswith(HEAVY_AT_THE_TOP) or module in LIGHT
+        for found in imports_of(module)
+        if found.inside and found.top and found.target.startswith(HEAVY_AT_THE_TOP)
+    ]
+    assert early == []
 
 
 def test_only_the_entry_point_imports_the_command_line() -> None:
@@ -447,6 +482,9 @@ STARTS = {
     "tables": "from mmconvert.converters import registry; assert registry()",
     "help": HELP.format(argv=["--help"]),
     "version": HELP.format(argv=["--version"]),
+    "help of validate": HELP.format(argv=["validate", "-h"]),
+    "help of generate": HELP.format(argv=["generate", "-h"]),
+    "help of finetune": HELP.format(argv=["finetune", "-h"]),
     "help of a command": HELP.format(argv=["Qwen2VLConverter", "hf_to_mm", "--help"]),
 }
 
@@ -456,6 +494,16 @@ def test_starting_loads_nothing_heavy(start: str) -> None:
     loaded = loaded_by(STARTS[start])
     assert "mmconvert" in loaded
     assert loaded & (HEAVY | {"numpy"}) == set()
+
+
+def test_python_itself_tells_that_help_imports_no_torch() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "mmconvert", "validate", "-h"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert {"tyro", "mmconvert.cli.arguments"} <= loaded  # the tool's own imports
+    assert {name.partition(".")[0] for name in loaded} & HEAVY == set()
+    assert "--mm_dir" in done.stdout
 
 
 def test_converting_needs_no_torch() -> None:

@@ -1,0 +1,176 @@
+"""The command ``finetune``: trains an MM checkpoint on conversations."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from mmconvert.cli.arguments import read_plain
+from mmconvert.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What to train, on what, and how."""
+
+    mm_dir: Path
+    """The MM checkpoint to start from; it trains in its own layout, one process for each rank."""
+    hf_dir: Path
+    """The Hugging Face folder with config.json, tokenizer and processor of the model."""
+    data: str
+    """Conversation files (JSON lists of images and messages), joined by commas."""
+    save: Path
+    """The folder for checkpoints (iter_*), loss.jsonl and loss.svg."""
+    train_iters: int = 100
+    """Iterations in all."""
+    save_interval: int = 0
+    """Iterations between checkpoints; the last is always saved."""
+    eval_interval: int = 0
+    """Iterations between evaluations; 0 for none."""
+    eval_iters: int = 25
+    """Global batches of an evaluation at most."""
+    val_data: str = ""
+    """Conversation files for evaluations, joined by commas."""
+    val_rate: float = 0.0
+    """The share of --data to set aside for evaluations."""
+    max_samples: int = 0
+    """The most samples to take from --data; 0 for all."""
+    log_interval: int = 1
+    """Iterations between lines."""
+    log_tps: bool = False
+    """Say tokens per second too; padding is not counted."""
+    lr: float = 1e-5
+    """The highest learning rate."""
+    min_lr: float = 0.0
+    """The learning rate at the end of the cosine."""
+    warmup_iters: int = 0
+    """Iterations in which the learning rate rises."""
+    weight_decay: float = 0.0
+    """Of AdamW, on matrices only."""
+    adam_beta1: float = 0.9
+    """Of AdamW."""
+    adam_beta2: float = 0.999
+    """Of AdamW."""
+    adam_eps: float = 1e-8
+    """Of AdamW."""
+    clip_grad: float = 1.0
+    """The largest gradient norm; 0 for no limit."""
+    micro_batch_size: int = 1
+    """Samples that go through the model together."""
+    global_batch_size: int = 0
+    """Samples of an iteration: a multiple of --micro_batch_size; 0 takes as many micro-batches as
+    there are pipeline ranks."""
+    seed: int = 42
+    """Decides the order of the samples."""
+    freeze: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Parts that do not learn: beginnings of MM names, such as image_encoder."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What is computed in; bf16 keeps fp32 copies of the weights."""
+    no_save_optim: bool = False
+    """Leave the optimizer out of the checkpoints."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --save, if there is one."""
+    json: bool = False
+    """Print each line, the result or the error as JSON."""
+    quiet: bool = False
+    """Print nothing but the result."""
+    debug: bool = False
+    """Add the traceback to errors."""
+
+
+def run(words: list[str]) -> int:
+    """Trains; lines are printed as they come."""
+    prog = "mm-convert finetune"
+    text = (
+        "Trains an MM checkpoint on conversations in its own layout: AdamW, cosine schedule, "
+        "deterministic, dropout off. The checkpoints are MM checkpoints."
+    )
+    example = f"{prog} --mm_dir MM_DIR --hf_dir HF_DIR --data train.json --save OUT --lr 1e-5"
+    asked = read_plain(Finetuned, words, prog, f"{text}\n\nexample:\n  {example}")
+    _check(asked)
+    from mmconvert.runtime import needs
+
+    needs.require()
+    from mmconvert.runtime import commands
+    from mmconvert.runtime.launch import leads
+    from mmconvert.runtime.optimizer import Recipe
+    from mmconvert.runtime.training import Line, Plan
+
+    def tell(event: object) -> None:
+        if not isinstance(event, Line):
+            if not asked.quiet:
+                print(event, file=sys.stderr)
+        elif asked.json:
+            print(json.dumps({k: v for k, v in vars(event).items() if v is not None}), flush=True)
+        elif not asked.quiet:
+            print(words_of(event, asked), flush=True)
+
+    recipe = Recipe(
+        asked.lr, asked.min_lr, asked.warmup_iters, asked.train_iters, asked.weight_decay,
+        asked.adam_beta1, asked.adam_beta2, asked.adam_eps, asked.clip_grad,
+    )  # fmt: skip
+    plan = Plan(
+        asked.save, asked.train_iters, asked.save_interval, asked.eval_interval, asked.eval_iters,
+        asked.log_interval, asked.micro_batch_size,
+        asked.global_batch_size // asked.micro_batch_size, asked.seed, asked.freeze,
+        not asked.no_save_optim, recipe,
+    )  # fmt: skip
+    loss = commands.finetune(
+        asked.mm_dir, asked.hf_dir, _files(asked.data), _files(asked.val_data), asked.val_rate,
+        asked.max_samples, plan, asked.dtype, asked.resume, tell,
+    )  # fmt: skip
+    if leads():
+        last = {"iteration": asked.train_iters, "loss": loss, "save": str(asked.save)}
+        print(json.dumps(last) if asked.json else f"done: loss {loss:.6f}, {asked.save}")
+    return 0
+
+
+def _files(listed: str) -> list[Path]:
+    return [Path(name.strip()) for name in listed.split(",") if name.strip()]
+
+
+def _check(asked: Finetuned) -> None:
+    """Numbers that make no sense."""
+    least = {
+        "train_iters": 1, "save_interval": 0, "eval_interval": 0, "eval_iters": 1, "max_samples": 0,
+        "log_interval": 0, "warmup_iters": 0, "micro_batch_size": 1, "global_batch_size": 0,
+    }  # fmt: skip
+    for name, bound in least.items():
+        if getattr(asked, name) < bound:
+            raise RequestError(f"--{name} is {getattr(asked, name)}", f"at least {bound}")
+    for name in ("lr", "min_lr", "weight_decay", "adam_eps", "clip_grad"):
+        if not 0 <= getattr(asked, name) < float("inf"):
+            raise RequestError(f"--{name} is {getattr(asked, name)}", "a number of at least 0")
+    for name in ("adam_beta1", "adam_beta2", "val_rate"):
+        if not 0 <= getattr(asked, name) < 1:
+            raise RequestError(f"--{name} is {getattr(asked, name)}", "a number from 0 to 1")
+    if asked.global_batch_size % asked.micro_batch_size:
+        raise RequestError(
+            f"--global_batch_size {asked.global_batch_size} is no multiple of --micro_batch_size "
+            f"{asked.micro_batch_size}",
+            "whole micro-batches",
+        )
+    if asked.val_data and asked.val_rate:
+        raise RequestError("--val_data and --val_rate are both given", "one of them")
+    if asked.eval_interval and not (asked.val_data or asked.val_rate):
+        raise RequestError("--eval_interval is given without data", "--val_data or --val_rate")
+
+
+def words_of(line: object, asked: Finetuned) -> str:
+    """A line of the log."""
+    from mmconvert.runtime.training import Line
+
+    assert isinstance(line, Line)  # noqa: S101 - the caller has looked
+    head = f"iteration {line.iteration:>6}/{asked.train_iters}"
+    if line.loss is None:
+        return f"{head} | validation loss {line.evaluation:.6f}"
+    tail = f" | {line.tokens:.0f} tokens/s" if asked.log_tps else ""
+    return (
+        f"{head} | loss {line.loss:.6f} | lr {line.rate:.3e} | grad norm {line.norm:.3f} | "
+        f"{line.seconds:.3f} s{tail}"
+    )

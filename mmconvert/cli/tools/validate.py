@@ -1,0 +1,97 @@
+"""The command ``validate``: does an MM checkpoint compute what the HF folder computes?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from mmconvert.cli.arguments import read_plain
+
+if TYPE_CHECKING:
+    from mmconvert.runtime.verdict import Report
+
+DIFFERENT = 1
+
+
+@dataclass(frozen=True)
+class Validated:
+    """What to compare, and on what."""
+
+    mm_dir: Path
+    """The MM checkpoint; it runs in its own layout, one process for each rank."""
+    hf_dir: Path
+    """The Hugging Face folder with the same model; it runs in one process."""
+    prompt: str = ""
+    """The words to compute on; empty takes a built-in prompt, or made-up ids where the folder has
+    no tokenizer."""
+    image: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")] = ()
+    """Pictures for the prompt; none takes a built-in one."""
+    audio: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")] = ()
+    """Sounds for the prompt (WAV), for Qwen2.5-Omni."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What both sides compute in."""
+    tolerance: float = 0.0
+    """Largest difference of logits, relative to the largest logit where that is above 1. 0 takes
+    fp32: 1e-5 on one tensor-parallel rank, 1e-4 on more; bf16: 2^-8 and 2^-5."""
+    json: bool = False
+    """Print the result, or the error, as JSON."""
+    quiet: bool = False
+    """Print nothing but the result."""
+    debug: bool = False
+    """Add the traceback to errors."""
+
+
+def run(words: list[str]) -> int:
+    """Compares; exit code 1 if the two differ."""
+    text = (
+        "Does an MM checkpoint compute what its Hugging Face model computes? Compares logits, "
+        "loss, gradients and greedy tokens, and names the first layer that differs."
+    )
+    prog = "mm-convert validate"
+    asked = read_plain(
+        Validated, words, prog, f"{text}\n\nexample:\n  {prog} --mm_dir MM_DIR --hf_dir HF_DIR"
+    )
+    from mmconvert.runtime import needs
+
+    needs.require()
+    from mmconvert.runtime import commands
+    from mmconvert.runtime.launch import leads
+
+    def note(event: object) -> None:
+        if not asked.quiet:
+            print(event, file=sys.stderr)
+
+    report = commands.validate(
+        asked.mm_dir, asked.hf_dir, asked.prompt, asked.image, asked.audio, asked.dtype,
+        asked.tolerance, note,
+    )  # fmt: skip
+    if leads():
+        if asked.json:
+            print(json.dumps(report.as_dict()))
+        else:
+            show(report)
+    return 0 if report.passed else DIFFERENT
+
+
+def show(report: Report) -> None:
+    """The report as a table and a verdict."""
+    print(f"layout: {report.layout}")
+    print(f"inputs: {report.inputs}, {report.dtype}")
+    print(f"{'check':<24}{'difference':>12}{'limit':>10}  ")
+    for c in report.checks:
+        sign = "ok  " if c.passed else "FAIL"
+        print(f"{c.name:<24}{c.found:>12.2e}{c.limit:>10.1e}  {sign}  {c.note}")
+    for text in report.notes:
+        print(f"note: {text}")
+    if report.parting is not None:
+        p = report.parting
+        print(
+            f"first difference: {p.label}: {p.difference:.3g} where values reach {p.size:.3g}, "
+            f"on tp rank {', '.join(map(str, p.ranks))}"
+        )
+    print("equal: both compute the same" if report.passed else "different")

@@ -1,0 +1,5 @@
+"""The runtime: runs, checks and fine-tunes MM checkpoints with torch and transformers.
+
+Its modules import torch when they are imported, so nothing outside this room imports them before
+a command needs them; :mod:`mmconvert.runtime.needs` comes first and is free of torch.
+"""

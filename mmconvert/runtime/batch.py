@@ -1,0 +1,123 @@
+"""What one micro-batch consists of, and how micro-batches are brought to one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the name torch's own pages use
+
+IGNORED = -100  # a label that the loss leaves out, as in torch's cross entropy
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that go through the model together.
+
+    Attributes:
+        ids: (batch, time) token ids.
+        labels: (batch, time); IGNORED where nothing is learnt.
+        positions: (3, batch, time) for m-RoPE, (batch, time) else.
+        pixels: (patches, values of a patch) of images, then of videos; InternVL: (tiles, 3, h, w).
+        grid: (images + videos, 3) time, height, width in patches; InternVL: (tiles, 3).
+        image_rows: how many of the rows that the vision tower gives belong to images.
+        features: (mel bins, frames) of all sounds, one after the other.
+        lengths: (sounds,) frames of each.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    pixels: Tensor
+    grid: Tensor
+    image_rows: int
+    features: Tensor
+    lengths: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        moved = {
+            f.name: v.to(device)
+            for f in fields(self)
+            if isinstance(v := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    @property
+    def patches(self) -> int:
+        """Rows or tiles that the vision tower takes."""
+        return self.pixels.shape[0]
+
+    @property
+    def sound_rows(self) -> int:
+        """Hidden states of the audio tower before pooling: half of the frames, rounded up."""
+        return int(((self.lengths + 1) // 2).sum())
+
+    @property
+    def learnt(self) -> int:
+        """Number of tokens that the loss counts."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+
+def alike(batches: Sequence[Batch], merge: int, intern: bool) -> list[Batch]:
+    """Micro-batches padded to one shape, which a pipeline needs.
+
+    Ids are padded at the end, where causal attention keeps them apart from what counts. Images
+    and sounds are padded with one more image or sound, of zeros: its tokens stand in no text.
+
+    Args:
+        merge: patches along each side of one image token.
+        intern: whether pixels are tiles.
+    """
+    time = max(b.ids.shape[1] for b in batches)
+    patches = _target([b.patches for b in batches], 1 if intern else merge * merge)
+    rows = _target([b.sound_rows for b in batches], 2)
+    out: list[Batch] = []
+    for b in batches:
+        grown = pad_text(b, time)
+        grown = _pad_pixels(grown, patches - b.patches, merge, intern)
+        out.append(_pad_sound(grown, rows - b.sound_rows))
+    return out
+
+
+def _target(sizes: Sequence[int], unit: int) -> int:
+    """A size that all can be padded to: the largest, with room for a whole unit beside it."""
+    most = max(sizes)
+    return most if all(s == most or most - s >= unit for s in sizes) else most + unit
+
+
+def pad_text(b: Batch, time: int) -> Batch:
+    """The batch with ids padded at the end."""
+    more = time - b.ids.shape[1]
+    if not more:
+        return b
+    last = b.positions.amax() + 1 + torch.arange(more)
+    tail = last.expand(*b.positions.shape[:-1], more)
+    return replace(
+        b,
+        ids=F.pad(b.ids, (0, more)),
+        labels=F.pad(b.labels, (0, more), value=IGNORED),
+        positions=torch.cat([b.positions, tail], dim=-1),
+    )
+
+
+def _pad_pixels(b: Batch, more: int, merge: int, intern: bool) -> Batch:
+    if not more:
+        return b
+    grid = [1, 1, 1] if intern else [1, merge, more // merge]
+    rows = torch.tensor([grid]).expand(more if intern else 1, 3)
+    blank = b.pixels.new_zeros(more, *b.pixels.shape[1:])
+    return replace(b, pixels=torch.cat([b.pixels, blank]), grid=torch.cat([b.grid, rows]))
+
+
+def _pad_sound(b: Batch, more: int) -> Batch:
+    if not more:
+        return b
+    blank = b.features.new_zeros(b.features.shape[0], 2 * more)
+    return replace(
+        b,
+        features=torch.cat([b.features, blank], dim=1),
+        lengths=torch.cat([b.lengths, torch.tensor([2 * more])]),
+    )

@@ -1,0 +1,194 @@
+"""The commands of the runtime, without their printing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mmconvert.errors import OutputError, RequestError
+from mmconvert.formats.megatron import TRACKER
+from mmconvert.runtime import engine as engines
+from mmconvert.runtime import inputs
+from mmconvert.runtime.batch import Batch
+from mmconvert.runtime.conversation import Sample, Speaker, prompt
+from mmconvert.runtime.dataset import read_samples, split
+from mmconvert.runtime.engine import load_folder
+from mmconvert.runtime.families import Architecture
+from mmconvert.runtime.launch import Emit, launch
+from mmconvert.runtime.media import drawn_picture
+from mmconvert.runtime.mmfiles import Stored, find
+from mmconvert.runtime.training import Plan, Training
+from mmconvert.runtime.validation import DTYPES, Validation
+from mmconvert.runtime.verdict import Report
+
+Note = Callable[[object], None]
+PROMPT = "What is in this picture?"
+
+
+def validate(
+    mm_dir: Path,
+    hf_dir: Path,
+    words: str,
+    images: Sequence[Path],
+    sounds: Sequence[Path],
+    dtype: str,
+    tolerance: float,
+    note: Note,
+) -> Report:
+    """Runs an MM checkpoint and an HF folder on the same inputs.
+
+    Raises:
+        MMConvertError: a checkpoint is missing or damaged, or the inputs do not fit the model.
+    """
+    if not 0 <= tolerance < 1:
+        raise RequestError(f"--tolerance is {tolerance}", "a number from 0 to 1")
+    arch, stored = load_folder(hf_dir, mm_dir)
+    batch, about = _question(arch, hf_dir, words, images, sounds, note)
+    job = Validation(arch, stored, hf_dir, batch, about, dtype, tolerance)
+    report = launch(job, stored.world, note)
+    assert isinstance(report, Report)  # noqa: S101 - what the job returns
+    return report
+
+
+def _question(
+    arch: Architecture,
+    hf_dir: Path,
+    words: str,
+    images: Sequence[Path],
+    sounds: Sequence[Path],
+    note: Note,
+) -> tuple[Batch, str]:
+    """What to compute on, and in words what it is."""
+    asked = bool(words or images or sounds)
+    try:
+        speaker = Speaker(arch, hf_dir)
+        pictures: list[object] = [*images] or [drawn_picture()]
+        batch = speaker.batch(prompt(words or PROMPT, pictures, sounds), answer=True)
+    except RequestError as error:
+        if asked:
+            raise
+        note(f"{error.what}; computing on made-up ids")
+        return inputs.synthetic(arch), "made-up ids and pixels"
+    # A prompt has no answer to learn, so the loss is that of its own words.
+    whole = inputs.assemble(
+        arch,
+        batch.ids,
+        batch.ids.clone(),
+        batch.pixels,
+        batch.grid,
+        batch.image_rows,
+        batch.features,
+        batch.lengths,
+    )
+    what = f"{len(images)} pictures" if images else "a built-in picture"
+    return whole, f"{batch.ids.shape[1]} tokens: {what}, {words or PROMPT!r}"
+
+
+@dataclass(frozen=True)
+class Answering:
+    """The job of every process that answers a prompt."""
+
+    arch: Architecture
+    stored: Stored
+    batch: Batch
+    most: int
+    stop: frozenset[int]
+    dtype: str
+
+    def __call__(self, device: torch.device, emit: Emit) -> list[int]:
+        """Emits tokens as they come; returns all."""
+        run = engines.load(self.arch, self.stored, device, DTYPES[self.dtype])
+        return run.generate(self.batch.to(device), self.most, set(self.stop), emit)
+
+
+def generate(
+    mm_dir: Path,
+    hf_dir: Path,
+    words: str,
+    images: Sequence[Path],
+    videos: Sequence[Path],
+    sounds: Sequence[Path],
+    most: int,
+    dtype: str,
+    say: Callable[[str], None],
+) -> str:
+    """The answer of an MM checkpoint to a prompt, greedily; ``say`` gets its words as they come.
+
+    Raises:
+        MMConvertError: as :func:`validate`.
+    """
+    if most < 1:
+        raise RequestError(f"--max_new_tokens is {most}", "a number of at least 1")
+    arch, stored = load_folder(hf_dir, mm_dir)
+    speaker = Speaker(arch, hf_dir)
+    batch = speaker.batch(prompt(words, images, sounds, videos), answer=True)
+    found: list[int] = []
+    said = ""
+
+    def hear(token: object) -> None:
+        nonlocal said
+        assert isinstance(token, int)  # noqa: S101 - what the job emits
+        found.append(token)
+        text = speaker.words(found)
+        if not text.endswith("\ufffd"):  # half of a character: its other bytes follow
+            say(text[len(said) :])
+            said = text
+
+    job = Answering(arch, stored, batch, most, frozenset(speaker.stop), dtype)
+    launch(job, stored.world, hear)
+    text = speaker.words(found)
+    say(text[len(said) :])
+    return text
+
+
+def finetune(
+    mm_dir: Path,
+    hf_dir: Path,
+    data: Sequence[Path],
+    check: Sequence[Path],
+    rate: float,
+    most: int,
+    plan: Plan,
+    dtype: str,
+    resume: bool,
+    on_event: Note,
+) -> float:
+    """Fine-tunes an MM checkpoint; the last loss.
+
+    Args:
+        data, check: data files for training and for evaluations.
+        rate: the share of the data that is set aside for evaluations; 0 for none.
+        most: how many samples to take; 0 for all.
+        resume: go on from the newest checkpoint in ``plan.save``, if there is one.
+
+    Raises:
+        MMConvertError: as :func:`validate`; OutputError: the folder holds a checkpoint already.
+    """
+    arch, stored = load_folder(hf_dir, mm_dir)
+    started = (plan.save / TRACKER).is_file()
+    if started and not resume:
+        raise OutputError(
+            f"{plan.save} holds a checkpoint already",
+            "an empty folder",
+            "--resume, or another --save",
+        )
+    if started:
+        stored = find(plan.save, arch)
+        if stored.iteration >= plan.steps:
+            raise RequestError(
+                f"{plan.save} is at iteration {stored.iteration} already",
+                "a --train_iters that is larger",
+            )
+    samples = read_samples(data, most)
+    kept: Sequence[Sample] = read_samples(check, 0) if check else []
+    if rate:
+        samples, kept = split(samples, rate, plan.seed)
+    if not plan.count:
+        plan = replace(plan, count=stored.layout.pp_size)
+    job = Training(arch, stored, hf_dir, samples, kept, plan, dtype, started)
+    loss = launch(job, stored.world, on_event)
+    assert isinstance(loss, float)  # noqa: S101 - what the job returns
+    return loss

@@ -1,0 +1,258 @@
+"""Conversations as token ids: the text around pictures, videos and sounds, and what is learnt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from mmconvert.errors import RequestError
+from mmconvert.runtime.batch import IGNORED, Batch
+from mmconvert.runtime.families import Architecture
+from mmconvert.runtime.inputs import assemble, audio_tokens
+from mmconvert.runtime.media import Media, open_picture, open_video
+
+PLACE = re.compile(r"<(image|video|audio)>\n?")
+ROLES = ("system", "user", "assistant")
+SYSTEM = "You are a helpful assistant."  # what the Qwen chat templates begin with
+# Around a placeholder in InternVL's text; the Qwen families have theirs in config.json.
+INTERN_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation.
+
+    Attributes:
+        messages: (role, text); ``<image>``, ``<video>`` and ``<audio>`` mark the places.
+        images, videos, audios: files, in the order of their places; pictures may be objects.
+    """
+
+    messages: Sequence[tuple[str, str]]
+    images: Sequence[Any] = ()
+    videos: Sequence[Path] = ()
+    audios: Sequence[Path] = ()
+    name: str = "the prompt"
+
+
+@dataclass
+class _Line:
+    """A conversation while it is put together."""
+
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], learnt: bool = False) -> None:
+        self.ids += ids
+        self.labels += ids if learnt else [IGNORED] * len(ids)
+
+
+class Speaker:
+    """Turns conversations into batches, and ids into words.
+
+    Args:
+        hf_dir: has the tokenizer.
+
+    Raises:
+        RequestError: there is no usable tokenizer, or it does not fit the model.
+    """
+
+    def __init__(self, arch: Architecture, hf_dir: Path) -> None:
+        self.arch, self.media = arch, Media(arch, hf_dir)
+        try:
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+                hf_dir, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # whatever a broken tokenizer makes of itself
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RequestError(
+                f"{hf_dir} has no tokenizer that transformers can load: {reason}",
+                "the tokenizer files of the model",
+            ) from None
+        start, end = (self._special(word) for word in ("<|im_start|>", "<|im_end|>"))
+        self._start, self._end = start, end
+        if arch.intern:
+            around = [self._special(word) for word in INTERN_TOKENS]
+            arch.config.image_token_id = around[1]
+            self._around = {"image": ([around[0]], around[1], [around[2]])}
+        else:
+            self._around = {kind: self._qwen_tokens(kind) for kind in ("image", "video", "audio")}
+
+    def _special(self, word: str) -> int:
+        found = self.tokenizer.convert_tokens_to_ids(word)
+        vocab = self.arch.text_config.vocab_size
+        if not isinstance(found, int) or found == self.tokenizer.unk_token_id or found >= vocab:
+            raise RequestError(
+                f"the tokenizer has no {word} below the model's {vocab} ids",
+                "the tokenizer of this model, with the tokens of ChatML",
+            )
+        return found
+
+    def _qwen_tokens(self, kind: str) -> tuple[list[int], int | None, list[int]]:
+        side = "audio" if kind == "audio" else "vision"
+        ends = [self.arch.token(f"{side}_{end}_token_id") for end in ("start", "end")]
+        place = self.arch.token(f"{kind}_token_id")
+        return [ends[0]] if ends[0] else [], place, [ends[1]] if ends[1] else []
+
+    @property
+    def stop(self) -> set[int]:
+        """Ids that end an answer."""
+        last = self.tokenizer.eos_token_id
+        return {self._end} | ({last} if isinstance(last, int) else set())
+
+    def words(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _text(self, text: str) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        most = max(ids, default=0)
+        if most >= self.arch.text_config.vocab_size:
+            raise RequestError(
+                f"the tokenizer gives id {most}, the model has {self.arch.text_config.vocab_size}",
+                "the tokenizer of this model",
+            )
+        return list(ids)
+
+    def batch(self, sample: Sample, answer: bool) -> Batch:
+        """A batch of one conversation.
+
+        Args:
+            answer: end with the start of an answer, as for generating; else with what was said.
+
+        Raises:
+            RequestError: files and places do not match, or the model has no such tower.
+        """
+        media, tokens = self._media(sample)
+        line = _Line()
+        messages = list(sample.messages)
+        if not self.arch.intern and messages[0][0] != "system":
+            messages.insert(0, ("system", SYSTEM))
+        for role, text in messages:
+            line.add([self._start, *self._text(f"{role}\n")])
+            self._message(line, text, tokens, learnt=role == "assistant")
+            line.add([self._end], learnt=role == "assistant")
+            line.add(self._text("\n"))
+        left = sum(map(len, tokens.values()))
+        if left:
+            raise RequestError(f"{sample.name}: {left} more files than places", "<image> for each")
+        if answer:
+            line.add([self._start, *self._text("assistant\n")])
+        return assemble(self.arch, torch.tensor([line.ids]), torch.tensor([line.labels]), *media)
+
+    def _message(self, line: _Line, text: str, tokens: dict[str, list[int]], learnt: bool) -> None:
+        at = 0
+        for found in PLACE.finditer(text):
+            line.add(self._text(text[at : found.start()]), learnt)
+            kind, at = found[1], found.end()
+            before, place, after = self._around.get(kind, ([], None, []))
+            if place is None or not tokens[kind]:
+                raise RequestError(
+                    f"a conversation has more <{kind}> places than files",
+                    f"a file for each <{kind}>, and a model that takes it",
+                )
+            line.add([*before, *[place] * tokens[kind].pop(0), *after])
+            line.add(self._text("\n") if found[0].endswith("\n") else [])
+        line.add(self._text(text[at:]), learnt)
+
+    def _media(
+        self, sample: Sample
+    ) -> tuple[tuple[Tensor, Tensor, int, Tensor, Tensor], dict[str, list[int]]]:
+        """Tensors of a sample's files, as ``assemble`` takes them, and the tokens of each file."""
+        tokens: dict[str, list[int]] = {"image": [], "video": [], "audio": []}
+        pixels, grids = [], []
+        if sample.images:
+            pictures = [open_picture(i) if isinstance(i, Path) else i for i in sample.images]
+            made, grid, tokens["image"] = self.media.images(pictures)
+            pixels.append(made)
+            grids.append(grid)
+        if sample.videos and self.arch.intern:
+            raise RequestError(
+                f"{sample.name} has a video", "pictures only: InternVL's towers take these"
+            )
+        for path in sample.videos:
+            made, grid, count = self.media.video(open_video(path))
+            pixels.append(made)
+            grids.append(grid)
+            tokens["video"].append(count)
+        if sample.audios and self.arch.kind != "qwen2_5_omni":
+            raise RequestError(
+                f"{sample.name} has a sound", "Qwen2.5-Omni, the only family that hears"
+            )
+        sounds = [self.media.sound(path) for path in sample.audios]
+        tokens["audio"] = [audio_tokens(s.shape[1]) for s in sounds]
+        rows = sum(tokens["image"])
+        empty = self.no_pixels()
+        return (
+            torch.cat(pixels) if pixels else empty,
+            torch.cat(grids) if grids else torch.zeros(0, 3, dtype=torch.int64),
+            rows,
+            torch.cat(sounds, dim=1) if sounds else torch.zeros(self._mel(), 0),
+            torch.tensor([s.shape[1] for s in sounds], dtype=torch.int64),
+        ), tokens
+
+    def _mel(self) -> int:
+        audio = getattr(self.arch.config, "audio_config", None)
+        return 1 if audio is None else int(audio.num_mel_bins)
+
+    def no_pixels(self) -> Tensor:
+        """Pixels of no picture, in the shape that pictures have."""
+        vision = self.arch.config.vision_config
+        if self.arch.intern:
+            return torch.zeros(0, vision.num_channels, *vision.image_size)
+        channels = getattr(vision, "in_channels", None) or vision.in_chans
+        return torch.zeros(0, channels * vision.temporal_patch_size * vision.patch_size**2)
+
+
+def prompt(
+    text: str, images: Sequence[Any], audios: Sequence[Path], videos: Sequence[Path] = ()
+) -> Sample:
+    """A question about files, which stand before the words where no place is marked."""
+    marked = {m[1] for m in PLACE.finditer(text)}
+    files = {"image": images, "video": videos, "audio": audios}
+    front = "".join(f"<{kind}>" * len(some) for kind, some in files.items() if kind not in marked)
+    return Sample([("user", front + text)], images, videos, audios)
+
+
+def sample_of(item: Mapping[str, Any], folder: Path, name: str) -> Sample:
+    """A conversation out of a data file: ``messages`` with role and content, and file lists.
+
+    Raises:
+        RequestError: naming the entry and what is wrong with it.
+    """
+    wanted = '{"images": ["a.png"], "messages": [{"role": "user", "content": "<image>..."}, ...]}'
+    if (
+        not isinstance(item, dict)
+        or not isinstance(item.get("messages"), list)
+        or not item["messages"]
+    ):
+        raise RequestError(f"{name} has no messages", wanted)
+    messages: list[tuple[str, str]] = []
+    for message in item["messages"]:
+        role, text = (
+            (message.get("role"), message.get("content")) if isinstance(message, dict) else (0, 0)
+        )
+        if role not in ROLES or not isinstance(text, str):
+            raise RequestError(
+                f"{name} has a message of role {role!r}", f"text of {', '.join(ROLES)}"
+            )
+        messages.append((str(role), text))
+    files: dict[str, list[Path]] = {}
+    for key in ("images", "videos", "audios"):
+        listed = item.get(key) or []
+        if not isinstance(listed, list) or not all(isinstance(x, str) for x in listed):
+            raise RequestError(f"{name}: {key} is {listed!r}"[:200], "a list of file names")
+        files[key] = [folder / x for x in listed]
+    places = {m[1] for _, text in messages for m in PLACE.finditer(text)}
+    for kind in ("image", "video", "audio"):
+        if files[f"{kind}s"] and kind not in places:  # unmarked: before the first question
+            first = next((i for i, (role, _) in enumerate(messages) if role == "user"), 0)
+            front = f"<{kind}>" * len(files[f"{kind}s"])
+            messages[first] = (messages[first][0], front + messages[first][1])
+    return Sample(messages, files["images"], files["videos"], files["audios"], name)

@@ -1,0 +1,306 @@
+"""Runs a loaded checkpoint: forward, training step and greedy generation over its own layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleLoopedBFS,
+)
+from torch.nn import functional as F  # noqa: N812 - the name torch's own pages use
+
+from mmconvert.runtime import mesh as meshes
+from mmconvert.runtime.batch import IGNORED, Batch
+from mmconvert.runtime.families import Architecture
+from mmconvert.runtime.mesh import Mesh
+from mmconvert.runtime.mmfiles import Stored, chunk_tensors, read_rank
+from mmconvert.runtime.stage import Border, Stage
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of the next token, summed over the learnt ones.
+
+    Args:
+        logits: (batch, time, vocabulary).
+        labels: (batch, time).
+    """
+    flat = logits[:, :-1].float().flatten(0, 1)
+    return F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def next_step(batch: Batch, token: int, position: Tensor) -> Batch:
+    """The batch of one further token, without pictures or sounds."""
+    ids = torch.full_like(batch.ids[:, :1], token)
+    where = position.expand(*batch.positions.shape[:-1], 1)
+    return Batch(
+        ids,
+        ids,
+        where,
+        batch.pixels[:0],
+        batch.grid[:0],
+        0,
+        batch.features[:, :0],
+        batch.lengths[:0],
+    )
+
+
+def appended(batch: Batch, token: int, position: Tensor) -> Batch:
+    """The batch with one further token of text."""
+    more = next_step(batch, token, position)
+    return replace(
+        batch,
+        ids=torch.cat([batch.ids, more.ids], 1),
+        labels=torch.cat([batch.labels, more.labels], 1),
+        positions=torch.cat([batch.positions, more.positions], -1),
+    )
+
+
+class Engine:
+    """One process's part of a model in its parallel layout.
+
+    Attributes:
+        stages: the model chunks of this pipeline rank.
+        mesh: this process among the others.
+    """
+
+    def __init__(self, arch: Architecture, stored: Stored, mesh: Mesh, dtype: torch.dtype) -> None:
+        self.arch, self.mesh, self.dtype = arch, mesh, dtype
+        self.stored = stored
+        layout = stored.layout
+        content = read_rank(stored, mesh.rank)
+        self.extras = {k: v for k, v in content.items() if not k.startswith("model")}
+        self.stages: list[Stage] = []
+        for virtual in range(layout.vpp_size):
+            part = layout.part(virtual)
+            where = f"{layout.folder(mesh.rank)} {part}"
+            number = virtual * layout.pp_size + mesh.rank.pp
+            tensors = chunk_tensors(content, part)
+            self.stages.append(Stage(arch, mesh, number, tensors, dtype, where))
+        self.border = Border(arch, layout, dtype)
+        self._tie()
+
+    def _tie(self) -> None:
+        """Finds the copies of a tied word embedding: their gradients belong together."""
+        self.embedding = next(
+            (s.llm.embedding for s in self.stages if s.llm and s.llm.span.first), None
+        )
+        self.head = next(
+            (s.llm.head_weight for s in self.stages if s.llm and s.llm.span.last), None
+        )
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter, Stage]]:
+        """Every parameter once, with its MM name and stage."""
+        for stage in self.stages:
+            for name, parameter in stage.shard.tree.named_parameters():
+                yield name, parameter, stage
+
+    # -------------------------------------------------------------------------- computing
+    def logits(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Logits (batch, time, vocabulary) of each micro-batch, on every process."""
+        with torch.no_grad():
+            outs = self._run(batches, None, None)
+        found: list[Tensor] = []
+        vocab = self.arch.text_config.vocab_size
+        for i, batch in enumerate(batches):
+            shape = (*batch.ids.shape, vocab)
+            out = outs[i] if outs else torch.empty(shape, dtype=self.dtype, device=self.mesh.device)
+            out = out.contiguous()
+            self.mesh.share_from_last(out)
+            found.append(out)
+        return found
+
+    def generate(
+        self, batch: Batch, most: int, stop: set[int], on_token: Callable[[int], None]
+    ) -> list[int]:
+        """Greedy tokens after a prompt of one sample, with a KV cache; the same on every process.
+
+        Args:
+            most: how many tokens at most.
+            stop: ids that end the answer; the one found is the last token given.
+            on_token: gets each token as it comes.
+        """
+        for stage in self.stages:
+            stage.cache = transformers.DynamicCache() if stage.llm is not None else None
+        found: list[int] = []
+        position = batch.positions.amax()
+        try:
+            while len(found) < most:
+                token = self._next(batch)
+                found.append(token)
+                on_token(token)
+                if token in stop:
+                    break
+                position = position + 1
+                batch = next_step(batch, token, position)
+        finally:
+            for stage in self.stages:
+                stage.cache = None
+        return found
+
+    def _next(self, batch: Batch) -> int:
+        with torch.no_grad():
+            outs = self._run([batch], None, None)
+        token = torch.zeros((), dtype=torch.int64, device=self.mesh.device)
+        if outs:
+            token = outs[0][0, -1].argmax()
+        self.mesh.share_from_last(token)
+        return int(token)
+
+    def loss(self, batches: Sequence[Batch]) -> float:
+        """Mean loss over the learnt tokens of all micro-batches, without gradients."""
+        learnt = max(1, sum(b.learnt for b in batches))
+        total = torch.zeros((), device=self.mesh.device)
+        with torch.no_grad():
+            outs = self._run(batches, None, None)
+            for out, batch in zip(outs, batches, strict=False):
+                total += loss_sum(out, batch.labels)
+        self.mesh.share_from_last(total)
+        return float(total) / learnt
+
+    def train(self, batches: Sequence[Batch]) -> float:
+        """Mean loss, with gradients in every parameter's ``grad``, ready for an optimizer.
+
+        Micro-batches must have one shape (:func:`mmconvert.runtime.batch.alike`).
+        """
+        learnt = max(1, sum(b.learnt for b in batches))
+        for _, parameter, _ in self.parameters():
+            parameter.grad = None
+        losses: list[Tensor] = []
+
+        def mean(logits: Tensor, index: Tensor) -> Tensor:
+            return loss_sum(logits, batches[int(index)].labels) / learnt
+
+        self._run(batches, mean, losses)
+        total = torch.zeros((), device=self.mesh.device)
+        for one in losses:
+            total += one.detach()
+        self.mesh.share_from_last(total)
+        self._settle()
+        return float(total)
+
+    def _settle(self) -> None:
+        """Gradients that are not yet whole: tied copies; and those that must stay zero."""
+        for _, parameter, _ in self.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for stage in self.stages:
+            for _, parameter, part in stage.shard.void:
+                if parameter.grad is not None:
+                    part(parameter.grad).zero_()
+        if self.arch.tied:
+            self._sum_tied()
+
+    def _sum_tied(self) -> None:
+        first, last = self.embedding, self.head
+        if first is last and first is not None:
+            return
+        mine = [p for p in (first, last) if p is not None and p.grad is not None]
+        group = self.mesh.tied
+        if len(mine) == 2:  # both copies here, in two chunks
+            total = mine[0].grad + mine[1].grad  # type: ignore[operator]
+            mine[0].grad, mine[1].grad = total, total.clone()
+        elif mine and group is not None:
+            dist.all_reduce(mine[0].grad, group=group)
+
+    def _run(
+        self, batches: Sequence[Batch], loss: Loss | None, losses: list[Tensor] | None
+    ) -> list[Tensor]:
+        """Runs all micro-batches; the logits of each on the last pipeline rank, else nothing."""
+        for stage in self.stages:
+            stage.batches = batches
+        if self.mesh.layout.pp_size == 1:
+            return self._run_alone(batches, loss, losses)
+        count, grad = len(batches), loss is not None
+        pipe = [self._pipeline_stage(stage, batches[0], grad) for stage in self.stages]
+        schedule = self._schedule(pipe, count, loss)
+        index = torch.arange(count)
+        first = (index,) if self.mesh.rank.pp == 0 else ()
+        last = self.mesh.rank.pp == self.mesh.layout.pp_size - 1
+        if loss is not None:
+            schedule.step(
+                *first,
+                mb=index,
+                target=index if last else None,
+                losses=losses,
+                return_outputs=False,
+            )
+            return []
+        schedule.step(*first, mb=index)
+        return list(pipe[-1].output_chunks) if last else []
+
+    def _run_alone(
+        self, batches: Sequence[Batch], loss: Loss | None, losses: list[Tensor] | None
+    ) -> list[Tensor]:
+        outs: list[Tensor] = []
+        for i in range(len(batches)):
+            index = torch.tensor([i])
+            out: Any = (index,)
+            for stage in self.stages:
+                out = stage(*(out if isinstance(out, tuple) else (out,)), mb=index)
+            if loss is None:
+                outs.append(out)
+                continue
+            one = loss(out, index)
+            one.backward()
+            assert losses is not None  # noqa: S101 - goes with the loss
+            losses.append(one)
+        return outs
+
+    def _pipeline_stage(self, stage: Stage, batch: Batch, grad: bool) -> PipelineStage:
+        """A stage with its shapes said beforehand: finding them out would run it once more."""
+        number, count = stage.number, self.mesh.stages
+        if number:
+            received = self.border.metas(number - 1, batch, grad)
+        else:
+            received = (torch.empty(1, dtype=torch.int64, device="meta"),)
+        if number == count - 1:
+            shape = (*batch.ids.shape, self.arch.text_config.vocab_size)
+            sent = (torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=grad),)
+        else:
+            sent = self.border.metas(number, batch, grad)
+        return PipelineStage(
+            stage,
+            number,
+            count,
+            self.mesh.device,
+            input_args=received,
+            output_args=sent,
+            group=self.mesh.pipe,
+        )
+
+    def _schedule(self, pipe: list[Any], count: int, loss: Loss | None) -> Any:  # noqa: ANN401 - two kinds
+        """1F1B and its interleaved form for training where the counts allow, GPipe's order else."""
+        ranks = self.mesh.layout.pp_size
+        if len(pipe) == 1:
+            kind = Schedule1F1B if loss is not None and count >= ranks else ScheduleGPipe
+            return kind(pipe[0], count, loss_fn=loss, scale_grads=False)
+        fits = count % max(1, count // ranks) == 0
+        many = ScheduleInterleaved1F1B if loss is not None and fits else ScheduleLoopedBFS
+        return many(pipe, count, loss_fn=loss, scale_grads=False)
+
+
+def load(arch: Architecture, stored: Stored, device: torch.device, dtype: torch.dtype) -> Engine:
+    """Loads this process's rank file; every process of the run calls this."""
+    return Engine(arch, stored, meshes.build(stored.layout, device), dtype)
+
+
+def load_folder(hf_dir: Path, mm_dir: Path) -> tuple[Architecture, Stored]:
+    """The model and the layout of a checkpoint; reads no weights."""
+    from mmconvert.runtime.families import architecture
+    from mmconvert.runtime.mmfiles import find
+
+    arch = architecture(hf_dir)
+    return arch, find(mm_dir, arch)

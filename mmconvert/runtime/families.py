@@ -1,0 +1,233 @@
+"""Transformers' model of each family: its class, its config, and where its towers are."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from mmconvert.errors import CheckpointError, MMConvertError
+from mmconvert.runtime.bind import params_on_meta
+
+CLASSES = {
+    "qwen2_vl": ("Qwen2VLConfig", "Qwen2VLForConditionalGeneration"),
+    "qwen2_5_vl": ("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration"),
+    "qwen2_5_omni": ("Qwen2_5OmniThinkerConfig", "Qwen2_5OmniThinkerForConditionalGeneration"),
+    "internvl_chat": ("InternVLConfig", "InternVLForConditionalGeneration"),
+}
+TEXT_CONFIGS = {
+    "InternLM2ForCausalLM": "LlamaConfig",  # computes the same: RMS norm, rotary GQA, gated SiLU
+    "LlamaForCausalLM": "LlamaConfig",
+    "Qwen2ForCausalLM": "Qwen2Config",
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The towers of a model of transformers.
+
+    Attributes:
+        visual: vision tower; for InternVL the model that has tower and projector.
+        audio: audio tower, or None.
+        text: text model without its output layer.
+        owner: the module that has ``lm_head``.
+        positions: the module that has ``get_rope_index``, or None.
+    """
+
+    visual: Any
+    audio: Any
+    text: Any
+    owner: Any
+    positions: Any
+
+    def find(self, tower: str, name: str) -> Any:  # noqa: ANN401 - a module or parameter
+        """A module or parameter by tower (``vit``, ``audio``, ``llm``) and name in it."""
+        root = {"vit": self.visual, "audio": self.audio, "llm": self.text}[tower]
+        if tower == "llm" and name.split(".")[0] == "lm_head":
+            root = self.owner
+        for word in name.split("."):
+            root = getattr(root, word) if not word.isdigit() else root[int(word)]
+        return root
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family's model, as config.json says.
+
+    Attributes:
+        kind: ``model_type`` of config.json.
+        config: transformers' config of what is computed (for Omni, the thinker's).
+        tied: whether the output layer is the word embedding.
+    """
+
+    kind: str
+    config: Any
+    tied: bool
+
+    @property
+    def intern(self) -> bool:
+        """Whether it is InternVL."""
+        return self.kind == "internvl_chat"
+
+    @property
+    def text_config(self) -> Any:  # noqa: ANN401 - transformers' config
+        """The config of the text model."""
+        return self.config.text_config
+
+    def image_token(self) -> int:
+        """Id of the placeholder of one image token."""
+        return int(self.config.image_token_id)
+
+    def token(self, name: str) -> int | None:
+        """Another token id of the config, or None."""
+        value = getattr(self.config, name, None)
+        return value if isinstance(value, int) else None
+
+    def model_class(self) -> Any:  # noqa: ANN401 - a class of transformers
+        """Transformers' class of the model."""
+        return getattr(transformers, CLASSES[self.kind][1])
+
+    def skeleton(self, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers' model
+        """A new model whose parameters have no data; its config is its own."""
+        with params_on_meta(dtype):
+            return self.model_class()(deepcopy(self.config)).eval()
+
+    def parts(self, model: Any) -> Parts:  # noqa: ANN401 - transformers' model
+        """The towers of a model made from this architecture."""
+        # The thinker's towers are its own in transformers 4, in `model.model` in 5.
+        inner = model.model if hasattr(model.model, "language_model") else model
+        if self.intern:
+            return Parts(inner, None, inner.language_model, model, None)
+        text = getattr(inner, "language_model", None) or inner.model
+        where = inner if hasattr(inner, "get_rope_index") else model
+        return Parts(inner.visual, getattr(inner, "audio_tower", None), text, model, where)
+
+
+def read_config(hf_dir: Path) -> dict[str, Any]:
+    """config.json as it stands.
+
+    Raises:
+        CheckpointError: it is missing or no JSON object.
+    """
+    path = hf_dir / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: {error.strerror}", "a Hugging Face folder with config.json", "check --hf_dir"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON: {error}", "config.json of the model") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no object", "config.json of the model")
+    return content
+
+
+def architecture(hf_dir: Path) -> Architecture:
+    """The model that config.json describes.
+
+    Raises:
+        CheckpointError: config.json is missing, or of no family that is known here.
+    """
+    content = read_config(hf_dir)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    kind = content.get("model_type")
+    if kind not in CLASSES:
+        raise CheckpointError(
+            f"{hf_dir / 'config.json'}: model_type is {kind!r}", f"one of {', '.join(CLASSES)}"
+        )
+    try:
+        config = _config(str(kind), content)
+        tied = bool(_tied(content, config))
+        _choose_attention(config)
+    except MMConvertError:
+        raise
+    except Exception as error:  # transformers checks config.json in ways of its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{hf_dir / 'config.json'}: transformers {transformers.__version__} refuses it: "
+            f"{reason}",
+            "the config.json that came with the model",
+        ) from None
+    return Architecture(str(kind), config, tied)
+
+
+def _config(kind: str, content: dict[str, Any]) -> Any:  # noqa: ANN401 - transformers' config
+    if kind == "internvl_chat":
+        return _intern_config(content)
+    if kind == "qwen2_5_omni":
+        content = content.get("thinker_config", {})
+    made = getattr(transformers, CLASSES[kind][0])
+    return made.from_dict({k: v for k, v in content.items() if k != "auto_map"})
+
+
+def _tied(content: dict[str, Any], config: Any) -> object:  # noqa: ANN401 - as above
+    """What config.json says at the top or of the text model, else the class's own default."""
+    top = content.get("thinker_config", content)
+    places = (top, top.get("text_config"), top.get("llm_config")) if isinstance(top, dict) else ()
+    for place in places:
+        if isinstance(place, dict) and isinstance(place.get("tie_word_embeddings"), bool):
+            return place["tie_word_embeddings"]
+    return config.tie_word_embeddings
+
+
+def _choose_attention(config: Any) -> None:  # noqa: ANN401 - as above
+    """One attention for both sides, so that a difference is the checkpoint's."""
+    for name in ("", "text_config", "vision_config", "audio_config"):
+        place = getattr(config, name, None) if name else config
+        if place is not None:
+            place._attn_implementation = "sdpa"
+
+
+def _intern_config(content: dict[str, Any]) -> Any:  # noqa: ANN401 - as above
+    """The native config of an original InternVL checkpoint.
+
+    Names of the original: config.json of the InternVL2 models; of the native one: transformers'
+    InternVLVisionConfig. The original's projector is always a GELU MLP behind a layer norm.
+    """
+    vision, llm = content.get("vision_config"), content.get("llm_config")
+    if not isinstance(vision, dict) or not isinstance(llm, dict):
+        raise CheckpointError("config.json has no vision_config or llm_config", "an InternVL model")
+    named = llm.get("architectures") or [""]
+    if named[0] not in TEXT_CONFIGS:
+        raise CheckpointError(
+            f"config.json: llm_config.architectures is {named!r}",
+            f"one of {', '.join(TEXT_CONFIGS)}",
+        )
+    size = content.get("force_image_size") or vision.get("image_size", 448)
+    native = transformers.InternVLVisionConfig(
+        hidden_size=vision["hidden_size"],
+        num_hidden_layers=vision["num_hidden_layers"],
+        num_attention_heads=vision["num_attention_heads"],
+        intermediate_size=vision["intermediate_size"],
+        attention_bias=vision.get("qkv_bias", True),
+        use_qk_norm=vision.get("qk_normalization", False),
+        norm_type=vision.get("norm_type", "layer_norm"),
+        layer_norm_eps=vision.get("layer_norm_eps", 1e-6),
+        hidden_act=vision.get("hidden_act", "gelu"),
+        image_size=vision.get("image_size", size),
+        patch_size=vision.get("patch_size", 14),
+        num_channels=vision.get("num_channels", 3),
+    )
+    made = getattr(transformers, TEXT_CONFIGS[named[0]])
+    left_out = ("architectures", "auto_map", "model_type", "torch_dtype", "dtype", "_name_or_path")
+    text = {k: v for k, v in llm.items() if k not in left_out}
+    if named[0] == "InternLM2ForCausalLM":
+        text |= {"attention_bias": llm.get("bias", False), "mlp_bias": llm.get("bias", False)}
+        if (text.get("rope_scaling") or {}).get("type") == "dynamic":
+            # Positions beyond max_position_embeddings only; the check stays far below.
+            text["rope_scaling"] = None
+    tied = bool(llm.get("tie_word_embeddings", False))
+    return transformers.InternVLConfig(
+        vision_config=native,
+        text_config=made.from_dict(text),
+        image_token_id=content.get("img_context_token_id") or 0,
+        downsample_ratio=content.get("downsample_ratio", 0.5),
+        tie_word_embeddings=tied,
+    )

@@ -1,0 +1,217 @@
+"""MM checkpoints for the runtime: their layout, one rank's tensors, and new iterations.
+
+The layout is read off names and shapes alone; nothing of the converter's tables is asked.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmconvert.errors import CheckpointError, FormatError, cannot_write
+from mmconvert.formats.megatron import EXTRA_STATE, RANK_FILE, TRACKER, MMCheckpoint, open_mm
+from mmconvert.runtime.families import Architecture
+from mmconvert.sharding.layout import Layout, Rank
+from mmconvert.sharding.stages import StageGrid, show, total
+
+# Where the layers of each module stand. InternViT's are one level deeper.
+LAYER = {
+    "vit": re.compile(r"image_encoder\.encoder\.(?:blocks|encoder)\.layers\.(\d{1,4})\."),
+    "audio": re.compile(r"audio_encoder\.encoder\.blocks\.layers\.(\d{1,4})\."),
+    "llm": re.compile(r"text_decoder\.decoder\.layers\.(\d{1,4})\."),
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An MM checkpoint that the runtime can load.
+
+    Attributes:
+        folder: the folder of the rank folders.
+        iteration: 0 for ``release``.
+        layout: how it is divided.
+    """
+
+    folder: Path
+    iteration: int
+    layout: Layout
+
+    @property
+    def world(self) -> int:
+        """The number of processes that it wants: one for each rank file."""
+        return self.layout.tp_folders * self.layout.pp_size
+
+
+def find(mm_dir: Path, arch: Architecture) -> Stored:
+    """Reads the layout of an MM checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or not of this model.
+    """
+    checkpoint = open_mm(mm_dir)
+    model = arch.skeleton(torch.float32)
+    parts = arch.parts(model)
+    layers = {"vit": _layers(parts.visual), "llm": list(parts.text.layers)}
+    if parts.audio is not None:
+        layers["audio"] = list(parts.audio.layers)
+    grids = {key: _grid(checkpoint, key) for key in layers}
+    for key, grid in grids.items():
+        if total(grid) != len(layers[key]):
+            raise CheckpointError(
+                f"{checkpoint.folder} holds {total(grid)} layers of the {key} module, "
+                f"{show(grid)}; config.json says {len(layers[key])}",
+                "all layers, and the hf_dir of the checkpoint's own model",
+                "give the hf_dir that the checkpoint was made from",
+            )
+    tp = {key: _tp(checkpoint, key, _width(found[0])) for key, found in layers.items()}
+    layout = Layout(tp, grids)
+    layout.check()
+    if layout.tp_folders != checkpoint.tp_folders:
+        raise CheckpointError(
+            f"{checkpoint.folder} has {checkpoint.tp_folders} tp folders; shapes say {dict(tp)}",
+            "as many folders as the largest tp size",
+            "give the hf_dir of the model that this checkpoint was made from",
+        )
+    number = 0 if checkpoint.iteration == "release" else int(checkpoint.iteration)
+    return Stored(checkpoint.folder, number, layout)
+
+
+def _layers(visual: Any) -> list[Any]:  # noqa: ANN401 - a tower of any model
+    return list(visual.blocks if hasattr(visual, "blocks") else visual.vision_tower.encoder.layer)
+
+
+def _width(layer: Any) -> int:  # noqa: ANN401 - a layer of any model
+    """Input width of a layer's second feed-forward matrix, which tp divides by columns."""
+    mlp = getattr(layer, "mlp", layer)
+    return (mlp.down_proj if hasattr(mlp, "down_proj") else mlp.fc2).in_features
+
+
+def _grid(checkpoint: MMCheckpoint, key: str) -> StageGrid:
+    counts: dict[tuple[int, int], int] = {}
+    for chunk, tensors in checkpoint.parts.items():
+        numbers = {int(m[1]) for name in tensors if (m := LAYER[key].match(name))}
+        if numbers != set(range(len(numbers))):
+            raise CheckpointError(
+                f"{checkpoint.folder}: layers {sorted(numbers)} of the {key} module in one chunk",
+                "local layers numbered from 0 without a gap",
+            )
+        place = (chunk.virtual, chunk.rank.pp)
+        if counts.setdefault(place, len(numbers)) != len(numbers):
+            raise CheckpointError(
+                f"{checkpoint.folder}: tp ranks of pp rank {chunk.rank.pp} hold different "
+                f"numbers of layers of the {key} module",
+                "the same layers on all tp ranks",
+            )
+    return tuple(
+        tuple(counts[v, p] for p in range(checkpoint.pp_size)) for v in range(checkpoint.vpp_size)
+    )
+
+
+def _tp(checkpoint: MMCheckpoint, key: str, width: int) -> int:
+    for tensors in checkpoint.parts.values():
+        for name, tensor in tensors.items():
+            found = LAYER[key].match(name)
+            if found and name.endswith("mlp.linear_fc2.weight") and len(tensor.shape) == 2:
+                if tensor.shape[1] == 0 or width % tensor.shape[1]:
+                    raise CheckpointError(
+                        f"{checkpoint.folder}: {name} has {tensor.shape[1]} columns",
+                        f"{width} divided by a tp size",
+                        "give the hf_dir of the model that this checkpoint was made from",
+                    )
+                return width // tensor.shape[1]
+    raise CheckpointError(f"{checkpoint.folder}: no mlp.linear_fc2 of the {key} module", "a model")
+
+
+def read_rank(stored: Stored, rank: Rank) -> dict[str, Any]:
+    """The content of a rank file, its data mapped from disk.
+
+    Raises:
+        FormatError: it holds objects that are not data, or cannot be read.
+    """
+    path = stored.folder / stored.layout.folder(rank) / RANK_FILE
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (UnpicklingError, RuntimeError, OSError, ValueError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FormatError(
+            f"{path} cannot be loaded: {reason}",
+            "tensors and plain values; other objects in a checkpoint are never loaded",
+            "mm-convert AutoConverter resplit to the same layout leaves them out",
+        ) from None
+
+
+def chunk_tensors(content: Mapping[str, Any], part: str) -> dict[str, Tensor]:
+    """The tensors of one model chunk, without Transformer Engine's extra state."""
+    found = content[part]
+    return {n: t for n, t in found.items() if not n.endswith(EXTRA_STATE) and isinstance(t, Tensor)}
+
+
+# ------------------------------------------------------------------------------------ saving
+def iteration_folder(save: Path, iteration: int) -> Path:
+    """Where an iteration's rank folders stand."""
+    return save / f"iter_{iteration:07d}"
+
+
+def staging_folder(save: Path, iteration: int) -> Path:
+    """Where they are written first."""
+    return save / f".iter_{iteration:07d}.part"
+
+
+def begin(save: Path, iteration: int) -> None:
+    """Makes an empty staging folder. One process calls this, before the others write."""
+    folder = staging_folder(save, iteration)
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+
+
+def write_rank(
+    save: Path, iteration: int, layout: Layout, rank: Rank, content: Mapping[str, Any]
+) -> None:
+    """Writes one rank file into the staging folder.
+
+    Raises:
+        OutputError: the system refuses.
+    """
+    path = staging_folder(save, iteration) / layout.folder(rank) / RANK_FILE
+    try:
+        path.parent.mkdir()
+        with path.open("xb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    except RuntimeError as error:  # torch's own zip writer, on a full disk
+        raise cannot_write(path, OSError(str(error))) from None
+
+
+def finish(save: Path, iteration: int) -> None:
+    """Gives the staging folder its name, then the tracker file its number.
+
+    One process calls this, after all have written: the checkpoint is whole or not there.
+    """
+    folder, staging = iteration_folder(save, iteration), staging_folder(save, iteration)
+    tracker = save / TRACKER
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        staging.rename(folder)
+        new = tracker.with_name(f".{TRACKER}")
+        new.write_text(str(iteration))
+        new.replace(tracker)
+    except OSError as error:
+        raise cannot_write(folder, error) from None

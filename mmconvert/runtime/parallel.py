@@ -1,0 +1,212 @@
+"""Linear and embedding layers over tensor-parallel shards, in Megatron's sense.
+
+Column-parallel layers hold rows of a weight, row-parallel ones columns. In the backward pass the
+input gradient of a column-parallel layer is summed over the ranks; in the forward pass the output
+of a row-parallel one is (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name torch's own pages use
+
+View = Callable[[Tensor], Tensor]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself: the view of what is neither packed nor divided."""
+    return tensor
+
+
+class TensorGroup(NamedTuple):
+    """The tensor-parallel ranks that share one tower.
+
+    Attributes:
+        size: how many pieces the tower is in.
+        rank: which piece this process holds.
+        group: the processes that hold the pieces; None for a size of 1.
+    """
+
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+
+
+def share(total: int, group: TensorGroup) -> slice:
+    """The part of ``total`` units that this rank holds; the first ranks hold one more if uneven."""
+    base, extra = divmod(total, group.size)
+    start = group.rank * base + min(group.rank, extra)
+    return slice(start, start + base + (group.rank < extra))
+
+
+class _Copy(torch.autograd.Function):
+    """The same value on all ranks; gradients are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # noqa: ANN401 - torch's context
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401 - torch's context
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _Sum(torch.autograd.Function):
+    """Values are summed; the gradient is the same on all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # noqa: ANN401 - torch's context
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401 - torch's context
+        return grads[0], None
+
+
+class _Gather(torch.autograd.Function):
+    """The last dimension is put together; each rank takes the gradient of its own part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, total: int, group: TensorGroup) -> Tensor:  # noqa: ANN401 - torch's context
+        ctx.mine = share(total, group)
+        sizes = [share(total, group._replace(rank=r)) for r in range(group.size)]
+        most = max(s.stop - s.start for s in sizes)
+        padded = F.pad(x, (0, most - x.shape[-1])).contiguous()  # collectives want equal sizes
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group.group)
+        kept = [p[..., : s.stop - s.start] for p, s in zip(parts, sizes, strict=True)]
+        return torch.cat(kept, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 - torch's context
+        return grads[0][..., ctx.mine].contiguous(), None, None
+
+
+def copy_in(x: Tensor, group: TensorGroup) -> Tensor:
+    """An input of column-parallel work: identity; its gradient is the sum over the ranks."""
+    return x if group.group is None else _Copy.apply(x, group.group)  # type: ignore[return-value]
+
+
+def sum_out(x: Tensor, group: TensorGroup) -> Tensor:
+    """The sum of partial results over the ranks."""
+    return x if group.group is None else _Sum.apply(x, group.group)  # type: ignore[return-value]
+
+
+class PartOf(nn.Module):
+    """A linear layer whose weight is a part of a packed column-parallel tensor.
+
+    Args:
+        weight: the packed tensor, (rows on this rank, in).
+        bias: packed likewise, (rows on this rank,).
+        part: takes the rows of this layer out of a packed tensor, in this layer's order.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, part: View, group: TensorGroup
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self._part, self._group = part, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., this layer's rows on this rank)."""
+        bias = None if self.bias is None else self._part(self.bias)
+        return F.linear(copy_in(x, self._group), self._part(self.weight), bias)
+
+
+class RowParallel(nn.Module):
+    """A linear layer whose input features are divided over the ranks.
+
+    Args:
+        weight: (out, in on this rank).
+        bias: (out,), replicated.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, group: TensorGroup) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self._group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in on this rank) -> (..., out)."""
+        if self._group.group is None:  # one call: a bias added later is rounded once more in bf16
+            return F.linear(x, self.weight, self.bias)
+        out = sum_out(F.linear(x, self.weight), self._group)
+        return out if self.bias is None else out + self.bias
+
+
+class VocabEmbedding(nn.Module):
+    """A word embedding whose rows are divided over the ranks.
+
+    Args:
+        weight: (rows on this rank, width).
+        vocab: number of rows in all.
+    """
+
+    def __init__(self, weight: nn.Parameter, vocab: int, group: TensorGroup) -> None:
+        super().__init__()
+        self.weight = weight
+        self._mine, self._group = share(vocab, group), group
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...,) ids -> (..., width)."""
+        if self._group.group is None:
+            return F.embedding(ids, self.weight)
+        local = ids - self._mine.start
+        absent = (local < 0) | (local >= self.weight.shape[0])
+        rows = F.embedding(local.masked_fill(absent, 0), self.weight)
+        return sum_out(rows.masked_fill(absent.unsqueeze(-1), 0), self._group)
+
+
+class VocabHead(nn.Module):
+    """An output layer whose rows are divided over the ranks; every rank gets all logits.
+
+    Args:
+        weight: (rows on this rank, width).
+        vocab: number of rows in all.
+    """
+
+    def __init__(self, weight: nn.Parameter, vocab: int, group: TensorGroup) -> None:
+        super().__init__()
+        self.weight = weight
+        self._vocab, self._group = vocab, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., vocab)."""
+        out = F.linear(copy_in(x, self._group), self.weight)
+        if self._group.group is None:
+            return out
+        return _Gather.apply(out, self._vocab, self._group)  # type: ignore[return-value]
+
+
+class SlicedNorm(nn.Module):
+    """An RMS norm over all heads where each rank has the features of its own heads only.
+
+    The statistic is summed over the ranks; the weight is replicated, and its gradient, of which
+    each rank has its own part, is summed too.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, eps: float, features: slice, group: TensorGroup
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self._eps, self._mine, self._group = eps, features, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., features on this rank) -> the same shape."""
+        wide = x.float()
+        total = sum_out(wide.pow(2).sum(-1, keepdim=True), self._group)
+        mean = copy_in(total, self._group) / self.weight.shape[0]
+        weight = copy_in(self.weight, self._group)[self._mine]
+        return weight * (wide * torch.rsqrt(mean + self._eps)).to(x.dtype)

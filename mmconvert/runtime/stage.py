@@ -1,0 +1,207 @@
+"""One stage of the pipeline: the towers' parts in one model chunk, and what crosses its borders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmconvert.errors import LayoutError
+from mmconvert.runtime.batch import Batch
+from mmconvert.runtime.bind import Shard, Tower
+from mmconvert.runtime.families import Architecture
+from mmconvert.runtime.intern import InternVision
+from mmconvert.runtime.mesh import Mesh
+from mmconvert.runtime.towers import Point, QwenAudio, QwenVision, Span, Text
+from mmconvert.sharding.layout import Layout
+from mmconvert.sharding.stages import StageGrid, first_stage, flat, last_stage
+
+ENCODERS = ("vit", "audio")
+
+
+def span_of(grid: StageGrid, stage: int) -> Span | None:
+    """The layers of a stage, or None if it has none."""
+    counts = flat(grid)
+    start = sum(counts[:stage])
+    return Span(start, start + counts[stage], sum(counts)) if counts[stage] else None
+
+
+class Border:
+    """What travels from one stage to the next: hidden states and finished rows, in this order."""
+
+    def __init__(self, arch: Architecture, layout: Layout, dtype: torch.dtype) -> None:
+        self._grids, self._dtype = layout.grids, dtype
+        config = arch.config
+        text = arch.text_config.hidden_size
+        vision = config.vision_config
+        self._intern = arch.intern
+        if arch.intern:
+            side = vision.image_size[0] // vision.patch_size[0]
+            self._tile, self._unit = side * side + 1, round(1 / config.downsample_ratio) ** 2
+            widths = {"vit": vision.hidden_size}
+        else:
+            self._unit = vision.spatial_merge_size**2
+            # Qwen2-VL's vision config calls the text model's width hidden_size.
+            widths = {"vit": vision.embed_dim if arch.kind == "qwen2_vl" else vision.hidden_size}
+        if "audio" in layout.grids:
+            widths["audio"] = config.audio_config.d_model
+        self._widths, self._text = widths, text
+
+    def keys(self, stage: int) -> list[str]:
+        """Which towers' values cross the border behind a stage.
+
+        Raises:
+            LayoutError: nothing does.
+        """
+        if stage >= first_stage(self._grids["llm"]):
+            return ["llm"]
+        found = [k for k in ENCODERS if k in self._grids and stage >= first_stage(self._grids[k])]
+        if not found:
+            raise LayoutError(
+                f"stage {stage} of the pipeline has no layers, nor has one before it",
+                "a first stage with layers of some module",
+            )
+        return found
+
+    def metas(self, stage: int, batch: Batch, grad: bool) -> tuple[Tensor, ...]:
+        """Tensors without data in the shapes that cross the border behind a stage."""
+        shapes: list[tuple[int, ...]] = []
+        for key in self.keys(stage):
+            done = stage >= last_stage(self._grids[key])
+            if key == "llm":
+                shapes.append((*batch.ids.shape, self._text))
+            elif key == "audio":
+                rows = pooled(batch) if done else batch.sound_rows
+                shapes.append((rows, self._text if done else self._widths["audio"]))
+            else:
+                shapes.append(self._vision_shape(batch.patches, done))
+        return tuple(
+            torch.empty(s, dtype=self._dtype, device="meta", requires_grad=grad) for s in shapes
+        )
+
+    def _vision_shape(self, patches: int, done: bool) -> tuple[int, int]:
+        if self._intern:
+            rows = (self._tile - 1) // self._unit if done else self._tile
+            return patches * rows, self._text if done else self._widths["vit"]
+        return (patches // self._unit, self._text) if done else (patches, self._widths["vit"])
+
+
+def pooled(batch: Batch) -> int:
+    """Rows that the audio tower gives: its states are pooled in pairs, sound by sound."""
+    return int((((batch.lengths + 1) // 2 - 2) // 2 + 1).sum())
+
+
+class Stage(nn.Module):
+    """A model chunk that computes: a part of each tower that has layers here.
+
+    Args:
+        tensors: the chunk's tensors by MM name.
+        number: of the stage, in flat order.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        mesh: Mesh,
+        number: int,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        where: str,
+    ) -> None:
+        super().__init__()
+        grids = mesh.layout.grids
+        model = arch.skeleton(dtype)
+        parts = arch.parts(model)
+        shard = Shard(tensors, where, dtype, mesh.device)
+        spans = {key: span_of(grid, number) for key, grid in grids.items()}
+        if not any(spans.values()):
+            raise LayoutError(
+                f"stage {number} of the pipeline has no layers of any module",
+                "layers on every stage",
+                "resplit the checkpoint to a layout without empty stages",
+            )
+        self.vit = self.audio = self.llm = None
+        if (span := spans["vit"]) is not None:
+            made = InternVision if arch.intern else QwenVision
+            self.vit = made(Tower(shard, "vit", mesh.towers["vit"]), parts.visual, span)
+        if (span := spans.get("audio")) is not None:
+            tower = Tower(shard, "audio", mesh.towers["audio"])
+            self.audio = QwenAudio(tower, parts.audio, span, dtype)
+        if (span := spans["llm"]) is not None:
+            tower = Tower(shard, "llm", mesh.towers["llm"])
+            self.llm = Text(tower, parts.text, parts.owner, span, arch.tied)
+        shard.finish(self)
+        self.to(mesh.device)
+        self.shard, self.number, self.arch = shard, number, arch
+        self._border = Border(arch, mesh.layout, dtype)
+        self._dtype, self._device = dtype, mesh.device
+        self.cache: Any = None  # transformers' KV cache of the text layers, while generating
+        self.batches: Sequence[Batch] = ()
+
+    @property
+    def points(self) -> list[Point]:
+        """Places to compare hidden states at, in the order of computing."""
+        towers: list[Any] = [t for t in (self.vit, self.audio, self.llm) if t is not None]
+        return [point for tower in towers for point in tower.points]
+
+    def forward(self, *received: Tensor, mb: Tensor) -> Any:  # noqa: ANN401 - one tensor or several
+        """What the stage before sent -> what the next one gets; logits on the last.
+
+        Args:
+            received: in the order of :meth:`Border.keys`; the first stage's is not used.
+            mb: index of the micro-batch in ``batches``, as a tensor of one element.
+        """
+        batch = self.batches[int(mb)]
+        held: dict[str, Tensor] = {}
+        if self.number:
+            held = dict(zip(self._border.keys(self.number - 1), received, strict=True))
+        if self.vit is not None:
+            held["vit"] = self._vision(batch, held)
+        if self.audio is not None:
+            held["audio"] = self._sound(batch, held)
+        if self.llm is not None:
+            hidden = held["llm"] if "llm" in held else self._embed(batch, held)
+            held = {"llm": self.llm(hidden, batch.positions, self.cache)}
+        if self.llm is not None and self.llm.span.last:
+            return held["llm"]
+        out = tuple(held[key].contiguous() for key in self._border.keys(self.number))
+        return out[0] if len(out) == 1 else out
+
+    def _vision(self, batch: Batch, held: Mapping[str, Tensor]) -> Tensor:
+        assert self.vit is not None  # noqa: S101 - the caller has looked
+        x = batch.pixels.to(self._dtype) if self.vit.span.first else held["vit"]
+        if batch.patches == 0:  # a batch of text: nothing to compute, nothing to send
+            shape = self._border._vision_shape(0, self.vit.span.last)
+            return torch.zeros(shape, dtype=self._dtype, device=self._device)
+        return self.vit(x, batch.grid)
+
+    def _sound(self, batch: Batch, held: Mapping[str, Tensor]) -> Tensor:
+        assert self.audio is not None  # noqa: S101 - the caller has looked
+        if batch.lengths.numel() == 0:
+            done = self.audio.span.last
+            width = self.arch.text_config.hidden_size if done else self.audio.width
+            return torch.zeros(0, width, dtype=self._dtype, device=self._device)
+        x = held.get("audio", batch.features.new_zeros(0))
+        return self.audio(x, batch.features.to(self._dtype), batch.lengths)
+
+    def _embed(self, batch: Batch, held: Mapping[str, Tensor]) -> Tensor:
+        """Word embeddings with the towers' rows at the placeholders."""
+        assert self.llm is not None  # noqa: S101 - the caller has looked
+        hidden = self.llm.embed(batch.ids)
+        rows = held["vit"]
+        images, videos = rows[: batch.image_rows], rows[batch.image_rows :]
+        hidden = _scatter(hidden, batch.ids == self.arch.image_token(), images)
+        if (video := self.arch.token("video_token_id")) is not None:
+            hidden = _scatter(hidden, batch.ids == video, videos)
+        if "audio" in held and (sound := self.arch.token("audio_token_id")) is not None:
+            hidden = _scatter(hidden, batch.ids == sound, held["audio"])
+        return hidden
+
+
+def _scatter(hidden: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+    """Puts the first rows into the marked places; rows beyond them are padding."""
+    if not bool(where.any()):
+        return hidden
+    return hidden.masked_scatter(where.unsqueeze(-1), rows.to(hidden.dtype))

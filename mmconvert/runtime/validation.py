@@ -1,0 +1,283 @@
+"""Is an MM checkpoint the model of an HF folder? Runs both on the same inputs and compares."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmconvert.runtime import engine as engines
+from mmconvert.runtime import reference
+from mmconvert.runtime.batch import Batch
+from mmconvert.runtime.bind import Binding
+from mmconvert.runtime.engine import Engine, loss_sum
+from mmconvert.runtime.families import Architecture
+from mmconvert.runtime.launch import Emit
+from mmconvert.runtime.mmfiles import Stored
+from mmconvert.runtime.verdict import GRADIENTS, TOLERANCE, Check, Parting, Report
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GREEDY = 20  # tokens that are generated on both sides
+LARGEST = 1 << 26  # elements of a parameter whose gradient is compared
+LAYER = re.compile(r"(?:^|\.)(?:blocks|layers|layer)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The job of every process of a validation.
+
+    Attributes:
+        batch: one sample to compute on.
+        tolerance: 0 takes the one of :data:`TOLERANCE`.
+    """
+
+    arch: Architecture
+    stored: Stored
+    hf_dir: Path
+    batch: Batch
+    inputs: str
+    dtype: str
+    tolerance: float
+
+    def __call__(self, device: torch.device, emit: Emit) -> Report:
+        """Compares; every process returns the same report."""
+        dtype = DTYPES[self.dtype]
+        run = engines.load(self.arch, self.stored, device, dtype)
+        batch = self.batch.to(device)
+        emit(f"loaded {run.mesh.stages} stages on {self.stored.world} processes, {device}")
+        logits = run.logits([batch])[0]
+        loss = run.train([batch])
+        tokens = run.generate(batch, GREEDY, set(), lambda token: None)
+        emit("computed; now transformers")
+        model = None
+        checks: list[Check] = []
+        if run.mesh.lead:
+            model = reference.load_reference(self.arch, self.hf_dir, dtype, device)
+            checks = self._outputs(model, batch, logits, loss, tokens)
+        checks = _from_lead(checks)
+        checks.append(self._gradients(run, model))
+        checks += self._void(run)
+        parting = None
+        if not all(check.passed for check in checks[:2]):
+            emit("different; looking for the place")
+            parting = find_parting(self.arch, run, model, batch, self._limit())
+        return Report(self.stored.layout.describe(), self.inputs, self.dtype, checks, parting)
+
+    def _limit(self) -> float:
+        many = self.stored.layout.tp_folders > 1
+        return self.tolerance or TOLERANCE[self.dtype, many]
+
+    def _outputs(
+        self,
+        model: Any,  # noqa: ANN401 - HF's model
+        batch: Batch,
+        logits: Tensor,
+        loss: float,
+        tokens: list[int],
+    ) -> list[Check]:
+        """Logits, loss and tokens, on process 0. Leaves gradients in the model."""
+        wanted = reference.forward(self.arch, model, batch)
+        wanted_loss = loss_sum(wanted, batch.labels) / max(1, batch.learnt)
+        wanted_loss.backward()
+        expected = float(wanted_loss.detach())
+        limit = self._limit()
+        difference = (logits.float() - wanted.detach().float()).abs()
+        scale = max(1.0, float(wanted.detach().abs().max()))
+        place = int(difference.amax(-1).argmax())
+        checks = [
+            Check("logits", float(difference.max()) / scale, limit,
+                  f"largest at position {place} of {batch.ids.shape[1]}"),
+            Check("loss", abs(loss - expected) / max(1.0, expected), limit,
+                  f"{loss:.6f}, transformers {expected:.6f}"),
+        ]  # fmt: skip
+        theirs = reference.generate(self.arch, model, batch, GREEDY, set())
+        checks.append(self._tokens(model, batch, tokens, theirs, limit * scale))
+        return checks
+
+    def _tokens(
+        self,
+        model: Any,  # noqa: ANN401 - HF's model
+        batch: Batch,
+        ours: list[int],
+        theirs: list[int],
+        slack: float,
+    ) -> Check:
+        same = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), GREEDY
+        )
+        if same == GREEDY:
+            return Check("greedy tokens", 0.0, 0.0, f"{GREEDY} of {GREEDY} equal")
+        longer = batch
+        position = batch.positions.amax()
+        for token in theirs[:same]:
+            position = position + 1
+            longer = engines.appended(longer, token, position)
+        with torch.no_grad():
+            last = reference.forward(self.arch, model, longer)[0, -1].float()
+        margin = float(last[theirs[same]] - last[ours[same]])
+        note = f"token {same}: {ours[same]}, transformers {theirs[same]}"
+        if margin <= 2 * slack:  # both logits may be off by the tolerance
+            return Check("greedy tokens", 0.0, 0.0, f"{note}, a tie: {margin:.1e} apart")
+        return Check("greedy tokens", float(GREEDY - same), 0.0, note)
+
+    def _gradients(self, run: Engine, model: Any) -> Check:  # noqa: ANN401 - HF's model
+        """Gradients of the first and last layers and of what stands outside of layers."""
+        found = compare_gradients(self.arch, run, model)
+        worst, name = max(found, default=(0.0, ""))
+        return Check(
+            "gradients",
+            worst,
+            GRADIENTS * self._limit(),
+            f"{len(found)} parameters; most at {name}",
+        )
+
+    def _void(self, run: Engine) -> list[Check]:
+        """The k biases that transformers has not: they change nothing, but would be lost."""
+        most = 0.0
+        for stage in run.stages:
+            for _, parameter, part in stage.shard.void:
+                most = max(most, float(part(parameter.detach()).abs().max()))
+        most = max(_gather(most))
+        return (
+            [Check("k biases that are zero", most, 0.0)]
+            if any(_gather(any(s.shard.void for s in run.stages)))
+            else []
+        )
+
+
+def _gather(value: Any) -> list[Any]:  # noqa: ANN401 - plain values
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def _from_lead(value: Any) -> Any:  # noqa: ANN401 - plain values
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _sampled(bindings: Sequence[Binding], last: dict[str, int]) -> list[Binding]:
+    """Bindings in the first and the last layer of each tower, and outside of layers."""
+    out: list[Binding] = []
+    for b in bindings:
+        number = LAYER.search(b.hf[1])
+        if number is None or int(number[1]) in (0, last[b.hf[0]]):
+            out.append(b)
+    return out
+
+
+def compare_gradients(arch: Architecture, run: Engine, model: Any) -> list[tuple[float, str]]:  # noqa: ANN401 - HF's model
+    """(largest difference, MM name) of sampled parameters, over all processes.
+
+    A difference is relative to the parameter's largest gradient; to a ten-thousandth of the
+    largest of all where that is more, since some gradients are nothing but rounding.
+
+    Args:
+        model: transformers' model with gradients, on process 0.
+    """
+    last = {key: sum(map(sum, grid)) - 1 for key, grid in run.mesh.layout.grids.items()}
+    mine = [b for s in run.stages for b in _sampled(s.shard.bindings, last)]
+    names = sorted(
+        {
+            b.hf
+            for found in _gather([b._replace(parameter=None, part=None, mine=None) for b in mine])
+            for b in found
+        }
+    )  # type: ignore[arg-type]
+    grads: dict[tuple[str, str], Tensor] = {}
+    if run.mesh.lead:
+        parts = arch.parts(model)
+        for name in names:
+            p = parts.find(*name)
+            if p.numel() <= LARGEST:
+                grads[name] = torch.zeros_like(p) if p.grad is None else p.grad
+    shapes = _from_lead({name: tuple(g.shape) for name, g in grads.items()})
+    floor = _from_lead(max((float(g.abs().max()) for g in grads.values()), default=0.0)) * 1e-4
+    found: list[tuple[float, str]] = []
+    for name, shape in shapes.items():
+        whole = grads.get(
+            name, torch.empty(shape, dtype=run.dtype, device=run.mesh.device)
+        ).contiguous()
+        dist.broadcast(whole, src=0)
+        scale = max(float(whole.abs().max()), floor, 1e-30)
+        for b in (b for b in mine if b.hf == name):
+            ours = b.part(
+                b.parameter.grad if b.parameter.grad is not None else torch.zeros_like(b.parameter)
+            )
+            theirs = b.mine(whole).reshape(ours.shape)
+            apart = float((ours.float() - theirs.float()).abs().max()) if ours.numel() else 0.0
+            found.append((apart / scale, f"{b.mm} ({name[1]})"))
+    return sorted({item for some in _gather(found) for item in some})
+
+
+# --------------------------------------------------------------------------- where they part
+def find_parting(
+    arch: Architecture,
+    run: Engine,
+    model: Any,  # noqa: ANN401 - HF's model
+    batch: Batch,
+    limit: float,
+) -> Parting | None:
+    """The first place, in the order of computing, where hidden states differ from transformers'."""
+    held: dict[tuple[str, str], Tensor] = {}
+    with _recorded([(p.hf, p.module) for s in run.stages for p in s.points], held):
+        run.logits([batch])
+    listed = [(s.number, i, p.label, p.hf) for s in run.stages for i, p in enumerate(s.points)]
+    order = sorted({item for some in _gather(listed) for item in some})
+    theirs: dict[tuple[str, str], Tensor] = {}
+    if run.mesh.lead:
+        parts = arch.parts(model)
+        with _recorded([(hf, parts.find(*hf)) for *_, hf in order], theirs), torch.no_grad():
+            reference.forward(arch, model, batch)
+    for _, _, label, hf in order:
+        shape = _from_lead(tuple(theirs[hf].shape) if hf in theirs else None)
+        if shape is None:
+            continue
+        wanted = theirs.get(hf, torch.empty(shape, device=run.mesh.device))
+        dist.broadcast(wanted, src=0)
+        size, apart = float(wanted.abs().max()), 0.0
+        if hf in held:
+            ours = held[hf].reshape(-1)
+            same = ours.numel() == wanted.numel()
+            apart = float((ours - wanted.reshape(-1)).abs().max()) if same else float("inf")
+        apart = apart if apart == apart else float("inf")
+        found = _gather((apart, run.mesh.rank.tp))
+        most = max(a for a, _ in found)
+        bound = limit * max(1.0, size)
+        if most > bound:
+            ranks = sorted({tp for a, tp in found if a > bound})
+            return Parting(label, most, size, ranks)
+    return None
+
+
+class _recorded:  # noqa: N801 - used as a function
+    """Keeps the outputs of modules while it is open."""
+
+    def __init__(
+        self,
+        modules: Sequence[tuple[tuple[str, str], nn.Module]],
+        into: dict[tuple[str, str], Tensor],
+    ) -> None:
+        self._modules, self._into = modules, into
+
+    def __enter__(self) -> None:
+        self._hooks = [m.register_forward_hook(self._keeper(name)) for name, m in self._modules]
+
+    def __exit__(self, *problem: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _keeper(self, name: tuple[str, str]) -> Any:  # noqa: ANN401 - a hook
+        def keep(module: nn.Module, args: object, out: Any) -> None:  # noqa: ANN401 - tuple or tensor
+            del module, args
+            tensor = out[0] if isinstance(out, tuple) else out
+            self._into[name] = tensor.detach().float().contiguous()
+
+        return keep

@@ -1,0 +1,126 @@
+"""Fine-tuning by the command: a restart changes nothing, frozen stages stay, the result converts.
+
+Two processes, text and vision on different stages, on pictures and words of the test's own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor
+
+import tinyfamilies
+from cli import run_cli
+from commands import mm_to_hf
+
+STEPS, HALF = 6, 3
+pytestmark = pytest.mark.slow
+
+
+def add_tokenizer(hf: Path) -> None:
+    """A tokenizer of single bytes, and an image processor for pictures of 4 x 4 patches."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    words.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    made: Any = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")
+    made.save_pretrained(hf)
+    Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=56 * 56).save_pretrained(hf)
+
+
+def add_data(folder: Path) -> Path:
+    items: list[dict[str, object]] = []
+    for name in ("red", "green", "blue", "black"):
+        Image.new("RGB", (56, 56), name).save(folder / f"{name}.png")
+        talk = [
+            {"role": "user", "content": "<image>Which?"},
+            {"role": "assistant", "content": name},
+        ]
+        items.append({"images": [f"{name}.png"], "messages": talk})
+    (folder / "data.json").write_text(json.dumps(items))
+    return folder / "data.json"
+
+
+class Work:
+    """A model, its MM form with the vision tower alone on stage 0, and data."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.hf = tinyfamilies.make("qwen2_vl", folder / "hf")
+        add_tokenizer(self.hf)
+        self.mm = tinyfamilies.convert("qwen2_vl", self.hf, folder / "mm", "[0,4]", "[2,1]")
+        self.data = add_data(folder)
+
+    def train(self, save: Path, *more: str) -> None:
+        words = ("--mm_dir", self.mm, "--hf_dir", self.hf, "--data", self.data, "--save", save)
+        numbers = ("--train_iters", str(STEPS), "--lr", "1e-2", "--global_batch_size", "2")
+        run_cli("finetune", *words, *numbers, *more, check=0)
+
+    def back(self, mm: Path) -> dict[str, torch.Tensor]:
+        """The tensors of an MM checkpoint in HF format."""
+        out = self.folder / f"back-{mm.name}"
+        mm_to_hf(mm, self.hf, out)
+        found: dict[str, torch.Tensor] = {}
+        for file in out.glob("*.safetensors"):
+            found |= load_file(file)
+        return found
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+    return Work(tmp_path_factory.mktemp("finetune"))
+
+
+def curve(save: Path) -> list[tuple[int, float, float, float]]:
+    lines = [json.loads(text) for text in (save / "loss.jsonl").read_text().splitlines()]
+    return [(line["iteration"], line["loss"], line["rate"], line["norm"]) for line in lines]
+
+
+def test_a_restart_gives_the_curve_of_an_undisturbed_run(work: Work) -> None:
+    whole, cut = work.folder / "whole", work.folder / "cut"
+    work.train(whole, "--save_interval", str(HALF))
+    # A run that was stopped in its fifth iteration: the checkpoint of the third, a longer journal.
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / f"iter_{STEPS:07d}")
+    (cut / "latest_checkpointed_iteration.txt").write_text(str(HALF))
+    lines = (cut / "loss.jsonl").read_text().splitlines(keepends=True)
+    (cut / "loss.jsonl").write_text("".join(lines[: HALF + 1]))
+    work.train(cut, "--save_interval", str(HALF), "--resume")
+    assert len(curve(whole)) == STEPS
+    assert curve(cut) == curve(whole)  # to the bit
+    assert curve(whole)[-1][1] < 0.8 * curve(whole)[0][1]  # it does learn
+    first, second = work.back(whole), work.back(cut)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_wholly_frozen_stage_stays_and_the_rest_learns(work: Work) -> None:
+    save = work.folder / "frozen"
+    work.train(save, "--freeze", "image_encoder")
+    before, after = work.back(work.mm), work.back(save)
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    vision = {name for name in before if name.startswith("visual.")}
+    assert vision
+    assert not moved & vision
+    assert len(moved) > 0.9 * len(before.keys() - vision)
+
+
+def test_a_folder_with_a_checkpoint_is_not_written_over(work: Work) -> None:
+    save = work.folder / "taken"
+    save.mkdir()
+    (save / "latest_checkpointed_iteration.txt").write_text("3")
+    words = ("--mm_dir", work.mm, "--hf_dir", work.hf, "--data", work.data, "--save", save)
+    done = run_cli("finetune", *words, check=2)
+    assert "holds a checkpoint already" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in save.iterdir()] == ["latest_checkpointed_iteration.txt"]

@@ -1,0 +1,98 @@
+"""Converted checkpoints compute what transformers computes: every family and kind of layout.
+
+Real gloo process groups, forked from this process; the checkpoints are converted by the command.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import tinyfamilies as models
+from mmconvert.runtime import commands
+from mmconvert.runtime.verdict import Report
+
+
+class Case(NamedTuple):
+    """A family at a layout, and what is special about it."""
+
+    kind: str
+    llm: str
+    vit: str
+    tp: int = 1
+    more: tuple[str, ...] = ()
+    tied: bool = False
+    options: tuple[tuple[str, int], ...] = ()
+    dtype: str = "fp32"
+
+
+UNEVEN = (("heads", 3), ("vocab", 321))  # 3 vision heads and 321 words on two ranks
+SIX_B = (*UNEVEN, ("six_b", 1))
+VPP_AUDIO = ("audio_pp_layers=[[1,2],[0,0]]",)
+ENCODERS_TP_1 = ("vit_tp_size=1", "audio_tp_size=1")
+CASES = {
+    "one process": Case("qwen2_vl", "[4]", "[3]"),
+    "vit on one stage": Case("qwen2_vl", "[1,3]", "[3,0]"),
+    "vit on three stages, text on the last two": Case("qwen2_vl", "[0,0,1,3]", "[1,1,1,0]"),
+    "windows across a border": Case("qwen2_5_vl", "[0,4]", "[2,1]"),
+    "vpp 3": Case("qwen2_5_vl", "[[0,0],[1,1],[1,1]]", "[[2,1],[0,0],[0,0]]"),
+    "vpp 2 in one process": Case("qwen2_vl", "[[2],[2]]", "[[3],[0]]", tied=True),
+    "tp 2": Case("qwen2_vl", "[4]", "[3]", 2),
+    "tp 2 pp 2 vpp 2": Case("qwen2_vl", "[[0,1],[1,2]]", "[[2,1],[0,0]]", 2),
+    "tied over two stages": Case("qwen2_5_vl", "[2,2]", "[3,0]", 2, tied=True),
+    "vit tp 1": Case("qwen2_5_vl", "[4]", "[3]", 2, ("vit_tp_size=1",)),
+    "bf16, one rank": Case("qwen2_vl", "[1,3]", "[3,0]", dtype="bf16"),
+    "bf16, two ranks": Case("qwen2_5_vl", "[4]", "[3]", 2, dtype="bf16"),
+    "omni": Case("omni", "[0,4]", "[2,1]", 1, ("audio_pp_layers=[1,2]",)),
+    "omni vpp 2": Case("omni", "[[0,1],[1,2]]", "[[2,1],[0,0]]", 1, VPP_AUDIO),
+    "omni tp 2 with encoders at tp 1": Case("omni", "[4]", "[3]", 2, ENCODERS_TP_1),
+    "internvl qwen2, uneven": Case("intern-qwen2", "[1,3]", "[3,0]", 2, options=UNEVEN),
+    "internvl qwen2, tied": Case("intern-qwen2", "[2,2]", "[3,0]", tied=True),
+    "internvl llama, norms, uneven": Case("intern-llama", "[0,4]", "[2,1]", 2, options=SIX_B),
+    "internvl internlm2": Case("intern-internlm2", "[[0,1],[1,2]]", "[[2,1],[0,0]]"),
+}  # fmt: skip
+SLOW = {
+    *("tp 2 pp 2 vpp 2", "vit on three stages, text on the last two", "omni vpp 2"),
+    *("omni tp 2 with encoders at tp 1", "internvl qwen2, uneven", "internvl llama, norms, uneven"),
+}
+
+
+def checked(case: Case, folder: Path) -> Report:
+    """The checkpoint of a case, validated."""
+    hf = models.make(case.kind, folder / "hf", tied=case.tied, **dict(case.options))
+    mm = models.convert(case.kind, hf, folder / "mm", case.llm, case.vit, case.tp, *case.more)
+    return commands.validate(mm, hf, "", (), (), case.dtype, 0.0, lambda event: None)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES]
+)
+def test_a_converted_checkpoint_computes_the_same(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    report = checked(case, tmp_path)
+    assert report.passed, report.as_dict()
+    logits, loss, tokens, gradients = report.checks[:4]
+    assert tokens.note == "20 of 20 equal"
+    if case.tp == 1:  # one rank adds in transformers' order: equal to the bit
+        assert (logits.found, gradients.found) == (0.0, 0.0)
+        assert loss.found < 1e-7
+    else:
+        assert logits.found > 0  # another order of adding: had both run the same code, it were 0
+
+
+@pytest.mark.slow
+def test_the_canonical_structure_computes_the_same(tmp_path: Path) -> None:
+    hf = models.make("qwen2_5_vl", tmp_path / "hf")
+    flags = ("common_model_config.enable_canonical_hf_struct=True",)
+    mm = models.convert_flags("qwen2_5_vl", hf, tmp_path / "mm", "[1,3]", "[3,0]", 2, flags)
+    report = commands.validate(mm, hf, "", (), (), "fp32", 0.0, lambda event: None)
+    assert report.passed, report.as_dict()
+
+
+@pytest.mark.slow
+def test_hetero_tp_of_four_ranks(tmp_path: Path) -> None:
+    """Text at tp 4, encoders at tp 1, as the Omni guide has it."""
+    case = Case("omni4", "[4]", "[3]", 4, ENCODERS_TP_1)
+    assert checked(case, tmp_path).passed
