@@ -6,6 +6,7 @@ that help is fast.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -66,6 +67,8 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _terminated)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name may be no valid text
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not (launched and TORCHRUN in os.environ):
         return _guarded(words)
     from mmconvert import group

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cli import run_cli
 from commands import QWEN2VL, copied, edit_json, edit_rank, hf_to_mm, layout, rank_files, target
 from hfgen import make_hf
 from inprocess import call, to_hf, to_mm, to_other
@@ -165,6 +166,15 @@ def test_names_that_are_no_utf8(hf: Path, tmp_path: Path) -> None:
     sources = read(tmp_path / "mm")["source"]
     assert {os.fsencode(name).split(b"/")[0] for name in sources} == {b"mod\xe8le"}
     assert manifest.read(tmp_path / "mm")[0] is not None
+
+
+def test_an_output_whose_name_is_no_utf8(hf: Path, tmp_path: Path) -> None:
+    """It is shown with an escape, and the conversion is not said to have failed."""
+    out = tmp_path / os.fsdecode(b"mod\xe8le")
+    words = (QWEN2VL, "hf_to_mm", "--cfg.hf_config.hf_dir", hf, "--cfg.mm_dir", out)
+    done = run_cli(*words, env={"PYTHONIOENCODING": "utf-8:strict"}, check=0)
+    assert "wrote " in done.stdout and "mod\\udce8le" in done.stdout
+    assert rank_files(out)
 
 
 # ----------------------------------------------------------------------- stale or damaged
