@@ -20,6 +20,7 @@ from mmconvert.sharding.layout import Layout
 
 CONSOLE = Console(width=100)
 LLM, VIT, TP = ((0, 2), (2, 2)), ((3, 1), (0, 0)), 2
+MANIFEST = "mmconvert.json"
 
 
 def write_model(folder: Path) -> None:
@@ -70,10 +71,13 @@ def mm_convert(work: str, *words: str) -> None:
 
 
 def same_files(a: Path, b: Path) -> list[str]:
-    """Names of the files in two folders; stops the demo unless they are equal, byte for byte."""
+    """Names of the files that went in; stops the demo unless they came back, byte for byte.
+
+    Beside them lies only the manifest that every output has.
+    """
     names = sorted(p.name for p in a.iterdir())
     equal, different, odd = filecmp.cmpfiles(a, b, names, shallow=False)
-    if different or odd or names != sorted(p.name for p in b.iterdir()):
+    if different or odd or {p.name for p in b.iterdir()} != {*names, MANIFEST}:
         sys.exit(f"not the same: {different + odd}")
     return equal
 
