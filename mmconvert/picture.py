@@ -18,13 +18,18 @@ EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def layout_table(
-    layout: Layout, title: str = "", sizes: Mapping[Chunk, int] | None = None
+    layout: Layout,
+    title: str = "",
+    sizes: Mapping[Chunk, int] | None = None,
+    *,
+    unicode: bool = True,
 ) -> Table:
     """One line for each pipeline rank, one column for each virtual stage.
 
     Args:
         sizes: bytes of each model chunk of each rank; with them, the bytes of the rank files
             are drawn as bars.
+        unicode: whether block characters can be shown.
     """
     words = ", ".join(f"{TP_FLAG[key]} {size}" for key, size in layout.tp.items())
     caption = f"{words}; in, out: what stands before and after a module's layers"
@@ -42,7 +47,7 @@ def layout_table(
         if files:
             least, largest = files[pp]
             size = amount(largest) if least == largest else f"{amount(least)} to {amount(largest)}"
-            cells.append(Text(f"{_bar(largest, most)} {size}"))
+            cells.append(Text(f"{_bar(largest, most, unicode)} {size}"))
         table.add_row(str(pp), *cells)
     return table
 
@@ -59,14 +64,16 @@ def _file_sizes(layout: Layout, sizes: Mapping[Chunk, int]) -> list[tuple[int, i
     return found
 
 
-def _bar(nbytes: int, most: int) -> str:
+def _bar(nbytes: int, most: int, unicode: bool) -> str:
     """A bar of BAR characters at most, padded to that length."""
+    if not unicode:
+        return ("#" * (-(-nbytes * BAR // most) if most else 0)).ljust(BAR)
     eighths = -(-nbytes * BAR * 8 // most) if most else 0
     bar = "█" * (eighths // 8) + (EIGHTHS[eighths % 8] if eighths % 8 else "")
     return bar.ljust(BAR)
 
 
-def boxes_table(boxes: Sequence[Box], unit: str) -> Table:
+def boxes_table(boxes: Sequence[Box], unit: str, *, unicode: bool = True) -> Table:
     """One line for each weight file, or model chunk of one rank file: bytes, and what it holds."""
     table = Table()
     table.add_column(unit)
@@ -77,7 +84,7 @@ def boxes_table(boxes: Sequence[Box], unit: str) -> Table:
         holds = Text("\n").join(
             Text(printable(h.words), style=COLORS.get(h.module, "")) for h in box.holdings
         )
-        bar = f"{_bar(box.nbytes, most)} {amount(box.nbytes)}"
+        bar = f"{_bar(box.nbytes, most, unicode)} {amount(box.nbytes)}"
         table.add_row(Text(printable(box.name)), Text(bar), holds)
     return table
 

@@ -72,3 +72,8 @@ def screen_events(*, quiet: bool) -> Iterator[Events]:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         yield Bars(progress)
+
+
+def shows_blocks() -> bool:
+    """Whether what reads our output can take the characters that bars are made of."""
+    return "utf" in (sys.stdout.encoding or "").lower()

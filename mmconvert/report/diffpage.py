@@ -56,7 +56,8 @@ def diff_svg(found: Diff) -> str:
 
 def title_of(found: Diff) -> str:
     """One line."""
-    return f"{found.a.path.name} and {found.b.path.name}: how far apart"
+    a, b = (side.path.absolute().name for side in (found.a, found.b))
+    return f"{a} and {b}: how far apart"
 
 
 def mark(group: Group) -> str:

@@ -19,7 +19,8 @@ KINDS = {"hf": "Hugging Face checkpoint", "mm": "MM checkpoint", "mm_rank_file":
 
 def title_of(found: Inspection, path: Path) -> str:
     """One line: name, kind, family, size. A rank file is called by its folder too."""
-    name = path.name or str(path)
+    path = path.absolute()
+    name = path.name
     name = f"{path.parent.name}/{name}" if found.kind == "mm_rank_file" else name
     family = f", {found.family}" if found.family else ""
     return f"{name}: {KINDS[found.kind]}{family}, {amount(found.nbytes)}"

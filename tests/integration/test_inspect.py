@@ -86,6 +86,18 @@ def test_the_picture_of_a_layout(hetero: Path, tmp_path: Path) -> None:
     assert "linear_qkv" in html.read_text(encoding="utf-8")
 
 
+def test_a_terminal_of_plain_characters(hetero: Path) -> None:
+    for path in (hetero, hetero.with_name("hf")):
+        done = run_cli("inspect", path, check=0, env={"PYTHONIOENCODING": "ascii"})
+        assert done.stdout.isascii()
+        assert "############ " in done.stdout
+
+
+def test_a_folder_is_called_by_its_name(hetero: Path, tmp_path: Path) -> None:
+    run_cli("inspect", ".", "--svg", tmp_path / "r.svg", cwd=hetero, check=0)
+    assert words_of(tmp_path / "r.svg")[0].startswith("mm: MM checkpoint, Qwen2.5-Omni")
+
+
 def test_the_picture_of_weight_files(hetero: Path, tmp_path: Path) -> None:
     hf = hetero.with_name("hf")
     found = inspect(hf)

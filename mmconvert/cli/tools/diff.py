@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mmconvert.cli.arguments import read_plain
-from mmconvert.cli.screen import screen_events
+from mmconvert.cli.screen import screen_events, shows_blocks
 from mmconvert.config import NO_PATTERNS, MaybePath, Options, Patterns
 from mmconvert.errors import RequestError
 from mmconvert.report.files import check_reports
@@ -81,8 +80,7 @@ def run(words: list[str]) -> int:
     if pair.json:
         print(json.dumps(diff_dict(found, pair.top)))
     elif not pair.quiet:
-        unicode = "utf" in (sys.stdout.encoding or "").lower()
-        lines = lines_of(found, pair.top, hf_names=pair.names == "hf", unicode=unicode)
+        lines = lines_of(found, pair.top, hf_names=pair.names == "hf", unicode=shows_blocks())
         print("\n".join([*lines, *(f"written: {path}" for path in reports)]))
     return 0 if found.equal else DIFFERENT
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from mmconvert.cli.arguments import read_plain
+from mmconvert.cli.screen import shows_blocks
 from mmconvert.config import MaybePath
 from mmconvert.report.files import check_reports
 from mmconvert.words import amount, printable
@@ -94,11 +95,15 @@ def _show(found: Inspection, asked: Inspected) -> None:
     print(amount(found.nbytes) + (f", iteration {found.iteration}" if found.iteration else ""))
     for note in found.notes:
         print(f"note: {printable(note, LONG)}")
+    table = None
     if found.layout is not None:
         sizes = {b.chunk: b.nbytes for b in found.boxes if b.chunk is not None}
-        Console().print(layout_table(found.layout, sizes=sizes))
+        table = layout_table(found.layout, sizes=sizes, unicode=shows_blocks())
     elif found.boxes:
-        Console().print(boxes_table(found.boxes, "weight file" if found.kind == "hf" else "part"))
+        unit = "weight file" if found.kind == "hf" else "model chunk"
+        table = boxes_table(found.boxes, unit, unicode=shows_blocks())
+    if table is not None:
+        Console().print(table)
     if asked.tensors:
         for t in found.listing:
             place = f"{t.path.parent.name}/{t.path.name}"
