@@ -39,7 +39,7 @@ def layout_table(
         table.add_column(f"model chunk {virtual}" if layout.vpp_size > 1 else "model")
     files = _file_sizes(layout, sizes) if sizes else []
     if files:
-        table.add_column("bytes of each rank file", no_wrap=True)
+        table.add_column("bytes of each rank file", overflow="fold")
     most = max((largest for _, largest in files), default=0)
     for pp in range(layout.pp_size):
         stages = [v * layout.pp_size + pp for v in range(layout.vpp_size)]
@@ -76,9 +76,9 @@ def _bar(nbytes: int, most: int, unicode: bool) -> str:
 def boxes_table(boxes: Sequence[Box], unit: str, *, unicode: bool = True) -> Table:
     """One line for each weight file, or model chunk of one rank file: bytes, and what it holds."""
     table = Table()
-    table.add_column(unit)
-    table.add_column("bytes", no_wrap=True)
-    table.add_column("holds")
+    table.add_column(unit, overflow="fold")
+    table.add_column("bytes", overflow="fold")
+    table.add_column("holds", overflow="fold")
     most = max((box.nbytes for box in boxes), default=0)
     for box in boxes:
         holds = Text("\n").join(
