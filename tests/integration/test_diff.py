@@ -181,6 +181,19 @@ def test_nan_and_infinity_are_counted_and_poison_nothing(hf: Path, tmp_path: Pat
     assert "warning: NaN or infinite values in 1 tensor" in text.stderr
 
 
+def test_the_place_in_a_tensor_of_many_dimensions(hf: Path, tmp_path: Path) -> None:
+    name, place = "visual.patch_embed.proj.weight", (3, 2, 1, 13, 5)
+    other = copied(hf, tmp_path / "other")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][place] = 7.0
+
+    edit_single(other, change)
+    (top,) = diff(hf, other, check=1)["top"]
+    assert (top["a"]["index"], top["b"]["index"]) == ([*place], [*place])
+    assert top["b"] == {"place": f"{name} in model.safetensors", "index": [*place], "value": 7.0}
+
+
 def test_a_tensor_of_zeros_has_no_relative_distance(hf: Path, tmp_path: Path) -> None:
     empty = copied(hf, tmp_path / "empty")
     edit_single(empty, lambda ts: ts["model.norm.weight"].zero_())

@@ -93,8 +93,8 @@ def test_more_elements_than_one_step() -> None:
     """NaN, infinity and the largest difference beyond the first portion; ties keep the first."""
     x = torch.linspace(-1, 1, 2 * STEP + 77)
     y = x.clone()
-    y[STEP + 5] += 3
-    y[2 * STEP + 9] += 3
+    for i in (STEP + 5, 2 * STEP + 9):
+        x[i], y[i] = 1.0, 4.0
     y[3] = math.nan
     x[7] = y[7] = math.inf
     x[2 * STEP] = -math.inf
