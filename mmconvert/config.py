@@ -148,8 +148,8 @@ class Options:
     """Size of the weight files of Hugging Face output, such as 5GB; not given: files like those
     of hf_dir."""
     digests: bool = False
-    """Also write a digest of every tensor into mmconvert.json, for verify --quick; reads the
-    output once more."""
+    """Also write a digest of every tensor into mmconvert.json, which verify can compare in no
+    time; reads the output once more."""
     replicas: Literal["check", "first"] = "check"
     """Copies of one tensor that differ between ranks: an error, or take the first with a
     warning."""
