@@ -137,7 +137,8 @@ def _listed_files(root: Path, folder: Path) -> dict[str, int]:
     except MMConvertError:
         return {}
     found: dict[str, int] = {}
-    for name, size in files.items() if isinstance(files, dict) else ():
+    for name, noted in files.items() if isinstance(files, dict) else ():
+        size = noted[0] if isinstance(noted, list) and noted else noted  # with the time
         words = str(name).split("/")
         parsed = parse_folder(words[1]) if len(words) == 3 else None
         if parsed and words[0] == folder.name and words[2] == RANK_FILE and isinstance(size, int):
