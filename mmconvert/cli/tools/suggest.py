@@ -132,7 +132,7 @@ def show(found: Suggestion) -> None:
         table.add_column(column, justify="right")
     for number, rank in enumerate(found.ranks):
         layers = [" + ".join(str(c[key]) for c in rank.chunks) for key in found.balance.grids]
-        figures = [f"{rank.share:.1%}", f"{rank.tflop:.2f}", f"{rank.parameters / 1e6:,.0f} M"]
+        figures = [f"{rank.share:.1%}", f"{rank.tflop:.2f}", f"{rank.parameters / 1e6:,.1f} M"]
         table.add_row(str(number), *layers, *figures, amount(rank.nbytes))
     Console().print(table)
     proof = "optimal: no layout has a faster slowest rank"
