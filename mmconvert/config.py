@@ -109,8 +109,7 @@ class OptionalHFConfig:
     """A Hugging Face checkpoint to take sizes from."""
 
     hf_dir: MaybePath = None
-    """Folder whose config.json gives head counts; needed only where neither shapes nor
-    mmconvert.json tell them."""
+    """Gives head counts by its config.json, where neither shapes nor mmconvert.json do."""
 
 
 @dataclass(frozen=True)
@@ -145,17 +144,13 @@ class Options:
     dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
     """Cast floating-point tensors; values that overflow or become zero are reported."""
     max_shard_size: str = ""
-    """Size of the weight files of Hugging Face output, such as 5GB; not given: files like those
-    of hf_dir."""
+    """Largest weight file of Hugging Face output, such as 5GB; not given: files as in hf_dir."""
     digests: bool = False
-    """Also write a digest of every tensor into mmconvert.json, which verify can compare in no
-    time; reads the output once more."""
+    """Note a digest of every tensor, for verify --quick; reads the output once more."""
     replicas: Literal["check", "first"] = "check"
-    """Copies of one tensor that differ between ranks: an error, or take the first with a
-    warning."""
+    """Copies of one tensor that differ: an error, or take the first with a warning."""
     vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"
-    """How the MM checkpoint that is read orders the rows of the vision encoder's q, k and v;
-    concatenated is what the reference tool 2.2.0 to 2.3.0 wrote."""
+    """Order of the vision q, k, v that are read; reference 2.2.0 to 2.3.0: concatenated."""
 
 
 def flag_names(key: str) -> tuple[str, str]:

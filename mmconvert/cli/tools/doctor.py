@@ -32,8 +32,7 @@ class Patient:
     path: tyro.conf.Positional[Path]
     """A checkpoint folder, Hugging Face or MM, or one of its weight files."""
     hf_dir: MaybePath = None
-    """For MM: folder of the original Hugging Face checkpoint. Gives sizes and tied embeddings,
-    and shows whether vision q, k, v stand in the right order."""
+    """For MM: the original checkpoint. Gives sizes, ties, and the order of vision q, k, v."""
     quick: bool = False
     """Do not compare copies of tensors; nearly all that is read then are headers."""
     values: bool = False

@@ -26,8 +26,7 @@ class Trip:
     hf_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="HF_DIR")]
     """A Hugging Face checkpoint."""
     layout: Annotated[Patterns, tyro.conf.arg(metavar="FILE.yaml")] = NO_PATTERNS
-    """A YAML file with the keys of --cfg.parallel_config; may be repeated. Not given: TP1 PP1,
-    TP2 PP2, and PP2 VPP2, as far as the model allows them."""
+    """YAML, keys of --cfg.parallel_config; may be repeated. Not given: three usual layouts."""
     junit: Annotated[MaybePath, tyro.conf.arg(metavar="FILE.xml")] = None
     """Also write the result as a JUnit file, which CI systems show."""
     drop: Patterns = NO_PATTERNS

@@ -43,8 +43,7 @@ class Asked:
     audio_tp: int = 0
     """Tensor-parallel size of the audio encoder; 0 means that of --tp."""
     freeze: str = ""
-    """Modules that are not trained: image_encoder, audio_encoder, text_decoder, their projectors
-    included. With commas between them, or repeated."""
+    """Not trained: image_encoder, audio_encoder, text_decoder; commas between, or repeated."""
     by: Literal["flops", "parameters"] = "flops"
     """What to balance: operations of a step, or parameters."""
     seq_length: int = 4096

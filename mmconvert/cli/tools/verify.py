@@ -29,8 +29,7 @@ class Pair:
     drop: Patterns = NO_PATTERNS
     """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
     quick: bool = False
-    """Compare the digests in both mmconvert.json (conversions write them with --digests) where
-    both are there and no weight file has changed since; else all tensors."""
+    """Compare the digests that --digests noted, unless a weight file has changed since."""
     vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"
     """How the MM checkpoints order the rows of the vision encoder's q, k and v."""
     workers: int = 0
