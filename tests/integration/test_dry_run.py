@@ -26,6 +26,7 @@ from commands import (
     target,
     untouched,
 )
+from filesystems import file_system
 from hfgen import make_hf
 from inprocess import BACK, HF, MM, SOURCE, TARGET, call
 from mmread import INDEX, MANIFEST, TRACKER, files_in, weight_files
@@ -265,18 +266,9 @@ def test_memory_grows_with_threads(cases: dict[str, Case], tmp_path: Path) -> No
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB, in memory; for root only."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        made = subprocess.run(command, capture_output=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if made.returncode:
-        pytest.skip(f"a file system cannot be mounted: {made.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=False)
+    """A file system of 1 MB."""
+    with file_system(tmp_path / "disk", "1m") as folder:
+        yield folder
 
 
 def test_a_disk_that_is_too_small(cases: dict[str, Case], disk: Path) -> None:

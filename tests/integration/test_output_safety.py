@@ -33,6 +33,7 @@ from commands import (
     target,
     untouched,
 )
+from filesystems import file_system
 from hfgen import make_hf
 from mmconvert.errors import OutputError
 from mmconvert.output import Output
@@ -291,22 +292,30 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def started(hf: Path, out: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
-    """A conversion in the background; killed at the end if it still runs."""
+def launched(hf: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
+    """A conversion in the background."""
     words = ["--cfg.hf_config.hf_dir", str(hf), "--cfg.mm_dir", str(out), *flags]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", "mmconvert", QWEN2VL, "hf_to_mm", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@contextmanager
+def started(
+    hf: Path, out: Path, *flags: str, keep: bool = False
+) -> Iterator[subprocess.Popen[str]]:
+    """A conversion in the background; killed at the end if it still runs, what it wrote removed."""
+    process = launched(hf, out, *flags)
     try:
         yield process
     finally:
         process.kill()
         process.communicate()
-        shutil.rmtree(out, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(out, ignore_errors=True)
 
 
 def caught(process: subprocess.Popen[str], out: Path) -> None:
@@ -400,7 +409,7 @@ def test_kills_at_any_moment(tmp_path: Path, out: Path) -> None:
     chance = random.Random(7)
     marks = {"old": False, "new": False}
     for _ in range(5):
-        with started_keeping(hf, out) as process:
+        with started(hf, out, "--overwrite", keep=True) as process:
             time.sleep(whole * chance.uniform(0.3, 1.1))
             process.kill()
             process.communicate()
@@ -412,23 +421,6 @@ def test_kills_at_any_moment(tmp_path: Path, out: Path) -> None:
     hf_to_mm(hf, out, "--overwrite")
     none(compare_mm(new, out))
     assert litter(out) == []
-
-
-@contextmanager
-def started_keeping(hf: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
-    """As `started` with --overwrite, but what is written stays."""
-    words = ["--cfg.hf_config.hf_dir", str(hf), "--cfg.mm_dir", str(out), "--overwrite"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mmconvert", QWEN2VL, "hf_to_mm", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_the_rest_of_a_killed_run_is_removed(big: Path, tied_hf: Path, out: Path) -> None:
@@ -461,7 +453,7 @@ def test_two_at_the_same_time(
 ) -> None:
     """Exactly one wins; with --overwrite they may also come one after the other."""
     for _ in range(2):
-        with started_keeping_flags(tied_hf, out, flags) as runs:
+        with both_started(tied_hf, out, flags) as runs:
             for run in runs:
                 run.wait(WAIT)
             codes = sorted(run.returncode for run in runs)
@@ -475,20 +467,11 @@ def test_two_at_the_same_time(
 
 
 @contextmanager
-def started_keeping_flags(
+def both_started(
     hf: Path, out: Path, flags: Sequence[str]
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """Two conversions, begun together."""
-    words = ["--cfg.hf_config.hf_dir", str(hf), "--cfg.mm_dir", str(out), *flags]
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-m", "mmconvert", QWEN2VL, "hf_to_mm", *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    runs = [launched(hf, out, *flags) for _ in range(2)]
     try:
         yield runs
     finally:
@@ -524,18 +507,9 @@ def test_a_limit_on_file_sizes(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 GB, in memory; for root only."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1000m", "tmpfs", str(folder)]
-    try:
-        made = subprocess.run(command, capture_output=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if made.returncode:
-        pytest.skip(f"a file system cannot be mounted: {made.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=False)
+    """A file system of 1 GB."""
+    with file_system(tmp_path / "disk", "1000m") as folder:
+        yield folder
 
 
 def test_a_disk_that_is_too_small(small_disk: Path, tmp_path: Path) -> None:

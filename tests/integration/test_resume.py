@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from cli import run_cli
 from commands import QWEN2VL, Done, copied, layout, litter, refused, target, untouched
+from filesystems import file_system
 from hfgen import make_hf
 from mmconvert.journal import PREFIX
 from stopping import noted, staging, stopped
@@ -548,18 +549,9 @@ def test_two_resume_at_once(works: dict[str, Work], undisturbed: Ask, out: Path)
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 150 MB, in memory; for root only."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=150m", "tmpfs", str(folder)]
-    try:
-        made = subprocess.run(command, capture_output=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if made.returncode:
-        pytest.skip(f"a file system cannot be mounted: {made.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=False)
+    """A file system of 150 MB."""
+    with file_system(tmp_path / "disk", "150m") as folder:
+        yield folder
 
 
 def test_room_that_the_interrupted_run_took(
