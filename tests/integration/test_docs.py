@@ -382,6 +382,15 @@ def test_the_family_of_contributing_converts_there_and_back(
     resplit = ("--cfg.source_dir", mm, "--cfg.target_dir", one)
     run_cli("TinyVLConverter", "resplit", *resplit, env=package, check=0)
     run_cli("verify", hf, one, env=package, check=0)
+    run_cli("verify", "--quick", hf, back, env=package, check=0)
+    run_cli("diff", mm, back, env=package, check=0)
+    run_cli("doctor", mm, "--hf_dir", hf, env=package, check=0)
+    run_cli("roundtrip", hf, env=package, check=0)
+    assert "TinyVLConverter" in run_cli("suggest", hf, "--pp", 2, env=package, check=0).stdout
+    assert "Tiny-VL" in run_cli("inspect", mm, env=package, check=0).stdout
+    auto = ("--cfg.hf_config.hf_dir", hf, "--cfg.mm_dir", tmp_path / "auto")
+    run_cli("AutoConverter", "hf_to_mm", *auto, env=package, check=0)
+    run_cli("verify", hf, tmp_path / "auto", env=package, check=0)
     model = torch.load(next(iter(rank_files(one).values())), weights_only=True)["model"]
     packed = model["image_encoder.encoder.blocks.layers.2.self_attention.linear_qkv.weight"]
     qkv = load_file(hf / "model.safetensors")["vision.blocks.2.qkv.weight"]
