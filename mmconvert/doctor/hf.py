@@ -30,7 +30,7 @@ def examine_hf(folder: Path, asked: Asked, events: Events, report: Report) -> No
     config = look_at_config(folder, report)
     files, complete = weight_files(folder, report)
     look_at_side_files(folder, report)
-    family = _family(folder, config, report) if config is not None else None
+    family = _family(folder, config, files, report) if config is not None else None
     if family is not None and config is not None:
         _look_at_tensors(folder, family, config, files, complete, asked, events, report)
     else:
@@ -39,10 +39,12 @@ def examine_hf(folder: Path, asked: Asked, events: Events, report: Report) -> No
         look_for_nan([t for f in files for t in f.tensors], asked.workers, events, report)
 
 
-def _family(folder: Path, config: Mapping[str, object], report: Report) -> Family | None:
+def _family(
+    folder: Path, config: Mapping[str, object], files: Sequence[WeightFile], report: Report
+) -> Family | None:
     kind = config.get("model_type")
     path = folder / "config.json"
-    if not isinstance(kind, str):
+    if not isinstance(kind, str) or not kind.strip():
         what = f"{path}: model_type is {kind!r}"
         report.add("damaged-config", what, "take config.json from the model's page", path=path)
         return None
@@ -50,13 +52,29 @@ def _family(folder: Path, config: Mapping[str, object], report: Report) -> Famil
         if kind in family.model_types:
             report.family = family.name
             return family
-    report.add(
-        "unsupported-model-type",
-        f"{path} is of model_type {kind!r}, which no converter here serves",
-        "nothing, if it is a plain language model for llm_hf_dir; it cannot be converted alone",
-        path=path,
-    )
+    what = f"{path} is of model_type {kind!r}, which no converter here serves"
+    if similar := _with_such_encoders(files):
+        what += f"; the weights hold an encoder named as in {similar}"
+        fix = f"take config.json from the model's page, if it is a {similar}"
+        report.add("unsupported-model", what, fix, path=path)
+    else:
+        fix = (
+            "nothing, if it is a plain language model for llm_hf_dir; it cannot be converted alone"
+        )
+        report.add("unsupported-model-type", what, fix, path=path)
     return None
+
+
+def _with_such_encoders(files: Sequence[WeightFile]) -> str:
+    """A family whose encoders' names the weights have, "" if there is none: a language model."""
+    names = [tensor.name for file in files for tensor in file.tensors]
+    found: dict[str, int] = {}
+    for family in converters.registry().values():
+        encoders = [m for v in family.variants for m in family.modules(v) if m.key != "llm"]
+        index = hf_templates(tuple(encoders))
+        found[family.name] = sum(index.find(family.hub_name(name)) is not None for name in names)
+    best = max(found, key=lambda name: found[name])
+    return best if found[best] else ""
 
 
 def _look_at_tensors(

@@ -70,6 +70,7 @@ SEVERITY: dict[str, str] = {
     # HF checkpoints
     "missing-config": ERROR,
     "damaged-config": ERROR,
+    "unsupported-model": ERROR,
     "unsupported-model-type": WARNING,
     "missing-tokenizer": WARNING,
     "missing-preprocessor": WARNING,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cli import run_cli
 from commands import (
@@ -764,8 +764,25 @@ def senseless_flag(hf: Path) -> None:
     edit_json(hf / "config.json", lambda c: c.update(tie_word_embeddings=-0.0))
 
 
-def plain_model(hf: Path) -> None:
+def other_model(hf: Path) -> None:
+    edit_json(hf / "config.json", lambda c: c.update(model_type="qwen3_vl"))
+
+
+def nameless_model(hf: Path) -> None:
+    edit_json(hf / "config.json", lambda c: c.update(model_type=" "))
+
+
+def language_model(hf: Path) -> None:
     edit_json(hf / "config.json", lambda c: c.update(model_type="llama"))
+    kept: dict[str, str] = {}
+    for path in hf.glob("*.safetensors"):
+        tensors = {n: t for n, t in load_file(path).items() if not n.startswith("visual.")}
+        if tensors:
+            save_file(tensors, path, metadata={"format": "pt"})
+        else:
+            path.unlink()
+        kept |= dict.fromkeys(tensors, path.name)
+    edit_json(hf / INDEX, lambda index: index.update(weight_map=kept))
 
 
 def more_layers(hf: Path) -> None:
@@ -813,7 +830,11 @@ HF_CASES = {
     "a flag that is none": Case(
         senseless_flag, ("damaged-config",), ("tie_word_embeddings", "-0.0")
     ),
-    "another architecture": Case(plain_model, ("unsupported-model-type",), ("'llama'",)),
+    "another architecture": Case(
+        other_model, ("unsupported-model",), ("'qwen3_vl'", "an encoder named as in Qwen2-VL")
+    ),
+    "no architecture": Case(nameless_model, ("damaged-config",), ("model_type is ' '",)),
+    "a language model": Case(language_model, ("unsupported-model-type",), ("'llama'",)),
     "a missing layer": Case(
         more_layers, ("missing-tensor",), ("text_decoder layer 4 lacks 12 tensors",)
     ),
