@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from mmconvert.errors import CheckpointError, MMConvertError
-from mmconvert.runtime.bind import params_on_meta
+from mmconvert.runtime.shard import params_on_meta
 
 CLASSES = {
     "qwen2_vl": ("Qwen2VLConfig", "Qwen2VLForConditionalGeneration"),
