@@ -41,6 +41,13 @@ def read_samples(files: Sequence[Path], most: int) -> list[Sample]:
         for number, item in enumerate(content):
             found.append(sample_of(item, path.parent, f"{path}, entry {number}"))
     found = found[:most] if most else found
+    for sample in found:  # now, and not after an hour of training
+        for file in (*sample.images, *sample.videos, *sample.audios):
+            if not file.exists():
+                raise RequestError(
+                    f"{sample.name}: {file} is missing",
+                    "every file, by a path that starts at the data file's folder",
+                )
     if not found:
         raise RequestError("there are no conversations in the data", "at least one")
     return found
@@ -93,14 +100,22 @@ class Feed:
         made = torch.Generator().manual_seed(self._seed + epoch)
         return torch.randperm(len(self._samples), generator=made).tolist()
 
-    def step(self, number: int) -> list[Batch]:
-        """The micro-batches of a step (from 0), padded to one shape."""
+    def _picked(self, number: int) -> list[Batch]:
+        """The samples of a step."""
         total = len(self._samples)
         start = number * self._size * self._count
-        picked = [
+        return [
             self._encoded(self._order(place // total)[place % total])
             for place in range(start, start + self._size * self._count)
         ]
+
+    def tokens(self, number: int) -> int:
+        """Tokens of a step, padding not counted."""
+        return sum(batch.ids.numel() for batch in self._picked(number))
+
+    def step(self, number: int) -> list[Batch]:
+        """The micro-batches of a step (from 0), padded to one shape."""
+        picked = self._picked(number)
         arch = self._speaker.arch
         groups = [picked[i : i + self._size] for i in range(0, len(picked), self._size)]
         merge = 1 if arch.intern else arch.config.vision_config.spatial_merge_size
