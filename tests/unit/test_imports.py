@@ -181,7 +181,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime.*": {"formats.*", "runtime.*", "sharding.*"},
     "runtime.needs": set(),
     "runtime.launch": {"runtime.device"},
-    "runtime.device": set(),
+    "runtime.device": {"runtime.needs"},
     "runtime.curve": set(),
     "runtime.verdict": set(),
     "runtime.parallel": set(),

@@ -71,6 +71,8 @@ class Finetuned:
     """Parts that do not learn: beginnings of MM names, such as image_encoder."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """What is computed in; bf16 keeps fp32 copies of the weights."""
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    """What to compute on; auto takes the accelerator that is there, else the CPU."""
     no_save_optim: bool = False
     """Leave the optimizer out of the checkpoints."""
     resume: bool = False
@@ -95,7 +97,7 @@ def run(words: list[str]) -> int:
     _check(asked)
     from mmconvert.runtime import needs
 
-    needs.require()
+    needs.require(asked.device)
     from mmconvert.runtime import commands
     from mmconvert.runtime.launch import leads
     from mmconvert.runtime.optimizer import Recipe
