@@ -118,6 +118,11 @@ class Speaker:
                 f"the tokenizer gives id {most}, the model has {self.arch.text_config.vocab_size}",
                 "the tokenizer of this model",
             )
+        if self.arch.places & set(ids):
+            raise RequestError(
+                f"a placeholder of the tokenizer stands in a text: {text[:60]!r}",
+                "<image>, <video> or <audio> where a file belongs",
+            )
         return list(ids)
 
     def batch(self, sample: Sample, answer: bool) -> Batch:

@@ -88,6 +88,12 @@ class Architecture:
         value = getattr(self.config, name, None)
         return value if isinstance(value, int) else None
 
+    @property
+    def places(self) -> set[int]:
+        """Ids that stand for the rows of a picture, a video or a sound."""
+        found = {self.image_token(), self.token("video_token_id"), self.token("audio_token_id")}
+        return {token for token in found if token is not None}
+
     def model_class(self) -> Any:  # noqa: ANN401 - a class of transformers
         """Transformers' class of the model."""
         return getattr(transformers, CLASSES[self.kind][1])

@@ -206,7 +206,10 @@ class Stage(nn.Module):
 
 
 def _scatter(hidden: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-    """Puts the first rows into the marked places; rows beyond them are padding."""
-    if not bool(where.any()):
+    """Puts the first rows into the marked places; rows beyond them are padding.
+
+    Without rows a placeholder is a word like others, as in transformers: a model may say one.
+    """
+    if rows.shape[0] == 0 or not bool(where.any()):
         return hidden
     return hidden.masked_scatter(where.unsqueeze(-1), rows.to(hidden.dtype))
