@@ -13,6 +13,8 @@ import tyro
 from mmconvert.cli.arguments import read_plain
 from mmconvert.errors import RequestError
 
+INTERRUPTED = 130
+
 
 @dataclass(frozen=True)
 class Finetuned:
@@ -122,14 +124,25 @@ def run(words: list[str]) -> int:
         asked.global_batch_size // asked.micro_batch_size, asked.seed, asked.freeze,
         not asked.no_save_optim, recipe,
     )  # fmt: skip
-    loss = commands.finetune(
-        asked.mm_dir, asked.hf_dir, _files(asked.data), _files(asked.val_data), asked.val_rate,
-        asked.max_samples, plan, asked.dtype, asked.resume, tell,
-    )  # fmt: skip
+    try:
+        loss = commands.finetune(
+            asked.mm_dir, asked.hf_dir, _files(asked.data), _files(asked.val_data), asked.val_rate,
+            asked.max_samples, plan, asked.dtype, asked.resume, tell,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        return _interrupted(asked) if leads() else INTERRUPTED
     if leads():
         last = {"iteration": asked.train_iters, "loss": loss, "save": str(asked.save)}
         print(json.dumps(last) if asked.json else f"done: loss {loss:.6f}, {asked.save}")
     return 0
+
+
+def _interrupted(asked: Finetuned) -> int:
+    what = f"interrupted: the checkpoints in {asked.save} are whole"
+    if asked.json:
+        print(json.dumps({"error": "Interrupted", "what": what, "exit_code": INTERRUPTED}))
+    print(f"{what}; --resume goes on from the last one", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _files(listed: str) -> list[Path]:
