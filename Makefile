@@ -1,5 +1,5 @@
 # make demo   converts a small real model there and back, and shows it
-# make tutorial  a small model is converted, checked, fine-tuned and asked (about a minute)
+# make tutorial  a small model is converted, checked, fine-tuned and asked about pictures
 # make test   style, types and every test
 # make quick  the tests that take a moment
 # make mindspore-env  a CPU MindSpore for the tests that compare with it; prints its interpreter

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def torchrun(number: int, *words: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(number)]
     return subprocess.run(
-        [*command, "--master-port", "0", "-m", "mmconvert", *map(str, words)],
+        [*command, "--standalone", "-m", "mmconvert", *map(str, words)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
