@@ -95,3 +95,31 @@ def test_a_folder_with_a_checkpoint_is_not_written_over(work: Work) -> None:
     assert "holds a checkpoint already" in done.stderr
     assert "Traceback" not in done.stderr
     assert [p.name for p in save.iterdir()] == ["latest_checkpointed_iteration.txt"]
+
+
+def test_evaluations_several_files_and_lines_for_machines(work: Work) -> None:
+    save, more = work.folder / "evaluated", work.folder / "more"
+    more.mkdir()
+    talking.write_data(more)
+    words = ("--mm-dir", work.mm, "--hf-dir", work.hf, "--save", save, "--train-iters", "4")
+    data = ("--data", f"{work.data},{more / 'data.json'}", "--max-samples", "6")
+    check = ("--val-rate", "0.34", "--eval-interval", "2", "--eval-iters", "5")
+    flags = ("--log-interval", "2", "--log-tps", "--no-save-optim", "--lr", "1e-2", "--json")
+    done = run_cli("finetune", *words, *data, *check, *flags, check=0)
+    lines = [json.loads(text) for text in done.stdout.splitlines()]
+    assert [line["iteration"] for line in lines] == [2, 2, 4, 4, 4]
+    assert [("loss" in line, "evaluation" in line) for line in lines[:4]] == [
+        (True, False),
+        (False, True),
+    ] * 2
+    assert lines[0]["tokens"] > 0
+    assert lines[4] == {"iteration": 4, "loss": lines[2]["loss"], "save": str(save)}
+    assert (save / "loss.svg").read_text().count("<polyline") == 2
+    content = torch.load(next(save.rglob("model_optim_rng.pt")), weights_only=True)
+    assert set(content) == {"checkpoint_version", "iteration", "model"}
+    assert content["iteration"] == 4
+    # The moments start at zero then, and it is said.
+    again = ("--data", work.data, "--train-iters", "5", "--resume")
+    told = run_cli("finetune", *words[:6], *again, check=0)
+    assert "the checkpoint has no optimizer state" in told.stderr
+    assert told.stdout.splitlines()[-1].startswith("done: loss ")
