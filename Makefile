@@ -1,4 +1,5 @@
 # make demo   converts a small real model there and back, and shows it
+# make tutorial  a small model is converted, checked, fine-tuned and asked about pictures
 # make test   style, types and every test
 # make quick  the tests that take a moment
 # make mindspore-env  a CPU MindSpore for the tests that compare with it; prints its interpreter
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test quick lint mindspore-env bench clean
+.PHONY: demo tutorial test quick lint mindspore-env bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or later is needed"'
@@ -18,6 +19,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 demo: $(VENV)/ready
 	$(PY) examples/demo.py
+
+tutorial: $(VENV)/ready
+	$(PY) examples/tutorial.py tutorial-output
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -37,4 +41,4 @@ bench: $(VENV)/ready
 	$(PY) benchmarks/convert.py
 
 clean:
-	rm -rf $(VENV) .venv-mindspore benchmarks/data
+	rm -rf $(VENV) .venv-mindspore benchmarks/data tutorial-output

@@ -37,6 +37,8 @@ TOOLS = {
     "generate": "--mm_dir D --hf_dir H --prompt P answers, from pictures, videos and sounds too",
     "finetune": "--mm_dir D --hf_dir H --data F --save S trains on conversations",
 }
+# These bring torch's process groups themselves, one process for each rank of the checkpoint.
+RUNTIME = ("validate", "generate", "finetune")
 VERBS = {
     "hf_to_mm": (
         "HFToMM",
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name may be no valid text
         sys.stdout.reconfigure(errors="backslashreplace")
-    if not (launched and TORCHRUN in os.environ):
+    if not (launched and TORCHRUN in os.environ) or words[:1] in ([tool] for tool in RUNTIME):
         return _guarded(words)
     from mmconvert import group
 

@@ -121,3 +121,41 @@ def _pad_sound(b: Batch, more: int) -> Batch:
         features=torch.cat([b.features, blank], dim=1),
         lengths=torch.cat([b.lengths, torch.tensor([2 * more])]),
     )
+
+
+def next_step(batch: Batch, token: int, position: Tensor) -> Batch:
+    """The batch of one further token, without pictures or sounds."""
+    ids = torch.full_like(batch.ids[:, :1], token)
+    where = position.expand(*batch.positions.shape[:-1], 1)
+    return Batch(
+        ids,
+        ids,
+        where,
+        batch.pixels[:0],
+        batch.grid[:0],
+        0,
+        batch.features[:, :0],
+        batch.lengths[:0],
+    )
+
+
+def appended(batch: Batch, token: int, position: Tensor) -> Batch:
+    """The batch with one further token of text."""
+    more = next_step(batch, token, position)
+    return replace(
+        batch,
+        ids=torch.cat([batch.ids, more.ids], 1),
+        labels=torch.cat([batch.labels, more.labels], 1),
+        positions=torch.cat([batch.positions, more.positions], -1),
+    )
+
+
+def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of the next token, summed over the learnt ones.
+
+    Args:
+        logits: (batch, time, vocabulary).
+        labels: (batch, time).
+    """
+    flat = logits[:, :-1].float().flatten(0, 1)
+    return F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")

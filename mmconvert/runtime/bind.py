@@ -9,12 +9,10 @@ absent is an error. The converter's tables have no part in it, so that errors ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmconvert.errors import TensorError
 from mmconvert.runtime.parallel import (
@@ -27,129 +25,7 @@ from mmconvert.runtime.parallel import (
     share,
     whole,
 )
-
-
-class Binding(NamedTuple):
-    """What one parameter of transformers' model is in this rank's shard.
-
-    Attributes:
-        mm: the MM name.
-        hf: tower and name in transformers' whole model: ``("vit", "blocks.3.norm1.weight")``.
-        parameter: the tensor of the shard, which may be packed.
-        part: takes this parameter out of the packed tensor.
-        mine: takes this rank's share out of the whole parameter of transformers; both have one
-            shape then.
-    """
-
-    mm: str
-    hf: tuple[str, str]
-    parameter: nn.Parameter
-    part: View
-    mine: View
-
-
-@contextmanager
-def params_on_meta(dtype: torch.dtype) -> Iterator[None]:
-    """Modules made in here have parameters without data, and buffers with theirs.
-
-    Args:
-        dtype: the dtype of the parameters, and of what the library makes of the default dtype.
-    """
-    plain, default = nn.Module.register_parameter, torch.get_default_dtype()
-
-    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None:
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        plain(self, name, param)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = plain  # type: ignore[method-assign]
-        torch.set_default_dtype(default)
-
-
-class Shard:
-    """One model chunk's tensors while they are bound.
-
-    Args:
-        tensors: the chunk's tensors by MM name.
-        where: the file and chunk, for messages.
-    """
-
-    def __init__(
-        self, tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.left = dict(tensors)
-        self.where = where
-        self.tree = nn.Module()
-        self.bindings: list[Binding] = []
-        # Parts of packed biases that transformers' layer has not: they must be and stay zero.
-        self.void: list[tuple[str, nn.Parameter, View]] = []
-        self.divided: set[str] = set()  # MM names of which each rank of a tower has its own part
-        self.group_of: dict[str, TensorGroup] = {}  # MM name -> the group of its tower
-        self.canonical = any(".self_attention.q_proj." in name for name in tensors)
-        self._dtype, self._device = dtype, device
-
-    def take(self, name: str, shape: tuple[int, ...], group: TensorGroup) -> nn.Parameter:
-        """Moves a tensor from the shard into the MM tree.
-
-        Raises:
-            TensorError: it is absent, or of another shape.
-        """
-        tensor = self.left.pop(name, None)
-        if tensor is None:
-            raise TensorError(
-                f"{self.where}: {name} is missing",
-                f"a tensor of shape {list(shape)}",
-                "convert the checkpoint again; every tensor must be there",
-            )
-        if tuple(tensor.shape) != shape:
-            raise TensorError(
-                f"{self.where}: {name} has shape {list(tensor.shape)}",
-                f"{list(shape)} by config.json and the layout",
-                "give the hf_dir of the model that this checkpoint was made from",
-            )
-        data = tensor.to(device=self._device, dtype=self._dtype, copy=True)
-        parameter = nn.Parameter(data)
-        _plant(self.tree, name, parameter)
-        self.group_of[name] = group
-        return parameter
-
-    def finish(self, parts: nn.Module) -> None:
-        """Checks that nothing is left over on either side.
-
-        Args:
-            parts: transformers' modules that will compute.
-
-        Raises:
-            TensorError: the shard holds tensors that no module has a place for.
-        """
-        if self.left:
-            names = sorted(self.left)
-            raise TensorError(
-                f"{self.where}: {len(names)} tensors have no place in the model: "
-                f"{', '.join(names[:3])}",
-                "the tensors of this model and stage, and no others",
-                "give the hf_dir of the model that this checkpoint was made from",
-            )
-        unbound = [name for name, p in parts.named_parameters() if p.is_meta]
-        if unbound:
-            raise TensorError(
-                f"{unbound[0]} of transformers' model has no counterpart in MM format",
-                "a model of the architecture that the converter knows",
-            )
-
-
-def _plant(tree: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    *path, leaf = name.split(".")
-    for word in path:
-        if not hasattr(tree, word):
-            tree.add_module(word, nn.Module())
-        tree = getattr(tree, word)
-    tree.register_parameter(leaf, parameter)
+from mmconvert.runtime.shard import Binding, Shard
 
 
 class Tower:

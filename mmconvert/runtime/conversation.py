@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from mmconvert.errors import RequestError
+from mmconvert.errors import DatasetError, RequestError
 from mmconvert.runtime.batch import IGNORED, Batch
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.inputs import assemble, audio_tokens
@@ -118,6 +118,11 @@ class Speaker:
                 f"the tokenizer gives id {most}, the model has {self.arch.text_config.vocab_size}",
                 "the tokenizer of this model",
             )
+        if self.arch.places & set(ids):
+            raise RequestError(
+                f"a placeholder of the tokenizer stands in a text: {text[:60]!r}",
+                "<image>, <video> or <audio> where a file belongs",
+            )
         return list(ids)
 
     def batch(self, sample: Sample, answer: bool) -> Batch:
@@ -144,6 +149,13 @@ class Speaker:
             raise RequestError(f"{sample.name}: {left} more files than places", "<image> for each")
         if answer:
             line.add([self._start, *self._text("assistant\n")])
+        most = getattr(self.arch.text_config, "max_position_embeddings", None)
+        if most is not None and len(line.ids) > most:
+            raise RequestError(
+                f"{sample.name} has {len(line.ids)} tokens",
+                f"at most {most}, by max_position_embeddings of config.json",
+                "fewer or smaller pictures, or fewer words",
+            )
         return assemble(self.arch, torch.tensor([line.ids]), torch.tensor([line.labels]), *media)
 
     def _message(self, line: _Line, text: str, tokens: dict[str, list[int]], learnt: bool) -> None:
@@ -224,7 +236,7 @@ def sample_of(item: Mapping[str, Any], folder: Path, name: str) -> Sample:
     """A conversation out of a data file: ``messages`` with role and content, and file lists.
 
     Raises:
-        RequestError: naming the entry and what is wrong with it.
+        DatasetError: naming the entry and what is wrong with it.
     """
     wanted = '{"images": ["a.png"], "messages": [{"role": "user", "content": "<image>..."}, ...]}'
     if (
@@ -232,14 +244,14 @@ def sample_of(item: Mapping[str, Any], folder: Path, name: str) -> Sample:
         or not isinstance(item.get("messages"), list)
         or not item["messages"]
     ):
-        raise RequestError(f"{name} has no messages", wanted)
+        raise DatasetError(f"{name} has no messages", wanted)
     messages: list[tuple[str, str]] = []
     for message in item["messages"]:
         role, text = (
             (message.get("role"), message.get("content")) if isinstance(message, dict) else (0, 0)
         )
         if role not in ROLES or not isinstance(text, str):
-            raise RequestError(
+            raise DatasetError(
                 f"{name} has a message of role {role!r}", f"text of {', '.join(ROLES)}"
             )
         messages.append((str(role), text))
@@ -247,7 +259,7 @@ def sample_of(item: Mapping[str, Any], folder: Path, name: str) -> Sample:
     for key in ("images", "videos", "audios"):
         listed = item.get(key) or []
         if not isinstance(listed, list) or not all(isinstance(x, str) for x in listed):
-            raise RequestError(f"{name}: {key} is {listed!r}"[:200], "a list of file names")
+            raise DatasetError(f"{name}: {key} is {listed!r}"[:200], "a list of file names")
         files[key] = [folder / x for x in listed]
     places = {m[1] for _, text in messages for m in PLACE.finditer(text)}
     for kind in ("image", "video", "audio"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mmconvert.errors import RequestError
+from mmconvert.errors import DatasetError, RequestError
 from mmconvert.runtime.batch import Batch, alike
 from mmconvert.runtime.conversation import Sample, Speaker, sample_of
 from mmconvert.runtime.inputs import joined
@@ -26,23 +26,30 @@ def read_samples(files: Sequence[Path], most: int) -> list[Sample]:
         most: how many at most; 0 for all.
 
     Raises:
-        RequestError: a file is missing or an entry makes no sense; it is named.
+        DatasetError: a file is missing or an entry makes no sense; it is named.
     """
     found: list[Sample] = []
     for path in files:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise RequestError(f"{path}: {error.strerror}", "a data file (JSON)") from None
+            raise DatasetError(f"{path}: {error.strerror}", "a data file (JSON)") from None
         except (ValueError, RecursionError) as error:
-            raise RequestError(f"{path} is no JSON: {error}", "a list of conversations") from None
+            raise DatasetError(f"{path} is no JSON: {error}", "a list of conversations") from None
         if not isinstance(content, list):
-            raise RequestError(f"{path} holds no list", "a list of conversations")
+            raise DatasetError(f"{path} holds no list", "a list of conversations")
         for number, item in enumerate(content):
             found.append(sample_of(item, path.parent, f"{path}, entry {number}"))
     found = found[:most] if most else found
+    for sample in found:  # now, and not after an hour of training
+        for file in (*sample.images, *sample.videos, *sample.audios):
+            if not file.exists():
+                raise DatasetError(
+                    f"{sample.name}: {file} is missing",
+                    "every file, by a path that starts at the data file's folder",
+                )
     if not found:
-        raise RequestError("there are no conversations in the data", "at least one")
+        raise DatasetError("there are no conversations in the data", "at least one")
     return found
 
 
@@ -85,7 +92,7 @@ class Feed:
         try:
             return self._speaker.batch(sample, answer=False)
         except RequestError as error:
-            raise RequestError(f"{sample.name}: {error.what}", error.wanted, error.fix) from None
+            raise DatasetError(f"{sample.name}: {error.what}", error.wanted, error.fix) from None
 
     def _permutation(self, epoch: int) -> list[int]:
         if self._seed is None:
@@ -93,14 +100,22 @@ class Feed:
         made = torch.Generator().manual_seed(self._seed + epoch)
         return torch.randperm(len(self._samples), generator=made).tolist()
 
-    def step(self, number: int) -> list[Batch]:
-        """The micro-batches of a step (from 0), padded to one shape."""
+    def _picked(self, number: int) -> list[Batch]:
+        """The samples of a step."""
         total = len(self._samples)
         start = number * self._size * self._count
-        picked = [
+        return [
             self._encoded(self._order(place // total)[place % total])
             for place in range(start, start + self._size * self._count)
         ]
+
+    def tokens(self, number: int) -> int:
+        """Tokens of a step, padding not counted."""
+        return sum(batch.ids.numel() for batch in self._picked(number))
+
+    def step(self, number: int) -> list[Batch]:
+        """The micro-batches of a step (from 0), padded to one shape."""
+        picked = self._picked(number)
         arch = self._speaker.arch
         groups = [picked[i : i + self._size] for i in range(0, len(picked), self._size)]
         merge = 1 if arch.intern else arch.config.vision_config.spatial_merge_size

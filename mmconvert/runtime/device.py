@@ -7,11 +7,30 @@ import os
 import torch
 import torch.distributed as dist
 
+from mmconvert.errors import RequestError
+from mmconvert.runtime.needs import DEVICE
+
+KNOWN = ("cuda", "npu")  # accelerators that have an engine for their processes to talk through
+
 
 def device() -> torch.device:
-    """The accelerator that is there (npu, cuda, ...), else the CPU."""
+    """What ``--device`` says: the accelerator that is there, or the CPU.
+
+    Raises:
+        RequestError: the accelerator that was asked for is not there.
+    """
+    asked = os.environ.get(DEVICE, "auto")
     found = torch.accelerator.current_accelerator(check_available=True)
-    return found if found is not None else torch.device("cpu")
+    if asked == "cpu" or (asked == "auto" and (found is None or found.type not in KNOWN)):
+        return torch.device("cpu")
+    if found is None or (asked != "auto" and found.type != asked):
+        there = "none" if found is None else found.type
+        raise RequestError(
+            f"--device {asked}: torch finds no such device; it finds {there}",
+            f"a build of torch for {asked}, and its driver",
+            "--device cpu",
+        )
+    return found
 
 
 def backend(where: torch.device) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,61 +10,14 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleLoopedBFS,
-)
-from torch.nn import functional as F  # noqa: N812 - the name torch's own pages use
 
 from mmconvert.runtime import mesh as meshes
-from mmconvert.runtime.batch import IGNORED, Batch
+from mmconvert.runtime.batch import Batch, loss_sum, next_step
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.mesh import Mesh
 from mmconvert.runtime.mmfiles import Stored, chunk_tensors, read_rank
+from mmconvert.runtime.pipeline import Loss, pipeline_stage, schedule
 from mmconvert.runtime.stage import Border, Stage
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of the next token, summed over the learnt ones.
-
-    Args:
-        logits: (batch, time, vocabulary).
-        labels: (batch, time).
-    """
-    flat = logits[:, :-1].float().flatten(0, 1)
-    return F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
-
-
-def next_step(batch: Batch, token: int, position: Tensor) -> Batch:
-    """The batch of one further token, without pictures or sounds."""
-    ids = torch.full_like(batch.ids[:, :1], token)
-    where = position.expand(*batch.positions.shape[:-1], 1)
-    return Batch(
-        ids,
-        ids,
-        where,
-        batch.pixels[:0],
-        batch.grid[:0],
-        0,
-        batch.features[:, :0],
-        batch.lengths[:0],
-    )
-
-
-def appended(batch: Batch, token: int, position: Tensor) -> Batch:
-    """The batch with one further token of text."""
-    more = next_step(batch, token, position)
-    return replace(
-        batch,
-        ids=torch.cat([batch.ids, more.ids], 1),
-        labels=torch.cat([batch.labels, more.labels], 1),
-        positions=torch.cat([batch.positions, more.positions], -1),
-    )
 
 
 class Engine:
@@ -224,13 +176,15 @@ class Engine:
         if self.mesh.layout.pp_size == 1:
             return self._run_alone(batches, loss, losses)
         count, grad = len(batches), loss is not None
-        pipe = [self._pipeline_stage(stage, batches[0], grad) for stage in self.stages]
-        schedule = self._schedule(pipe, count, loss)
+        pipe = [
+            pipeline_stage(stage, self.mesh, self.border, batches[0], grad) for stage in self.stages
+        ]
+        order = schedule(pipe, self.mesh, count, loss)
         index = torch.arange(count)
         first = (index,) if self.mesh.rank.pp == 0 else ()
         last = self.mesh.rank.pp == self.mesh.layout.pp_size - 1
         if loss is not None:
-            schedule.step(
+            order.step(
                 *first,
                 mb=index,
                 target=index if last else None,
@@ -238,7 +192,7 @@ class Engine:
                 return_outputs=False,
             )
             return []
-        schedule.step(*first, mb=index)
+        order.step(*first, mb=index)
         return list(pipe[-1].output_chunks) if last else []
 
     def _run_alone(
@@ -258,38 +212,6 @@ class Engine:
             assert losses is not None  # noqa: S101 - goes with the loss
             losses.append(one)
         return outs
-
-    def _pipeline_stage(self, stage: Stage, batch: Batch, grad: bool) -> PipelineStage:
-        """A stage with its shapes said beforehand: finding them out would run it once more."""
-        number, count = stage.number, self.mesh.stages
-        if number:
-            received = self.border.metas(number - 1, batch, grad)
-        else:
-            received = (torch.empty(1, dtype=torch.int64, device="meta"),)
-        if number == count - 1:
-            shape = (*batch.ids.shape, self.arch.text_config.vocab_size)
-            sent = (torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=grad),)
-        else:
-            sent = self.border.metas(number, batch, grad)
-        return PipelineStage(
-            stage,
-            number,
-            count,
-            self.mesh.device,
-            input_args=received,
-            output_args=sent,
-            group=self.mesh.pipe,
-        )
-
-    def _schedule(self, pipe: list[Any], count: int, loss: Loss | None) -> Any:  # noqa: ANN401 - two kinds
-        """1F1B and its interleaved form for training where the counts allow, GPipe's order else."""
-        ranks = self.mesh.layout.pp_size
-        if len(pipe) == 1:
-            kind = Schedule1F1B if loss is not None and count >= ranks else ScheduleGPipe
-            return kind(pipe[0], count, loss_fn=loss, scale_grads=False)
-        fits = count % max(1, count // ranks) == 0
-        many = ScheduleInterleaved1F1B if loss is not None and fits else ScheduleLoopedBFS
-        return many(pipe, count, loss_fn=loss, scale_grads=False)
 
 
 def load(arch: Architecture, stored: Stored, device: torch.device, dtype: torch.dtype) -> Engine:

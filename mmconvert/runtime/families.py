@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from mmconvert.errors import CheckpointError, MMConvertError
-from mmconvert.runtime.bind import params_on_meta
+from mmconvert.runtime.shard import params_on_meta
 
 CLASSES = {
     "qwen2_vl": ("Qwen2VLConfig", "Qwen2VLForConditionalGeneration"),
@@ -87,6 +87,12 @@ class Architecture:
         """Another token id of the config, or None."""
         value = getattr(self.config, name, None)
         return value if isinstance(value, int) else None
+
+    @property
+    def places(self) -> set[int]:
+        """Ids that stand for the rows of a picture, a video or a sound."""
+        found = {self.image_token(), self.token("video_token_id"), self.token("audio_token_id")}
+        return {token for token in found if token is not None}
 
     def model_class(self) -> Any:  # noqa: ANN401 - a class of transformers
         """Transformers' class of the model."""

@@ -93,10 +93,7 @@ def assemble(
         ids, labels: (batch, time). Placeholders are never learnt.
         others: as in :class:`Batch`.
     """
-    hidden = {arch.image_token(), arch.token("video_token_id"), arch.token("audio_token_id")} - {
-        None
-    }
-    for token in hidden:
+    for token in arch.places:
         labels = labels.masked_fill(ids == token, IGNORED)
     batch = Batch(ids, labels, torch.zeros(0), pixels, grid, image_rows, features, lengths)
     return Batch(ids, labels, positions(arch, batch), pixels, grid, image_rows, features, lengths)

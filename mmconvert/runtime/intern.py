@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from mmconvert.runtime.attention import thirds_qkv
 from mmconvert.runtime.bind import Tower
 from mmconvert.runtime.parallel import SlicedNorm, share
-from mmconvert.runtime.towers import PROJECTOR, Point, Span, kept, layer_points
+from mmconvert.runtime.towers import Point, Span, kept, layer_points
+from mmconvert.runtime.vision import PROJECTOR
 
 ENCODER = "image_encoder.encoder"
 

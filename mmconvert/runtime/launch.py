@@ -12,6 +12,8 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,8 +25,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.rendezvous import rendezvous
 
-from mmconvert.errors import MMConvertError, RequestError
+from mmconvert.errors import LostProcessError, MMConvertError, RequestError
 from mmconvert.runtime.device import backend, device, take_device
 
 Emit = Callable[[object], None]
@@ -32,6 +35,8 @@ Emit = Callable[[object], None]
 Job = Callable[[torch.device, Emit], object]
 
 TIMEOUT = timedelta(minutes=30)  # process 0 may compute alone for a while
+FAILED = "mmconvert/failed"  # key of torchrun's store: what the first failure was
+CUT_OFF = ("Connection", "connection", "gloo", "NCCL", "HCCL")  # in errors of broken collectives
 AFTER_FAULT = 3.0  # seconds that the error behind another process's fault may take to arrive
 DEBUG = "MMCONVERT_DEBUG"
 
@@ -91,15 +96,49 @@ def _in_torchrun(job: Job, world: int, on_event: Emit) -> object:
         )
     where = take_device()
     _calm(where)
-    dist.init_process_group(backend(where), timeout=TIMEOUT)
+    store, rank, _ = next(rendezvous("env://"))
+    dist.init_process_group(
+        backend(where), store=store, rank=rank, world_size=size, timeout=TIMEOUT
+    )
     try:
-        return job(where, on_event if dist.get_rank() == 0 else _nothing)
+        return job(where, on_event if rank == 0 else _nothing)
+    except MMConvertError as error:
+        store.set(FAILED, f"process {rank}: {error.what}")
+        raise
+    except RuntimeError as error:  # a process whose neighbour has failed cannot reach it
+        raise _lost(error, _told(store)) from None
     finally:
-        dist.destroy_process_group()
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
 
 
 def _nothing(event: object) -> None:
     del event
+
+
+def _told(store: Any) -> str:  # noqa: ANN401 - torch types its Store as private
+    """What another process under torchrun said of its failure, if it does so within a moment."""
+    until = time.monotonic() + AFTER_FAULT
+    with suppress(RuntimeError):
+        while time.monotonic() < until:
+            if store.check([FAILED]):
+                return store.get(FAILED).decode()
+            time.sleep(0.1)
+    return ""
+
+
+def _lost(error: RuntimeError, told: str) -> Exception:
+    """The error of a process that has lost the others; one of its own stays what it is."""
+    if told:
+        return LostProcessError(f"another process of the run has failed: {told}")
+    text = " ".join(str(error).split())
+    if isinstance(error, dist.DistError) or any(word in text for word in CUT_OFF):
+        return LostProcessError(
+            f"the processes of this run have lost each other: {text[:200]}",
+            "all of them, until the end",
+            "see what the others printed",
+        )
+    return error
 
 
 def _calm(where: torch.device) -> None:
@@ -119,7 +158,7 @@ def _spawn(job: Job, world: int, on_event: Emit, method: str) -> object:
         try:
             for rank in range(world):
                 ours, theirs = context.Pipe(duplex=False)
-                arguments = (job, rank, world, meeting, theirs)
+                arguments = (job, rank, world, meeting, theirs, os.getpid())
                 process = context.Process(target=_child, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
@@ -143,12 +182,16 @@ def _listen(pipes: list[Connection], on_event: Emit) -> tuple[object]:
     Once a process has failed its neighbours hang or fail in turn. So an error of mmconvert, from
     whichever process, ends the run at once; another fault does after a moment, in which the
     error behind it may still arrive.
+
+    Raises:
+        MMConvertError: what a process raised; LostProcessError: one is gone without a word.
+        RuntimeError: another fault.
     """
     left, ended = list(pipes), set[int]()
     result: tuple[object] = (None,)
-    fault = ""
+    fault = killed = ""
     while left:
-        ready = wait(left, timeout=AFTER_FAULT if fault else None)
+        ready = wait(left, timeout=AFTER_FAULT if fault or killed else None)
         if not ready:
             break
         for pipe in ready:
@@ -158,7 +201,7 @@ def _listen(pipes: list[Connection], on_event: Emit) -> tuple[object]:
             except (EOFError, OSError):
                 left.remove(pipes[number])
                 if number not in ended:
-                    fault = fault or f"process {number} of the run was killed"
+                    killed = killed or f"process {number} of the run was killed"
                 continue
             if kind == "event":
                 on_event(content)
@@ -170,15 +213,29 @@ def _listen(pipes: list[Connection], on_event: Emit) -> tuple[object]:
                 fault = fault or content
             elif number == 0:
                 result = (content,)
+    if killed:  # what the others say then is only that they cannot reach it
+        raise LostProcessError(
+            killed,
+            "all processes until the end, and memory for each",
+            "start it again; where memory is short, resplit to another layout or compute in bf16",
+        )
     if fault:
         raise RuntimeError(fault)
     return result
 
 
-def _child(job: Job, rank: int, world: int, meeting: str, pipe: Connection) -> None:
+def _watch(parent: int) -> None:
+    """Ends this process when the one that started it is gone, even if that was killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _child(job: Job, rank: int, world: int, meeting: str, pipe: Connection, parent: int) -> None:
     """One process of the run."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the run
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     os.environ["LOCAL_RANK"] = str(rank)
     try:
         where = take_device()

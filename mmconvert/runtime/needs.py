@@ -15,13 +15,20 @@ from mmconvert.errors import RequestError
 NEEDED = {"torch": (2, 7), "transformers": (4, 57), "safetensors": (0, 4), "pillow": (10, 0)}
 INSTALL = "pip install 'mmconvert[runtime]'"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+DEVICE = "MMCONVERT_DEVICE"  # what was asked for, for the processes of the run
+PLUGIN, CANN = "torch_npu", "libascendcl.so"
 
 
-def require() -> None:
+def require(device: str = "auto") -> None:
     """Checks that the runtime's libraries are there, and keeps a dead NPU plugin out of the way.
 
+    Must run before torch is first imported.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda`` or ``npu``.
+
     Raises:
-        RequestError: one is missing or too old.
+        RequestError: one is missing or too old, or there is no NPU where one is asked for.
     """
     for name, least in NEEDED.items():
         wanted = f"{name} {'.'.join(map(str, least))} or later"
@@ -31,7 +38,37 @@ def require() -> None:
             raise RequestError(f"{name} is not installed", wanted, INSTALL) from None
         if _numbers(found) < least:
             raise RequestError(f"{name} {found} is too old", wanted, f"{INSTALL} --upgrade")
-    guard_npu()
+    os.environ[DEVICE] = device
+    if device == "npu":
+        _require_npu()
+    elif device == "auto":
+        guard_npu()
+    else:
+        os.environ.setdefault(AUTOLOAD, "0")
+
+
+def _require_npu() -> None:
+    if find_spec(PLUGIN) is None:
+        raise RequestError(
+            "--device npu: torch_npu is not installed",
+            "torch's NPU plugin, of torch's own version",
+            "pip install 'mmconvert[npu]', or --device cpu",
+        )
+    if not _has_cann():
+        raise RequestError(
+            f"--device npu: {CANN} cannot be loaded",
+            "an NPU with its driver and CANN, and their environment set",
+            "source the set_env.sh of CANN, or --device cpu",
+        )
+    os.environ[AUTOLOAD] = "1"
+
+
+def _has_cann() -> bool:
+    try:
+        ctypes.CDLL(CANN)
+    except OSError:
+        return False
+    return True
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -42,11 +79,7 @@ def guard_npu() -> None:
     """Stops torch from loading torch_npu where the NPU's own libraries are missing.
 
     torch loads installed backends when it is imported, and dies if one fails, as torch_npu does
-    on a machine without CANN, such as a login node. Must run before torch is first imported.
+    on a machine without CANN, such as a login node.
     """
-    if find_spec("torch_npu") is None:
-        return
-    try:
-        ctypes.CDLL("libascendcl.so")
-    except OSError:
+    if find_spec(PLUGIN) is not None and not _has_cann():
         os.environ.setdefault(AUTOLOAD, "0")

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.runtime.engine import Engine
 
+# One parameter under two names where the word embedding is the output layer too.
+TIED = ("text_decoder.embedding.word_embeddings.weight", "text_decoder.output_layer.weight")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -156,6 +159,7 @@ def freeze(run: Engine, prefixes: tuple[str, ...]) -> int:
 
     Args:
         prefixes: beginnings of MM names, such as ``image_encoder`` or ``image_encoder.projector``.
+            The copies of a tied word embedding stay together: naming one freezes both.
 
     Raises:
         RequestError: a beginning that fits no parameter, or nothing is left to learn.
@@ -164,8 +168,9 @@ def freeze(run: Engine, prefixes: tuple[str, ...]) -> int:
     learning = 0
     for name, parameter, _ in run.parameters():
         frozen = False
+        names = TIED if run.arch.tied and name in TIED else (name,)
         for i, prefix in enumerate(prefixes):
-            if name == prefix or name.startswith(prefix.rstrip(".") + "."):
+            if any(n == prefix or n.startswith(prefix.rstrip(".") + ".") for n in names):
                 fits[i], frozen = fits[i] + 1, True
         parameter.requires_grad_(not frozen)
         learning += not frozen

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from mmconvert.errors import LayoutError
+from mmconvert.runtime.audio import QwenAudio
 from mmconvert.runtime.batch import Batch
-from mmconvert.runtime.bind import Shard, Tower
+from mmconvert.runtime.bind import Tower
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.intern import InternVision
 from mmconvert.runtime.mesh import Mesh
-from mmconvert.runtime.towers import Point, QwenAudio, QwenVision, Span, Text
+from mmconvert.runtime.shard import Shard
+from mmconvert.runtime.text import Text
+from mmconvert.runtime.towers import Point, Span
+from mmconvert.runtime.vision import QwenVision
 from mmconvert.sharding.layout import Layout
 from mmconvert.sharding.stages import StageGrid, first_stage, flat, last_stage
 
@@ -48,6 +52,7 @@ class Border:
         if "audio" in layout.grids:
             widths["audio"] = config.audio_config.d_model
         self._widths, self._text = widths, text
+        self._vocab = arch.text_config.vocab_size
 
     def keys(self, stage: int) -> list[str]:
         """Which towers' values cross the border behind a stage.
@@ -66,12 +71,12 @@ class Border:
         return found
 
     def metas(self, stage: int, batch: Batch, grad: bool) -> tuple[Tensor, ...]:
-        """Tensors without data in the shapes that cross the border behind a stage."""
+        """Tensors without data in the shapes that leave a stage: logits from the last one."""
         shapes: list[tuple[int, ...]] = []
         for key in self.keys(stage):
             done = stage >= last_stage(self._grids[key])
             if key == "llm":
-                shapes.append((*batch.ids.shape, self._text))
+                shapes.append((*batch.ids.shape, self._vocab if done else self._text))
             elif key == "audio":
                 rows = pooled(batch) if done else batch.sound_rows
                 shapes.append((rows, self._text if done else self._widths["audio"]))
@@ -201,7 +206,10 @@ class Stage(nn.Module):
 
 
 def _scatter(hidden: Tensor, where: Tensor, rows: Tensor) -> Tensor:
-    """Puts the first rows into the marked places; rows beyond them are padding."""
-    if not bool(where.any()):
+    """Puts the first rows into the marked places; rows beyond them are padding.
+
+    Without rows a placeholder is a word like others, as in transformers: a model may say one.
+    """
+    if rows.shape[0] == 0 or not bool(where.any()):
         return hidden
     return hidden.masked_scatter(where.unsqueeze(-1), rows.to(hidden.dtype))

@@ -140,8 +140,7 @@ class Training:
         loss = run.train(moved)
         rate, norm = optimizer.step(step)
         took = time.perf_counter() - began
-        tokens = sum(int((b.ids != 0).sum()) for b in batches)
-        return loss, Line(step + 1, loss, None, rate, norm, took, tokens / took)
+        return loss, Line(step + 1, loss, None, rate, norm, took, feed.tokens(step) / took)
 
     def _evaluate(self, run: Engine, check: Feed) -> float:
         """Mean loss over the validation data, or its first batches."""

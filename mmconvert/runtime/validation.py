@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import reference
-from mmconvert.runtime.batch import Batch
-from mmconvert.runtime.bind import Binding
-from mmconvert.runtime.engine import Engine, loss_sum
+from mmconvert.runtime.batch import Batch, appended, loss_sum
+from mmconvert.runtime.engine import Engine
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.launch import Emit
 from mmconvert.runtime.mmfiles import Stored
+from mmconvert.runtime.shard import Binding
 from mmconvert.runtime.verdict import GRADIENTS, TOLERANCE, Check, Parting, Report
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -117,7 +117,7 @@ class Validation:
         position = batch.positions.amax()
         for token in theirs[:same]:
             position = position + 1
-            longer = engines.appended(longer, token, position)
+            longer = appended(longer, token, position)
         with torch.no_grad():
             last = reference.forward(self.arch, model, longer)[0, -1].float()
         margin = float(last[theirs[same]] - last[ours[same]])

@@ -25,7 +25,8 @@ from mmconvert.version import VERSION
 ROOT = Path(__file__).parents[2]
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 CONTRIBUTING, FORMATS = ROOT / "CONTRIBUTING.md", ROOT / "docs" / "formats.md"
-DOCS = [README, CHINESE, CONTRIBUTING, FORMATS, ROOT / "docs" / "data.md", ROOT / "CHANGELOG.md"]
+DOCS = [README, CHINESE, CONTRIBUTING, FORMATS, ROOT / "CHANGELOG.md"]
+DOCS += [ROOT / "docs" / name for name in ("data.md", "runtime.md", "tutorial.md")]
 # "0.04 s" and "231.6 MB/s", padded or not; what a dry run says of this machine
 TIMES = re.compile(
     r"\b\d+\.\d+ s\b(, [\d.]+ [kMG]B/s)?|[\d.]+ [kMGT]B free|at most about [\d.]+ MB"

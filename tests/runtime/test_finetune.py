@@ -8,15 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor
 
+import talking
 import tinyfamilies
 from cli import run_cli
 from commands import mm_to_hf
@@ -25,40 +22,14 @@ STEPS, HALF = 6, 3
 pytestmark = pytest.mark.slow
 
 
-def add_tokenizer(hf: Path) -> None:
-    """A tokenizer of single bytes, and an image processor for pictures of 4 x 4 patches."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
-    words.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    made: Any = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")
-    made.save_pretrained(hf)
-    Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=56 * 56).save_pretrained(hf)
-
-
-def add_data(folder: Path) -> Path:
-    items: list[dict[str, object]] = []
-    for name in ("red", "green", "blue", "black"):
-        Image.new("RGB", (56, 56), name).save(folder / f"{name}.png")
-        talk = [
-            {"role": "user", "content": "<image>Which?"},
-            {"role": "assistant", "content": name},
-        ]
-        items.append({"images": [f"{name}.png"], "messages": talk})
-    (folder / "data.json").write_text(json.dumps(items))
-    return folder / "data.json"
-
-
 class Work:
     """A model, its MM form with the vision tower alone on stage 0, and data."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.hf = tinyfamilies.make("qwen2_vl", folder / "hf")
-        add_tokenizer(self.hf)
+        self.hf = talking.make("qwen2_vl", folder / "hf")
         self.mm = tinyfamilies.convert("qwen2_vl", self.hf, folder / "mm", "[0,4]", "[2,1]")
-        self.data = add_data(folder)
+        self.data = talking.write_data(folder)
 
     def train(self, save: Path, *more: str) -> None:
         words = ("--mm_dir", self.mm, "--hf_dir", self.hf, "--data", self.data, "--save", save)
@@ -124,3 +95,31 @@ def test_a_folder_with_a_checkpoint_is_not_written_over(work: Work) -> None:
     assert "holds a checkpoint already" in done.stderr
     assert "Traceback" not in done.stderr
     assert [p.name for p in save.iterdir()] == ["latest_checkpointed_iteration.txt"]
+
+
+def test_evaluations_several_files_and_lines_for_machines(work: Work) -> None:
+    save, more = work.folder / "evaluated", work.folder / "more"
+    more.mkdir()
+    talking.write_data(more)
+    words = ("--mm-dir", work.mm, "--hf-dir", work.hf, "--save", save, "--train-iters", "4")
+    data = ("--data", f"{work.data},{more / 'data.json'}", "--max-samples", "6")
+    check = ("--val-rate", "0.34", "--eval-interval", "2", "--eval-iters", "5")
+    flags = ("--log-interval", "2", "--log-tps", "--no-save-optim", "--lr", "1e-2", "--json")
+    done = run_cli("finetune", *words, *data, *check, *flags, check=0)
+    lines = [json.loads(text) for text in done.stdout.splitlines()]
+    assert [line["iteration"] for line in lines] == [2, 2, 4, 4, 4]
+    assert [("loss" in line, "evaluation" in line) for line in lines[:4]] == [
+        (True, False),
+        (False, True),
+    ] * 2
+    assert lines[0]["tokens"] > 0
+    assert lines[4] == {"iteration": 4, "loss": lines[2]["loss"], "save": str(save)}
+    assert (save / "loss.svg").read_text().count("<polyline") == 2
+    content = torch.load(next(save.rglob("model_optim_rng.pt")), weights_only=True)
+    assert set(content) == {"checkpoint_version", "iteration", "model"}
+    assert content["iteration"] == 4
+    # The moments start at zero then, and it is said.
+    again = ("--data", work.data, "--train-iters", "5", "--resume")
+    told = run_cli("finetune", *words[:6], *again, check=0)
+    assert "the checkpoint has no optimizer state" in told.stderr
+    assert told.stdout.splitlines()[-1].startswith("done: loss ")

@@ -51,10 +51,13 @@ CASES = {
     "internvl qwen2, uneven": Case("intern-qwen2", "[1,3]", "[3,0]", 2, options=UNEVEN),
     "internvl qwen2, tied": Case("intern-qwen2", "[2,2]", "[3,0]", tied=True),
     "internvl llama, norms, uneven": Case("intern-llama", "[0,4]", "[2,1]", 2, options=SIX_B),
+    "internvl internlm2, tp 2": Case("intern-internlm2", "[1,3]", "[3,0]", 2),
+    "omni tp 2 pp 2": Case("omni", "[0,4]", "[2,1]", 2, ("audio_pp_layers=[1,2]",)),
     "internvl internlm2": Case("intern-internlm2", "[[0,1],[1,2]]", "[[2,1],[0,0]]"),
 }  # fmt: skip
 SLOW = {
     *("tp 2 pp 2 vpp 2", "vit on three stages, text on the last two", "omni vpp 2"),
+    *("internvl internlm2, tp 2", "omni tp 2 pp 2"),
     *("omni tp 2 with encoders at tp 1", "internvl qwen2, uneven", "internvl llama, norms, uneven"),
 }
 

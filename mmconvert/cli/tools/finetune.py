@@ -13,6 +13,8 @@ import tyro
 from mmconvert.cli.arguments import read_plain
 from mmconvert.errors import RequestError
 
+INTERRUPTED = 130
+
 
 @dataclass(frozen=True)
 class Finetuned:
@@ -71,6 +73,8 @@ class Finetuned:
     """Parts that do not learn: beginnings of MM names, such as image_encoder."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """What is computed in; bf16 keeps fp32 copies of the weights."""
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    """What to compute on; auto takes the accelerator that is there, else the CPU."""
     no_save_optim: bool = False
     """Leave the optimizer out of the checkpoints."""
     resume: bool = False
@@ -95,7 +99,7 @@ def run(words: list[str]) -> int:
     _check(asked)
     from mmconvert.runtime import needs
 
-    needs.require()
+    needs.require(asked.device)
     from mmconvert.runtime import commands
     from mmconvert.runtime.launch import leads
     from mmconvert.runtime.optimizer import Recipe
@@ -120,14 +124,25 @@ def run(words: list[str]) -> int:
         asked.global_batch_size // asked.micro_batch_size, asked.seed, asked.freeze,
         not asked.no_save_optim, recipe,
     )  # fmt: skip
-    loss = commands.finetune(
-        asked.mm_dir, asked.hf_dir, _files(asked.data), _files(asked.val_data), asked.val_rate,
-        asked.max_samples, plan, asked.dtype, asked.resume, tell,
-    )  # fmt: skip
+    try:
+        loss = commands.finetune(
+            asked.mm_dir, asked.hf_dir, _files(asked.data), _files(asked.val_data), asked.val_rate,
+            asked.max_samples, plan, asked.dtype, asked.resume, tell,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        return _interrupted(asked) if leads() else INTERRUPTED
     if leads():
         last = {"iteration": asked.train_iters, "loss": loss, "save": str(asked.save)}
         print(json.dumps(last) if asked.json else f"done: loss {loss:.6f}, {asked.save}")
     return 0
+
+
+def _interrupted(asked: Finetuned) -> int:
+    what = f"interrupted: the checkpoints in {asked.save} are whole"
+    if asked.json:
+        print(json.dumps({"error": "Interrupted", "what": what, "exit_code": INTERRUPTED}))
+    print(f"{what}; --resume goes on from the last one", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _files(listed: str) -> list[Path]:

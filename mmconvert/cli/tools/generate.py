@@ -34,6 +34,8 @@ class Generated:
     """The most tokens of the answer."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """What is computed in."""
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    """What to compute on; auto takes the accelerator that is there, else the CPU."""
     json: bool = False
     """Print the answer, or the error, as JSON."""
     debug: bool = False
@@ -48,7 +50,7 @@ def run(words: list[str]) -> int:
     asked = read_plain(Generated, words, prog, f"{text}\n\nexample:\n  {example}")
     from mmconvert.runtime import needs
 
-    needs.require()
+    needs.require(asked.device)
     from mmconvert.runtime import commands
     from mmconvert.runtime.launch import leads
 

@@ -35,6 +35,8 @@ class Validated:
     """Sounds for the prompt (WAV), for Qwen2.5-Omni."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """What both sides compute in."""
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    """What to compute on; auto takes the accelerator that is there, else the CPU."""
     tolerance: float = 0.0
     """Largest difference of logits, relative to the largest logit where that is above 1. 0 takes
     fp32: 1e-5 on one tensor-parallel rank, 1e-4 on more; bf16: 2^-8 and 2^-5."""
@@ -58,7 +60,7 @@ def run(words: list[str]) -> int:
     )
     from mmconvert.runtime import needs
 
-    needs.require()
+    needs.require(asked.device)
     from mmconvert.runtime import commands
     from mmconvert.runtime.launch import leads
 

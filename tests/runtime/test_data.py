@@ -1,0 +1,222 @@
+"""Training data: what the guides' files hold, and what strangers' files hold instead."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import talking
+import tinyfamilies
+from mmconvert.errors import DatasetError, RequestError
+from mmconvert.runtime.batch import IGNORED
+from mmconvert.runtime.conversation import Speaker
+from mmconvert.runtime.dataset import Feed, read_samples, split
+from mmconvert.runtime.families import architecture
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Speaker:
+    hf = talking.make("omni", tmp_path_factory.mktemp("omni") / "hf")
+    return Speaker(architecture(hf), hf)
+
+
+def animation(path: Path) -> Path:
+    """A video of four frames."""
+    frames = [Image.new("RGB", (talking.SIDE, talking.SIDE), c) for c in talking.COLOURS]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    return path
+
+
+def mixed(folder: Path) -> Path:
+    """Text, a picture, two pictures, a video, a sound, and all of them."""
+    for name in talking.COLOURS:
+        talking.picture(folder / f"{name}.png", name)
+    animation(folder / "film.gif")
+    talking.sound(folder / "low.wav", 220, 0.3)
+    talking.sound(folder / "high.wav", 880, 0.4)
+    items = [
+        talking.talk("Hello.", "Hi."),
+        talking.talk("<image>\nWhich?", "red", images=["red.png"]),
+        talking.talk("<image> or <image>?", "both", images=["red.png", "blue.png"]),
+        talking.talk("<video>What happens?", "Colours.", videos=["film.gif"]),
+        talking.talk("<audio>Which tone?", "low", audios=["low.wav"]),
+        talking.talk(
+            "<audio><image><video>?", "all", audios=["high.wav"], images=["green.png"],
+            videos=["film.gif"],
+        ),
+    ]  # fmt: skip
+    path = folder / "mixed.json"
+    path.write_text(json.dumps(items))
+    return path
+
+
+def test_every_kind_of_sample_becomes_a_batch(speaker: Speaker, tmp_path: Path) -> None:
+    samples = read_samples([mixed(tmp_path)], 0)
+    batches = [speaker.batch(sample, answer=False) for sample in samples]
+    pictures = [len(b.grid) for b in batches]
+    assert pictures == [0, 1, 2, 1, 0, 2]
+    assert [len(b.lengths) for b in batches] == [0, 0, 0, 0, 1, 1]
+    assert [b.image_rows for b in batches] == [0, 4, 8, 0, 0, 4]
+    for sample, batch in zip(samples, batches, strict=True):
+        learnt = batch.ids[batch.labels != IGNORED].tolist()
+        answer = sample.messages[-1][1]
+        assert speaker.words(learnt) == answer  # nothing else is learnt
+        assert learnt[-1] == 256 + talking.SPECIALS.index("<|im_end|>")
+        rows = {tinyfamilies.IMAGE: 4, tinyfamilies.VIDEO: 8}
+        for token, each in rows.items():
+            count = len(sample.images if token == tinyfamilies.IMAGE else sample.videos)
+            assert int((batch.ids == token).sum()) == each * count
+
+
+def test_a_step_mixes_all_kinds_in_one_shape(speaker: Speaker, tmp_path: Path) -> None:
+    feed = Feed(speaker, read_samples([mixed(tmp_path)], 0), 2, 3, 1)
+    for number in (0, 1):
+        batches = feed.step(number)
+        assert len({tuple(b.ids.shape) for b in batches}) == 1
+        assert len({b.patches for b in batches}) == 1
+        assert len({b.sound_rows for b in batches}) == 1
+        assert feed.tokens(number) < sum(b.ids.numel() for b in batches)  # padding does not count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [("[1,3]", "[3,0]", 1), ("[4]", "[3]", 2, "vit_tp_size=1", "audio_tp_size=1")],
+    ids=["pp 2", "tp 2, encoders at tp 1"],
+)
+def test_omni_learns_from_all_kinds_at_once(layout: Any, tmp_path: Path) -> None:
+    hf = talking.make("omni", tmp_path / "hf")
+    data = mixed(tmp_path)
+    mm = tinyfamilies.convert("omni", hf, tmp_path / "mm", *layout)
+    what = talking.plan(tmp_path / "save", 8, size=2, count=3)
+    curve = talking.learn(mm, hf, [data], what)
+    assert curve[-1][1] < 0.8 * curve[0][1]
+    alone = tinyfamilies.convert("omni", hf, tmp_path / "alone", "[4]", "[3]")
+    what = talking.plan(tmp_path / "save alone", 8, size=2, count=3)
+    same = talking.learn(alone, hf, [data], what)
+    assert [line[1] for line in curve] == pytest.approx([line[1] for line in same], rel=1e-5)
+
+
+def test_several_files_and_a_limit(tmp_path: Path) -> None:
+    one = tmp_path / "one"
+    one.mkdir()
+    first, second = mixed(tmp_path), talking.write_data(one)
+    both = read_samples([first, second], 0)
+    assert len(both) == 10
+    assert both[6].images == [one / "red.png"]  # by the file's own folder
+    assert [s.name for s in read_samples([first, second], 7)] == [s.name for s in both[:7]]
+
+
+def test_a_share_for_validation_is_drawn_once(tmp_path: Path) -> None:
+    samples = read_samples([mixed(tmp_path)], 0)
+    train, check = split(samples, 0.34, 3)
+    assert len(check) == 2
+    assert {s.name for s in train} | {s.name for s in check} == {s.name for s in samples}
+    assert split(samples, 0.34, 3) == (train, check)
+    with pytest.raises(RequestError, match="some for both sides"):
+        split(samples, 0.01, 3)
+
+
+def test_the_order_is_that_of_the_seed_and_every_sample_comes(
+    speaker: Speaker, tmp_path: Path
+) -> None:
+    samples = read_samples([talking.write_data(tmp_path)], 0)
+
+    def order(seed: int | None) -> list[str]:
+        feed = Feed(speaker, samples, 1, 1, seed)
+        steps = [feed.step(i)[0] for i in range(8)]
+        return [speaker.words(b.ids[b.labels != IGNORED].tolist()) for b in steps]
+
+    assert order(None) == [*talking.COLOURS, *talking.COLOURS]
+    assert order(1) == order(1)
+    assert sorted(order(1)[:4]) == sorted(order(1)[4:]) == sorted(talking.COLOURS)
+    assert len({tuple(order(seed)) for seed in range(5)}) > 1
+
+
+Break = Callable[[list[Any]], object]
+BROKEN: dict[str, tuple[Break, str]] = {
+    "no messages": (lambda items: items[17].pop("messages"), "entry 17 has no messages"),
+    "messages are no list": (
+        lambda items: items[17].update(messages="Hi"),
+        "entry 17 has no messages",
+    ),
+    "an unknown role": (
+        lambda items: items[17]["messages"][0].update(role="teacher"),
+        "entry 17 has a message of role 'teacher'",
+    ),
+    "content is a number": (
+        lambda items: items[17]["messages"][1].update(content=3),
+        "entry 17 has a message of role 'assistant'",
+    ),
+    "images is a word": (lambda items: items[17].update(images="red.png"), "entry 17: images is"),
+    "a picture is missing": (
+        lambda items: items[17].update(images=["gone.png"]),
+        "entry 17: .*gone.png is missing",
+    ),
+    "an entry is a list": (lambda items: items.__setitem__(17, []), "entry 17 has no messages"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_entry_is_named(name: str, tmp_path: Path) -> None:
+    talking.write_data(tmp_path)
+    spoil, wanted = BROKEN[name]
+    items = [talking.talk("<image>Which?", "red", images=["red.png"]) for _ in range(20)]
+    spoil(items)
+    (tmp_path / "data.json").write_text(json.dumps(items))
+    with pytest.raises(DatasetError, match=wanted):
+        read_samples([tmp_path / "data.json"], 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("[{}, {", "is no JSON"), ('{"messages": []}', "holds no list"), ("[]", "at least one"),
+     ("[" * 100000, "is no JSON"), ("\x00\xff", "is no JSON")],
+    ids=["cut off", "an object", "empty", "deep", "binary"],
+)  # fmt: skip
+def test_a_broken_file_is_named(text: str, wanted: str, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DatasetError, match=wanted):
+        read_samples([tmp_path / "data.json"], 0)
+
+
+@pytest.mark.parametrize(
+    ("item", "wanted"),
+    [
+        (talking.talk("<image><image>?", "a", images=["red.png"]), "more <image> places than"),
+        (talking.talk("<image>?", "a", images=["red.png", "blue.png"]), "1 more files than places"),
+        (talking.talk("<image>?", "a", images=["data.json"]), "not a picture"),
+        (talking.talk("<audio>?", "a", audios=["red.png"]), "cannot be read"),
+        (talking.talk("<video>?", "a", videos=["data.json"]), "is no video"),
+        (talking.talk("word " * 200, "a"), "tokens"),
+        (talking.talk("see <IMG_CONTEXT>?", "a"), ""),
+    ],
+)
+def test_a_sample_that_cannot_be_encoded_is_named(
+    item: dict[str, object], wanted: str, speaker: Speaker, tmp_path: Path
+) -> None:
+    talking.write_data(tmp_path)
+    (tmp_path / "data.json").write_text(json.dumps([item]))
+    feed = Feed(speaker, read_samples([tmp_path / "data.json"], 0), 1, 1, None)
+    if not wanted:  # InternVL's word means nothing to Omni
+        assert torch.is_tensor(feed.step(0)[0].ids)
+        return
+    with pytest.raises(DatasetError, match=wanted) as caught:
+        feed.step(0)
+    assert "entry 0" in caught.value.what
+
+
+def test_a_placeholder_of_the_tokenizer_in_a_text_is_refused(tmp_path: Path) -> None:
+    hf = talking.make("intern-qwen2", tmp_path / "hf")
+    speaker = Speaker(architecture(hf), hf)
+    item = talking.talk("see <IMG_CONTEXT>?", "a")
+    (tmp_path / "data.json").write_text(json.dumps([item]))
+    (sample,) = read_samples([tmp_path / "data.json"], 0)
+    with pytest.raises(RequestError, match="a placeholder of the tokenizer"):
+        speaker.batch(sample, answer=False)

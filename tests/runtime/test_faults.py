@@ -1,0 +1,201 @@
+"""Runs that end badly: killed, interrupted, given what is wrong. All end, with one error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import talking
+import tinyfamilies
+from cli import run_cli
+from commands import RANK_FILE, copied, rank_files, refused
+from inprocess import call
+from mmconvert.errors import CheckpointError
+from mmconvert.runtime import commands
+from mmconvert.runtime.verdict import Report
+
+pytestmark = pytest.mark.slow
+
+
+class Work(NamedTuple):
+    """A model at tp 2, its MM form, and data."""
+
+    folder: Path
+    hf: Path
+    mm: Path
+    data: Path
+
+    def words(self, command: str, *more: str | Path) -> list[str]:
+        return [command, "--mm_dir", str(self.mm), "--hf_dir", str(self.hf), *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+    folder = tmp_path_factory.mktemp("faults")
+    hf = talking.make("qwen2_vl", folder / "hf")
+    mm = tinyfamilies.convert("qwen2_vl", hf, folder / "mm", "[1,3]", "[3,0]", 2)
+    return Work(folder, hf, mm, talking.write_data(folder))
+
+
+# ------------------------------------------------------------------------ a training under way
+@contextmanager
+def training(work: Work, save: Path) -> Iterator[subprocess.Popen[str]]:
+    """A long training that has done its first steps and saved one; in a session of its own."""
+    words = work.words("finetune", "--data", work.data, "--save", save)
+    words += ["--train_iters", "5000", "--save_interval", "3"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmconvert", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "4/5000" in line:
+                break
+        yield process
+    finally:
+        for pid in members(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def members(session: int) -> list[int]:
+    """The processes of a session that are alive."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError, ValueError, IndexError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """The four processes that compute."""
+    found = [pid for pid in members(process.pid) if pid != process.pid]
+    assert len(found) == 4
+    return found
+
+
+def ends(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and stderr; no process of the run is left soon after."""
+    _, errors = process.communicate(timeout=60)
+    until = time.monotonic() + 20
+    while (left := members(process.pid)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert left == []
+    assert "Traceback" not in errors
+    return process.returncode, errors
+
+
+def whole_checkpoint(save: Path) -> None:
+    """What the tracker file names is there, whole."""
+    number = int((save / "latest_checkpointed_iteration.txt").read_text())
+    assert len(list((save / f"iter_{number:07d}").glob(f"*/{RANK_FILE}"))) == 4
+    run_cli("inspect", save, check=0)
+
+
+def test_an_interruption_leaves_whole_checkpoints_and_no_process(
+    work: Work, tmp_path: Path
+) -> None:
+    save = tmp_path / "save"
+    with training(work, save) as process:
+        workers(process)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does for Ctrl-C: to all of them
+        code, errors = ends(process)
+    assert code == 130
+    assert errors.count("interrupted") == 1
+    assert "--resume" in errors
+    whole_checkpoint(save)
+
+
+def test_a_killed_worker_ends_the_run_with_one_error(work: Work, tmp_path: Path) -> None:
+    with training(work, tmp_path / "save") as process:
+        os.kill(workers(process)[2], signal.SIGKILL)
+        code, errors = ends(process)
+    assert code == 2
+    assert errors.count("error:") == 1
+    assert "was killed" in errors
+    whole_checkpoint(tmp_path / "save")
+
+
+def test_workers_end_when_their_parent_is_killed(work: Work, tmp_path: Path) -> None:
+    with training(work, tmp_path / "save") as process:
+        workers(process)
+        os.kill(process.pid, signal.SIGKILL)
+        code, _ = ends(process)
+    assert code == -signal.SIGKILL
+
+
+# ------------------------------------------------------------------------------ wrong inputs
+def validated(mm: Path, hf: Path) -> Report:
+    return commands.validate(mm, hf, "", (), (), "fp32", 0.0, lambda event: None)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "omni", "intern-qwen2"])
+def test_a_folder_of_another_family_is_refused(kind: str, work: Work, tmp_path: Path) -> None:
+    """The numbers of layers are those of the checkpoint; names and shapes are not."""
+    hf = tinyfamilies.make(kind, tmp_path / "hf")
+    with pytest.raises(CheckpointError) as caught:
+        validated(work.mm, hf)
+    assert "hf_dir" in caught.value.fix
+
+
+def test_another_model_of_the_family_is_different(work: Work, tmp_path: Path) -> None:
+    hf = tinyfamilies.make("qwen2_vl", tmp_path / "hf", tied=True)
+    report = validated(work.mm, hf)  # its output layer is the embedding
+    assert not report.passed
+    assert report.parting is not None
+    assert report.parting.label == "text_decoder output_layer"
+
+
+def test_a_truncated_rank_file_is_named(work: Work, tmp_path: Path) -> None:
+    mm = copied(work.mm, tmp_path / "mm")
+    path = rank_files(mm)["mp_rank_01_001"]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="mp_rank_01_001"):
+        validated(mm, work.hf)
+
+
+def test_a_missing_rank_folder_is_named(work: Work, tmp_path: Path) -> None:
+    mm = copied(work.mm, tmp_path / "mm")
+    path = rank_files(mm)["mp_rank_01_001"]
+    path.unlink()
+    path.parent.rmdir()
+    with pytest.raises(CheckpointError, match="missing: tp 1 pp 1"):
+        validated(mm, work.hf)
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (("validate", "--tolerance", "2"), 2, "--tolerance is 2.0"),
+        (("generate", "--prompt", "hi", "--image", "gone.png"), 2, "gone.png"),
+        (("finetune", "--data", "gone.json", "--save", "new"), 3, "gone.json"),
+        (("finetune", "--data", "data.json", "--save", "data.json"), 2, "data.json"),
+        (("validate", "--device", "npu"), 2, "torch_npu is not installed"),
+    ],
+    ids=["tolerance", "picture", "data", "save is a file", "no NPU"],
+)
+def test_a_wrong_word_is_one_clear_error(
+    more: tuple[str, ...], code: int, said: str, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(work.folder)
+    monkeypatch.setenv("MMCONVERT_DEVICE", "auto")  # and it is put back
+    done = call(*work.words(*more), check=None)
+    refused(done, code, said)
+    assert done.stderr.count("error: ") == 1
+    assert not (work.folder / "new").exists()

@@ -1,0 +1,127 @@
+"""A training that was stopped goes on to the bit, in the layouts and dtypes where it could not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import talking
+import tinyfamilies
+from cli import run_cli
+from commands import mm_to_hf, rank_files
+from mmconvert.errors import CheckpointError
+
+STEPS, HALF = 6, 3
+
+
+class Case(NamedTuple):
+    """A layout, and how it trains."""
+
+    layout: tuple[str, str, int]
+    tied: bool = False
+    dtype: str = "fp32"
+    frozen: tuple[str, ...] = ()
+
+
+CASES = {
+    "tp 2": Case(("[4]", "[3]", 2)),
+    "tied over two stages, bf16": Case(("[1,3]", "[3,0]", 1), True, "bf16"),
+    "tp 2 pp 2, tied, bf16": Case(("[1,3]", "[3,0]", 2), True, "bf16"),
+    "vpp 2, tied, embedding frozen": Case(
+        ("[[2],[2]]", "[[3],[0]]", 1), True, frozen=("text_decoder.embedding",)
+    ),
+    "a tied embedding frozen over two stages": Case(
+        ("[1,3]", "[3,0]", 1), True, frozen=("text_decoder.output_layer",)
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_restart_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    hf = talking.make("qwen2_vl", tmp_path / "hf", tied=case.tied)
+    mm = tinyfamilies.convert("qwen2_vl", hf, tmp_path / "mm", *case.layout)
+    data = [talking.write_data(tmp_path)]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    what = talking.plan(whole, STEPS, save_every=HALF, frozen=case.frozen)
+    all_of_it = talking.learn(mm, hf, data, what, dtype=case.dtype)
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / f"iter_{STEPS:07d}")
+    (cut / "latest_checkpointed_iteration.txt").write_text(str(HALF))
+    what = talking.plan(cut, STEPS, save_every=HALF, frozen=case.frozen)
+    rest = talking.learn(mm, hf, data, what, dtype=case.dtype, resume=True)
+    assert rest == all_of_it[HALF:]
+    assert len({line[1] for line in all_of_it}) == STEPS
+    for rank, path in rank_files(whole).items():
+        one = torch.load(path, weights_only=True)
+        two = torch.load(rank_files(cut)[rank], weights_only=True)
+        assert _same(one, two), rank
+    if case.frozen:  # both copies stay, whichever was named
+        first, last = _ends(whole)
+        start, _ = _ends(mm)
+        assert torch.equal(first, start)
+        assert torch.equal(last, start)
+    elif case.tied:
+        first, last = _ends(whole)
+        assert torch.equal(first, last)  # one gradient, one value
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return a == b
+
+
+def _ends(mm: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Word embedding and output layer of tp rank 0; one tensor where there is one."""
+    found: dict[str, torch.Tensor] = {}
+    for rank, path in rank_files(mm).items():
+        if rank.startswith("mp_rank_00"):
+            content = torch.load(path, weights_only=False)
+            for part in (v for k, v in content.items() if k.startswith("model")):
+                found |= {n: t for n, t in part.items() if isinstance(t, torch.Tensor)}
+    first = found["text_decoder.embedding.word_embeddings.weight"]
+    return first, found.get("text_decoder.output_layer.weight", first)
+
+
+@pytest.mark.slow
+def test_what_is_saved_is_a_checkpoint_for_the_other_commands(tmp_path: Path) -> None:
+    """inspect, verify, doctor, mm_to_hf and resplit take it; the values come back whole."""
+    hf = talking.make("qwen2_vl", tmp_path / "hf", tied=True)
+    mm = tinyfamilies.convert("qwen2_vl", hf, tmp_path / "mm", "[[0,1],[1,2]]", "[[2,1],[0,0]]", 2)
+    save, back = tmp_path / "save", tmp_path / "back"
+    data = [talking.write_data(tmp_path)]
+    talking.learn(mm, hf, data, talking.plan(save, 2, save_every=1))
+    assert [p.name for p in sorted(save.glob("iter_*"))] == ["iter_0000001", "iter_0000002"]
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "2"
+    names = {"iter_0000001", "iter_0000002", "latest_checkpointed_iteration.txt"}
+    assert {p.name for p in save.iterdir()} == names | {"loss.jsonl", "loss.svg"}
+    told = json.loads(run_cli("inspect", save, "--json", check=0).stdout)
+    assert told["iteration"] == "2"
+    assert told["layout"]["llm_pp_layers"] == [[0, 1], [1, 2]]
+    assert told["layout"]["vit_pp_layers"] == [[2, 1], [0, 0]]
+    run_cli("doctor", save, check=0)
+    run_cli("verify", hf, save, check=1)  # it has learnt
+    mm_to_hf(save, hf, back)
+    run_cli("verify", back, save, check=0)
+    report = talking.commands.validate(save, back, "", (), (), "fp32", 0.0, lambda event: None)
+    assert report.passed, report.as_dict()
+
+
+@pytest.mark.slow
+def test_a_restart_with_other_frozen_parts_is_refused(tmp_path: Path) -> None:
+    hf = talking.make("qwen2_vl", tmp_path / "hf")
+    mm = tinyfamilies.convert("qwen2_vl", hf, tmp_path / "mm", "[4]", "[3]")
+    data, save = [talking.write_data(tmp_path)], tmp_path / "save"
+    talking.learn(mm, hf, data, talking.plan(save, 1))
+    what = talking.plan(save, 2, frozen=("image_encoder",))
+    with pytest.raises(CheckpointError, match="does not fit the parameters that learn"):
+        talking.learn(mm, hf, data, what, resume=True)

@@ -1,0 +1,140 @@
+"""The tutorial does what its page says; so do the README's commands of the runtime."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+from commands import install
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "tutorial.py"
+PAGE = ROOT / "docs" / "tutorial.md"
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ENV = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+
+
+def script() -> ModuleType:
+    spec = spec_from_file_location("tutorial", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def shown() -> str:
+    """What the page shows as the script's output."""
+    return next(text for kind, text in FENCE.findall(PAGE.read_text()) if kind == "text")
+
+
+def test_the_page_shows_the_commands_that_run() -> None:
+    tutorial = script()
+    wanted = [f"$ {tutorial.shown(words)}\n" for _, words in tutorial.STEPS]
+    places = [shown().find(command) for command in wanted]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert shown().count("$ mm-convert") == len(wanted)
+    assert all(caption in shown() for caption in tutorial.CAPTIONS.values())
+    assert (PAGE.parent / "images" / "tutorial-loss.svg").is_file()
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(SystemExit, match="holds other things"):
+        script().emptied(tmp_path)
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_pictures_that_are_not_there_are_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "skimage", None)  # what Python keeps of a package it has not
+    with pytest.raises(SystemExit, match="pip install scikit-image"):
+        script().pictures(tmp_path / "pictures")
+
+
+def same_lines(text: str) -> list[str]:
+    """The lines without what differs from run to run: numbers with a point, and random words."""
+    kept: list[str] = []
+    babble = False
+    for raw in text.strip().splitlines():
+        line = re.sub(r"^(\w+) {2,}\S.*? {2,}(\S.*)$", r"\1 \2", raw) if ".png" not in raw else raw
+        line = re.sub(r"\d+\.\d+(e[+-]\d+)?|\d+ (tokens/s|s\b)|position \d+", "N", line)
+        line = re.sub(r"(\d+ parameters; most at ).*", r"\1", line)
+        line = re.sub(r"\S*tutorial-output|/\S*/trained", "OUT", line)
+        if babble and not line.startswith("---"):
+            continue
+        kept.append(re.sub(r"\s+", " ", line).strip())
+        babble = "knows nothing" in line or (babble and not line.startswith("---"))
+    return [line for line in kept if line]
+
+
+@pytest.mark.slow
+def test_the_tutorial_does_what_its_page_says(tmp_path: Path) -> None:
+    work = tmp_path / "tutorial-output"
+    command = [sys.executable, str(SCRIPT), str(work)]
+    done = subprocess.run(
+        command, env=ENV, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    got, wanted = same_lines(done.stdout), same_lines(shown())
+    assert [line for line in got if "loss curve" not in line] == [
+        line for line in wanted if "loss curve" not in line
+    ]
+    captions = script().CAPTIONS
+    table = done.stdout.rpartition("--- 8.")[2]
+    assert all(re.search(rf"^{name} .*{re.escape(said)}$", table, re.M) for name, said in
+               captions.items())  # fmt: skip
+
+    lines = [json.loads(text) for text in (work / "trained" / "loss.jsonl").open()]
+    assert len(lines) == 100
+    assert lines[0]["loss"] > 5
+    assert lines[-1]["loss"] < 0.05
+    picture = ElementTree.parse(work / "trained" / "loss.svg").getroot()
+    points = [e.get("points", "") for e in picture.iter() if e.tag.endswith("polyline")]
+    assert [len(line.split()) for line in points] == [100]
+    # What came back is another model than what went in, of the same names and shapes.
+    old, new = (
+        Qwen2VLForConditionalGeneration.from_pretrained(work / name, dtype=torch.float32)
+        for name in ("hf", "hf_trained")
+    )
+    assert all(
+        a.shape == b.shape and not torch.equal(a, b)
+        for (_, a), (_, b) in zip(old.named_parameters(), new.named_parameters(), strict=True)
+    )
+    the_readmes_commands_run(work)
+
+
+def the_readmes_commands_run(work: Path) -> None:
+    """The section of the README over the tutorial's files, with two iterations of training."""
+    (work / "pictures" / "chelsea.png").rename(work / "cat.png")
+    content = (work / "captions.json").read_text().replace("pictures/chelsea.png", "cat.png")
+    (work / "train.json").write_text(content)
+    (work / "trained").rename(work / "before")
+    section = (ROOT / "README.md").read_text().split("## Run it, check it, fine-tune it")[1]
+    text = next(text for kind, text in FENCE.findall(section) if kind == "sh")
+    assert text.count("mm-convert ") == 3
+    short = text.replace("--train_iters 100", "--train_iters 2")
+    assert short != text
+    install(work / "bin")
+    env = {**ENV, "PATH": f"{work / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", short], cwd=work, env=env, capture_output=True,
+        text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "equal: both compute the same" in done.stdout
+    assert "iteration      2/2" in done.stdout
+    assert (work / "trained" / "latest_checkpointed_iteration.txt").read_text() == "2"
