@@ -29,6 +29,11 @@ def printable(text: str, longest: int = LONGEST) -> str:
     return _cut("".join(shown), longest)
 
 
+def one_line(text: str) -> str:
+    """A message with names from files in it, safe to show, whole: see :func:`printable`."""
+    return printable(text, 10 * len(text))  # the longest escape, \\U0001f600, has 10 characters
+
+
 def _cut(text: str, longest: int) -> str:
     half = (longest - 3) // 2
     return f"{text[:half]}...{text[-half:]}" if len(text) > longest else text

@@ -6,7 +6,6 @@ that help is fast.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -16,8 +15,10 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
-from mmconvert.errors import MMConvertError, RequestError
+from mmconvert.cli import screen
+from mmconvert.errors import MMConvertError, OutputError, RequestError
 from mmconvert.version import VERSION
+from mmconvert.words import one_line
 
 AUTO = "AutoConverter"  # the family is told by the checkpoint
 INTERRUPTED = 130
@@ -69,8 +70,7 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _terminated)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name may be no valid text
-        sys.stdout.reconfigure(errors="backslashreplace")
+    screen.prepare()
     if not (launched and TORCHRUN in os.environ) or words[:1] in ([tool] for tool in RUNTIME):
         return _guarded(words)
     from mmconvert import group
@@ -89,7 +89,9 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
 def _guarded(words: list[str]) -> int:
     """Runs one command line; whatever goes wrong becomes a message and an exit code."""
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        sys.stdout.flush()  # here and not when Python ends, where a full disk is exit code 120
+        return code
     except MMConvertError as error:
         return _fail(error, words)
     except SystemExit as stop:  # tyro has shown help, or what it did not understand
@@ -99,13 +101,20 @@ def _guarded(words: list[str]) -> int:
         return stop.code if isinstance(stop.code, int) else RequestError.exit_code
     except KeyboardInterrupt:
         what = "interrupted: nothing was left under the final name"
+        fix = "a conversion goes on when it is run again"
         if _asked(words, "--json"):
-            print(json.dumps({"error": "Interrupted", "what": what, "exit_code": INTERRUPTED}))
-        print(f"{what}; a conversion goes on when it is run again", file=sys.stderr)
+            told = {"error": "Interrupted", "what": what, "wanted": "", "fix": fix}
+            print(json.dumps(told | {"exit_code": INTERRUPTED}))
+        screen.say(f"{what}; {fix}")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        screen.abandon(sys.stdout)
         return 1
+    except OSError as error:  # files' errors are MMConvertErrors: this is the standard output's
+        if error.filename is not None:
+            return _fail(InternalError(f"{type(error).__name__}: {error}"), words)
+        screen.abandon(sys.stdout)
+        return _fail(_unprinted(error), words)
     except MemoryError:
         return _fail(MMConvertError("out of memory", "a few hundred MiB of free memory"), words)
     except Exception as error:  # the last line of defence: named, never a bare traceback
@@ -120,7 +129,7 @@ class InternalError(MMConvertError):
     def __init__(self, what: str) -> None:
         super().__init__(
             f"a fault of mmconvert itself: {what}",
-            "no such fault; nothing was left under the final name",
+            "no such fault; what stands under the final name, if anything, is complete",
             "run again with --debug and report what it prints",
         )
 
@@ -145,9 +154,18 @@ def _fail(error: MMConvertError, words: Sequence[str]) -> int:
         traceback.print_exc()
     if _asked(words, "--json"):
         print(json.dumps(error.as_dict()))
-    first, *rest = error.lines()
-    print("\n".join([f"error: {first}", *("  " + line for line in rest)]), file=sys.stderr)
+    # Names in messages come from files. A terminal must not obey what is in them.
+    first, *rest = map(one_line, error.lines())
+    screen.say("\n".join([f"error: {first}", *("  " + line for line in rest)]))
     return error.exit_code
+
+
+def _unprinted(error: OSError) -> OutputError:
+    return OutputError(
+        f"the result could not be printed: {error.strerror or error}",
+        "a standard output that can be written; what the command was to write to files is there",
+        "free some space, or send the output elsewhere",
+    )
 
 
 def _dispatch(words: list[str]) -> int:

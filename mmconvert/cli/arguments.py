@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from mmconvert.config import Options, Patterns
+from mmconvert.config import MaybePath, Options, Patterns
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.sharding.stages import StageGrid, parse_grid, show
 
@@ -153,13 +153,17 @@ def normalise(words: Sequence[str], config: type) -> list[str]:
         if pair[0] == "--config":
             if len(pair) != 2:
                 raise RequestError("--config has no file", "--config FILE.yaml")
-            from_files += _flags_of(Path(pair[1]))
+            from_files += _flags_of(Path(pair[1]), flags)
         else:
             from_line.append(pair)
     said = {pair[0] for pair in from_line}
     pairs = [pair for pair in from_files if pair[0] not in said] + from_line
     out: list[str] = []
     for flag, *values in pairs:
+        if flags.get(flag) in PATHS and values == [""]:  # to pathlib this is the current folder
+            raise RequestError(
+                f"{flag} is empty", "a folder", "see whether the variable in it is set"
+            )
         if flag.endswith("_pp_layers") and len(values) > 1:
             values = ["".join(values)]
         if flags.get(flag) is bool:
@@ -194,6 +198,9 @@ def _repeated_joined(words: Sequence[str]) -> list[str]:
     return out + [word for flag, values in given.items() for word in (flag, json.dumps(values))]
 
 
+PATHS = (Path, MaybePath)  # types of flags that name a folder
+MOST_MAPPINGS = 100  # in a --config file; ours have three levels
+
 OWN_FLAGS = ("--overwrite", "--dry_run", "--json", "--quiet", "--debug")
 
 
@@ -218,9 +225,22 @@ def _pairs(words: Sequence[str]) -> list[list[str]]:
     return pairs
 
 
-def _flags_of(path: Path) -> list[list[str]]:
-    """The flags that a YAML file stands for: its keys, nested, joined with dots."""
-    return list(_flatten(read_yaml(path, "--config"), "-"))
+def _flags_of(path: Path, flags: Mapping[str, object]) -> list[list[str]]:
+    """The flags that a YAML file stands for: its keys, nested, joined with dots.
+
+    Raises:
+        RequestError: it cannot be read, holds itself, or has a number where a folder is wanted.
+    """
+    found: list[list[str]] = []
+    for flag, value in _flatten(path, read_yaml(path, "--config")):
+        if flags.get(flag) in PATHS and not isinstance(value, str):
+            raise RequestError(
+                f"--config {path}: {flag} is {value!r}, no text",  # 0123 is the number 83 in YAML
+                "a folder",
+                "put the name in quotes",
+            )
+        found.append([flag, json.dumps(value) if isinstance(value, list) else str(value)])
+    return found
 
 
 def read_yaml(path: Path, flag: str) -> dict[object, object]:
@@ -232,7 +252,10 @@ def read_yaml(path: Path, flag: str) -> dict[object, object]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if twice := _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader)):
+            raise RequestError(f"{flag} {path}: the key {twice} occurs twice", "every key once")
+        content = yaml.safe_load(text)
     except OSError as error:
         raise RequestError(f"{flag} {path}: {error.strerror}", "a readable file") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
@@ -243,16 +266,42 @@ def read_yaml(path: Path, flag: str) -> dict[object, object]:
     return content
 
 
-def _flatten(content: Mapping[object, object], prefix: str) -> list[list[str]]:
-    found: list[list[str]] = []
-    for key, value in content.items():
-        flag = f"{prefix}-{key}" if prefix == "-" else f"{prefix}.{key}"
-        flag = flag.replace("-", "_").replace("__", "--", 1) if prefix == "-" else flag
-        if isinstance(value, dict):
-            found += _flatten(value, flag)
-        elif isinstance(value, list) and flag in REPEATED:
-            found += [[flag, str(item)] for item in value]
-        elif value is not None:
-            text = json.dumps(value) if isinstance(value, list) else str(value)
-            found.append([_underscored(flag), text])
-    return found
+def _repeated_key(node: object) -> str:
+    """A key that occurs twice in one mapping, of which YAML would take the last; "" if none."""
+    import yaml
+
+    waiting, seen = [node], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:  # an anchor
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            keys = [str(key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key in keys:
+                if keys.count(key) > 1 and key != "<<":
+                    return key
+            waiting += [value for _, value in node.value]
+    return ""
+
+
+def _flatten(path: Path, content: Mapping[object, object]) -> Iterator[tuple[str, object]]:
+    """Each flag of nested keys with its value; a repeatable flag's values one by one.
+
+    Raises:
+        RequestError: more mappings than anyone writes, such as one that holds itself.
+    """
+    waiting = [("-", content)]
+    for number, (prefix, content) in enumerate(waiting):  # grows while it is read
+        if number == MOST_MAPPINGS:
+            raise RequestError(f"--config {path}: too many keys", "keys as the flags, nested once")
+        for key, value in content.items():
+            flag = _underscored(f"--{key}" if prefix == "-" else f"{prefix}.{key}")
+            if isinstance(value, dict):
+                waiting.append((flag, value))
+            elif isinstance(value, list) and flag in REPEATED:
+                yield from ((flag, item) for item in value)
+            elif value is not None:
+                yield flag, value

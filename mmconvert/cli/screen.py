@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+import io
+import os
+import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, TextIO
 
 from mmconvert.events import Events
+from mmconvert.words import one_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+
+NARROWEST = 40  # columns; in less than 10 the layout of tyro's help does not end
+
+
+def prepare() -> None:
+    """Sees to standard streams that can be written to, and to a width that words fit in."""
+    # Closed by whoever started us: Python has None there. The first descriptor that is opened
+    # takes the free number, so that no weight file gets that of a standard stream.
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until this process ends
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until this process ends
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name may be no valid text
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
+
+
+def say(text: str) -> None:
+    """Prints to stderr. Messages that cannot be printed (a full disk) stop no work."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        abandon(sys.stderr)
+
+
+def abandon(stream: TextIO) -> None:
+    """What is still to be printed to this stream is lost, and Python does not complain."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Lines(Events):
@@ -18,7 +53,7 @@ class Lines(Events):
 
     def note(self, text: str) -> None:
         """Prints it."""
-        print(labelled(text), file=sys.stderr)
+        say(labelled(text))
 
 
 class Bars(Lines):
@@ -43,7 +78,8 @@ class Bars(Lines):
 
 
 def labelled(text: str) -> str:
-    """A note as it is printed; warnings say so themselves."""
+    """A note as it is printed; warnings say so themselves, names are made safe to show."""
+    text = one_line(text)
     return text if text.startswith("warning: ") else f"note: {text}"
 
 

@@ -8,6 +8,7 @@ the tensors fill without holes. Source: the safetensors format documentation.
 from __future__ import annotations
 
 import json
+import stat
 import struct
 from collections.abc import Mapping
 from math import prod
@@ -45,10 +46,12 @@ def read_weight_file(path: Path) -> WeightFile:
         CheckpointError: the file cannot be opened.
     """
     try:
-        size = path.stat().st_size
+        size = size_of_file(path)
         with path.open("rb") as file:
             prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if len(prefix) < 8:
+                raise _damaged(path, f"{size} bytes are no safetensors file")
+            length = struct.unpack("<Q", prefix)[0]
             if not 0 < length <= min(size - 8, MAX_HEADER):
                 raise _damaged(path, f"header length {length} in a file of {size} bytes")
             header = file.read(length)
@@ -69,6 +72,19 @@ def read_weight_file(path: Path) -> WeightFile:
     if end != size:
         raise _damaged(path, f"tensors end at byte {end}, the file has {size} bytes")
     return WeightFile(path, header, metadata, tensors)
+
+
+def size_of_file(path: Path) -> int:
+    """Bytes of a regular file. A pipe would keep whoever opens it waiting for ever.
+
+    Raises:
+        CheckpointError: it is something else.
+        OSError: it is not there.
+    """
+    status = path.stat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise CheckpointError(f"{path} is a pipe or a device", "a readable file")
+    return status.st_size
 
 
 def expected_size(path: Path) -> int | None:

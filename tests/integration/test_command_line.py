@@ -262,6 +262,13 @@ BAD_CONFIGS = {
     "empty": ("", ("run 1.yaml",)),
     "a bad list": (CONFIG.replace("[2, 2]", "[2, two]"), ("llm_pp_layers", "two")),
     "code": ("cfg: !!python/object/apply:os.system ['exit 3']\n", ("run 1.yaml",)),
+    "a mapping that holds itself": ("cfg: &a\n  hf_config: *a\n", ("run 1.yaml", "too many")),
+    "a key twice": (CONFIG + "  mm_dir: elsewhere\n", ("run 1.yaml", "mm_dir", "twice")),
+    "an octal number for a folder": (  # YAML reads 0123 as 83
+        CONFIG.replace("mm_dir: OUT", "mm_dir: 0123"),
+        ("--cfg.mm_dir", "83", "quotes"),
+    ),
+    "a list for a folder": (CONFIG.replace("mm_dir: OUT", "mm_dir: [a]"), ("--cfg.mm_dir",)),
 }
 
 

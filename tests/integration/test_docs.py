@@ -387,7 +387,7 @@ def test_the_family_of_contributing_converts_there_and_back(
     run_cli("diff", mm, back, env=package, check=0)
     run_cli("doctor", mm, "--hf_dir", hf, env=package, check=0)
     run_cli("roundtrip", hf, env=package, check=0)
-    assert "TinyVLConverter" in run_cli("suggest", hf, "--pp", 2, env=package, check=0).stdout
+    assert "TinyVLConverter" in run_cli("suggest", hf, "--pp", "2", env=package, check=0).stdout
     assert "Tiny-VL" in run_cli("inspect", mm, env=package, check=0).stdout
     auto = ("--cfg.hf_config.hf_dir", hf, "--cfg.mm_dir", tmp_path / "auto")
     run_cli("AutoConverter", "hf_to_mm", *auto, env=package, check=0)

@@ -6,6 +6,7 @@ The library is the judge of what a valid file is; we refuse more (duplicate keys
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -214,11 +215,13 @@ def test_a_huge_header_is_not_read_into_memory(file: Path) -> None:
         read_weight_file(file)
 
 
-@pytest.mark.parametrize("kind", ["absent", "folder", "unreadable name"])
+@pytest.mark.parametrize("kind", ["absent", "folder", "unreadable name", "pipe"])
 def test_no_file(kind: str, tmp_path: Path) -> None:
     path = tmp_path / ("x" * 400 if kind == "unreadable name" else "x")
     if kind == "folder":
         path.mkdir()
+    elif kind == "pipe":  # opened without a look, it waits for a writer for ever
+        os.mkfifo(path)
     with pytest.raises(CheckpointError):
         read_weight_file(path)
 
