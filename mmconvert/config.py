@@ -131,8 +131,8 @@ class Resplit:
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to do it."""
+class CommonOptions:
+    """How to do it, whatever the formats."""
 
     dry_run: bool = False
     """Plan and prove everything, write nothing."""
@@ -147,12 +147,18 @@ class Options:
     max_shard_size: str = ""
     """Size of the weight files of Hugging Face output, such as 5GB; not given: files like those
     of hf_dir."""
-    digests: bool = False
-    """Also write a digest of every tensor into mmconvert.json, which verify can compare in no
-    time; reads the output once more."""
     replicas: Literal["check", "first"] = "check"
     """Copies of one tensor that differ between ranks: an error, or take the first with a
     warning."""
+
+
+@dataclass(frozen=True)
+class Options(CommonOptions):
+    """How to do it."""
+
+    digests: bool = False
+    """Also write a digest of every tensor into mmconvert.json, which verify can compare in no
+    time; reads the output once more."""
     vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"
     """How the MM checkpoint that is read orders the rows of the vision encoder's q, k and v;
     concatenated is what the reference tool 2.2.0 to 2.3.0 wrote."""

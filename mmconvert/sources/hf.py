@@ -29,7 +29,7 @@ def check_family(family: Family, config: Mapping[str, object], folder: Path) -> 
         return
     fitting = [
         name
-        for name, other in converters.registry().items()
+        for name, other in {**converters.registry(), **converters.ms_registry()}.items()
         if isinstance(kind, str) and kind in other.model_types
     ]
     raise CheckpointError(
@@ -70,7 +70,7 @@ def hf_model(
     traits = family.traits(config)
     table = family.modules(Variant(traits=traits))
     tensors = _by_hub_name(family, checkpoint)
-    notes = Notes()
+    notes = Notes(checkpoint.notes)
     if llm_dir is not None:
         config, tensors = _with_text_of(llm_dir, family, table, config, tensors, notes)
     everything = list(tensors.values())
@@ -157,7 +157,7 @@ def _claimed(
             lost.append(tensor.name + (f" (closest known name: {closest})" if closest else ""))
     if lost:
         raise TensorError(
-            f"{number(lost, 'tensor')} with no place in MM format: {summarise(lost)}",
+            f"{number(lost, 'tensor')} with no place in {family.form}: {summarise(lost)}",
             f"only tensors of {family.name}",
             "leave them out with --drop 'NAME' (a pattern; may be repeated)",
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mmconvert.cli import AUTO, TOOLS, VERBS
-from mmconvert.converters import converter_names
+from mmconvert.cli import AUTO, MS_VERBS, TOOLS, VERBS
+from mmconvert.converters import MINDSPORE, converter_names
 from mmconvert.errors import RequestError
 
 USAGE = """usage: mm-convert completion {bash,zsh}
@@ -47,11 +47,11 @@ def run(words: list[str]) -> int:
         raise RequestError(
             f"there is no completion for {' '.join(words) or 'no shell'}", "bash or zsh"
         )
-    converters = [AUTO, *converter_names()]
+    converters = [AUTO, *converter_names(), *MINDSPORE]
     script = SCRIPTS[words[0]]
     script = script.replace("@first@", " ".join([*converters, *TOOLS]))
     script = script.replace("@converters@", " ".join(converters)).replace(
-        "@verbs@", " ".join(VERBS)
+        "@verbs@", " ".join({**VERBS, **MS_VERBS})
     )
     print(script, end="")
     return 0
