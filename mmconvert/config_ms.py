@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mmconvert.config import CommonOptions, HFConfig, MaybeGrid, MaybePath, OptionalHFConfig
+from mmconvert.config import CommonOptions, HFConfig, MaybeGrid, MaybePath
 
 DType = Literal["keep", "bf16", "fp16", "fp32"]
 Format = Literal["auto", "ckpt", "safetensors"]
@@ -62,6 +62,15 @@ class MSToHF:
 
 
 @dataclass(frozen=True)
+class SizesConfig:
+    """The original model, to check sizes with."""
+
+    hf_dir: MaybePath = None
+    """Folder whose config.json gives the numbers of heads: with it, model_parallel is checked to
+    keep heads whole."""
+
+
+@dataclass(frozen=True)
 class MSResplit:
     """MindSpore -> MindSpore in another layout."""
 
@@ -75,7 +84,7 @@ class MSResplit:
     target_strategy: MaybePath = None
     """Strategy files of the layout to write, of any model; not given: target_parallel_config."""
     target_parallel_config: DeviceConfig = field(default_factory=DeviceConfig)
-    hf_config: OptionalHFConfig = field(default_factory=OptionalHFConfig)
+    hf_config: SizesConfig = field(default_factory=SizesConfig)
     dtype: DType = "keep"
     """Dtype of every tensor; values that overflow or become zero are reported."""
     format: Format = "auto"

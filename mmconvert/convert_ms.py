@@ -27,7 +27,13 @@ from mmconvert.sharding.devices import DeviceLayout
 from mmconvert.sides.devices import Spread, device_target, whole_spread
 from mmconvert.sides.hf import hf_side, hf_target
 from mmconvert.sources.hf import config_model, hf_model
-from mmconvert.sources.mindspore import MSModel, check_complete, family_spread, ms_model
+from mmconvert.sources.mindspore import (
+    MSModel,
+    check_complete,
+    family_spread,
+    in_order,
+    ms_model,
+)
 from mmconvert.sources.model import check_writing_options
 
 
@@ -48,7 +54,7 @@ def hf_to_ms(
     layout = device_layout(cfg.parallel_config, source.dims["llm.layers"], "--cfg.parallel_config.")
     layers = {module.key: source.dims[f"{module.key}.layers"] for module in source.modules}
     spread = family_spread(family, source.modules, wholes, layers, source.dims, layout)
-    to = Destination.of(cfg.ms_path, "ms_path", cfg.format, spread, crc=_crc(options), folder=False)
+    to = Destination.of(cfg.ms_path, cfg.format, spread, crc=_crc(options), folder=False)
     dst, held = device_target(wholes, spread)
     notes = [*source.notes, *_idle(run.options, source.patterns)]
     plan = run.prove(build(src, dst, notes, run.cast))
@@ -107,7 +113,7 @@ def reshard_ms(
     table = family.modules(family.variants[0]) if by_family else None
     source = ms_model(cfg.source_dir, cfg.source_strategy, run.options, table, name=family.name)
     src = source.side()
-    wholes = in_dtype(src.wholes, run.cast)
+    wholes = in_order(in_dtype(src.wholes, run.cast), family.modules(family.variants[0]))
     notes = [*source.notes, *_idle(run.options, source.patterns)]
     layout: Described
     if table is not None:
@@ -124,9 +130,7 @@ def reshard_ms(
     else:
         spread = whole_spread({key: whole.shape for key, whole in wholes.items()})
         layout = DeviceLayout()
-    to = Destination.of(
-        cfg.target_dir, "target_dir", cfg.format, spread, crc=_crc(options), folder=True
-    )
+    to = Destination.of(cfg.target_dir, cfg.format, spread, crc=_crc(options), folder=True)
     dst, held = device_target(wholes, spread)
     plan = run.prove(build(src, dst, notes, run.cast))
     about: dict[str, object] = {"source_layout": _found_layout(source).as_dict()}

@@ -42,13 +42,10 @@ class Destination:
     crc: bool
 
     @staticmethod
-    def of(
-        path: Path, flag: str, form: Format, spread: Spread, *, crc: bool, folder: bool
-    ) -> Destination:
+    def of(path: Path, form: Format, spread: Spread, *, crc: bool, folder: bool) -> Destination:
         """The form that a path and its flags ask for.
 
         Args:
-            flag: the name of the flag that gives the path, for messages.
             folder: whether a complete checkpoint may also be a folder with rank_0.
 
         Raises:
@@ -57,17 +54,17 @@ class Destination:
         ending = next((s for s in MS_SUFFIXES if path.name.endswith(s)), "")
         if ending and form not in ("auto", ending[1:]):
             raise RequestError(
-                f"--cfg.{flag} {path} ends in {ending}; --cfg.format says {form}",
+                f"the output {path} ends in {ending}; --cfg.format says {form}",
                 f"a name that ends in .{form}",
             )
         if ending and spread.ranks > 1:
             raise RequestError(
-                f"--cfg.{flag} {path} is the name of one file; the layout has {spread.ranks} ranks",
+                f"the output {path} is the name of one file; the layout has {spread.ranks} ranks",
                 "the name of a folder, for rank_0 and so on",
             )
         if not ending and spread.ranks == 1 and not folder:
             raise RequestError(
-                f"--cfg.{flag} {path} does not end in .ckpt or .safetensors",
+                f"the output {path} does not end in .ckpt or .safetensors",
                 "the name of a file: MindSpore loads only files whose name ends so",
             )
         ckpt = ending != ".safetensors" and form != "safetensors"

@@ -76,7 +76,8 @@ class StoredTensor(NamedTuple):
 
 
 def transposed(tensor: StoredTensor) -> StoredTensor:
-    """A matrix seen the other way round: the same bytes, rows and columns exchanged.
+    """A matrix seen the other way round: the same bytes, rows and columns exchanged. Its name
+    says so, as places in it are told by row and column.
 
     Raises:
         TensorError: no matrix.
@@ -87,7 +88,8 @@ def transposed(tensor: StoredTensor) -> StoredTensor:
         )
     rows, cols = tensor.shape
     down, right = tensor.strides or (cols, 1)
-    return tensor._replace(shape=(cols, rows), strides=(right, down))
+    name = f"{tensor.name}.T"
+    return tensor._replace(name=name, shape=(cols, rows), strides=(right, down))
 
 
 class Target(NamedTuple):

@@ -185,7 +185,7 @@ def modules(variant: Variant) -> tuple[Module, ...]:
     del variant
     head = row(HEAD, "lm_head.weight", rows="llm.vocab", cols="llm.hidden", shard=COLUMN)
     # HF's module order, which is the order of the file: the output layer stands behind the ViT.
-    return _text(), _vision(), Module("head", "llm_model.lm_head", (head,), (), ())
+    return _text(), _vision(), Module("head", "llm_model.lm_head", (), (), (head,))
 
 
 def _text_config(config: Mapping[str, object]) -> Mapping[str, object]:

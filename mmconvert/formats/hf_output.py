@@ -176,10 +176,14 @@ def write_dtype(folder: Path, dtype: str) -> None:
     if not path.is_file():
         raise TensorError(f"{path} was not written")
     config = read_json_file(path)
+    changed = False
     for part in _objects(config):
         for key in DTYPE_KEYS:
-            if isinstance(part.get(key), str):
+            if isinstance(part.get(key), str) and part[key] != dtype:
                 part[key] = dtype
+                changed = True
+    if not changed:  # the original, byte for byte
+        return
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

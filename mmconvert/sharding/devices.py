@@ -72,6 +72,8 @@ class DeviceLayout:
 
     def describe(self) -> str:
         """One line for messages, in the words of the command line."""
+        if self.ranks == 1:
+            return "complete"
         words = [f"data_parallel {self.data_parallel}", f"model_parallel {self.model_parallel}"]
         if self.stages > 1:
             words.append(f"pipeline_stage {self.stages} (layers {list(self.layers)})")

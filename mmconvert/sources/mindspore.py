@@ -205,6 +205,25 @@ def check_complete(
     return layers
 
 
+def in_order(wholes: Mapping[Key, Whole], table: Sequence[Module]) -> dict[Key, Whole]:
+    """The wholes in the order of a table, those that it does not know behind them: the ranks of
+    pipeline stages hold them in another order than a complete file.
+    """
+    index = mm_index(tuple(table))
+    sections = [rows for m in table for rows in (m.before, m.layer, m.after)]
+    section = {row.mm: i for i, rows in enumerate(sections) for row in rows}
+    place = {row.mm: i for rows in sections for i, row in enumerate(rows)}
+
+    def position(key: Key) -> tuple[int, int, int]:
+        hit = index.find(key.name())
+        if hit is None:
+            return len(sections), 0, 0
+        (_, row), layer = hit
+        return section[row.mm], layer, place[row.mm]
+
+    return {key: wholes[key] for key in sorted(wholes, key=position)}
+
+
 def family_spread(
     family: MSFamily,
     table: Sequence[Module],
