@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mmconvert import converters
@@ -20,6 +20,9 @@ from mmconvert.formats.hf import HFCheckpoint, open_hf, read_config
 from mmconvert.names import number, summarise
 from mmconvert.sources.model import ENCODERS, Model, Notes, dropped_by, drops_too_much
 from mmconvert.stored import StoredTensor
+
+# What stands in the place of a linear's weight in GPTQ and AWQ checkpoints.
+QUANTISED = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
 
 def check_family(family: Family, config: Mapping[str, object], folder: Path) -> None:
@@ -139,6 +142,7 @@ def _claimed(
     notes: Notes,
 ) -> dict[str, StoredTensor]:
     """The tensors that have a row; the others are named in notes, or are an error."""
+    _check_plain(tensors.values())
     index = hf_templates(table)
     kept: dict[str, StoredTensor] = {}
     lost: list[str] = []
@@ -164,6 +168,18 @@ def _claimed(
     for why, names in reasons.items():
         notes.drop(why, names)
     return kept
+
+
+def _check_plain(tensors: Iterable[StoredTensor]) -> None:
+    """Raises TensorError for a checkpoint whose weights are packed into few bits."""
+    packed = [t.name for t in tensors if t.name.rpartition(".")[2] in QUANTISED]
+    if packed:
+        raise TensorError(
+            f"{number(packed, 'tensor')} of a quantised checkpoint (GPTQ, AWQ): "
+            f"{summarise(packed)}",
+            "weights in fp32, fp16 or bf16",
+            "take the model's unquantised checkpoint",
+        )
 
 
 def _said_tied(family: Family, config: Mapping[str, object]) -> bool | None:
