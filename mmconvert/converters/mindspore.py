@@ -56,8 +56,8 @@ class MSFamily(Family):
         return Slicing(grid, tuple(axes), optimizer)
 
     def _optimized(self, row: Row, layout: DeviceLayout, shape: Sequence[int], item: int) -> bool:
-        """Whether the optimizer divides the first dimension over the data-parallel devices: the
-        weights of linears and convolutions, unless they are small or do not divide.
+        """Whether the optimizer divides the first dimension over the devices that would hold the
+        same slice: of linears and convolutions, unless they are small or do not divide.
         """
         if not layout.optimizer_parallel or layout.data_parallel == 1 or len(shape) < 2:
             return False
@@ -68,7 +68,7 @@ class MSFamily(Family):
         for length in shape:
             size *= length
         first = parts if row.shard and row.shard.axis == 0 else 1
-        fits = shape[0] % (first * layout.data_parallel) == 0
+        fits = shape[0] % (first * layout.devices // parts) == 0
         return fits and size // parts >= layout.threshold
 
     def stage(self, module: str, row_is_after: bool, layer: int, layout: DeviceLayout) -> int:
