@@ -7,6 +7,7 @@ MMCONVERT_MINDSPORE_PYTHON=.venv-mindspore/bin/python .venv/bin/pytest -m mindsp
 from __future__ import annotations
 
 import hashlib
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random

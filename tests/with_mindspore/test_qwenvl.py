@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mmconvert.formats.mindspore import DTYPES, read_ckpt
+from mmconvert.formats.strategy import read_strategy
 from msask import MARKS, ask
 from qwenvl import devices, hf_to_ms, make_qwenvl, resplit_ms
 
@@ -78,7 +79,7 @@ def test_transform_checkpoints_both_ways(layout: str, hf: Path, tmp_path: Path) 
         (tmp_path / "parts" / "merged_ckpt_strategy.ckpt").unlink()
         assert ask("merge", tmp_path / "parts", strategy) == {"ok": True}
         merged = ours / "strategy" / "merged_ckpt_strategy.ckpt"
-        assert strategy.read_bytes() == merged.read_bytes()
+        assert read_strategy(strategy) == read_strategy(merged)  # items in another order
     got = ask("transform", ours, tmp_path / "back", strategy, "-")
     assert got == {"rank_0": held(full)}
     got = ask("transform", tmp_path / "full", tmp_path / "slices", "-", strategy)

@@ -20,6 +20,9 @@ BASH = """_mm_convert() {
         words="@first@"
     elif [ "$COMP_CWORD" -eq 2 ] && [[ " @converters@ " == *" $first "* ]]; then
         words="@verbs@"
+        if [[ " @ms@ " == *" $first "* ]]; then
+            words="@ms_verbs@"
+        fi
     elif [[ "$current" == -* ]]; then
         if [[ " @converters@ " == *" $first "* ]]; then
             words="$(mm-convert "$first" "${COMP_WORDS[2]}" -h 2>/dev/null)"
@@ -49,9 +52,13 @@ def run(words: list[str]) -> int:
         )
     converters = [AUTO, *converter_names(), *MINDSPORE]
     script = SCRIPTS[words[0]]
-    script = script.replace("@first@", " ".join([*converters, *TOOLS]))
-    script = script.replace("@converters@", " ".join(converters)).replace(
-        "@verbs@", " ".join({**VERBS, **MS_VERBS})
-    )
+    for mark, listed in (
+        ("first", [*converters, *TOOLS]),
+        ("converters", converters),
+        ("verbs", VERBS),
+        ("ms", MINDSPORE),
+        ("ms_verbs", MS_VERBS),
+    ):
+        script = script.replace(f"@{mark}@", " ".join(listed))
     print(script, end="")
     return 0
