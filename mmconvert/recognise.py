@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmconvert import converters, manifest
 from mmconvert.converters.family import Family, mm_index
-from mmconvert.converters.mindspore import MSFamily
 from mmconvert.errors import CheckpointError
 from mmconvert.formats.hf import read_config
 from mmconvert.formats.megatron import open_mm
+
+if TYPE_CHECKING:
+    from mmconvert.converters.mindspore import MSFamily
 
 
 def is_hf(folder: Path) -> bool:
