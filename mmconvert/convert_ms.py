@@ -14,12 +14,12 @@ from mmconvert.config_ms import DeviceConfig, DType, HFToMS, MSOptions, MSRespli
 from mmconvert.convert import dtype_notes
 from mmconvert.converters.family import Dims
 from mmconvert.converters.mindspore import MSFamily
-from mmconvert.errors import LayoutError, RequestError
+from mmconvert.errors import LayoutError, RequestError, TensorError
 from mmconvert.events import Events
 from mmconvert.formats.mindspore_folder import read_strategies
 from mmconvert.formats.strategy import Strategy
 from mmconvert.output import check_apart
-from mmconvert.plan import Key, Whole, build, in_dtype
+from mmconvert.plan import Key, Side, Whole, build, in_dtype
 from mmconvert.result import Described, Result
 from mmconvert.run import Run
 from mmconvert.run_ms import Destination, write_ms
@@ -81,6 +81,7 @@ def ms_to_hf(
     rows = [row for module in model.modules for row in module.all_rows()]
     src = source.side(frozenset(row.mm for row in rows if row.turned))
     headers = hf_side(model.modules, model.dims, model.hf_tensors)
+    _check_shapes(src, headers, cfg)
     dst = hf_target(headers, in_dtype(src.wholes, run.cast))
     notes = [*model.notes, *source.notes, *_idle(run.options, model.patterns | source.patterns)]
     notes += [] if run.cast else dtype_notes(headers, dst, "MindSpore")
@@ -139,6 +140,19 @@ def reshard_ms(
     result = Result(cfg.target_dir, False, plan, layout, 0.0, dropped=source.dropped)
     inputs = [p for p in (cfg.source_dir, cfg.source_strategy, cfg.target_strategy) if p]
     return write_ms(run, result, dst, held, spread, to, about, inputs)
+
+
+def _check_shapes(src: Side, headers: Side, cfg: MSToHF) -> None:
+    """Raises TensorError for wholes of other shapes than ``hf_dir`` has: often a lone slice."""
+    for key, whole in src.wholes.items():
+        wanted = headers.wholes[key].shape
+        if whole.shape != wanted:
+            raise TensorError(
+                f"{cfg.ms_path}: {key.name()} is {list(whole.shape)} in all; "
+                f"{cfg.hf_config.hf_dir} makes it {list(wanted)}",
+                "the whole checkpoint, with its own strategy files, and the hf_dir of its model",
+                "give the folder above rank_0, not the file of one rank; or the right hf_dir",
+            )
 
 
 # ------------------------------------------------------------------------------------- layouts

@@ -52,9 +52,11 @@ def family_of(*folders: Path) -> Family:
             for family in families.values():
                 if isinstance(kind, str) and kind in family.model_types:
                     return family
+            other = ms_family_of(folder)
             raise CheckpointError(
                 f"{folder / 'config.json'} is of model_type {kind!r}",
                 "one of " + ", ".join(sorted(t for f in families.values() for t in f.model_types)),
+                f"{other.name} goes to MindSpore: use {other.converter} hf_to_ms" if other else "",
             )
     content, _ = manifest.read(folders[0])
     if content is not None and content.get("converter") in families:

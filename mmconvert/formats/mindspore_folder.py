@@ -84,7 +84,7 @@ def open_ms(path: Path, strategy: Path | None = None) -> MSCheckpoint:
     files = _rank_files(path)
     found = _Opened(files)
     given = _given(strategy)
-    if given is None and len(files) > 1:
+    if given is None and (len(files) > 1 or (path / STRATEGIES).is_dir()):
         given = _beside(path, found.notes)
     if given is not None:
         _check_ranks(path, given, len(files))

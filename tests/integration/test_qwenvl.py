@@ -429,6 +429,22 @@ def test_damaged_ranks(damage: str, ranks: Path, hf: Path, tmp_path: Path) -> No
     refused(done, done.returncode, *words, out=tmp_path / "back")
 
 
+def test_a_lone_slice_is_no_checkpoint(ranks: Path, hf: Path, tmp_path: Path) -> None:
+    one = ranks / "rank_0" / "checkpoint_0.ckpt"
+    done = ms_to_hf(one, hf, tmp_path / "back", check=None)
+    refused(done, 3, "[128, 128]", "[256, 128]", "folder above rank_0", out=tmp_path / "back")
+    (tmp_path / "r").mkdir()
+    for name in ("rank_0", "strategy"):
+        (tmp_path / "r" / name).symlink_to(ranks / name)
+    done = resplit_ms(tmp_path / "r", tmp_path / "x.ckpt", check=None)
+    refused(done, 2, "1 ranks", "4", out=tmp_path / "x.ckpt")
+
+
+def test_other_tools_name_the_converter(hf: Path) -> None:
+    refused(run_cli("roundtrip", hf), 3, "use QwenVLConverter hf_to_ms")
+    assert "Qwen-VL" in run_cli("doctor", hf).stdout
+
+
 def test_what_is_no_such_checkpoint(hf: Path, tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     (tmp_path / "empty").mkdir()

@@ -45,7 +45,7 @@ class Asked:
 
 def run(words: list[str]) -> int:
     """Runs one conversion."""
-    asked = read_plain(Asked, words or ["-h"], PROG, TEXT)
+    asked = read_plain(Asked, words, PROG, TEXT)
     if asked.model not in MODELS:
         raise RequestError(
             f"--model {asked.model} is not served",
