@@ -152,6 +152,11 @@ def is_plain(tensor: StoredTensor) -> bool:
     return tensor.strides is None
 
 
+def is_turned(tensor: StoredTensor) -> bool:
+    """Whether the elements of a row do not lie one after the other, as in a transposed view."""
+    return tensor.strides is not None and matrix_strides(tensor)[1] != 1
+
+
 def rect_offset(tensor: StoredTensor, row: int, col: int) -> int:
     """Absolute byte offset of an element of a plain tensor."""
     return tensor.offset + (row * matrix(tensor.shape)[1] + col) * ITEM_SIZE[tensor.dtype]

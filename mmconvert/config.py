@@ -130,8 +130,8 @@ class Resplit:
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to do it."""
+class CommonOptions:
+    """How to do it, whatever the formats."""
 
     dry_run: bool = False
     """Plan and prove everything, write nothing."""
@@ -145,10 +145,16 @@ class Options:
     """Cast floating-point tensors; values that overflow or become zero are reported."""
     max_shard_size: str = ""
     """Largest weight file of Hugging Face output, such as 5GB; not given: files as in hf_dir."""
-    digests: bool = False
-    """Note a digest of every tensor, for verify --quick; reads the output once more."""
     replicas: Literal["check", "first"] = "check"
     """Copies of one tensor that differ: an error, or take the first with a warning."""
+
+
+@dataclass(frozen=True)
+class Options(CommonOptions):
+    """How to do it."""
+
+    digests: bool = False
+    """Note a digest of every tensor, for verify --quick; reads the output once more."""
     vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"
     """Order of the vision q, k, v that are read; reference 2.2.0 to 2.3.0: concatenated."""
 

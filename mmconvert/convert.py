@@ -80,7 +80,7 @@ def mm_to_hf(
     dst = hf_target(headers, in_dtype(src.wholes, run.cast))
     notes = [*model.notes, *source.notes, *idle_patterns(run.options, model, source)]
     notes += _carried_note(model, "copied from hf_dir")
-    notes += [] if run.cast else _dtype_notes(headers, dst)
+    notes += [] if run.cast else dtype_notes(headers, dst, "MM")
     plan = run.prove(carry(build(src, dst, notes, run.cast), model.carried))
     inputs = [cfg.hf_config.hf_dir, cfg.mm_dir]
     return run.write_hf(plan, dst, model, source, layout, cfg.save_hf_dir, inputs)
@@ -143,14 +143,14 @@ def _carried_note(model: Model, what: str) -> list[str]:
     return [f"{len(names)} tensors {what}: {summarise(names)}"] if names else []
 
 
-def _dtype_notes(headers: Side, dst: Side) -> list[str]:
+def dtype_notes(headers: Side, dst: Side, form: str) -> list[str]:
     """Says so where training has changed a dtype: tensors are written as training left them."""
     changed: dict[tuple[str, str], list[str]] = {}
     for old, new in zip(headers.stored, dst.targets, strict=True):
         if old.dtype != new.dtype:
             changed.setdefault((old.dtype, new.dtype), []).append(new.name)
     return [
-        f"warning: {len(names)} tensors are {old} in hf_dir and {new} in the MM checkpoint; "
+        f"warning: {len(names)} tensors are {old} in hf_dir and {new} in the {form} checkpoint; "
         f"written as {new} (config.json still names its own dtype): {summarise(names)}"
         for (old, new), names in changed.items()
     ]

@@ -20,8 +20,10 @@ from mmconvert.events import Events
 from mmconvert.formats.megatron import find_weights
 from mmconvert.jobs import default_workers
 from mmconvert.names import NO_LAYER, number
-from mmconvert.pairing import Opened, open_pair
+from mmconvert.opened import Opened
+from mmconvert.pairing import open_pair
 from mmconvert.plan import Block, Key, Whole, matrix
+from mmconvert.recognise import is_hf
 from mmconvert.sources.model import idle_patterns
 from mmconvert.stored import StoredTensor
 
@@ -125,7 +127,7 @@ def _facts(side: Opened) -> Facts:
     dtypes = tuple(sorted(sizes, key=lambda dtype: -sizes[dtype]))
     family = side.model.family.name
     if side.layout is None:
-        return Facts(side.path, "hf", family, dtypes)
+        return Facts(side.path, "hf" if is_hf(side.path) else "ms", family, dtypes)
     return Facts(side.path, "mm", family, dtypes, find_weights(side.path)[1])
 
 

@@ -20,6 +20,7 @@ from mmconvert.blockio import (
     Region,
     Window,
     is_plain,
+    is_turned,
     read_compact,
     read_region,
     rect_offset,
@@ -33,6 +34,8 @@ from mmconvert.plan import Copy, Plan, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 STREAM_MIN = 64 << 10  # bytes; shorter runs are gathered
+TURNED_BAND = 8 << 20  # bytes of a target that is put together from a transposed source: each of
+# its columns is a run of the source, which should not be too short to read
 
 
 def jobs_of(plan: Plan, targets: Sequence[StoredTensor]) -> list[Job]:
@@ -226,11 +229,12 @@ def _gather_job(
 ) -> Job:
     def run(files: Files) -> Losses:
         tally = _Tally()
-        for begin, end in _steps(top, bottom, row_bytes(target), BAND):
+        for begin, end in _steps(top, bottom, row_bytes(target), size):
             part = _cut(copies, begin, end, source=False)
             _gather(files, origin, target, part, (begin, end), tally)
         return tally.losses
 
+    size = TURNED_BAND if any(is_turned(origin.sources[c.src]) for c in copies) else BAND
     nbytes = (bottom - top) * row_bytes(target)
     path = str(target.path)
     reads = tuple(

@@ -14,12 +14,24 @@ from mmconvert.contents import Box
 from mmconvert.errors import MMConvertError
 from mmconvert.formats.hf import open_hf
 from mmconvert.formats.megatron import find_weights
+from mmconvert.formats.mindspore_folder import is_ms
 from mmconvert.formats.ptfile import read_pt
-from mmconvert.recognise import family_of, is_hf
+from mmconvert.recognise import family_of, is_hf, knows_all, ms_family_of
 from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
 from mmconvert.sides.mm_source import mm_source
+from mmconvert.sources.mindspore import ms_model
 from mmconvert.sources.mm import mm_model
 from mmconvert.stored import StoredTensor
+
+KINDS = {
+    "hf": "Hugging Face checkpoint",
+    "mm": "MM checkpoint",
+    "mm_rank_file": "MM rank file",
+    "ms": "MindSpore checkpoint",
+    "ms_file": "MindSpore file",
+}
+# What each box of a picture is, by kind.
+UNITS = {"hf": "weight file", "mm_rank_file": "model chunk", "ms": "rank", "ms_file": "file"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +39,7 @@ class Inspection:
     """What was found.
 
     Attributes:
-        kind: ``hf``, ``mm`` or ``mm_rank_file``.
+        kind: ``hf``, ``mm``, ``mm_rank_file``, ``ms`` (rank folders) or ``ms_file``.
         family: the family's name; "" if it is not known.
         dtype: the dtypes found, the most bytes first.
         parameters: number of parameters; replicas and tied copies of an MM checkpoint count once.
@@ -81,11 +93,13 @@ def layout_dict(layout: Layout) -> dict[str, object]:
 
 
 def inspect(path: Path) -> Inspection:
-    """Looks at an HF folder, an MM folder or a single rank file.
+    """Looks at an HF folder, an MM folder, a single rank file, or a MindSpore checkpoint.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
     """
+    if is_ms(path) and not is_hf(path):
+        return _ms(path)
     if path.is_file():
         return _rank_file(path)
     if is_hf(path):
@@ -113,11 +127,32 @@ def _hf(path: Path) -> Inspection:
     checkpoint = open_hf(path)
     found = list(checkpoint.tensors().values())
     try:
-        family = family_of(path)
+        family = ms_family_of(path) or family_of(path)
         name, boxes = family.name, contents.of_hf(checkpoint, family)
     except MMConvertError:
         name, boxes = "", contents.of_hf(checkpoint, None)
     return _inspection("hf", name, found, boxes=boxes)
+
+
+def _ms(path: Path) -> Inspection:
+    """A MindSpore file, or a folder of ranks."""
+    model = ms_model(path, None, Options())
+    side = model.side()
+    files = model.checkpoint.parts
+    found = [tensor for part in files for tensor in part.values()]
+    families = converters.ms_registry().values()
+    known = [f.name for f in families if knows_all(f, (t.name for t in found))]
+    parts = {
+        path.name if path.is_file() else f"rank_{rank}": part for rank, part in enumerate(files)
+    }
+    return _inspection(
+        "ms_file" if path.is_file() else "ms",
+        known[0] if known else "",
+        found,
+        sum(prod(whole.shape) for whole in side.wholes.values()),
+        notes=list(model.notes),
+        boxes=contents.of_rank_file(parts, families),
+    )
 
 
 def _mm(path: Path) -> Inspection:

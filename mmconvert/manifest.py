@@ -12,7 +12,7 @@ from mmconvert.formats.hf import read_json_file
 from mmconvert.version import VERSION
 
 NAME = "mmconvert.json"
-WEIGHTS = ("*.pt", "*.safetensors")  # the files whose sizes and times it notes
+WEIGHTS = ("*.pt", "*.safetensors", "*.ckpt")  # the files whose sizes and times it notes
 
 
 def write(folder: Path, content: Mapping[str, object]) -> None:

@@ -12,6 +12,7 @@ from mmconvert.events import Events
 from mmconvert.execute import jobs_of
 from mmconvert.group import Group
 from mmconvert.jobs import Job, run_jobs
+from mmconvert.pieces import in_pieces
 from mmconvert.plan import Plan
 from mmconvert.stored import StoredTensor
 
@@ -52,7 +53,7 @@ def move(plan: Plan, staged: Staged, workers: int, group: Group, events: Events)
     Raises:
         MMConvertError: a file that cannot be read or written, in any process.
     """
-    jobs = jobs_of(plan, staged.places)
+    jobs = jobs_of(*in_pieces(plan, staged.places))
     done = [j for j in jobs if journal.job_key(j, staged.folder) in staged.finished]
     moved = Moved(resumed=sum(job.nbytes for job in done))
     for job in done:

@@ -8,6 +8,7 @@ next run of the same request goes on with it, any other removes it.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -27,6 +28,8 @@ FILE_MODE = 0o640
 
 TRACKER = "latest_checkpointed_iteration.txt"
 INDEX = "model.safetensors.index.json"
+RANK_FOLDER = re.compile(r"rank_\d{1,5}")  # of MindSpore
+MS_SUFFIXES = (".ckpt", ".safetensors")
 
 
 class Output:
@@ -35,7 +38,10 @@ class Output:
     Attributes:
         final: the target, links resolved.
         folder: the staging folder to write into.
+        manifest: whether a manifest goes with it.
     """
+
+    manifest = True
 
     def __init__(
         self,
@@ -157,16 +163,19 @@ class Output:
         self._check_target()
         try:
             _set_modes(self.folder)
-            if os.path.lexists(self.final) and os.listdir(self.final):
-                self.final.rename(self._aside)
-            self.folder.rename(self.final)
-            self._done = True
-            if self._aside.exists():
-                shutil.rmtree(self._aside)
+            self._put_in_place()
         except OSError as error:
             raise OutputError(
                 f"{self.final}: cannot be put in place: {error.strerror}", "a writable folder"
             ) from error
+
+    def _put_in_place(self) -> None:
+        if os.path.lexists(self.final) and os.listdir(self.final):
+            self.final.rename(self._aside)
+        self.folder.rename(self.final)
+        self._done = True
+        if self._aside.exists():
+            shutil.rmtree(self._aside)
 
     def __exit__(
         self,
@@ -193,6 +202,33 @@ class Output:
             raise cannot_write(error.filename or self.final, error) from error
 
 
+class FileOutput(Output):
+    """A target that is one file: the one of its name in the staging folder."""
+
+    manifest = False
+
+    def _check_target(self) -> None:
+        if self.final.is_dir():
+            raise OutputError(
+                f"{self.final} is a folder", "the name of a file", "add the file's name to the path"
+            )
+        if not os.path.lexists(self.final):
+            return
+        if not self._overwrite:
+            raise OutputError(
+                f"{self.final} exists",
+                "a file that does not exist yet",
+                "choose another name, or give --overwrite to replace it",
+            )
+        if not self.final.is_file():
+            raise OutputError(f"{self.final} is no regular file", "a file, or a new name")
+
+    def _put_in_place(self) -> None:
+        os.replace(self.folder / self.final.name, self.final)
+        self._done = True
+        shutil.rmtree(self.folder)
+
+
 def check_apart(final: Path, inputs: Iterable[Path]) -> None:
     """Raises OutputError if an output folder is, holds or lies in an input folder."""
     for given in inputs:
@@ -216,8 +252,15 @@ def looks_like_a_checkpoint(folder: Path, names: set[str]) -> bool:
         return True
     if "config.json" in names:
         return INDEX in names or any(name.endswith(".safetensors") for name in names)
+    if any(_holds_rank(folder / name) for name in names if RANK_FOLDER.fullmatch(name)):
+        return True
     inner = [folder / name for name in names if name == "release" or name.startswith("iter_")]
     return any(parse_folder(p.name) for path in inner if path.is_dir() for p in path.iterdir())
+
+
+def _holds_rank(folder: Path) -> bool:
+    """Whether a folder of MindSpore's holds the file of a rank."""
+    return folder.is_dir() and any(path.name.endswith(MS_SUFFIXES) for path in folder.iterdir())
 
 
 def free_bytes(path: Path) -> int | None:

@@ -1,13 +1,14 @@
-"""Opens two checkpoints of one family, HF or MM, as sides of one comparison."""
+"""Opens two checkpoints of one family, HF, MM or MindSpore, as sides of one comparison."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.errors import CheckpointError
-from mmconvert.plan import Side
+from mmconvert.opened import Opened
+from mmconvert.pairing_ms import is_ms_pair, open_ms_pair
 from mmconvert.recognise import family_of, is_hf
 from mmconvert.sharding.layout import Layout
 from mmconvert.sides.hf import hf_side
@@ -18,29 +19,14 @@ from mmconvert.sources.mm import mm_model
 from mmconvert.sources.model import Model
 
 
-@dataclass(frozen=True)
-class Opened:
-    """One of the two.
-
-    Attributes:
-        path: as it was given.
-        model: its table and sizes.
-        side: its wholes, vision q, k and v interleaved.
-        layout: of an MM checkpoint; None for HF.
-    """
-
-    path: Path
-    model: Model
-    side: Side
-    layout: Layout | None
-
-
 def open_pair(a: Path, b: Path, options: Options) -> tuple[Opened, Opened]:
     """Opens both. An HF checkpoint tells an MM one's sizes, and takes its structure.
 
     Raises:
         CheckpointError: one cannot be read, or they are of two families.
     """
+    if is_ms_pair(a, b):
+        return open_ms_pair(a, b, options)
     family, other = family_of(a), family_of(b)
     if family.converter != other.converter:
         raise CheckpointError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmconvert import converters, manifest
 from mmconvert.converters.family import Family, mm_index
@@ -10,10 +12,30 @@ from mmconvert.errors import CheckpointError
 from mmconvert.formats.hf import read_config
 from mmconvert.formats.megatron import open_mm
 
+if TYPE_CHECKING:
+    from mmconvert.converters.mindspore import MSFamily
+
 
 def is_hf(folder: Path) -> bool:
     """Whether a folder is an HF checkpoint (else it is taken for an MM checkpoint)."""
     return (folder / "config.json").is_file()
+
+
+def ms_family_of(folder: Path) -> MSFamily | None:
+    """The family of an HF checkpoint that has a MindSpore form; None if it has none.
+
+    Raises:
+        CheckpointError: config.json cannot be read.
+    """
+    kind = read_config(folder).get("model_type")
+    families = converters.ms_registry().values()
+    return next((f for f in families if isinstance(kind, str) and kind in f.model_types), None)
+
+
+def knows_all(family: Family, names: Iterable[str]) -> bool:
+    """Whether a family's table knows every one of these MM names."""
+    index = mm_index(family.modules(family.variants[0]))
+    return all(index.find(name) for name in names)
 
 
 def family_of(*folders: Path) -> Family:
@@ -30,9 +52,11 @@ def family_of(*folders: Path) -> Family:
             for family in families.values():
                 if isinstance(kind, str) and kind in family.model_types:
                     return family
+            other = ms_family_of(folder)
             raise CheckpointError(
                 f"{folder / 'config.json'} is of model_type {kind!r}",
                 "one of " + ", ".join(sorted(t for f in families.values() for t in f.model_types)),
+                f"{other.name} goes to MindSpore: use {other.converter} hf_to_ms" if other else "",
             )
     content, _ = manifest.read(folders[0])
     if content is not None and content.get("converter") in families:

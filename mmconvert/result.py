@@ -6,12 +6,23 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from mmconvert.estimate import Estimate
 from mmconvert.moving import Moved
 from mmconvert.plan import Plan
-from mmconvert.sharding.layout import Layout
+
+
+class Described(Protocol):
+    """A layout, of MM format or MindSpore's."""
+
+    def describe(self) -> str:
+        """One line for messages, in the words of the command line."""
+        ...
+
+    def as_dict(self) -> dict[str, object]:
+        """The layout as JSON."""
+        ...
 
 
 class OutputFile(NamedTuple):
@@ -36,7 +47,7 @@ class Result:
         output: the folder.
         written: False for a dry run.
         plan: the plan.
-        layout: of the MM checkpoint that was read or written last.
+        layout: of the MM or MindSpore checkpoint that was read or written last.
         seconds: wall time.
         files: of the output.
         dropped: reason -> names of source tensors that are left out.
@@ -48,7 +59,7 @@ class Result:
     output: Path
     written: bool
     plan: Plan
-    layout: Layout
+    layout: Described
     seconds: float
     files: tuple[OutputFile, ...] = ()
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -23,7 +23,7 @@ from mmconvert.moving import Moved, Staged, move
 from mmconvert.output import Output
 from mmconvert.plan import Plan, Side
 from mmconvert.proof import prove
-from mmconvert.result import OutputFile, Result
+from mmconvert.result import Described, OutputFile, Result
 from mmconvert.sharding.layout import Layout
 from mmconvert.sources.model import Model
 from mmconvert.stored import StoredTensor
@@ -122,7 +122,7 @@ class Run:
         about = {"kind": "mm", **_about(source, layout)}
         result = Result(target, False, plan, layout, 0.0, tuple(listing), source.dropped)
         result = replace(result, carried=tuple(t.name for t in source.carried))
-        return self._write(result, dst, about, inputs, create)
+        return self.write(result, dst, about, inputs, create)
 
     def write_hf(
         self,
@@ -130,7 +130,7 @@ class Run:
         dst: Side,
         model: Model,
         source: Model,
-        layout: Layout,
+        layout: Described,
         target: Path,
         inputs: Sequence[Path],
     ) -> Result:
@@ -159,17 +159,27 @@ class Run:
         dropped = {**model.dropped, **source.dropped}
         result = Result(target, False, plan, layout, 0.0, tuple(listing), dropped)
         result = replace(result, carried=tuple(t.name for t in model.carried))
-        return self._write(result, dst, about, inputs, create)
+        return self.write(result, dst, about, inputs, create)
 
-    def _write(
+    def write(
         self,
         result: Result,
         dst: Side,
         about: dict[str, object],
         inputs: Sequence[Path],
         create: Create,
+        *,
+        finish: Callable[[Path], None] | None = None,
+        form: type[Output] = Output,
     ) -> Result:
-        """Writes the output, or says what it would take."""
+        """Writes the output, or says what it would take.
+
+        Args:
+            about: what the manifest says of it.
+            create: makes the files in a staging folder.
+            finish: what is left to do there when all data is in place.
+            form: of the output: a folder, or one file.
+        """
         plan = result.plan
         boots = set(self.group.gather(journal.boot_id()))
         before = _states(plan)
@@ -180,7 +190,7 @@ class Run:
         def finished(folder: Path) -> journal.Finished:
             return journal.read(folder, request, boots, written)
 
-        output = Output(
+        output = form(
             result.output,
             inputs,
             overwrite=self.options.overwrite,
@@ -199,8 +209,11 @@ class Run:
 
         def commit() -> None:
             _check_unchanged(before, plan)
+            if finish is not None:
+                finish(output.folder)
             journal.remove(output.folder)
-            manifest.write(output.folder, {"command": self.command, **about, **extra})
+            if output.manifest:
+                manifest.write(output.folder, {"command": self.command, **about, **extra})
             output.commit()
 
         here: AbstractContextManager[object] = output if self.group.leads else nullcontext()
@@ -259,7 +272,7 @@ def _check_unchanged(before: dict[Path, list[int]], plan: Plan) -> None:
             )
 
 
-def _about(source: Model, layout: Layout) -> dict[str, object]:
+def _about(source: Model, layout: Described) -> dict[str, object]:
     """What a manifest says of the model."""
     return {
         "converter": source.family.converter,

@@ -6,6 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+from mmconvert.errors import TensorError
 from mmconvert.sharding.layout import Chunk
 
 # Bytes per element, by the safetensors spelling of a dtype (safetensors format documentation).
@@ -72,6 +73,23 @@ class StoredTensor(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the tensor's elements (not of the storage behind a view)."""
         return prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+def transposed(tensor: StoredTensor) -> StoredTensor:
+    """A matrix seen the other way round: the same bytes, rows and columns exchanged. Its name
+    says so, as places in it are told by row and column.
+
+    Raises:
+        TensorError: no matrix.
+    """
+    if len(tensor.shape) != 2:
+        raise TensorError(
+            f"{tensor.name} in {tensor.path} has the shape {list(tensor.shape)}", "two dimensions"
+        )
+    rows, cols = tensor.shape
+    down, right = tensor.strides or (cols, 1)
+    name = f"{tensor.name}.T"
+    return tensor._replace(name=name, shape=(cols, rows), strides=(right, down))
 
 
 class Target(NamedTuple):

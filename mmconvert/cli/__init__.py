@@ -33,6 +33,7 @@ TOOLS = {
     "suggest": "HF_DIR --pp N balances the layers over the pipeline and prints the command",
     "completion": "bash|zsh prints a script that completes these words in the shell",
     "doctor": "PATH says what is wrong with a checkpoint, and prints the commands that mend it",
+    "convert_weight": "--model qwenvl --input_path HF --output_path X.ckpt, as MindFormers has it",
     "data": "CONVERSION brings a dataset's annotations to the form that training reads",
     "validate": "--mm_dir D --hf_dir H runs both and compares what they compute",
     "generate": "--mm_dir D --hf_dir H --prompt P answers, from pictures, videos and sounds too",
@@ -60,6 +61,33 @@ VERBS = {
         "--cfg.target_parallel_config.vit_pp_layers [32]",
     ),
 }
+# Of the converters whose other side is MindSpore (converters.MINDSPORE).
+MS_VERBS = {
+    "hf_to_ms": (
+        "HFToMS",
+        "Hugging Face -> MindSpore: before training or serving with MindFormers",
+        "--cfg.hf_config.hf_dir HF_DIR --cfg.ms_path X.ckpt --cfg.dtype fp16",
+    ),
+    "ms_to_hf": (
+        "MSToHF",
+        "MindSpore -> Hugging Face: a .ckpt, or rank folders with their strategy files",
+        "--cfg.ms_path X.ckpt --cfg.hf_config.hf_dir HF_DIR --cfg.save_hf_dir NEW_HF_DIR",
+    ),
+    "resplit": (
+        "MSResplit",
+        "MindSpore -> MindSpore: a complete file, or sliced over any devices",
+        "--cfg.source_dir X.ckpt --cfg.target_dir RANKS_DIR "
+        "--cfg.target_parallel_config.data_parallel 2 "
+        "--cfg.target_parallel_config.model_parallel 4",
+    ),
+}
+
+
+def verbs_of(converter: str) -> dict[str, tuple[str, str, str]]:
+    """The verbs of a converter: the class of their flags, what they do, an example."""
+    from mmconvert.converters import MINDSPORE
+
+    return MS_VERBS if converter in MINDSPORE else VERBS
 
 
 def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
@@ -169,28 +197,33 @@ def _unprinted(error: OSError) -> OutputError:
 
 
 def _dispatch(words: list[str]) -> int:
-    from mmconvert.converters import BUILT_IN, converter_names
+    from mmconvert.converters import BUILT_IN, MINDSPORE, converter_names
 
     if words[:1] == ["--version"]:
         print(f"mm-convert {VERSION}")
         return 0
     if not words or words[0] in ("-h", "--help"):
-        print(_top_help([AUTO, *converter_names()]))
+        print(_top_help([AUTO, *converter_names()], list(MINDSPORE)))
         return 0 if words else 2
     converter, rest = words[0], words[1:]
     if converter in TOOLS:
         return _tool(converter, rest)
     # Installed packages are searched for converters only when none of ours is meant: it is slow.
-    if converter not in (AUTO, *BUILT_IN) and converter not in converter_names():
-        known = [AUTO, *converter_names(), *TOOLS]
+    own = (AUTO, *BUILT_IN, *MINDSPORE)
+    if converter not in own and converter not in converter_names():
+        known = [AUTO, *converter_names(), *MINDSPORE, *TOOLS]
         raise _unknown("converter", converter, known, "mm-convert -h")
     if not rest or rest[0] in ("-h", "--help"):
         print(_converter_help(converter))
         return 0 if rest else 2
     verb, flags = rest[0], rest[1:]
-    if verb not in VERBS:
-        raise _unknown("verb", verb, list(VERBS), f"mm-convert {converter} -h")
-    from mmconvert.cli.conversions import convert
+    verbs = verbs_of(converter)
+    if verb not in verbs:
+        raise _unknown("verb", verb, list(verbs), f"mm-convert {converter} -h")
+    if converter in MINDSPORE:
+        from mmconvert.cli.mindspore import convert
+    else:
+        from mmconvert.cli.conversions import convert
 
     return convert(converter, verb, flags)
 
@@ -215,8 +248,9 @@ def _unknown(kind: str, word: str, known: list[str], help_command: str) -> Reque
     )
 
 
-def _top_help(names: list[str]) -> str:
+def _top_help(names: list[str], ms_names: list[str]) -> str:
     verbs = "\n".join(f"  {verb:<10} {text}" for verb, (_, text, _) in VERBS.items())
+    ms_verbs = "\n".join(f"  {verb:<10} {text}" for verb, (_, text, _) in MS_VERBS.items())
     about = {AUTO: "   the family that config.json or the MM checkpoint tells"}
     converters = "\n".join(f"  {name}{about.get(name, '')}" for name in names)
     tools = "\n".join(f"  {name:<10} {text}" for name, text in TOOLS.items())
@@ -231,6 +265,9 @@ converters:
 
 verbs:
 {verbs}
+
+for MindSpore (MindFormers) instead of MM format: {", ".join(ms_names)}, with the verbs
+{ms_verbs}
 
 tools, which need no converter:
 {tools}
@@ -247,6 +284,6 @@ example:
 
 def _converter_help(converter: str) -> str:
     lines = [f"usage: mm-convert {converter} VERB [flags]", "", "verbs and an example of each:"]
-    for verb, (_, text, example) in VERBS.items():
+    for verb, (_, text, example) in verbs_of(converter).items():
         lines += [f"  {verb:<10} {text}", f"             mm-convert {converter} {verb} {example}"]
     return "\n".join([*lines, "", f"mm-convert {converter} VERB -h shows the flags."])

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from mmconvert.config import MaybePath, Options, Patterns
+from mmconvert.config import CommonOptions, MaybePath, Options, Patterns
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.sharding.stages import StageGrid, parse_grid, show
 
@@ -91,12 +91,21 @@ class Command:
     """One command line, read."""
 
     cfg: Any
-    options: Options
+    options: Any
     screen: Screen
 
 
-def read(config: type, words: Sequence[str], prog: str, description: str) -> Command:
+def read(
+    config: type,
+    words: Sequence[str],
+    prog: str,
+    description: str,
+    options: type[CommonOptions] = Options,
+) -> Command:
     """Reads a command line into a config class.
+
+    Args:
+        options: the class of the options beside it.
 
     Raises:
         SystemExit: 0 for help, 2 for flags that make no sense; tyro has printed which.
@@ -107,7 +116,7 @@ def read(config: type, words: Sequence[str], prog: str, description: str) -> Com
         "Form",
         [
             ("cfg", Annotated[config, tyro.conf.FlagConversionOff]),
-            ("conversion", Annotated[Options, flat, flags]),
+            ("conversion", Annotated[options, flat, flags]),
             ("screen", Annotated[Screen, flat, flags]),
         ],
     )
@@ -201,7 +210,7 @@ def _repeated_joined(words: Sequence[str]) -> list[str]:
 PATHS = (Path, MaybePath)  # types of flags that name a folder
 MOST_MAPPINGS = 100  # in a --config file; ours have three levels
 
-OWN_FLAGS = ("--overwrite", "--dry_run", "--json", "--quiet", "--debug")
+OWN_FLAGS = ("--overwrite", "--dry_run", "--crc", "--json", "--quiet", "--debug")
 
 
 def _underscored(word: str) -> str:

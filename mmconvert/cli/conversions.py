@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mmconvert import config
 from mmconvert.cli import AUTO, VERBS
-from mmconvert.cli.arguments import Command, read
+from mmconvert.cli.arguments import Command, Screen, read
 from mmconvert.cli.screen import screen_events
 from mmconvert.config import HFToMM, MMToHF, Resplit
 from mmconvert.words import amount
@@ -23,15 +23,20 @@ def convert(converter: str, verb: str, flags: list[str]) -> int:
     prog = f"mm-convert {converter} {verb}"
     command = read(getattr(config, form), flags, prog, f"{text}.\n\nexample:\n  {prog} {example}")
     result = _run(converter, verb, command)
-    if command.screen.json:
+    show(verb, result, command.screen)
+    return 0
+
+
+def show(verb: str, result: Result, screen: Screen) -> None:
+    """Prints what a conversion did, or would do."""
+    if screen.json:
         print(json.dumps(result.as_dict()))
-    elif not command.screen.quiet:
+    elif not screen.quiet:
         if result.estimate is not None:
             from mmconvert.cli.dry_run import preview
 
             print(preview(result))
         print(_summary(verb, result))
-    return 0
 
 
 def _run(converter: str, verb: str, command: Command) -> Result:
@@ -65,7 +70,7 @@ def _summary(verb: str, result: Result) -> str:
     size = result.plan.nbytes
     moved = size - result.moved.resumed
     rate = f", {amount(moved / result.seconds)}/s" if result.written else ""
-    where = "from" if verb == "mm_to_hf" else "layout"
+    where = "from" if verb in ("mm_to_hf", "ms_to_hf") else "layout"
     return (
         f"{done} {result.output}: {len(result.plan.targets)} tensors, {amount(size)} in "
         f"{result.seconds:.2f} s{rate}\n{where}: {result.layout.describe()}\n"

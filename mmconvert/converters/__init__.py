@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from mmconvert.converters.family import Family
 from mmconvert.errors import RequestError
+
+if TYPE_CHECKING:
+    from mmconvert.converters.mindspore import MSFamily
 
 ENTRY_POINTS = "mmconvert.families"  # third-party packages register a Family here
 
@@ -15,6 +19,9 @@ BUILT_IN = {
     "Qwen2_5_OmniConverter": "mmconvert.converters.qwen2_5omni",
     "InternVLConverter": "mmconvert.converters.internvl",
 }
+
+# Families whose other side is MindSpore (MindFormers) instead of MM format; verbs of their own.
+MINDSPORE = {"QwenVLConverter": "mmconvert.converters.qwenvl"}
 
 
 def converter_names() -> list[str]:
@@ -41,8 +48,18 @@ def load(converter: str) -> Family:
     return family
 
 
+def load_ms(converter: str) -> MSFamily:
+    """The family of a converter of :data:`MINDSPORE`."""
+    return import_module(MINDSPORE[converter]).FAMILY
+
+
+def ms_registry() -> dict[str, MSFamily]:
+    """All families whose other side is MindSpore, by converter name."""
+    return {name: load_ms(name) for name in MINDSPORE}
+
+
 def registry() -> dict[str, Family]:
-    """All families by converter name."""
+    """All families whose other side is MM format, by converter name."""
     return {name: load(name) for name in converter_names()}
 
 

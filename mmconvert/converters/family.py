@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from mmconvert.errors import CheckpointError
 from mmconvert.names import NameTemplate, TemplateIndex
-from mmconvert.sharding.spans import Concat, Interleave, Split
+from mmconvert.sharding.spans import Concat, Interleave, Part, Split
 
 # Sizes by name, such as "llm.layers" or "vit.heads"; see each family's `dims`.
 Dims = dict[str, int]
 
-Fuse = Concat | Interleave
+Fuse = Concat | Interleave | Part
 
 ZEROS = ""  # in a row's HF names: as many zeros as the first source has, kept by no HF tensor
 CONCAT = Concat()
@@ -33,6 +33,7 @@ class Row:
         shard: how the whole is divided over tp ranks; None copies it to every rank.
         tied_to: MM name of the row whose tensor this one repeats (tied embeddings). Such a row
             stands only on another model chunk than its original's, and may be absent in HF.
+        turned: the one HF tensor, a matrix, is stored the other way round.
     """
 
     mm: str
@@ -42,6 +43,7 @@ class Row:
     fuse: Fuse = CONCAT
     shard: Split | None = None
     tied_to: str = ""
+    turned: bool = False
 
 
 def row(
@@ -52,9 +54,10 @@ def row(
     fuse: Fuse = CONCAT,
     shard: Split | None = None,
     tied_to: str = "",
+    turned: bool = False,
 ) -> Row:
     """A :class:`Row`, with ``rows`` as words: ``rows="llm.q llm.kv llm.kv"``."""
-    return Row(mm, hf, tuple(rows.split()), cols, fuse, shard, tied_to)
+    return Row(mm, hf, tuple(rows.split()), cols, fuse, shard, tied_to, turned)
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ class Family:
         canonical: whether ``enable_canonical_hf_struct`` is possible.
         plain_text: whether ``llm_hf_dir`` is possible: the text decoder's names are those of a
             plain language model, and its part of config.json is ``text_config``.
+        form: the format that its table leads to, for messages.
     """
 
     name: str
@@ -154,6 +158,7 @@ class Family:
     variants: tuple[Variant, ...] = (Variant(), Variant(canonical=True))
     canonical: bool = True
     plain_text: bool = True
+    form: str = "MM format"
 
     def hub_name(self, name: str) -> str:
         """The hub's spelling of an HF tensor name."""

@@ -48,7 +48,7 @@ def _family(
         what = f"{path}: model_type is {kind!r}"
         report.add("damaged-config", what, "take config.json from the model's page", path=path)
         return None
-    for family in converters.registry().values():
+    for family in (*converters.registry().values(), *converters.ms_registry().values()):
         if kind in family.model_types:
             report.family = family.name
             return family

@@ -15,7 +15,7 @@ from mmconvert.formats.safetensors import WeightFile, expected_size, read_weight
 from mmconvert.names import number, summarise
 
 AGAIN = "download the file again"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 

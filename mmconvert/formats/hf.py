@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.formats import hf_bin
 from mmconvert.formats.safetensors import (
     WeightFile,
     parse_json,
@@ -29,12 +30,14 @@ class HFCheckpoint:
         config: config.json.
         files: the weight files, in the order of their names.
         index: the index file, byte for byte; None if the checkpoint has none.
+        notes: what is worth knowing, in words.
     """
 
     folder: Path
     config: Mapping[str, object]
     files: list[WeightFile]
     index: bytes | None
+    notes: tuple[str, ...] = ()
 
     def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor by name."""
@@ -71,7 +74,7 @@ def read_config(folder: Path) -> dict[str, object]:
     if not folder.is_dir():
         raise CheckpointError(
             f"hf_dir {folder} is not a folder",
-            "a folder with config.json and *.safetensors",
+            "a folder with config.json and weight files",
             "check the path given to --cfg.hf_config.hf_dir",
         )
     if not (folder / "config.json").is_file():
@@ -86,27 +89,42 @@ def read_config(folder: Path) -> dict[str, object]:
 def open_hf(folder: Path) -> HFCheckpoint:
     """Reads the headers of an HF checkpoint. Only the files that the index names are read.
 
+    Weight files are safetensors; where there are none, ``pytorch_model*.bin``.
+
     Raises:
         CheckpointError: missing files; FormatError: damaged ones; TensorError: an index that
             does not fit the files.
     """
     config = read_config(folder)
+    pickled = (folder / hf_bin.INDEX).is_file() or (folder / hf_bin.SINGLE).is_file()
+    if pickled and not any(folder.glob("*.safetensors")) and not (folder / INDEX).is_file():
+        if (folder / hf_bin.INDEX).is_file():
+            return _indexed(folder, config, hf_bin.INDEX, hf_bin.SUFFIX)
+        return HFCheckpoint(folder, config, [hf_bin.read_bin(folder / hf_bin.SINGLE)], None)
+    notes = ("pytorch_model*.bin beside safetensors are not read",) if pickled else ()
     if (folder / INDEX).is_file():
-        raw = _read_small(folder / INDEX)
-        weight_map = _weight_map(folder / INDEX, parse_json(raw, folder / INDEX))
-        names = sorted(set(weight_map.values()))
-        absent = [name for name in names if not (folder / name).is_file()]
-        if absent:
-            raise CheckpointError(
-                f"{folder / INDEX} lists {', '.join(absent[:5])}, which "
-                f"{'is' if len(absent) == 1 else 'are'} not there",
-                f"all {len(names)} weight files of the index",
-                "download the missing files again",
-            )
-        files = [read_weight_file(folder / name) for name in names]
-        _check_map(folder / INDEX, weight_map, files)
-        return HFCheckpoint(folder, config, files, raw)
-    return HFCheckpoint(folder, config, [read_weight_file(_single_file(folder))], None)
+        return replace(_indexed(folder, config, INDEX, ".safetensors"), notes=notes)
+    file = read_weight_file(_single_file(folder))
+    return HFCheckpoint(folder, config, [file], None, notes)
+
+
+def _indexed(folder: Path, config: Mapping[str, object], index: str, suffix: str) -> HFCheckpoint:
+    path = folder / index
+    raw = _read_small(path)
+    weight_map = _weight_map(path, parse_json(raw, path), suffix)
+    names = sorted(set(weight_map.values()))
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{path} lists {', '.join(absent[:5])}, which "
+            f"{'is' if len(absent) == 1 else 'are'} not there",
+            f"all {len(names)} weight files of the index",
+            "download the missing files again",
+        )
+    read = hf_bin.read_bin if suffix == hf_bin.SUFFIX else read_weight_file
+    files = [read(folder / name) for name in names]
+    _check_map(path, weight_map, files)
+    return HFCheckpoint(folder, config, files, raw)
 
 
 def _single_file(folder: Path) -> Path:
@@ -124,8 +142,8 @@ def _single_file(folder: Path) -> Path:
     other = sorted(p.name for p in folder.glob("*.bin"))
     raise CheckpointError(
         f"{folder} has no *.safetensors files" + (f", only {other[0]} ..." if other else ""),
-        f"{SINGLE}, or {INDEX} with its files",
-        "save the model with safe_serialization=True" if other else "download the weights",
+        f"{SINGLE} or {INDEX} with its files; or {hf_bin.SINGLE} or {hf_bin.INDEX} with its files",
+        f"download {hf_bin.INDEX} too" if other else "download the weights",
     )
 
 
@@ -139,16 +157,16 @@ def read_index(folder: Path) -> dict[str, str]:
     return _weight_map(path, parse_json(_read_small(path), path))
 
 
-def _weight_map(path: Path, index: object) -> dict[str, str]:
+def _weight_map(path: Path, index: object, suffix: str = ".safetensors") -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path}: there is no weight_map", "an object: tensor name -> file name")
     for tensor, name in weight_map.items():
-        plain = isinstance(name, str) and name.endswith(".safetensors") and "\0" not in name
+        plain = isinstance(name, str) and name.endswith(suffix) and "\0" not in name
         if not plain or Path(name).name != name or "\\" in name or len(name) > MAX_NAME:
             raise FormatError(
                 f"{path}: weight_map puts {tensor!r:.80} into {name!r:.80}",
-                "the name of a *.safetensors file in the same folder, without a path",
+                f"the name of a *{suffix} file in the same folder, without a path",
             )
     return weight_map
 

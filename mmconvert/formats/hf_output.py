@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmconvert.errors import FormatError, RequestError, TensorError
+from mmconvert.formats import hf_bin
 from mmconvert.formats.allocate import opened, write_all
 from mmconvert.formats.hf import INDEX, SINGLE, HFCheckpoint, read_json_file
 from mmconvert.formats.safetensors import Entry, layout_weight_file
@@ -81,7 +82,10 @@ def plan_weights(model: HFCheckpoint, entries: Mapping[str, Entry], limit: int =
         if not wanted:
             same = False
             continue
-        if wanted == [Entry(t.name, t.dtype, t.shape) for t in file.tensors]:
+        if not file.header:  # a pickle: safetensors are written in its place
+            same = False
+            files.append(_laid_out(hf_bin.as_safetensors(file.path.name), wanted, file.metadata))
+        elif wanted == [Entry(t.name, t.dtype, t.shape) for t in file.tensors]:
             head = len(file.header).to_bytes(8, "little") + file.header
             starts = tuple(t.offset for t in file.tensors)
             size = max(t.offset + t.nbytes for t in file.tensors)
@@ -172,10 +176,14 @@ def write_dtype(folder: Path, dtype: str) -> None:
     if not path.is_file():
         raise TensorError(f"{path} was not written")
     config = read_json_file(path)
+    changed = False
     for part in _objects(config):
         for key in DTYPE_KEYS:
-            if isinstance(part.get(key), str):
+            if isinstance(part.get(key), str) and part[key] != dtype:
                 part[key] = dtype
+                changed = True
+    if not changed:  # the original, byte for byte
+        return
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

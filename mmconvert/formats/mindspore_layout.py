@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmconvert.errors import CheckpointError, RequestError, cannot_write
-from mmconvert.formats.allocate import allocate
+from mmconvert.formats.allocate import opened, write_all
 from mmconvert.formats.mindspore import CRC_BYTES, CRC_MARK, DTYPES, MAX_NAME, MAX_RANK, crc_of
 from mmconvert.formats.protobuf import block, head, number
 from mmconvert.formats.safetensors import Entry
@@ -105,7 +105,7 @@ def _record_head(entry: Entry, size: int) -> bytes:
 
 
 def create_ckpt(path: Path, layout: CkptLayout, entries: Sequence[Entry]) -> list[StoredTensor]:
-    """Creates the file, which must not exist yet, with its data as holes.
+    """Creates the file, with its data as holes; one that is there already keeps its data.
 
     Returns:
         the tensors, as a reader of the complete file will see them.
@@ -114,10 +114,9 @@ def create_ckpt(path: Path, layout: CkptLayout, entries: Sequence[Entry]) -> lis
         OutputError: the file cannot be written.
     """
     try:
-        with path.open("xb") as out:
-            allocate(out.fileno(), layout.size)
+        with opened(path, layout.size) as fd:
             for at, prefix in layout.heads:
-                os.pwrite(out.fileno(), prefix, at)
+                write_all(fd, prefix, at)
     except OSError as error:
         raise cannot_write(path, error) from error
     return [_stored(e, path, x) for e, x in zip(entries, layout.extents, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmconvert.inspection import Inspection
+from mmconvert.inspection import KINDS, UNITS, Inspection
 from mmconvert.report import page
 from mmconvert.report.grid import layout_drawing
 from mmconvert.report.stacks import stacks_drawing
@@ -13,8 +13,6 @@ from mmconvert.sharding.layout import GRID_FLAG
 from mmconvert.sharding.stages import show
 from mmconvert.stored import StoredTensor
 from mmconvert.words import amount
-
-KINDS = {"hf": "Hugging Face checkpoint", "mm": "MM checkpoint", "mm_rank_file": "MM rank file"}
 
 
 def title_of(found: Inspection, path: Path) -> str:
@@ -30,9 +28,7 @@ def inspect_drawing(found: Inspection, title: str) -> Drawing:
     """The picture that fits the kind."""
     if found.layout is not None:
         return layout_drawing(found.layout, found.boxes, title)
-    return stacks_drawing(
-        found.boxes, title, "weight file" if found.kind == "hf" else "model chunk"
-    )
+    return stacks_drawing(found.boxes, title, UNITS[found.kind])
 
 
 def inspect_svg(found: Inspection, path: Path) -> str:

@@ -9,7 +9,7 @@ from mmconvert.report.chart import Axis, axis_for
 from mmconvert.words import amount, printable
 
 BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "12345678"
-KINDS = {"hf": "Hugging Face", "mm": "MM"}
+KINDS = {"hf": "Hugging Face", "mm": "MM", "ms": "MindSpore"}
 LISTED = 5  # names of tensors that only one side has
 Name = Callable[[TensorDistance], str]
 

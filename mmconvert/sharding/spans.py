@@ -80,6 +80,36 @@ def _interleaved(lengths: Sequence[int], groups: int) -> list[list[Span]]:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The whole is one of several equal parts of its one source, which other wholes share.
+
+    Attributes:
+        index: which part, from 0.
+        of: number of parts.
+        groups: name of the dimension that counts the groups, each of which holds all parts:
+            a1 b1 c1 a2 b2 c2 ...; "" where the parts stand one below the other.
+    """
+
+    index: int
+    of: int
+    groups: str = ""
+
+    def maps(self, lengths: Sequence[int], dims: dict[str, int]) -> list[list[Span]]:
+        """The spans of the one source.
+
+        Raises:
+            TensorError: rows that do not divide into the groups and parts.
+        """
+        (length,) = lengths
+        groups = dims[self.groups] if self.groups else 1
+        if length % (groups * self.of):
+            heads = f"{groups} groups of " if self.groups else ""
+            raise TensorError(f"{length} rows do not divide into {heads}{self.of} parts")
+        step = length // (groups * self.of)
+        return [[Span((g * self.of + self.index) * step, g * step, step) for g in range(groups)]]
+
+
+@dataclass(frozen=True)
 class Split:
     """How a whole tensor is divided over tensor-parallel ranks.
 

@@ -9,14 +9,22 @@ from mmconvert.errors import TensorError
 from mmconvert.names import summarise
 from mmconvert.plan import Block, Key, Side, Whole, matrix
 from mmconvert.sides.instances import Instance, instances
-from mmconvert.stored import StoredTensor, Target
+from mmconvert.stored import StoredTensor, Target, transposed
 
 
-def hf_side(modules: Sequence[Module], dims: Dims, tensors: Mapping[str, StoredTensor]) -> Side:
+def hf_side(
+    modules: Sequence[Module],
+    dims: Dims,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    turned: bool = False,
+) -> Side:
     """An HF checkpoint as wholes.
 
     Args:
         tensors: by name in hub spelling; each must be the source of some row.
+        turned: whether rows that say so see their tensor transposed. Only what is read can be:
+            the wholes have the orientation of what is written.
 
     Raises:
         TensorError: missing tensors, or shapes that are not those of config.json.
@@ -32,6 +40,9 @@ def hf_side(modules: Sequence[Module], dims: Dims, tensors: Mapping[str, StoredT
             missing += [] if item.row.tied_to else absent
             continue
         found = [tensors[name] for name in names]
+        _check_sizes(item.row, found, dims)
+        if turned and item.row.turned:
+            found = [transposed(tensor) for tensor in found]
         for name, tensor in zip(names, found, strict=True):
             number.setdefault(name, len(number))
             if number[name] == len(side.stored):
@@ -82,6 +93,7 @@ def partial_hf(
             continue
         first = len(side.stored)
         try:
+            _check_sizes(item.row, found, dims)
             whole = _fused(item.row, found, list(range(first, first + len(found))), dims)
         except TensorError as error:
             faults.append(error)
@@ -104,15 +116,12 @@ def _fused(item: Row, found: Sequence[StoredTensor], numbers: Sequence[int], dim
     stored = iter(zip(numbers, found, strict=True))
     parts = [None if name == ZEROS else next(stored) for name in item.hf]
     lengths: list[int] = []
-    for i, part in enumerate(parts):
+    for part in parts:
         if part is None:  # as the reference does: zeros like the first source
             lengths.append(matrix(first.shape)[0])
             continue
         tensor = part[1]
-        rows, cols = matrix(tensor.shape)
-        _check_size(tensor, "rows", rows, item.rows[i] if item.rows else "", dims)
-        _check_size(tensor, "columns", cols, item.cols, dims)
-        lengths.append(rows)
+        lengths.append(matrix(tensor.shape)[0])
         if tensor.shape[1:] != first.shape[1:] or tensor.dtype != first.dtype:
             raise TensorError(
                 f"{tensor.name} is {tensor.dtype} {list(tensor.shape)} and {first.name} "
@@ -125,7 +134,8 @@ def _fused(item: Row, found: Sequence[StoredTensor], numbers: Sequence[int], dim
         raise TensorError(
             f"{first.name}: {error.what}", "sizes as config.json gives them"
         ) from None
-    whole = Whole((sum(lengths), *first.shape[1:]) if first.shape else (), first.dtype, [[]])
+    rows = sum(span.length for spans in maps for span in spans)
+    whole = Whole((rows, *first.shape[1:]) if first.shape else (), first.dtype, [[]])
     for part, spans in zip(parts, maps, strict=True):
         if part is None:
             whole.zeros += [(span.whole, span.length) for span in spans]
@@ -133,6 +143,15 @@ def _fused(item: Row, found: Sequence[StoredTensor], numbers: Sequence[int], dim
         number, cols = part[0], matrix(part[1].shape)[1]
         whole.copies[0] += [Block(number, s.start, 0, s.whole, 0, s.length, cols) for s in spans]
     return whole
+
+
+def _check_sizes(item: Row, found: Sequence[StoredTensor], dims: Dims) -> None:
+    """Raises TensorError for tensors whose sizes are not those of config.json."""
+    places = [i for i, name in enumerate(item.hf) if name != ZEROS]
+    for i, tensor in zip(places, found, strict=True):
+        rows, cols = matrix(tensor.shape)
+        _check_size(tensor, "rows", rows, item.rows[i] if item.rows else "", dims)
+        _check_size(tensor, "columns", cols, item.cols, dims)
 
 
 def _check_size(tensor: StoredTensor, what: str, size: int, dim: str, dims: Dims) -> None:
@@ -146,13 +165,23 @@ def _check_size(tensor: StoredTensor, what: str, size: int, dim: str, dims: Dims
 
 
 def hf_target(model: Side, wholes: Mapping[Key, Whole]) -> Side:
-    """An HF checkpoint to be written: the tensors of ``model``, in the dtypes of ``wholes``."""
+    """An HF checkpoint to be written: the tensors of ``model``, in the dtypes of ``wholes``.
+
+    Raises:
+        TensorError: several dtypes for parts of one tensor.
+    """
     dtypes: dict[int, str] = {}
     side = Side()
     for key, whole in model.wholes.items():
         dtype = wholes[key].dtype if key in wholes else whole.dtype
         side.wholes[key] = Whole(whole.shape, dtype, whole.copies, whole.zeros)
-        for blocks in whole.copies:
-            dtypes.update({block.tensor: dtype for block in blocks})
+        for number in {block.tensor for blocks in whole.copies for block in blocks}:
+            if dtypes.setdefault(number, dtype) != dtype:
+                raise TensorError(
+                    f"{key.name()} is {dtype}; other parts of {model.stored[number].name} are "
+                    f"{dtypes[number]}",
+                    "one dtype for the parts of one tensor",
+                    "cast them all, with --dtype",
+                )
     side.targets = [Target(t.name, dtypes[i], t.shape) for i, t in enumerate(model.stored)]
     return side

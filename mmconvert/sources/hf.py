@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mmconvert import converters
@@ -21,6 +21,9 @@ from mmconvert.names import number, summarise
 from mmconvert.sources.model import ENCODERS, Model, Notes, dropped_by, drops_too_much
 from mmconvert.stored import StoredTensor
 
+# What stands in the place of a linear's weight in GPTQ and AWQ checkpoints.
+QUANTISED = frozenset({"qweight", "qzeros", "scales", "g_idx"})
+
 
 def check_family(family: Family, config: Mapping[str, object], folder: Path) -> None:
     """Raises CheckpointError if config.json is of another family; says which converter fits."""
@@ -29,7 +32,7 @@ def check_family(family: Family, config: Mapping[str, object], folder: Path) -> 
         return
     fitting = [
         name
-        for name, other in converters.registry().items()
+        for name, other in {**converters.registry(), **converters.ms_registry()}.items()
         if isinstance(kind, str) and kind in other.model_types
     ]
     raise CheckpointError(
@@ -70,7 +73,7 @@ def hf_model(
     traits = family.traits(config)
     table = family.modules(Variant(traits=traits))
     tensors = _by_hub_name(family, checkpoint)
-    notes = Notes()
+    notes = Notes(checkpoint.notes)
     if llm_dir is not None:
         config, tensors = _with_text_of(llm_dir, family, table, config, tensors, notes)
     everything = list(tensors.values())
@@ -139,6 +142,7 @@ def _claimed(
     notes: Notes,
 ) -> dict[str, StoredTensor]:
     """The tensors that have a row; the others are named in notes, or are an error."""
+    _check_plain(tensors.values())
     index = hf_templates(table)
     kept: dict[str, StoredTensor] = {}
     lost: list[str] = []
@@ -157,13 +161,25 @@ def _claimed(
             lost.append(tensor.name + (f" (closest known name: {closest})" if closest else ""))
     if lost:
         raise TensorError(
-            f"{number(lost, 'tensor')} with no place in MM format: {summarise(lost)}",
+            f"{number(lost, 'tensor')} with no place in {family.form}: {summarise(lost)}",
             f"only tensors of {family.name}",
             "leave them out with --drop 'NAME' (a pattern; may be repeated)",
         )
     for why, names in reasons.items():
         notes.drop(why, names)
     return kept
+
+
+def _check_plain(tensors: Iterable[StoredTensor]) -> None:
+    """Raises TensorError for a checkpoint whose weights are packed into few bits."""
+    packed = [t.name for t in tensors if t.name.rpartition(".")[2] in QUANTISED]
+    if packed:
+        raise TensorError(
+            f"{number(packed, 'tensor')} of a quantised checkpoint (GPTQ, AWQ): "
+            f"{summarise(packed)}",
+            "weights in fp32, fp16 or bf16",
+            "take the model's unquantised checkpoint",
+        )
 
 
 def _said_tied(family: Family, config: Mapping[str, object]) -> bool | None:

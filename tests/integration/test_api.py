@@ -12,6 +12,7 @@ import torch
 
 import mmconvert
 from hfgen import make_hf
+from mmconvert.sharding.layout import Layout
 from mmread import compare_hf
 
 LAYOUT = {
@@ -29,7 +30,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_there_and_back_and_elsewhere(hf: Path, tmp_path: Path) -> None:
     result = mmconvert.hf_to_mm(hf, tmp_path / "mm", LAYOUT)
-    assert result.layout.vpp_size == 2
+    assert isinstance(result.layout, Layout) and result.layout.vpp_size == 2
     assert mmconvert.verify(hf, tmp_path / "mm").differences == []
     found = mmconvert.inspect(str(tmp_path / "mm"))
     assert (found.kind, found.family, found.layout) == ("mm", "Qwen2-VL", result.layout)

@@ -34,6 +34,7 @@ def test_bash_completes_every_word(
     assert complete(shim, "Qwen2V") == ["Qwen2VLConverter"]
     assert complete(shim, "ver") == ["verify"]
     assert complete(shim, "Qwen2VLConverter", "") == ["hf_to_mm", "mm_to_hf", "resplit"]
+    assert complete(shim, "QwenVLConverter", "") == ["hf_to_ms", "ms_to_hf", "resplit"]
     flags = complete(shim, "Qwen2VLConverter", "hf_to_mm", "--cfg.parallel_config.vit")
     assert flags == ["--cfg.parallel_config.vit_pp_layers", "--cfg.parallel_config.vit_tp_size"]
     assert complete(shim, "inspect", "--te") == ["--tensors"]

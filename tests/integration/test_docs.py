@@ -21,11 +21,13 @@ from hfgen import make_hf
 from mmconvert import converters
 from mmconvert.converters.family import Variant
 from mmconvert.version import VERSION
+from qwenvl import make_qwenvl
 
 ROOT = Path(__file__).parents[2]
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 CONTRIBUTING, FORMATS = ROOT / "CONTRIBUTING.md", ROOT / "docs" / "formats.md"
-DOCS = [README, CHINESE, CONTRIBUTING, FORMATS, ROOT / "CHANGELOG.md"]
+QWENVL = ROOT / "docs" / "qwen-vl.md"
+DOCS = [README, CHINESE, CONTRIBUTING, FORMATS, ROOT / "CHANGELOG.md", QWENVL]
 DOCS += [ROOT / "docs" / name for name in ("data.md", "runtime.md", "tutorial.md")]
 # "0.04 s" and "231.6 MB/s", padded or not; what a dry run says of this machine
 TIMES = re.compile(
@@ -168,6 +170,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_hf("qwen2.5vl-7b", folder / "hf25")
     make_hf("qwen2.5omni-7b", folder / "hf_omni")
     make_hf("internvl2-8b", folder / "hf_internvl")
+    make_qwenvl(folder / "hf_qwenvl")
     make_hf("qwen2vl-2b", folder / "hf_extra", extra=[("value_head.weight", (1, 72))])
     trained(folder)
     drifted(folder)
@@ -411,6 +414,13 @@ def test_the_family_of_contributing_is_one_that_must_be_complete(
     words = ["--cfg.hf_config.hf_dir", hf, "--cfg.mm_dir", tmp_path / "mm"]
     done = run_cli("TinyVLConverter", "hf_to_mm", *words, env=package, check=3)
     assert "vision.blocks.0.fc1.bias" in done.stderr
+
+
+def test_the_commands_on_qwenvl_print_what_is_shown(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    make_qwenvl(work / "hf_qwenvl")
+    for block in blocks(QWENVL, *RUN):
+        run_block(block, work)
 
 
 def test_the_commands_on_datasets_print_what_is_shown(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_no_weights(folder: Path) -> None:
         (folder / name).unlink()
     wrong(folder, "no *.safetensors")
     (folder / "pytorch_model.bin").touch()
-    wrong(folder, "pytorch_model.bin", "safe_serialization")
+    wrong(folder, "pytorch_model.bin", "empty")
 
 
 def test_the_index_wins_over_a_single_file(folder: Path, tmp_path: Path) -> None:

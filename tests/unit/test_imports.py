@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "sharding.stages": set(),
     "sharding.spans": set(),
     "sharding.layout": {"sharding.stages"},
+    "sharding.devices": set(),
     "sharding.slices": {"sharding.spans"},
     "stored": {"sharding.layout"},
     # files
@@ -40,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "formats.megatron": {"formats.*", "stored", "sharding.layout"},
     "formats.strategy": {"formats.*", "sharding.slices"},
     "formats.strategy_writer": {"formats.*", "sharding.slices"},
+    "formats.mindspore_folder": {"formats.*", "names", "stored"},
     # tables
     "converters.*": {"names", "sharding.*", "converters.*"},
     # the plan, and its sides made from a table
@@ -48,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "sides.*": {"plan", "stored", "sharding.*", "names", "converters.family", "sides.*"},
     # what a request is
     "config": {"sharding.*"},
+    "config_ms": {"config"},
     # moving and comparing bytes
     "fileio": set(),
     "blockio": {"fileio", "stored", "plan"},
@@ -58,8 +61,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "journal": {"casts", "jobs", "plan"},
     "group": set(),
+    "pieces": {"formats.mindspore_layout", "plan", "proof", "stored"},
     "moving": {
-        *("casts", "events", "execute", "group", "jobs", "journal", "plan", "stored"),
+        *("casts", "events", "execute", "group", "jobs", "journal", "pieces", "plan", "stored"),
     },
     "digests": {"blockio", "events", "fileio", "jobs", "plan", "stored"},
     "estimate": {"execute", "fileio", "jobs", "output", "plan", "stored"},
@@ -79,6 +83,10 @@ ALLOWED: dict[str, set[str]] = {
         *("converters.*", "formats.*", "sharding.*", "sides.*", "sources.*"),
         *("compare", "config", "detect", "manifest", "names", "recognise", "stored"),
     },
+    "sources.mindspore": {
+        *("config", "converters.*", "formats.*", "names", "plan", "sharding.*", "sides.*"),
+        *("sources.model", "stored"),
+    },
     # proving, then writing
     "run": {
         *("casts", "compare", "config", "differences", "digests", "estimate", "events"),
@@ -91,8 +99,21 @@ ALLOWED: dict[str, set[str]] = {
         "sides.*",
         *("sources.*", "sharding.*"),
     },
+    "run_ms": {
+        *("config_ms", "formats.*", "output", "plan", "result", "run", "sides.devices", "stored"),
+    },
+    "convert_ms": {
+        *("config", "config_ms", "convert", "converters.*", "events", "formats.*", "names"),
+        *("output", "plan", "result", "run", "run_ms", "sharding.devices", "sides.*", "sources.*"),
+    },
+    "opened": {"plan", "sharding.layout", "sources.model"},
+    "pairing_ms": {
+        *("config", "converters.*", "formats.mindspore_folder", "opened", "recognise", "sides.hf"),
+        "sources.*",
+    },
     "pairing": {
-        *("config", "plan", "recognise", "sharding.layout", "sides.*", "sources.*"),
+        *("config", "opened", "pairing_ms", "recognise", "sharding.layout", "sides.*"),
+        "sources.*",
     },
     "verification": {
         *("compare", "config", "differences", "events", "jobs", "manifest", "names"),
@@ -100,7 +121,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "diff": {
         *("config", "converters.family", "differences", "diffresult", "distance", "events"),
-        *("formats.megatron", "jobs", "names", "pairing", "plan", "sources.model", "stored"),
+        *("formats.*", "jobs", "names", "opened", "pairing", "plan", "recognise"),
+        *("sources.model", "stored"),
     },
     "contents": {
         *("converters.family", "formats.hf", "names", "sharding.*", "stored", "words"),
@@ -225,6 +247,9 @@ ALLOWED: dict[str, set[str]] = {
     "cli.conversions": {
         *("cli", "cli.*", "config", "convert", "converters.*", "group", "recognise", "result"),
     },
+    "cli.mindspore": {
+        *("cli", "cli.*", "config_ms", "convert_ms", "converters.*", "group"),
+    },
     "cli.dry_run": {"cli.*", "names", "result"},
     "cli.tools.verify": {"cli.*", "config", "differences", "verification"},
     "cli.tools.roundtrip": {"api", "cli.*", "config", "recognise", "roundtrip"},
@@ -235,6 +260,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli.tools.diff": {"cli.*", "config", "diff", "diffresult", "report.*", "words"},
     "cli.tools.inspect": {"cli.*", "config", "inspection", "picture", "report.*", "words"},
     "cli.tools.doctor": {"cli.*", "config", "doctor.*", "jobs"},
+    "cli.tools.convert_weight": {"cli.*", "config", "config_ms"},
     "cli.tools.data": {"cli.*", "datasets.*"},
     "cli.tools.validate": {
         *("cli.arguments", "runtime.commands", "runtime.launch", "runtime.needs"),

@@ -308,4 +308,4 @@ def test_what_a_ckpt_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cut inside an element"):
         rectangles(place)
     with pytest.raises(OutputError):
-        create_ckpt(tmp_path / "x.ckpt", layout, [Entry("a", "F32", (2,))])
+        create_ckpt(tmp_path / "none" / "x.ckpt", layout, [Entry("a", "F32", (2,))])

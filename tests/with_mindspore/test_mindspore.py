@@ -6,10 +6,7 @@ MMCONVERT_MINDSPORE_PYTHON=.venv-mindspore/bin/python .venv/bin/pytest -m mindsp
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import json
-import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,16 +23,10 @@ from mmconvert.formats.safetensors import Entry
 from mmconvert.formats.strategy import Strategy, read_strategy
 from mmconvert.formats.strategy_writer import encode_strategy, merge_strategies, strategy_json
 from mmconvert.sharding.slices import Slicing
+from msask import MARKS, ask
 from mscodec import KINDS, Named, ckpt, tensor, with_crc
 
-PYTHON = os.environ.get("MMCONVERT_MINDSPORE_PYTHON", "")
-ORACLE = Path(__file__).parent / "mindspore_oracle.py"
-pytestmark = [
-    pytest.mark.mindspore,
-    pytest.mark.skipif(
-        not PYTHON, reason="MMCONVERT_MINDSPORE_PYTHON names no interpreter with MindSpore"
-    ),
-]
+pytestmark = MARKS
 
 TENSORS = [
     tensor("llm_model.transformer.wte.embedding_weight", "BFloat16", (32, 8)),
@@ -46,34 +37,6 @@ TENSORS = [
     tensor("step_num", "Int64", ()),
     tensor("flag", "Bool", (3,)),
 ]
-
-
-@functools.cache
-def oracle() -> subprocess.Popen[str]:
-    """A process that has MindSpore imported; it ends with ours, when its input does."""
-    return subprocess.Popen(
-        [os.path.abspath(PYTHON), str(ORACLE)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "GLOG_v": "3"},
-    )
-
-
-def ask(*words: str | Path) -> dict[str, Any]:
-    """An answer of the oracle."""
-    process = oracle()
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(json.dumps([str(word) for word in words]) + "\n")
-    process.stdin.flush()
-    for line in process.stdout:
-        head, _, answer = line.partition(" ")
-        if head == "ANSWER":
-            found = json.loads(answer)
-            assert "error" not in found, found["error"]
-            return found
-    raise AssertionError(f"MindSpore ended with {process.wait()}")
 
 
 def described(tensors: Sequence[Named]) -> dict[str, list[Any]]:

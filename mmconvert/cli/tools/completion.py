@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mmconvert.cli import AUTO, TOOLS, VERBS
-from mmconvert.converters import converter_names
+from mmconvert.cli import AUTO, MS_VERBS, TOOLS, VERBS
+from mmconvert.converters import MINDSPORE, converter_names
 from mmconvert.errors import RequestError
 
 USAGE = """usage: mm-convert completion {bash,zsh}
@@ -20,6 +20,9 @@ BASH = """_mm_convert() {
         words="@first@"
     elif [ "$COMP_CWORD" -eq 2 ] && [[ " @converters@ " == *" $first "* ]]; then
         words="@verbs@"
+        if [[ " @ms@ " == *" $first "* ]]; then
+            words="@ms_verbs@"
+        fi
     elif [[ "$current" == -* ]]; then
         if [[ " @converters@ " == *" $first "* ]]; then
             words="$(mm-convert "$first" "${COMP_WORDS[2]}" -h 2>/dev/null)"
@@ -47,11 +50,15 @@ def run(words: list[str]) -> int:
         raise RequestError(
             f"there is no completion for {' '.join(words) or 'no shell'}", "bash or zsh"
         )
-    converters = [AUTO, *converter_names()]
+    converters = [AUTO, *converter_names(), *MINDSPORE]
     script = SCRIPTS[words[0]]
-    script = script.replace("@first@", " ".join([*converters, *TOOLS]))
-    script = script.replace("@converters@", " ".join(converters)).replace(
-        "@verbs@", " ".join(VERBS)
-    )
+    for mark, listed in (
+        ("first", [*converters, *TOOLS]),
+        ("converters", converters),
+        ("verbs", VERBS),
+        ("ms", MINDSPORE),
+        ("ms_verbs", MS_VERBS),
+    ):
+        script = script.replace(f"@{mark}@", " ".join(listed))
     print(script, end="")
     return 0

@@ -26,7 +26,7 @@ class Inspected:
     """What to look at."""
 
     path: tyro.conf.Positional[Path]
-    """A checkpoint folder, Hugging Face or MM, or one rank file."""
+    """A checkpoint: a folder, Hugging Face, MM or MindSpore, or one file."""
     tensors: bool = False
     """List every tensor."""
     html: MaybePath = None
@@ -39,9 +39,6 @@ class Inspected:
     """Print the result, or the error, as JSON."""
     debug: bool = False
     """Add the traceback to errors."""
-
-
-KINDS = {"hf": "Hugging Face checkpoint", "mm": "MM checkpoint", "mm_rank_file": "MM rank file"}
 
 
 def run(words: list[str]) -> int:
@@ -84,6 +81,7 @@ def _show(found: Inspection, asked: Inspected) -> None:
     """The facts, the picture and, if asked for, the tensors on the terminal."""
     from rich.console import Console
 
+    from mmconvert.inspection import KINDS, UNITS
     from mmconvert.picture import boxes_table, layout_table
 
     family = found.family or "unknown family"
@@ -100,8 +98,7 @@ def _show(found: Inspection, asked: Inspected) -> None:
         sizes = {b.chunk: b.nbytes for b in found.boxes if b.chunk is not None}
         table = layout_table(found.layout, sizes=sizes, unicode=shows_blocks())
     elif found.boxes:
-        unit = "weight file" if found.kind == "hf" else "model chunk"
-        table = boxes_table(found.boxes, unit, unicode=shows_blocks())
+        table = boxes_table(found.boxes, UNITS[found.kind], unicode=shows_blocks())
     if table is not None:
         Console().print(table)
     if asked.tensors:

@@ -23,7 +23,7 @@ class Pair:
     """Two checkpoints."""
 
     a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
-    """A checkpoint folder, Hugging Face or MM."""
+    """A checkpoint: a folder, Hugging Face, MM or MindSpore, or a MindSpore file."""
     b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
     """Another one."""
     drop: Patterns = NO_PATTERNS
