@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mmconvert.errors import LostProcessError, OutputError, cannot_write
+from mmconvert.names import summarise
 from mmconvert.sharding.layout import parse_folder
 
 try:
@@ -29,6 +30,9 @@ FILE_MODE = 0o640
 TRACKER = "latest_checkpointed_iteration.txt"
 INDEX = "model.safetensors.index.json"
 RANK_FOLDER = re.compile(r"rank_\d{1,5}")  # of MindSpore
+OWN_NAMES = re.compile(
+    rf"{re.escape(TRACKER)}|mmconvert\.json|release|iter_\d+|{RANK_FOLDER.pattern}|strategy|\.DS_Store"
+)
 MS_SUFFIXES = (".ckpt", ".safetensors")
 
 
@@ -93,6 +97,13 @@ class Output:
                 f"{self.final} does not look like a checkpoint, so --overwrite does not remove it",
                 "a checkpoint folder, or one that does not exist yet",
                 "choose another folder, or empty this one yourself",
+            )
+        if others := strangers(names):
+            raise OutputError(
+                f"{self.final} also holds {summarise(others)}, which no conversion writes; "
+                "--overwrite replaces the whole folder",
+                "a folder with a checkpoint and nothing else",
+                "move that elsewhere, or choose another folder",
             )
 
     def check_room(self, nbytes: int) -> None:
@@ -256,6 +267,16 @@ def looks_like_a_checkpoint(folder: Path, names: set[str]) -> bool:
         return True
     inner = [folder / name for name in names if name == "release" or name.startswith("iter_")]
     return any(parse_folder(p.name) for path in inner if path.is_dir() for p in path.iterdir())
+
+
+def strangers(names: set[str]) -> list[str]:
+    """What stands in an MM or MindSpore folder and belongs to no checkpoint.
+
+    Hugging Face folders may hold anything: a model's code, its pictures, its licence.
+    """
+    if "config.json" in names:
+        return []
+    return sorted(name for name in names if not (OWN_NAMES.fullmatch(name) or parse_folder(name)))
 
 
 def _holds_rank(folder: Path) -> bool:

@@ -101,8 +101,8 @@ def test_an_existing_output_is_refused(inputs: Inputs, out: Path) -> None:
 
 def test_overwrite_replaces_everything(inputs: Inputs, out: Path) -> None:
     copied(inputs.folders[0], out)
-    (out / "old.txt").write_text("of the old checkpoint")
     (out / "release" / "mp_rank_03").mkdir(parents=True)
+    (out / "release" / "old.txt").write_text("of the old checkpoint")
     (out / "release" / "mp_rank_03" / "model_optim_rng.pt").write_text("old")
     inputs.run(out, "--overwrite")
     inputs.check(out)
@@ -464,6 +464,22 @@ def test_two_at_the_same_time(
         assert litter(out) == []
         if not flags:
             shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("name", ["thesis.doc", "notes", ".git"])
+def test_overwrite_leaves_what_no_conversion_writes(
+    name: str, tied_hf: Path, tied_mm: Path, out: Path
+) -> None:
+    """An MM folder with something else in it is not replaced: that would be lost."""
+    copied(tied_mm, out)
+    (out / name).mkdir()
+    before = snapshot(out)
+    done = hf_to_mm(tied_hf, out, "--overwrite", check=None)
+    refused(done, 2, name, "no conversion writes")
+    assert snapshot(out) == before
+    (out / name).rmdir()
+    hf_to_mm(tied_hf, out, "--overwrite")
+    none(compare_mm(tied_mm, out))
 
 
 @contextmanager

@@ -74,7 +74,7 @@ ALLOWED: dict[str, set[str]] = {
     "distance": {"blockio", "fileio", "jobs", "measure", "plan", "stored"},
     "diffresult": {"distance"},
     "compare": {"blockio", "differences", "fileio", "jobs", "stored", "plan", "values"},
-    "output": {"sharding.layout"},
+    "output": {"names", "sharding.layout"},
     # opening checkpoints
     "manifest": {"converters.family", "formats.*"},
     "recognise": {"converters.*", "formats.*", "manifest"},
