@@ -22,6 +22,7 @@ from mmconvert.words import one_line
 
 AUTO = "AutoConverter"  # the family is told by the checkpoint
 INTERRUPTED = 130
+CLOSED_PIPE = 141  # what a shell says of a program that SIGPIPE ends: 128 + 13
 TORCHRUN = "TORCHELASTIC_RUN_ID"  # set by torchrun for every process that it starts
 
 LAYOUT = "--cfg.parallel_config.llm_pp_layers [12,16] --cfg.parallel_config.vit_pp_layers [32,0]"
@@ -137,7 +138,7 @@ def _guarded(words: list[str]) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away
         screen.abandon(sys.stdout)
-        return 1
+        return CLOSED_PIPE
     except OSError as error:  # files' errors are MMConvertErrors: this is the standard output's
         if error.filename is not None:
             return _fail(InternalError(f"{type(error).__name__}: {error}"), words)

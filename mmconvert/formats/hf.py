@@ -103,7 +103,8 @@ def open_hf(folder: Path) -> HFCheckpoint:
         return HFCheckpoint(folder, config, [hf_bin.read_bin(folder / hf_bin.SINGLE)], None)
     notes = ("pytorch_model*.bin beside safetensors are not read",) if pickled else ()
     if (folder / INDEX).is_file():
-        return replace(_indexed(folder, config, INDEX, ".safetensors"), notes=notes)
+        found = replace(_indexed(folder, config, INDEX, ".safetensors"), notes=notes)
+        return replace(found, notes=(*found.notes, *_beside_an_index(found)))
     file = read_weight_file(_single_file(folder))
     return HFCheckpoint(folder, config, [file], None, notes)
 
@@ -125,6 +126,20 @@ def _indexed(folder: Path, config: Mapping[str, object], index: str, suffix: str
     files = [read(folder / name) for name in names]
     _check_map(path, weight_map, files)
     return HFCheckpoint(folder, config, files, raw)
+
+
+def _beside_an_index(found: HFCheckpoint) -> tuple[str, ...]:
+    """A note on a single file that the index does not name.
+
+    The index is followed; transformers takes the single file where there is one (modeling_utils of
+    5.23), so that what a user has tried may be another checkpoint.
+    """
+    if SINGLE in {f.path.name for f in found.files} or not (found.folder / SINGLE).is_file():
+        return ()
+    return (
+        f"warning: {SINGLE} is not read, since {INDEX} does not name it; transformers would read "
+        "it, and not the files of the index",
+    )
 
 
 def _single_file(folder: Path) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from mmconvert.converters.family import ZEROS, Dims, Module, Row
 from mmconvert.errors import TensorError
-from mmconvert.names import summarise
+from mmconvert.names import number, summarise
 from mmconvert.plan import Block, Key, Side, Whole, matrix
 from mmconvert.sides.instances import Instance, instances
 from mmconvert.stored import StoredTensor, Target, transposed
@@ -30,7 +30,7 @@ def hf_side(
         TensorError: missing tensors, or shapes that are not those of config.json.
     """
     side = Side()
-    number: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     missing: list[str] = []
     layers = {m.key: dims[f"{m.key}.layers"] for m in modules}
     for item in instances(modules, layers):
@@ -44,10 +44,10 @@ def hf_side(
         if turned and item.row.turned:
             found = [transposed(tensor) for tensor in found]
         for name, tensor in zip(names, found, strict=True):
-            number.setdefault(name, len(number))
-            if number[name] == len(side.stored):
+            numbers.setdefault(name, len(numbers))
+            if numbers[name] == len(side.stored):
                 side.stored.append(tensor)
-        whole = _fused(item.row, found, [number[n] for n in names], dims)
+        whole = _fused(item.row, found, [numbers[n] for n in names], dims)
         known = side.wholes.setdefault(item.key, whole)
         if known is not whole:  # a tied head that the checkpoint stores beside the embedding
             if (known.shape, known.dtype) != (whole.shape, whole.dtype):
@@ -59,11 +59,11 @@ def hf_side(
             known.copies += whole.copies
     if missing:
         raise TensorError(
-            f"{len(missing)} tensors are missing: {summarise(missing)}",
+            f"{number(missing, 'tensor')} missing: {summarise(missing)}",
             "every tensor of the model, in the names of the hub or of transformers",
             "download the weight files again; if config.json is of another model, replace it",
         )
-    beyond = [tensor.name for name, tensor in tensors.items() if name not in number]
+    beyond = [tensor.name for name, tensor in tensors.items() if name not in numbers]
     if beyond:
         raise TensorError(
             f"{len(beyond)} tensors are beyond the layers that config.json counts "
@@ -140,8 +140,8 @@ def _fused(item: Row, found: Sequence[StoredTensor], numbers: Sequence[int], dim
         if part is None:
             whole.zeros += [(span.whole, span.length) for span in spans]
             continue
-        number, cols = part[0], matrix(part[1].shape)[1]
-        whole.copies[0] += [Block(number, s.start, 0, s.whole, 0, s.length, cols) for s in spans]
+        source, cols = part[0], matrix(part[1].shape)[1]
+        whole.copies[0] += [Block(source, s.start, 0, s.whole, 0, s.length, cols) for s in spans]
     return whole
 
 
@@ -175,11 +175,11 @@ def hf_target(model: Side, wholes: Mapping[Key, Whole]) -> Side:
     for key, whole in model.wholes.items():
         dtype = wholes[key].dtype if key in wholes else whole.dtype
         side.wholes[key] = Whole(whole.shape, dtype, whole.copies, whole.zeros)
-        for number in {block.tensor for blocks in whole.copies for block in blocks}:
-            if dtypes.setdefault(number, dtype) != dtype:
+        for i in {block.tensor for blocks in whole.copies for block in blocks}:
+            if dtypes.setdefault(i, dtype) != dtype:
                 raise TensorError(
-                    f"{key.name()} is {dtype}; other parts of {model.stored[number].name} are "
-                    f"{dtypes[number]}",
+                    f"{key.name()} is {dtype}; other parts of {model.stored[i].name} are "
+                    f"{dtypes[i]}",
                     "one dtype for the parts of one tensor",
                     "cast them all, with --dtype",
                 )

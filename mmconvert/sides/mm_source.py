@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from mmconvert.converters.family import Dims, Module, mm_index
 from mmconvert.errors import LayoutError, ReplicaError, TensorError
-from mmconvert.names import summarise
+from mmconvert.names import number, summarise
 from mmconvert.plan import Side, Whole, matrix
 from mmconvert.sharding.layout import Chunk, Layout
 from mmconvert.sharding.spans import Span
@@ -44,7 +44,7 @@ def mm_source(modules: Sequence[Module], dims: Dims, layout: Layout, parts: Part
             missing.append(f"{name} (on {len(shards)} of {layout.tp_folders} tp ranks only)")
     if missing:
         raise TensorError(
-            f"{len(missing)} tensors are missing: {summarise(missing)}",
+            f"{number(missing, 'tensor')} missing: {summarise(missing)}",
             "every tensor of the model on its rank",
             "copy the checkpoint again, with all its rank folders",
         )

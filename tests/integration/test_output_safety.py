@@ -540,8 +540,10 @@ def test_a_disk_that_fills_up(small_disk: Path, big: Path) -> None:
     with started(big, out, "--workers", "1") as process:
         caught(process, out)
         filler = small_disk / "filler"
+        process.send_signal(signal.SIGSTOP)  # so that what is free stays so until it is taken
         with filler.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free - MEGABYTE)
+        process.send_signal(signal.SIGCONT)
         refused(ended(process), 2, "No space left", out=out)
         assert list(small_disk.iterdir()) == [filler]
 

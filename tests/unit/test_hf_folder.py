@@ -208,8 +208,21 @@ def test_no_weights(folder: Path) -> None:
 
 def test_the_index_wins_over_a_single_file(folder: Path, tmp_path: Path) -> None:
     other = make_hf("qwen2vl-2b", tmp_path / "o", shards=1, layers=1, vit_layers=1, seed="other")
+    assert open_hf(folder).notes == ()
     (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
-    assert [f.path.name for f in open_hf(folder).files] == [FIRST, SECOND]
+    found = open_hf(folder)
+    assert [f.path.name for f in found.files] == [FIRST, SECOND]
+    assert len(found.notes) == 1
+    assert "transformers would read it, and not" in found.notes[0]
+
+
+def test_an_index_may_name_the_single_file(tmp_path: Path) -> None:
+    folder = small("qwen2vl-2b", tmp_path / "hf", shards=1)
+    names = dict.fromkeys(open_hf(folder).tensors(), "model.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+    found = open_hf(folder)
+    assert found.tensors().keys() == names.keys()
+    assert found.notes == ()
 
 
 def test_headers_come_back_byte_for_byte(folder: Path, tmp_path: Path) -> None:
