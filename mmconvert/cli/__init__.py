@@ -27,18 +27,18 @@ TORCHRUN = "TORCHELASTIC_RUN_ID"  # set by torchrun for every process that it st
 
 LAYOUT = "--cfg.parallel_config.llm_pp_layers [12,16] --cfg.parallel_config.vit_pp_layers [32,0]"
 TOOLS = {
-    "verify": "A B compares two checkpoints, Hugging Face or MM, in any two layouts",
-    "roundtrip": "HF_DIR proves for CI that what comes back from MM format is what went in",
-    "diff": "A B measures how far apart two checkpoints are, by tensor, layer and module",
     "inspect": "PATH says what a checkpoint is, with a picture of its layout",
+    "verify": "A B compares two checkpoints, Hugging Face or MM, in any two layouts",
+    "diff": "A B measures how far apart two checkpoints are, by tensor, layer and module",
     "suggest": "HF_DIR --pp N balances the layers over the pipeline and prints the command",
-    "completion": "bash|zsh prints a script that completes these words in the shell",
     "doctor": "PATH says what is wrong with a checkpoint, and prints the commands that mend it",
-    "convert_weight": "--model qwenvl --input_path HF --output_path X.ckpt, as MindFormers has it",
-    "data": "CONVERSION brings a dataset's annotations to the form that training reads",
+    "roundtrip": "HF_DIR proves for CI that what comes back from MM format is what went in",
     "validate": "--mm_dir D --hf_dir H runs both and compares what they compute",
     "generate": "--mm_dir D --hf_dir H --prompt P answers, from pictures, videos and sounds too",
     "finetune": "--mm_dir D --hf_dir H --data F --save S trains on conversations",
+    "data": "CONVERSION brings a dataset's annotations to the form that training reads",
+    "convert_weight": "--model qwenvl --input_path HF --output_path X.ckpt, as MindFormers has it",
+    "completion": "bash|zsh prints a script that completes these words in the shell",
 }
 # These bring torch's process groups themselves, one process for each rank of the checkpoint.
 RUNTIME = ("validate", "generate", "finetune")
@@ -254,7 +254,7 @@ def _top_help(names: list[str], ms_names: list[str]) -> str:
     ms_verbs = "\n".join(f"  {verb:<10} {text}" for verb, (_, text, _) in MS_VERBS.items())
     about = {AUTO: "   the family that config.json or the MM checkpoint tells"}
     converters = "\n".join(f"  {name}{about.get(name, '')}" for name in names)
-    tools = "\n".join(f"  {name:<10} {text}" for name, text in TOOLS.items())
+    tools = "\n".join(f"  {name:<14} {text}" for name, text in TOOLS.items())
     return f"""usage: mm-convert CONVERTER VERB [flags]
        mm-convert TOOL WORDS ... [flags]
 
@@ -277,7 +277,7 @@ mm-convert CONVERTER VERB -h and mm-convert TOOL -h show the flags; --config FIL
 them from a file; mm-convert --version shows the version.
 
 Exit codes: 0 done, 1 a comparison differs, 2 the request is impossible, 3 a checkpoint is
-missing or damaged, 70 a fault of mmconvert itself, 130 interrupted.
+missing or damaged, 70 a fault of mmconvert itself, 130 interrupted, 141 nobody read on.
 
 example:
   mm-convert Qwen2VLConverter hf_to_mm {VERBS["hf_to_mm"][2]}"""
