@@ -31,13 +31,14 @@ class Sample:
 
     Attributes:
         messages: (role, text); ``<image>``, ``<video>`` and ``<audio>`` mark the places.
-        images, videos, audios: files, in the order of their places; pictures may be objects.
+        images, videos, audios: files, in the order of their places; pictures and sounds
+            may be objects.
     """
 
     messages: Sequence[tuple[str, str]]
     images: Sequence[Any] = ()
     videos: Sequence[Path] = ()
-    audios: Sequence[Path] = ()
+    audios: Sequence[Any] = ()
     name: str = "the prompt"
 
 
@@ -223,7 +224,7 @@ class Speaker:
 
 
 def prompt(
-    text: str, images: Sequence[Any], audios: Sequence[Path], videos: Sequence[Path] = ()
+    text: str, images: Sequence[Any], audios: Sequence[Any], videos: Sequence[Path] = ()
 ) -> Sample:
     """A question about files, which stand before the words where no place is marked."""
     marked = {m[1] for m in PLACE.finditer(text)}

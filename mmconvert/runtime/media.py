@@ -82,11 +82,11 @@ class Media:
         where = torch.tensor([[times, int(grid[0, 1]), int(grid[0, 2])]])
         return pairs.reshape(times * patches, -1), where, times * tokens[0]
 
-    def sound(self, path: Path) -> Tensor:
-        """(mel bins, frames) of a WAV file."""
+    def sound(self, sound: Path | Tensor) -> Tensor:
+        """(mel bins, frames) of a WAV file, or of samples at 16 kHz."""
         if self._sounds is None:
             self._sounds = _load(transformers.WhisperFeatureExtractor, self._hf_dir, "sounds")
-        samples = read_wav(path)
+        samples = read_wav(sound) if isinstance(sound, Path) else sound
         made = self._sounds(
             samples.numpy(), sampling_rate=RATE, return_attention_mask=True, return_tensors="pt",
             padding="max_length",
@@ -181,3 +181,9 @@ def drawn_picture(side: int = 112) -> Image.Image:
     disc = (x - side // 2) ** 2 + (y - side // 2) ** 2 < (side // 4) ** 2
     ground[disc] = torch.tensor([200, 20, 20])
     return Image.frombytes("RGB", (side, side), bytes(ground.to(torch.uint8).flatten().tolist()))
+
+
+def drawn_sound(seconds: float = 0.5) -> Tensor:
+    """The built-in sound: a tone that rises, as samples at 16 kHz."""
+    time = torch.arange(int(seconds * RATE)) / RATE
+    return 0.3 * torch.sin(2 * torch.pi * (300 + 600 * time) * time)
