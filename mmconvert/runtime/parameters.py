@@ -103,8 +103,11 @@ def _compare(
                     relative = apart / max(size, least, 1e-30)
                     relative = relative if relative == relative else float("inf")  # NaN is no peace
                     found[i] = max(found.get(i, 0.0), relative)
-    listed = [(most, f"{mine[i].mm} ({mine[i].hf[1]})") for i, most in found.items()]
-    return sorted({item for some in gather(listed) for item in some})
+    listed = [(apart, f"{mine[i].mm} ({mine[i].hf[1]})") for i, apart in found.items()]
+    largest: dict[str, float] = {}  # ranks hold parts of one parameter
+    for apart, name in (item for some in gather(listed) for item in some):
+        largest[name] = max(apart, largest.get(name, 0.0))
+    return sorted((apart, name) for name, apart in largest.items())
 
 
 def _slabs(name: str, shape: tuple[int, ...]) -> Iterator[slice]:
