@@ -112,6 +112,12 @@ class Speaker:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _text(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RequestError(
+                f"{ascii(text)[:60]} is no text: it has half of a surrogate pair", "Unicode text"
+            ) from None
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         most = max(ids, default=0)
         if most >= self.arch.text_config.vocab_size:
@@ -249,13 +255,19 @@ def sample_of(item: Mapping[str, Any], folder: Path, name: str) -> Sample:
     messages: list[tuple[str, str]] = []
     for message in item["messages"]:
         role, text = (
-            (message.get("role"), message.get("content")) if isinstance(message, dict) else (0, 0)
+            (message.get("role"), message.get("content"))
+            if isinstance(message, dict)
+            else (None, None)
         )
-        if role not in ROLES or not isinstance(text, str):
+        if role not in ROLES:
             raise DatasetError(
-                f"{name} has a message of role {role!r}", f"text of {', '.join(ROLES)}"
+                f"{name} has a message of role {role!r}", f"role {', '.join(ROLES)}, and content"
             )
+        if not isinstance(text, str):
+            raise DatasetError(f"{name} has a message of role {role!r} without text", wanted)
         messages.append((str(role), text))
+    if all(role != "assistant" for role, _ in messages):
+        raise DatasetError(f"{name} has nothing to learn", "a message of role assistant")
     files: dict[str, list[Path]] = {}
     for key in ("images", "videos", "audios"):
         listed = item.get(key) or []
