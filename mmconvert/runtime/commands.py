@@ -180,6 +180,12 @@ def finetune(
             "an empty folder",
             "--resume, or another --save",
         )
+    if not started and (left := sorted(plan.save.glob("iter_*"))):  # saving would replace it
+        raise OutputError(
+            f"{plan.save} holds {left[0].name}, and no {TRACKER} that names it",
+            "an empty folder",
+            "another --save, or write the number of a whole iteration into that file",
+        )
     if started:
         stored = find(plan.save, arch)
         if stored.iteration >= plan.steps:
