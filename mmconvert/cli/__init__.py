@@ -98,10 +98,14 @@ def _guarded(words: list[str]) -> int:
             print(json.dumps(error.as_dict()))
         return stop.code if isinstance(stop.code, int) else RequestError.exit_code
     except KeyboardInterrupt:
-        what = "interrupted: nothing was left under the final name"
+        what, more = "interrupted: nothing was left under the final name", ""
+        if words[:1] in ([tool] for tool in TOOLS):
+            what = "interrupted"  # most write nothing; finetune tells of its checkpoints itself
+        else:
+            more = "; a conversion goes on when it is run again"
         if _asked(words, "--json"):
             print(json.dumps({"error": "Interrupted", "what": what, "exit_code": INTERRUPTED}))
-        print(f"{what}; a conversion goes on when it is run again", file=sys.stderr)
+        print(f"{what}{more}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
