@@ -129,12 +129,14 @@ def _guarded(words: list[str]) -> int:
             print(json.dumps(error.as_dict()))
         return stop.code if isinstance(stop.code, int) else RequestError.exit_code
     except KeyboardInterrupt:
-        what = "interrupted: nothing was left under the final name"
-        fix = "a conversion goes on when it is run again"
+        # most tools write nothing; finetune tells of its checkpoints itself
+        tool = words[:1] in ([name] for name in TOOLS)
+        what = "interrupted" if tool else "interrupted: nothing was left under the final name"
+        fix = "" if tool else "a conversion goes on when it is run again"
         if _asked(words, "--json"):
             told = {"error": "Interrupted", "what": what, "wanted": "", "fix": fix}
             print(json.dumps(told | {"exit_code": INTERRUPTED}))
-        screen.say(f"{what}; {fix}")
+        screen.say(f"{what}; {fix}" if fix else what)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away
         screen.abandon(sys.stdout)

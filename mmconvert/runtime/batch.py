@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name torch's own pages use
 
+ODD_ROWS = 3  # of the shortest sound that loses a row in pooling and keeps one
 IGNORED = -100  # a label that the loss leaves out, as in torch's cross entropy
 
 
@@ -73,13 +74,23 @@ def alike(batches: Sequence[Batch], merge: int, intern: bool) -> list[Batch]:
     """
     time = max(b.ids.shape[1] for b in batches)
     patches = _target([b.patches for b in batches], 1 if intern else merge * merge)
-    rows = _target([b.sound_rows for b in batches], 2)
-    out: list[Batch] = []
-    for b in batches:
-        grown = pad_text(b, time)
-        grown = _pad_pixels(grown, patches - b.patches, merge, intern)
-        out.append(_pad_sound(grown, rows - b.sound_rows))
-    return out
+    out = [_pad_pixels(pad_text(b, time), patches - b.patches, merge, intern) for b in batches]
+    return _alike_sounds(out)
+
+
+def _alike_sounds(batches: Sequence[Batch]) -> list[Batch]:
+    """Micro-batches with as many rows of sound, before pooling and after it.
+
+    Pooling takes pairs, and leaves out the last row of a sound that has an odd number of them. So
+    each micro-batch gets as many such sounds as the others have; what is missing then is even.
+    """
+    odd = [int((((b.lengths + 1) // 2) % 2).sum()) for b in batches]
+    grown = list(batches)
+    for i, count in enumerate(odd):
+        for _ in range(max(odd) - count):
+            grown[i] = _pad_sound(grown[i], ODD_ROWS)
+    most = max(b.sound_rows for b in grown)
+    return [_pad_sound(b, most - b.sound_rows) for b in grown]
 
 
 def _target(sizes: Sequence[int], unit: int) -> int:

@@ -18,7 +18,7 @@ from mmconvert.runtime.dataset import read_samples, split
 from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.launch import Emit, launch
-from mmconvert.runtime.media import drawn_picture
+from mmconvert.runtime.media import drawn_picture, drawn_sound
 from mmconvert.runtime.mmfiles import Stored, find
 from mmconvert.runtime.training import Plan, Training
 from mmconvert.runtime.validation import DTYPES, Validation
@@ -66,7 +66,10 @@ def _question(
     try:
         speaker = Speaker(arch, hf_dir)
         pictures: list[object] = [*images] or [drawn_picture()]
-        batch = speaker.batch(prompt(words or PROMPT, pictures, sounds), answer=True)
+        heard: list[object] = [*sounds]
+        if arch.kind == "qwen2_5_omni" and not heard:  # a tower that is not run is not checked
+            heard = [drawn_sound()]
+        batch = speaker.batch(prompt(words or PROMPT, pictures, heard), answer=True)
     except RequestError as error:
         if asked:
             raise
@@ -84,6 +87,8 @@ def _question(
         batch.lengths,
     )
     what = f"{len(images)} pictures" if images else "a built-in picture"
+    if heard:
+        what += f", {len(sounds)} sounds" if sounds else ", a built-in sound"
     return whole, f"{batch.ids.shape[1]} tokens: {what}, {words or PROMPT!r}"
 
 
@@ -174,6 +179,12 @@ def finetune(
             f"{plan.save} holds a checkpoint already",
             "an empty folder",
             "--resume, or another --save",
+        )
+    if not started and (left := sorted(plan.save.glob("iter_*"))):  # saving would replace it
+        raise OutputError(
+            f"{plan.save} holds {left[0].name}, and no {TRACKER} that names it",
+            "an empty folder",
+            "another --save, or write the number of a whole iteration into that file",
         )
     if started:
         stored = find(plan.save, arch)

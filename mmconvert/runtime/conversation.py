@@ -31,13 +31,14 @@ class Sample:
 
     Attributes:
         messages: (role, text); ``<image>``, ``<video>`` and ``<audio>`` mark the places.
-        images, videos, audios: files, in the order of their places; pictures may be objects.
+        images, videos, audios: files, in the order of their places; pictures and sounds
+            may be objects.
     """
 
     messages: Sequence[tuple[str, str]]
     images: Sequence[Any] = ()
     videos: Sequence[Path] = ()
-    audios: Sequence[Path] = ()
+    audios: Sequence[Any] = ()
     name: str = "the prompt"
 
 
@@ -111,6 +112,12 @@ class Speaker:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _text(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RequestError(
+                f"{ascii(text)[:60]} is no text: it has half of a surrogate pair", "Unicode text"
+            ) from None
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         most = max(ids, default=0)
         if most >= self.arch.text_config.vocab_size:
@@ -223,7 +230,7 @@ class Speaker:
 
 
 def prompt(
-    text: str, images: Sequence[Any], audios: Sequence[Path], videos: Sequence[Path] = ()
+    text: str, images: Sequence[Any], audios: Sequence[Any], videos: Sequence[Path] = ()
 ) -> Sample:
     """A question about files, which stand before the words where no place is marked."""
     marked = {m[1] for m in PLACE.finditer(text)}
@@ -248,13 +255,19 @@ def sample_of(item: Mapping[str, Any], folder: Path, name: str) -> Sample:
     messages: list[tuple[str, str]] = []
     for message in item["messages"]:
         role, text = (
-            (message.get("role"), message.get("content")) if isinstance(message, dict) else (0, 0)
+            (message.get("role"), message.get("content"))
+            if isinstance(message, dict)
+            else (None, None)
         )
-        if role not in ROLES or not isinstance(text, str):
+        if role not in ROLES:
             raise DatasetError(
-                f"{name} has a message of role {role!r}", f"text of {', '.join(ROLES)}"
+                f"{name} has a message of role {role!r}", f"role {', '.join(ROLES)}, and content"
             )
+        if not isinstance(text, str):
+            raise DatasetError(f"{name} has a message of role {role!r} without text", wanted)
         messages.append((str(role), text))
+    if all(role != "assistant" for role, _ in messages):
+        raise DatasetError(f"{name} has nothing to learn", "a message of role assistant")
     files: dict[str, list[Path]] = {}
     for key in ("images", "videos", "audios"):
         listed = item.get(key) or []

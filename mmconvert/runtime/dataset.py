@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from mmconvert.errors import DatasetError, RequestError
-from mmconvert.runtime.batch import Batch, alike
+from mmconvert.runtime.batch import IGNORED, Batch, alike
 from mmconvert.runtime.conversation import Sample, Speaker, sample_of
 from mmconvert.runtime.inputs import joined
 
@@ -31,7 +32,7 @@ def read_samples(files: Sequence[Path], most: int) -> list[Sample]:
     found: list[Sample] = []
     for path in files:
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise DatasetError(f"{path}: {error.strerror}", "a data file (JSON)") from None
         except (ValueError, RecursionError) as error:
@@ -76,7 +77,8 @@ class Feed:
     Args:
         size: samples of a micro-batch.
         count: micro-batches of a step.
-        seed: decides the order; None keeps the order of the files.
+        seed: decides the order; None keeps the order of the files, and lets only the first pass
+            through them count.
     """
 
     def __init__(
@@ -104,10 +106,13 @@ class Feed:
         """The samples of a step."""
         total = len(self._samples)
         start = number * self._size * self._count
-        return [
-            self._encoded(self._order(place // total)[place % total])
-            for place in range(start, start + self._size * self._count)
-        ]
+        picked: list[Batch] = []
+        for place in range(start, start + self._size * self._count):
+            batch = self._encoded(self._order(place // total)[place % total])
+            if self._seed is None and place >= total:  # an evaluation counts each sample once
+                batch = replace(batch, labels=torch.full_like(batch.labels, IGNORED))
+            picked.append(batch)
+        return picked
 
     def tokens(self, number: int) -> int:
         """Tokens of a step, padding not counted."""

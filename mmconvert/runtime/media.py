@@ -19,6 +19,7 @@ from mmconvert.runtime.families import Architecture
 FRAMES = 16  # frames of a video at most, spread over its length
 RATE = 16000  # samples a second that the audio tower knows
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # InternVL's own preprocessing
+WIDE = ("I", "F")  # Pillow's modes of 16 and 32 bits: convert("RGB") cuts them off at 255
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -42,7 +43,14 @@ class Media:
             self._images = _load(transformers.AutoImageProcessor, self._hf_dir, "pictures")
         pixels, grids = [], []
         for picture in pictures:
-            made = self._images(images=[picture.convert("RGB")], return_tensors="pt")
+            try:
+                made = self._images(images=[picture.convert("RGB")], return_tensors="pt")
+            except ValueError as error:  # such as sides of 400 to 1
+                width, height = picture.size
+                raise RequestError(
+                    f"a picture of {width} x {height} pixels: {error}",
+                    "a picture that the model's processor takes",
+                ) from None
             pixels.append(made["pixel_values"])
             grids.append(made["image_grid_thw"])
         grid = torch.cat(grids)
@@ -82,11 +90,11 @@ class Media:
         where = torch.tensor([[times, int(grid[0, 1]), int(grid[0, 2])]])
         return pairs.reshape(times * patches, -1), where, times * tokens[0]
 
-    def sound(self, path: Path) -> Tensor:
-        """(mel bins, frames) of a WAV file."""
+    def sound(self, sound: Path | Tensor) -> Tensor:
+        """(mel bins, frames) of a WAV file, or of samples at 16 kHz."""
         if self._sounds is None:
             self._sounds = _load(transformers.WhisperFeatureExtractor, self._hf_dir, "sounds")
-        samples = read_wav(path)
+        samples = read_wav(sound) if isinstance(sound, Path) else sound
         made = self._sounds(
             samples.numpy(), sampling_rate=RATE, return_attention_mask=True, return_tensors="pt",
             padding="max_length",
@@ -113,8 +121,14 @@ def open_picture(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as picture:
+            if picture.mode.startswith(WIDE):
+                raise RequestError(
+                    f"{path}: mode {picture.mode}", "8 bits for each colour; more are not scaled"
+                )
             return picture.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise RequestError(f"{path}: {error}", "a smaller picture") from None
+    except (OSError, UnidentifiedImageError) as error:
         reason = getattr(error, "strerror", None) or "not a picture"
         raise RequestError(f"{path}: {reason}", "a picture file") from None
 
@@ -181,3 +195,9 @@ def drawn_picture(side: int = 112) -> Image.Image:
     disc = (x - side // 2) ** 2 + (y - side // 2) ** 2 < (side // 4) ** 2
     ground[disc] = torch.tensor([200, 20, 20])
     return Image.frombytes("RGB", (side, side), bytes(ground.to(torch.uint8).flatten().tolist()))
+
+
+def drawn_sound(seconds: float = 0.5) -> Tensor:
+    """The built-in sound: a tone that rises, as samples at 16 kHz."""
+    time = torch.arange(int(seconds * RATE)) / RATE
+    return 0.3 * torch.sin(2 * torch.pi * (300 + 600 * time) * time)

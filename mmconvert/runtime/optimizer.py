@@ -86,9 +86,8 @@ class Optimizer:
             eps=recipe.epsilon,
         )
 
-    def step(self, number: int) -> tuple[float, float]:
-        """One update from the gradients that are there; (learning rate, gradient norm)."""
-        norm = self.norm()
+    def step(self, number: int, norm: float) -> float:
+        """One update from the gradients that are there, of this norm; the learning rate."""
         limit = self._recipe.clip
         scale = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
         for key, parameter in self.named.items():
@@ -105,7 +104,7 @@ class Optimizer:
             if master is not parameter:
                 parameter.data.copy_(master)
             parameter.grad = None
-        return rate, norm
+        return rate
 
     def norm(self) -> float:
         """The norm of the whole model's gradient, each parameter counted once."""
@@ -142,7 +141,7 @@ class Optimizer:
         for key, master in self._masters.items():
             held = dict(state[key])
             saved = held.pop("master", None)
-            if saved is not None and master is not self.named[key]:
+            if saved is not None:  # saved beside bf16, and finer than the weights of the file
                 master.data.copy_(saved)
             if any(v.dim() and v.shape != master.shape for v in held.values()):
                 raise CheckpointError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mmconvert.errors import cannot_write
+from mmconvert.errors import RequestError, cannot_write
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import mmfiles
 from mmconvert.runtime.conversation import Sample, Speaker
@@ -24,8 +26,17 @@ from mmconvert.runtime.launch import Emit
 from mmconvert.runtime.mmfiles import Stored
 from mmconvert.runtime.optimizer import Optimizer, Recipe, freeze
 from mmconvert.runtime.validation import DTYPES
+from mmconvert.runtime.verdict import finite
 
 LOG, PICTURE = "loss.jsonl", "loss.svg"
+# Settings by the names of their flags.
+FLAGS = {
+    "rate": "--lr", "least": "--min_lr", "warmup": "--warmup_iters", "steps": "--train_iters",
+    "decay": "--weight_decay", "beta1": "--adam_beta1", "beta2": "--adam_beta2",
+    "epsilon": "--adam_eps", "clip": "--clip_grad", "size": "--micro_batch_size",
+    "count": "the number of micro-batches", "seed": "--seed", "frozen": "--freeze",
+    "dtype": "--dtype", "samples": "the training data",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class Plan:
     recipe: Recipe
 
     def settings(self) -> dict[str, Any]:
-        """What decides the curve: must be the same after a restart."""
+        """What decides the curve, beside data and dtype: must be the same after a restart."""
         return {
             **asdict(self.recipe), "size": self.size, "count": self.count, "seed": self.seed,
             "frozen": list(self.frozen),
@@ -81,6 +92,11 @@ class Line:
     norm: float = 0.0
     seconds: float = 0.0
     tokens: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The line as JSON; an evaluation that is no number is null."""
+        kept = {k: v for k, v in asdict(self).items() if v is not None}
+        return {k: finite(v) if isinstance(v, float) else v for k, v in kept.items()}
 
 
 @dataclass(frozen=True)
@@ -138,7 +154,14 @@ class Training:
         batches = feed.step(step)
         moved = [batch.to(run.mesh.device) for batch in batches]
         loss = run.train(moved)
-        rate, norm = optimizer.step(step)
+        norm = optimizer.norm()
+        if not (math.isfinite(loss) and math.isfinite(norm)):  # before the weights are lost too
+            raise RequestError(
+                f"iteration {step + 1}: the loss is {loss}, the gradient norm {norm}",
+                "numbers; the weights of this iteration are not saved",
+                "a smaller --lr, or --clip_grad; --resume goes on from the last checkpoint",
+            )
+        rate = optimizer.step(step, norm)
         took = time.perf_counter() - began
         return loss, Line(step + 1, loss, None, rate, norm, took, feed.tokens(step) / took)
 
@@ -164,12 +187,22 @@ class Training:
             content[layout.part(virtual)] = tree
         if plan.save_optimizer:
             content["optimizer"] = optimizer.state()
-            content["training"] = plan.settings()
+            content["training"] = self._settings()
         mmfiles.write_rank(plan.save, number, layout, run.mesh.rank, content)
         dist.barrier()
         if run.mesh.lead:
             mmfiles.finish(plan.save, number)
         dist.barrier()
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides the curve: the plan, the dtype and the samples."""
+        said = [
+            [list(s.messages), [f.name for f in (*s.images, *s.videos, *s.audios)]]
+            for s in self.train
+        ]
+        digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
+        samples = f"{len(said)} samples ({digest})"
+        return {**self.plan.settings(), "dtype": self.dtype, "samples": samples}
 
     def _take_up(self, run: Engine, optimizer: Optimizer, emit: Emit) -> int:
         """Restores the optimizer; the iteration to go on from."""
@@ -178,11 +211,11 @@ class Training:
             optimizer.restore(state)
         else:
             emit("warning: the checkpoint has no optimizer state; its moments start at zero")
-        before, now = run.extras.get("training"), self.plan.settings()
+        before = run.extras.get("training")
         if isinstance(before, dict):
-            for key, value in now.items():
-                if before.get(key) != value:
-                    emit(f"warning: {key} was {before.get(key)} and is {value}: another curve")
+            for key, value in self._settings().items():
+                if key in before and before[key] != value:
+                    emit(f"warning: {FLAGS[key]} was {before[key]} and is {value}: another curve")
         emit(f"going on from iteration {self.stored.iteration}")
         return self.stored.iteration
 
@@ -212,7 +245,7 @@ class Journal:
 
     def add(self, line: Line) -> None:
         """Writes a line down."""
-        kept = {k: v for k, v in asdict(line).items() if v is not None}
+        kept = line.as_dict()
         self._lines.append(kept)
         try:
             with self._path.open("a", encoding="utf-8") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,11 @@ from mmconvert.runtime.engine import Engine
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.launch import Emit
 from mmconvert.runtime.mmfiles import Stored
-from mmconvert.runtime.shard import Binding
+from mmconvert.runtime.parameters import compare_gradients, compare_weights, from_lead, gather
 from mmconvert.runtime.verdict import GRADIENTS, TOLERANCE, Check, Parting, Report
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GREEDY = 20  # tokens that are generated on both sides
-LARGEST = 1 << 26  # elements of a parameter whose gradient is compared
-LAYER = re.compile(r"(?:^|\.)(?:blocks|layers|layer)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,9 @@ class Validation:
         if run.mesh.lead:
             model = reference.load_reference(self.arch, self.hf_dir, dtype, device)
             checks = self._outputs(model, batch, logits, loss, tokens)
-        checks = _from_lead(checks)
+        checks = from_lead(checks)
         checks.append(self._gradients(run, model))
+        checks.append(self._weights(run, model))
         checks += self._void(run)
         parting = None
         if not all(check.passed for check in checks[:2]):
@@ -137,84 +135,26 @@ class Validation:
             f"{len(found)} parameters; most at {name}",
         )
 
+    def _weights(self, run: Engine, model: Any) -> Check:  # noqa: ANN401 - HF's model
+        """Every parameter, used by these inputs or not."""
+        found = compare_weights(self.arch, run, model)
+        worst, name = max(found)
+        note = f"{len(found)} parameters" + (f"; most at {name}" if worst else "")
+        limit = self.tolerance or TOLERANCE[self.dtype, False]  # no sum is in them
+        return Check("weights", worst, limit, note)
+
     def _void(self, run: Engine) -> list[Check]:
         """The k biases that transformers has not: they change nothing, but would be lost."""
         most = 0.0
         for stage in run.stages:
             for _, parameter, part in stage.shard.void:
                 most = max(most, float(part(parameter.detach()).abs().max()))
-        most = max(_gather(most))
+        most = max(gather(most))
         return (
             [Check("k biases that are zero", most, 0.0)]
-            if any(_gather(any(s.shard.void for s in run.stages)))
+            if any(gather(any(s.shard.void for s in run.stages)))
             else []
         )
-
-
-def _gather(value: Any) -> list[Any]:  # noqa: ANN401 - plain values
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
-
-
-def _from_lead(value: Any) -> Any:  # noqa: ANN401 - plain values
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _sampled(bindings: Sequence[Binding], last: dict[str, int]) -> list[Binding]:
-    """Bindings in the first and the last layer of each tower, and outside of layers."""
-    out: list[Binding] = []
-    for b in bindings:
-        number = LAYER.search(b.hf[1])
-        if number is None or int(number[1]) in (0, last[b.hf[0]]):
-            out.append(b)
-    return out
-
-
-def compare_gradients(arch: Architecture, run: Engine, model: Any) -> list[tuple[float, str]]:  # noqa: ANN401 - HF's model
-    """(largest difference, MM name) of sampled parameters, over all processes.
-
-    A difference is relative to the parameter's largest gradient; to a ten-thousandth of the
-    largest of all where that is more, since some gradients are nothing but rounding.
-
-    Args:
-        model: transformers' model with gradients, on process 0.
-    """
-    last = {key: sum(map(sum, grid)) - 1 for key, grid in run.mesh.layout.grids.items()}
-    mine = [b for s in run.stages for b in _sampled(s.shard.bindings, last)]
-    names = sorted(
-        {
-            b.hf
-            for found in _gather([b._replace(parameter=None, part=None, mine=None) for b in mine])
-            for b in found
-        }
-    )  # type: ignore[arg-type]
-    grads: dict[tuple[str, str], Tensor] = {}
-    if run.mesh.lead:
-        parts = arch.parts(model)
-        for name in names:
-            p = parts.find(*name)
-            if p.numel() <= LARGEST:
-                grads[name] = torch.zeros_like(p) if p.grad is None else p.grad
-    shapes = _from_lead({name: tuple(g.shape) for name, g in grads.items()})
-    floor = _from_lead(max((float(g.abs().max()) for g in grads.values()), default=0.0)) * 1e-4
-    found: list[tuple[float, str]] = []
-    for name, shape in shapes.items():
-        whole = grads.get(
-            name, torch.empty(shape, dtype=run.dtype, device=run.mesh.device)
-        ).contiguous()
-        dist.broadcast(whole, src=0)
-        scale = max(float(whole.abs().max()), floor, 1e-30)
-        for b in (b for b in mine if b.hf == name):
-            ours = b.part(
-                b.parameter.grad if b.parameter.grad is not None else torch.zeros_like(b.parameter)
-            )
-            theirs = b.mine(whole).reshape(ours.shape)
-            apart = float((ours.float() - theirs.float()).abs().max()) if ours.numel() else 0.0
-            found.append((apart / scale, f"{b.mm} ({name[1]})"))
-    return sorted({item for some in _gather(found) for item in some})
 
 
 # --------------------------------------------------------------------------- where they part
@@ -230,14 +170,14 @@ def find_parting(
     with _recorded([(p.hf, p.module) for s in run.stages for p in s.points], held):
         run.logits([batch])
     listed = [(s.number, i, p.label, p.hf) for s in run.stages for i, p in enumerate(s.points)]
-    order = sorted({item for some in _gather(listed) for item in some})
+    order = sorted({item for some in gather(listed) for item in some})
     theirs: dict[tuple[str, str], Tensor] = {}
     if run.mesh.lead:
         parts = arch.parts(model)
         with _recorded([(hf, parts.find(*hf)) for *_, hf in order], theirs), torch.no_grad():
             reference.forward(arch, model, batch)
     for _, _, label, hf in order:
-        shape = _from_lead(tuple(theirs[hf].shape) if hf in theirs else None)
+        shape = from_lead(tuple(theirs[hf].shape) if hf in theirs else None)
         if shape is None:
             continue
         wanted = theirs.get(hf, torch.empty(shape, device=run.mesh.device))
@@ -248,7 +188,7 @@ def find_parting(
             same = ours.numel() == wanted.numel()
             apart = float((ours - wanted.reshape(-1)).abs().max()) if same else float("inf")
         apart = apart if apart == apart else float("inf")
-        found = _gather((apart, run.mesh.rank.tp))
+        found = gather((apart, run.mesh.rank.tp))
         most = max(a for a, _ in found)
         bound = limit * max(1.0, size)
         if most > bound:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 # Largest difference of logits that rounding explains, relative to the largest logit where that is
@@ -16,6 +17,11 @@ TOLERANCE = {
     ("bf16", True): 2**-5,
 }
 GRADIENTS = 10  # gradients pass through twice as many sums, and the smallest are differences
+
+
+def finite(value: float) -> float | None:
+    """A number as JSON has it: it knows no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Check:
     def as_dict(self) -> dict[str, object]:
         """The check as JSON."""
         return {
-            "check": self.name, "difference": self.found, "limit": self.limit,
+            "check": self.name, "difference": finite(self.found), "limit": self.limit,
             "passed": self.passed, "note": self.note,
         }  # fmt: skip
 
@@ -66,8 +72,8 @@ class Parting:
     def as_dict(self) -> dict[str, object]:
         """The place as JSON."""
         return {
-            "where": self.label, "difference": self.difference, "largest_value": self.size,
-            "tp_ranks": self.ranks,
+            "where": self.label, "difference": finite(self.difference),
+            "largest_value": finite(self.size), "tp_ranks": self.ranks,
         }  # fmt: skip
 
 

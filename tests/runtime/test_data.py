@@ -18,6 +18,7 @@ from mmconvert.runtime.batch import IGNORED
 from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.dataset import Feed, read_samples, split
 from mmconvert.runtime.families import architecture
+from mmconvert.runtime.stage import pooled
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def mixed(folder: Path) -> Path:
         talking.picture(folder / f"{name}.png", name)
     animation(folder / "film.gif")
     talking.sound(folder / "low.wav", 220, 0.3)
-    talking.sound(folder / "high.wav", 880, 0.4)
+    talking.sound(folder / "high.wav", 880, 0.42)
     items = [
         talking.talk("Hello.", "Hi."),
         talking.talk("<image>\nWhich?", "red", images=["red.png"]),
@@ -84,11 +85,35 @@ def test_a_step_mixes_all_kinds_in_one_shape(speaker: Speaker, tmp_path: Path) -
         assert feed.tokens(number) < sum(b.ids.numel() for b in batches)  # padding does not count
 
 
+def test_sounds_of_odd_lengths_have_one_shape(speaker: Speaker, tmp_path: Path) -> None:
+    """Pooling loses a row of each odd sound: rows before and after it are to be alike."""
+    items: list[dict[str, object]] = [talking.talk("Hello.", "Hi.")]
+    for i, hundredths in enumerate((50, 52, 33, 20)):
+        talking.sound(tmp_path / f"{i}.wav", 440, hundredths / 100)
+        items.append(talking.talk("<audio>?", "a", audios=[f"{i}.wav"]))
+    items.append(talking.talk("<audio><audio>?", "a", audios=["0.wav", "2.wav"]))
+    (tmp_path / "data.json").write_text(json.dumps(items))
+    feed = Feed(speaker, read_samples([tmp_path / "data.json"], 0), 1, len(items), None)
+    batches = feed.step(0)
+    assert len({b.sound_rows for b in batches}) == 1
+    assert len({pooled(b) for b in batches}) == 1
+
+
+def test_a_mark_of_byte_order_is_no_part_of_the_file(tmp_path: Path) -> None:
+    path = talking.write_data(tmp_path)
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert len(read_samples([path], 0)) == len(talking.COLOURS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
-    [("[1,3]", "[3,0]", 1), ("[4]", "[3]", 2, "vit_tp_size=1", "audio_tp_size=1")],
-    ids=["pp 2", "tp 2, encoders at tp 1"],
+    [
+        ("[0,4]", "[3,0]", 1),
+        ("[1,3]", "[3,0]", 1),
+        ("[4]", "[3]", 2, "vit_tp_size=1", "audio_tp_size=1"),
+    ],
+    ids=["pp 2, towers alone", "pp 2", "tp 2, encoders at tp 1"],
 )
 def test_omni_learns_from_all_kinds_at_once(layout: Any, tmp_path: Path) -> None:
     hf = talking.make("omni", tmp_path / "hf")
@@ -133,7 +158,7 @@ def test_the_order_is_that_of_the_seed_and_every_sample_comes(
         steps = [feed.step(i)[0] for i in range(8)]
         return [speaker.words(b.ids[b.labels != IGNORED].tolist()) for b in steps]
 
-    assert order(None) == [*talking.COLOURS, *talking.COLOURS]
+    assert order(None) == [*talking.COLOURS, *[""] * 4]  # an evaluation counts each once
     assert order(1) == order(1)
     assert sorted(order(1)[:4]) == sorted(order(1)[4:]) == sorted(talking.COLOURS)
     assert len({tuple(order(seed)) for seed in range(5)}) > 1
@@ -154,6 +179,11 @@ BROKEN: dict[str, tuple[Break, str]] = {
         lambda items: items[17]["messages"][1].update(content=3),
         "entry 17 has a message of role 'assistant'",
     ),
+    "content is a list": (
+        lambda items: items[17]["messages"][0].update(content=[{"type": "text", "text": "Hi"}]),
+        "entry 17 has a message of role 'user' without text",
+    ),
+    "no answer": (lambda items: items[17]["messages"].pop(), "entry 17 has nothing to learn"),
     "images is a word": (lambda items: items[17].update(images="red.png"), "entry 17: images is"),
     "a picture is missing": (
         lambda items: items[17].update(images=["gone.png"]),
@@ -195,6 +225,9 @@ def test_a_broken_file_is_named(text: str, wanted: str, tmp_path: Path) -> None:
         (talking.talk("<audio>?", "a", audios=["red.png"]), "cannot be read"),
         (talking.talk("<video>?", "a", videos=["data.json"]), "is no video"),
         (talking.talk("word " * 200, "a"), "tokens"),
+        (talking.talk("<image>?", "a", images=["wide.png"]), "a picture of 900 x 4 pixels"),
+        (talking.talk("<image>?", "a", images=["deep.png"]), "8 bits for each colour"),
+        (talking.talk("half \ud800", "a"), "is no text"),
         (talking.talk("see <IMG_CONTEXT>?", "a"), ""),
     ],
 )
@@ -202,6 +235,8 @@ def test_a_sample_that_cannot_be_encoded_is_named(
     item: dict[str, object], wanted: str, speaker: Speaker, tmp_path: Path
 ) -> None:
     talking.write_data(tmp_path)
+    Image.new("RGB", (900, 4)).save(tmp_path / "wide.png")
+    Image.new("I;16", (56, 56), 40000).save(tmp_path / "deep.png")  # white, if it were cut off
     (tmp_path / "data.json").write_text(json.dumps([item]))
     feed = Feed(speaker, read_samples([tmp_path / "data.json"], 0), 1, 1, None)
     if not wanted:  # InternVL's word means nothing to Omni

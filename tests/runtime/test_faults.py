@@ -179,6 +179,23 @@ def test_a_missing_rank_folder_is_named(work: Work, tmp_path: Path) -> None:
         validated(mm, work.hf)
 
 
+def test_an_interrupted_answer_says_nothing_of_conversions(work: Work) -> None:
+    words = work.words("generate", "--prompt", "x", "--max_new_tokens", "100000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmconvert", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    os.killpg(process.pid, signal.SIGINT)
+    code, errors = ends(process)
+    assert code == 130
+    assert errors.splitlines()[-1] == "interrupted"
+
+
 @pytest.mark.parametrize(
     ("more", "code", "said"),
     [

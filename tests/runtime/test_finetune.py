@@ -17,6 +17,7 @@ import talking
 import tinyfamilies
 from cli import run_cli
 from commands import mm_to_hf
+from mmconvert.errors import OutputError
 
 STEPS, HALF = 6, 3
 pytestmark = pytest.mark.slow
@@ -95,6 +96,49 @@ def test_a_folder_with_a_checkpoint_is_not_written_over(work: Work) -> None:
     assert "holds a checkpoint already" in done.stderr
     assert "Traceback" not in done.stderr
     assert [p.name for p in save.iterdir()] == ["latest_checkpointed_iteration.txt"]
+
+
+def test_an_iteration_that_no_tracker_names_is_not_replaced(work: Work, tmp_path: Path) -> None:
+    precious = tmp_path / "iter_0000001" / "precious"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    with pytest.raises(OutputError, match="holds iter_0000001"):
+        talking.learn(work.mm, work.hf, [work.data], talking.plan(tmp_path, 1), resume=True)
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--lr", "1e30", "--clip_grad", "0"), "iteration 2: the loss is nan"),
+        (("--val_rate", "0.5"), "--val_rate is given without --eval_interval"),
+    ],
+    ids=["lost", "never evaluated"],
+)
+def test_a_training_that_cannot_end_well_is_an_error(
+    flags: tuple[str, ...], said: str, work: Work, tmp_path: Path
+) -> None:
+    save = tmp_path / "save"
+    words = ("--mm_dir", work.mm, "--hf_dir", work.hf, "--data", work.data, "--save", save)
+    done = run_cli("finetune", *words, *flags, check=2)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(save.glob("iter_*")) == []
+
+
+def test_a_restart_says_what_has_changed(work: Work, tmp_path: Path) -> None:
+    heard: list[str] = []
+    save, other = tmp_path / "save", tmp_path / "other.json"
+    talking.learn(work.mm, work.hf, [work.data], talking.plan(save, 1))
+    other.write_text(json.dumps([talking.talk("Hello.", "Hi.")]))
+    what = talking.plan(save, 2, rate=1e-3)
+    talking.commands.finetune(
+        work.mm, work.hf, [other], [], 0.0, 0, what, "bf16", True,
+        lambda event: heard.append(str(event)),
+    )  # fmt: skip
+    warned = {line.split()[1] for line in heard if line.startswith("warning: ")}
+    assert warned == {"--lr", "--train_iters", "--dtype", "the"}
+    assert any("the training data was 4 samples" in line for line in heard)
 
 
 def test_evaluations_several_files_and_lines_for_machines(work: Work) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import talking
 import tinyfamilies as models
 from commands import copied, edit_rank
 from mmconvert.errors import TensorError
@@ -124,6 +125,53 @@ def test_a_mutation_fails_at_its_layer(name: str, pair: tuple[Path, Path], tmp_p
     assert report.parting is not None
     assert report.parting.label == mutation.where
     assert report.parting.ranks == list(mutation.found_on)
+
+
+def one_word(shard: Shard) -> None:
+    """A word that no built-in question has."""
+    name = "text_decoder.embedding.word_embeddings.weight"
+    shard[name] = shard[name].clone()
+    shard[name][90] = 0
+
+
+def frames_swapped(shard: Shard) -> None:
+    """A picture is the same in both frames of a patch, so that nothing computed changes."""
+    name = "image_encoder.encoder.patch_embed.proj.weight"
+    shard[name] = shard[name].flip(2).contiguous()
+
+
+UNSEEN = {
+    "one word of the second rank": (one_word, (1,), "embed_tokens.weight"),
+    "frames of a patch swapped": (frames_swapped, (0, 1), "patch_embed.proj.weight"),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_the_inputs_do_not_touch_is_compared_too(name: str, tmp_path: Path) -> None:
+    hf = talking.make("qwen2_vl", tmp_path / "hf")  # made-up pixels would differ in each frame
+    mm = models.convert("qwen2_vl", hf, tmp_path / "mm", "[1,3]", "[3,0]", 2)
+    mutate, tps, where = UNSEEN[name]
+    for tp in tps:
+        edit_rank(mm, f"mp_rank_{tp:02d}_000", lambda content: mutate(content["model"]))
+    report = validated(mm, hf)
+    wrong = [c for c in report.checks if not c.passed]
+    assert [c.name for c in wrong] == ["weights"]
+    assert where in wrong[0].note
+
+
+def test_the_audio_tower_is_run_without_a_sound_of_the_users(tmp_path: Path) -> None:
+    hf = talking.make("omni", tmp_path / "hf")
+    mm = models.convert("omni", hf, tmp_path / "mm", "[4]", "[3]")
+
+    def shift(content: dict) -> None:
+        name = "audio_encoder.encoder.blocks.layers.1.mlp.linear_fc1.bias"
+        content["model"][name] = content["model"][name] + 1
+
+    edit_rank(mm, "mp_rank_00", shift)
+    report = validated(mm, hf)
+    assert "a built-in sound" in report.inputs
+    assert report.parting is not None
+    assert report.parting.label == "audio_encoder layer 1, mlp"
 
 
 def test_a_missing_tensor_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:

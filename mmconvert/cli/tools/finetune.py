@@ -110,7 +110,7 @@ def run(words: list[str]) -> int:
             if not asked.quiet:
                 print(event, file=sys.stderr)
         elif asked.json:
-            print(json.dumps({k: v for k, v in vars(event).items() if v is not None}), flush=True)
+            print(json.dumps(event.as_dict()), flush=True)
         elif not asked.quiet:
             print(words_of(event, asked), flush=True)
 
@@ -174,6 +174,9 @@ def _check(asked: Finetuned) -> None:
         raise RequestError("--val_data and --val_rate are both given", "one of them")
     if asked.eval_interval and not (asked.val_data or asked.val_rate):
         raise RequestError("--eval_interval is given without data", "--val_data or --val_rate")
+    if (asked.val_data or asked.val_rate) and not asked.eval_interval:
+        given = "--val_data" if asked.val_data else "--val_rate"
+        raise RequestError(f"{given} is given without --eval_interval", "when to evaluate")
 
 
 def words_of(line: object, asked: Finetuned) -> str:

@@ -52,7 +52,7 @@ def run(words: list[str]) -> int:
     """Compares; exit code 1 if the two differ."""
     text = (
         "Does an MM checkpoint compute what its Hugging Face model computes? Compares logits, "
-        "loss, gradients and greedy tokens, and names the first layer that differs."
+        "loss, gradients, greedy tokens and weights, and names the first layer that differs."
     )
     prog = "mm-convert validate"
     asked = read_plain(
