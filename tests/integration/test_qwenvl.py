@@ -440,6 +440,32 @@ def test_a_lone_slice_is_no_checkpoint(ranks: Path, hf: Path, tmp_path: Path) ->
     refused(done, 2, "1 ranks", "4", out=tmp_path / "x.ckpt")
 
 
+@pytest.mark.parametrize("given", [{}, {"model_parallel": 2}], ids=["file", "ranks"])
+def test_slices_by_another_layouts_strategy(
+    given: dict[str, int], ckpt: Path, ranks: Path, hf: Path, tmp_path: Path
+) -> None:
+    """As many ranks, slices that fit each other, and wholes that are too large."""
+    plain, four = tmp_path / "plain", tmp_path / "four"
+    resplit_ms(ckpt, plain, *devices(data_parallel=4))
+    resplit_ms(ckpt, four, *devices(model_parallel=4))
+    out = tmp_path / ("x" if given else "x.ckpt")
+    for source, strategy in ((ranks, four), (plain, four), (plain, ranks)):
+        words = ["--cfg.source_strategy", str(strategy / "strategy"), *devices(**given)]
+        for more in ([], ["--cfg.hf_config.hf_dir", str(hf)]):
+            done = resplit_ms(source, out, *words, *more, check=None)
+            refused(done, 3, "in all", "its own strategy files", out=out)
+    one = ranks / "rank_0" / "checkpoint_0.ckpt"
+    refused(resplit_ms(one, out, *devices(**given), check=None), 3, "the file of one rank", out=out)
+
+
+def test_a_padded_vocabulary(ckpt: Path, hf: Path, tmp_path: Path) -> None:
+    """MindFormers can pad embedding and output layer: config.json does not know of it."""
+    padded = make_qwenvl(tmp_path / "hf", Sizes(vocab=512))
+    hf_to_ms(padded, tmp_path / "x.ckpt")
+    words = ["--cfg.hf_config.hf_dir", str(hf), *devices(model_parallel=2)]
+    resplit_ms(tmp_path / "x.ckpt", tmp_path / "r", *words)
+
+
 def test_other_tools_name_the_converter(hf: Path) -> None:
     refused(run_cli("roundtrip", hf), 3, "use QwenVLConverter hf_to_ms")
     assert "Qwen-VL" in run_cli("doctor", hf).stdout
