@@ -66,8 +66,8 @@ class SizesConfig:
     """The original model, to check sizes with."""
 
     hf_dir: MaybePath = None
-    """Folder whose config.json gives the numbers of heads: with it, model_parallel is checked to
-    keep heads whole."""
+    """Folder whose config.json gives sizes and numbers of heads: with it, model_parallel is checked
+    to keep heads whole."""
 
 
 @dataclass(frozen=True)

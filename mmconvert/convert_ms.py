@@ -26,6 +26,7 @@ from mmconvert.run_ms import Destination, write_ms
 from mmconvert.sharding.devices import DeviceLayout
 from mmconvert.sides.devices import Spread, device_target, whole_spread
 from mmconvert.sides.hf import hf_side, hf_target
+from mmconvert.sides.sizes import check_agreement
 from mmconvert.sources.hf import config_model, hf_model
 from mmconvert.sources.mindspore import (
     MSModel,
@@ -114,12 +115,16 @@ def reshard_ms(
     table = family.modules(family.variants[0]) if by_family else None
     source = ms_model(cfg.source_dir, cfg.source_strategy, run.options, table, name=family.name)
     src = source.side()
-    wholes = in_order(in_dtype(src.wholes, run.cast), family.modules(family.variants[0]))
+    hf_dir = cfg.hf_config.hf_dir
+    dims = config_model(family, hf_dir).dims if hf_dir else {}
+    rows = family.modules(family.variants[0])
+    # The vocabulary may have been padded on MindFormers' side (enable_emb_opt).
+    sizes = {dim: size for dim, size in dims.items() if dim != family.vocabulary}
+    check_agreement(src.wholes, rows, sizes, cfg.source_dir)
+    wholes = in_order(in_dtype(src.wholes, run.cast), rows)
     notes = [*source.notes, *_idle(run.options, source.patterns)]
     layout: Described
     if table is not None:
-        hf_dir = cfg.hf_config.hf_dir
-        dims = config_model(family, hf_dir).dims if hf_dir else {}
         layers = check_complete(wholes, table, dims, cfg.source_dir)
         prefix = "--cfg.target_parallel_config."
         layout = device_layout(cfg.target_parallel_config, layers["llm"], prefix)

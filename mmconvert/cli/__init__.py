@@ -40,6 +40,12 @@ TOOLS = {
     "convert_weight": "--model qwenvl --input_path HF --output_path X.ckpt, as MindFormers has it",
     "completion": "bash|zsh prints a script that completes these words in the shell",
 }
+# Scripts of MindFormers' and MindSpeed-MM's guides: their lines work with mm-convert for python.
+SCRIPTS = {
+    "convert_weight": ["convert_weight"],
+    "data_convert": ["data", "llava-to-qwenvl"],
+    "llava_instruct_2_mllm_demo_format": ["data", "llava-to-mllm"],
+}
 # These bring torch's process groups themselves, one process for each rank of the checkpoint.
 RUNTIME = ("validate", "generate", "finetune")
 VERBS = {
@@ -208,7 +214,9 @@ def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_top_help([AUTO, *converter_names()], list(MINDSPORE)))
         return 0 if words else 2
-    converter, rest = words[0], words[1:]
+    script = words[0].rpartition("/")[2] if words[0].endswith(".py") else words[0]
+    script_words = SCRIPTS.get(script.removesuffix(".py"), words[:1])
+    converter, rest = script_words[0], [*script_words[1:], *words[1:]]
     if converter in TOOLS:
         return _tool(converter, rest)
     # Installed packages are searched for converters only when none of ours is meant: it is slow.

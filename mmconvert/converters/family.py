@@ -142,6 +142,7 @@ class Family:
         plain_text: whether ``llm_hf_dir`` is possible: the text decoder's names are those of a
             plain language model, and its part of config.json is ``text_config``.
         form: the format that its table leads to, for messages.
+        preprocessor: whether its models come with a configuration of their image processor.
     """
 
     name: str
@@ -159,6 +160,7 @@ class Family:
     canonical: bool = True
     plain_text: bool = True
     form: str = "MM format"
+    preprocessor: bool = True
 
     def hub_name(self, name: str) -> str:
         """The hub's spelling of an HF tensor name."""

@@ -24,6 +24,7 @@ class MSFamily(Family):
             or convolution: the optimizer never divides them.
         last: keys of modules that stand on the last pipeline stage; see :meth:`stage`.
         units: dimension -> its words; ``model_parallel`` must divide each.
+        vocabulary: the dimension that counts tokens.
     """
 
     embedding: str
@@ -31,6 +32,7 @@ class MSFamily(Family):
     tables: frozenset[str] = frozenset()
     last: frozenset[str] = frozenset()
     units: tuple[tuple[str, str], ...] = ()
+    vocabulary: str = "llm.vocab"
     form: str = "MindSpore format"
 
     def slicing(self, row: Row, layout: DeviceLayout, shape: Sequence[int], item: int) -> Slicing:

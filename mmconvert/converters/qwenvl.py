@@ -209,6 +209,7 @@ FAMILY = MSFamily(
     variants=(Variant(),),
     canonical=False,
     plain_text=False,
+    preprocessor=False,  # the code beside the weights prepares images
     embedding=EMBEDDING,
     head=HEAD,
     tables=frozenset(

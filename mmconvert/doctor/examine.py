@@ -16,6 +16,7 @@ from mmconvert.errors import MMConvertError
 from mmconvert.events import Events
 from mmconvert.formats.hf import INDEX
 from mmconvert.formats.megatron import TRACKER
+from mmconvert.formats.mindspore_folder import is_ms
 
 
 def examine(path: Path, asked: Asked, events: Events) -> Report:
@@ -35,6 +36,16 @@ def examine(path: Path, asked: Asked, events: Events) -> Report:
         what = f"{where}: {error.strerror or error}"
         report.add("cannot-read", what, "make it readable", path=Path(os.fsdecode(where)))
     return report
+
+
+def is_mindspore(path: Path) -> bool:
+    """Whether a path is a ``.ckpt`` file, or has rank folders and no sign of another checkpoint."""
+    if path.is_file():
+        return path.name.endswith(".ckpt")
+    try:
+        return path.is_dir() and not any(_signs(path)) and is_ms(path)
+    except (MMConvertError, OSError):
+        return False
 
 
 def _dispatch(path: Path, asked: Asked, events: Events, report: Report) -> None:

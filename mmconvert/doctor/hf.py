@@ -29,8 +29,8 @@ def examine_hf(folder: Path, asked: Asked, events: Events, report: Report) -> No
         report.skipped.append("hf_dir: it is for MM checkpoints")
     config = look_at_config(folder, report)
     files, complete = weight_files(folder, report)
-    look_at_side_files(folder, report)
     family = _family(folder, config, files, report) if config is not None else None
+    look_at_side_files(folder, report, preprocessor=family is None or family.preprocessor)
     if family is not None and config is not None:
         _look_at_tensors(folder, family, config, files, complete, asked, events, report)
     else:

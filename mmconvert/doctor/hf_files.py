@@ -10,7 +10,8 @@ from mmconvert.doctor.rankfiles import LFS, lfs_pointer
 from mmconvert.doctor.report import Report
 from mmconvert.doctor.shell import move_aside
 from mmconvert.errors import CheckpointError, FormatError
-from mmconvert.formats.hf import INDEX, SINGLE, read_config, read_index
+from mmconvert.formats import hf_bin
+from mmconvert.formats.hf import INDEX, SINGLE, is_pickled, read_config, read_index
 from mmconvert.formats.safetensors import WeightFile, expected_size, read_weight_file
 from mmconvert.names import number, summarise
 
@@ -37,8 +38,12 @@ def look_at_config(folder: Path, report: Report) -> Mapping[str, object] | None:
         return None
 
 
-def look_at_side_files(folder: Path, report: Report) -> None:
-    """What a model needs beside its weights to be used."""
+def look_at_side_files(folder: Path, report: Report, *, preprocessor: bool = True) -> None:
+    """What a model needs beside its weights to be used.
+
+    Args:
+        preprocessor: whether that is a configuration of its image processor.
+    """
     if not any((folder / name).is_file() for name in TOKENIZERS):
         report.add(
             "missing-tokenizer",
@@ -46,7 +51,7 @@ def look_at_side_files(folder: Path, report: Report) -> None:
             "download the tokenizer's files from the model's page; converting needs none",
             path=folder,
         )
-    if not any((folder / name).is_file() for name in PREPROCESSORS):
+    if preprocessor and not any((folder / name).is_file() for name in PREPROCESSORS):
         report.add(
             "missing-preprocessor",
             f"{folder} has no {PREPROCESSORS[0]}: images cannot be prepared for the model",
@@ -56,18 +61,23 @@ def look_at_side_files(folder: Path, report: Report) -> None:
 
 
 def weight_files(folder: Path, report: Report) -> tuple[list[WeightFile], bool]:
-    """The readable weight files, and whether they are all there."""
-    weight_map = _weight_map(folder, report)
+    """The readable weight files, and whether they are all there: those that are converted, so
+    ``pytorch_model*.bin`` where there are no safetensors.
+    """
+    pickled = is_pickled(folder)
+    weight_map = _weight_map(folder, report, pickled=pickled)
     there = sorted(path.name for path in folder.glob("*.safetensors"))
     if weight_map is not None:
         names = sorted(set(weight_map.values()))
+    elif pickled:
+        names = [] if (folder / hf_bin.INDEX).is_file() else [hf_bin.SINGLE]
     elif SINGLE in there and not (folder / INDEX).is_file():
         names = [SINGLE]
     else:
         names = there
     absent = [name for name in names if not (folder / name).is_file()]
     _absent(folder, names, absent, weight_map or {}, report)
-    if not names:
+    if not names and not pickled:  # pickled: the index is damaged, and reported
         _no_safetensors(folder, report)
     stray = [name for name in there if name not in names]
     files = [_read(folder / name, report) for name in names if name not in absent]
@@ -80,11 +90,11 @@ def weight_files(folder: Path, report: Report) -> tuple[list[WeightFile], bool]:
     return readable, bool(names) and len(readable) == len(names)
 
 
-def _weight_map(folder: Path, report: Report) -> dict[str, str] | None:
-    path = folder / INDEX
+def _weight_map(folder: Path, report: Report, *, pickled: bool) -> dict[str, str] | None:
+    path = folder / (hf_bin.INDEX if pickled else INDEX)
     if path.is_file():
         try:
-            return read_index(folder)
+            return read_index(folder, pickled=pickled)
         except CheckpointError as error:
             report.add("damaged-index", error.what, AGAIN, path=path)
             return None
@@ -123,14 +133,17 @@ def _no_safetensors(folder: Path, report: Report) -> None:
     report.add(
         "no-safetensors",
         f"{folder} has no *.safetensors files" + (f", only {summarise(others)}" if others else ""),
-        "save the model with safe_serialization=True" if others else "download the weights",
+        f"download {hf_bin.INDEX} too, or save the model with safe_serialization=True"
+        if others
+        else "download the weights",
         path=folder,
     )
 
 
 def _read(path: Path, report: Report) -> WeightFile | None:
     try:
-        return read_weight_file(path)
+        pickled = path.name.endswith(hf_bin.SUFFIX)
+        return hf_bin.read_bin(path) if pickled else read_weight_file(path)
     except FormatError as error:
         look_at_damage(path, error, report)
     except CheckpointError as error:

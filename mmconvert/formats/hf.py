@@ -97,7 +97,7 @@ def open_hf(folder: Path) -> HFCheckpoint:
     """
     config = read_config(folder)
     pickled = (folder / hf_bin.INDEX).is_file() or (folder / hf_bin.SINGLE).is_file()
-    if pickled and not any(folder.glob("*.safetensors")) and not (folder / INDEX).is_file():
+    if is_pickled(folder):
         if (folder / hf_bin.INDEX).is_file():
             return _indexed(folder, config, hf_bin.INDEX, hf_bin.SUFFIX)
         return HFCheckpoint(folder, config, [hf_bin.read_bin(folder / hf_bin.SINGLE)], None)
@@ -107,6 +107,13 @@ def open_hf(folder: Path) -> HFCheckpoint:
         return replace(found, notes=(*found.notes, *_beside_an_index(found)))
     file = read_weight_file(_single_file(folder))
     return HFCheckpoint(folder, config, [file], None, notes)
+
+
+def is_pickled(folder: Path) -> bool:
+    """Whether a folder's weights are read from ``pytorch_model*.bin``: it has no safetensors."""
+    if any(folder.glob("*.safetensors")) or (folder / INDEX).is_file():
+        return False
+    return (folder / hf_bin.INDEX).is_file() or (folder / hf_bin.SINGLE).is_file()
 
 
 def _indexed(folder: Path, config: Mapping[str, object], index: str, suffix: str) -> HFCheckpoint:
@@ -162,14 +169,18 @@ def _single_file(folder: Path) -> Path:
     )
 
 
-def read_index(folder: Path) -> dict[str, str]:
+def read_index(folder: Path, *, pickled: bool = False) -> dict[str, str]:
     """The weight map of a folder's index: tensor name -> file name.
+
+    Args:
+        pickled: the index of ``pytorch_model*.bin`` files.
 
     Raises:
         CheckpointError: unreadable; FormatError: no weight map.
     """
-    path = folder / INDEX
-    return _weight_map(path, parse_json(_read_small(path), path))
+    path = folder / (hf_bin.INDEX if pickled else INDEX)
+    suffix = hf_bin.SUFFIX if pickled else ".safetensors"
+    return _weight_map(path, parse_json(_read_small(path), path), suffix)
 
 
 def _weight_map(path: Path, index: object, suffix: str = ".safetensors") -> dict[str, str]:

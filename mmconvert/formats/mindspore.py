@@ -25,6 +25,7 @@ from typing import BinaryIO, NamedTuple
 
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats.protobuf import LENGTH, Field, WireFile
+from mmconvert.formats.safetensors import size_of_file
 from mmconvert.stored import ITEM_SIZE, Extent, StoredTensor
 
 # MindSpore's name of a dtype -> the safetensors spelling.
@@ -101,6 +102,7 @@ def read_ckpt(path: Path) -> CkptFile:
         CheckpointError: the file cannot be read.
     """
     try:
+        size_of_file(path)  # a pipe is refused, not waited for
         with path.open("rb") as file:
             return _Reader(path, file).read()
     except OSError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.formats.mindspore import check_crc, read_ckpt
 from mmconvert.formats.mindspore_output import STRATEGIES
-from mmconvert.formats.safetensors import read_weight_file
+from mmconvert.formats.safetensors import read_weight_file, size_of_file
 from mmconvert.formats.strategy import MAX_STRATEGY, Strategy, read_strategy
 from mmconvert.formats.strategy_writer import merge_strategies
 from mmconvert.names import number, summarise
@@ -256,7 +256,7 @@ def read_strategies(path: Path) -> Strategy:
 
 def _digest(path: Path) -> bytes:
     try:
-        if path.stat().st_size > MAX_STRATEGY:
+        if size_of_file(path) > MAX_STRATEGY:
             return str(path).encode()  # read_strategy refuses it
         return hashlib.sha256(path.read_bytes()).digest()
     except OSError as error:

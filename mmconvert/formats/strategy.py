@@ -28,7 +28,7 @@ from typing import NoReturn
 
 from mmconvert.errors import CheckpointError, FormatError, LayoutError
 from mmconvert.formats.protobuf import LENGTH, VARINT, Field, WireFile, signed
-from mmconvert.formats.safetensors import parse_json
+from mmconvert.formats.safetensors import parse_json, size_of_file
 from mmconvert.sharding.slices import Slicing
 
 MAX_STRATEGY = 256 << 20  # bytes; a file for 10,000 tensors has 1 MiB
@@ -80,7 +80,7 @@ def read_strategy(path: Path) -> Strategy:
         LayoutError: slices of a kind that is not supported.
     """
     try:
-        if path.stat().st_size > MAX_STRATEGY:
+        if size_of_file(path) > MAX_STRATEGY:
             raise FormatError(f"{path}: larger than {MAX_STRATEGY} bytes", _KIND)
         if path.name.endswith(".json"):
             return _from_json(path, parse_json(path.read_bytes(), path))

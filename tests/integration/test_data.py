@@ -94,6 +94,19 @@ def script_qwenvl(items: list[Item], folder: Path, user: str, assistant: str) ->
     return json.dumps(out).encode()
 
 
+def test_the_lines_of_the_guides_work_with_mm_convert_for_python(folder: Path) -> None:
+    given(folder, USUAL)
+    given(folder, USUAL, "data/llava_instruct_150k.json")
+    call("examples/qwen2vl/llava_instruct_2_mllm_demo_format.py", check=0)
+    assert len(json.loads(Path("data/mllm_format_llava_instruct_data.json").read_text())) == 4
+    words = ["--data_path", "in.json", "--image_location", "coco", "--output_path", "out.json"]
+    roles = ["--user_role_name", "user", "--assistant_role_name", "assistant"]
+    call("data_convert.py", *words, *roles, check=0)
+    first = (folder / "out.json").read_bytes()
+    qwenvl("in.json", "--overwrite")
+    assert (folder / "out.json").read_bytes() == first
+
+
 def mllm(source: str, *flags: str, check: int = 0) -> Any:
     words = ["--llava_json_path", source, "--output_json_path", "out.json", *flags]
     return call("data", "llava-to-mllm", *words, check=check)

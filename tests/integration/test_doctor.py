@@ -805,7 +805,13 @@ def no_side_files(hf: Path) -> None:
 def no_weights(hf: Path) -> None:
     for path in [*hf.glob("*.safetensors"), hf / INDEX]:
         path.unlink()
-    (hf / "pytorch_model.bin").write_bytes(b"x")
+    (hf / "pytorch_model-00001-of-00002.bin").write_bytes(b"x")  # and no index
+
+
+def damaged_bin(hf: Path) -> None:
+    for path in [*hf.glob("*.safetensors"), hf / INDEX]:
+        path.unlink()
+    (hf / "pytorch_model.bin").write_bytes(b"no archive")
 
 
 HF_CASES = {
@@ -843,7 +849,8 @@ HF_CASES = {
     "no tokenizer": Case(
         no_side_files, ("missing-tokenizer", "missing-preprocessor"), ("vocab.json",)
     ),
-    "no safetensors": Case(no_weights, ("no-safetensors",), ("only pytorch_model.bin",)),
+    "no safetensors": Case(no_weights, ("no-safetensors",), ("only pytorch_model-00001",)),
+    "a damaged .bin": Case(damaged_bin, ("damaged-weight-file",), ("not a zip archive",)),
 }
 
 

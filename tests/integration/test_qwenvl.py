@@ -64,6 +64,9 @@ def test_the_guides_own_spelling(hf: Path, ckpt: Path, tmp_path: Path) -> None:
     run_cli(*words, *there, check=0)
     hf_to_ms(hf, tmp_path / "y.ckpt", "--cfg.dtype", "fp16")
     assert (tmp_path / "x.ckpt").read_bytes() == (tmp_path / "y.ckpt").read_bytes()
+    lines = ["convert_weight.py", "--model", "qwenvl", "--input_path", hf, "--dtype", "fp16"]
+    run_cli(*lines, "--output_path", tmp_path / "z.ckpt", check=0)  # mm-convert for python
+    assert (tmp_path / "z.ckpt").read_bytes() == (tmp_path / "y.ckpt").read_bytes()
     back = ["--reversed", "--input_path", ckpt, "--output_path", tmp_path / "back", "--hf_dir", hf]
     run_cli(*words, *back, check=0)
     same(hf, tmp_path / "back")
@@ -440,9 +443,52 @@ def test_a_lone_slice_is_no_checkpoint(ranks: Path, hf: Path, tmp_path: Path) ->
     refused(done, 2, "1 ranks", "4", out=tmp_path / "x.ckpt")
 
 
+@pytest.mark.parametrize("given", [{}, {"model_parallel": 2}], ids=["file", "ranks"])
+def test_slices_by_another_layouts_strategy(
+    given: dict[str, int], ckpt: Path, ranks: Path, hf: Path, tmp_path: Path
+) -> None:
+    """As many ranks, slices that fit each other, and wholes that are too large."""
+    plain, four = tmp_path / "plain", tmp_path / "four"
+    resplit_ms(ckpt, plain, *devices(data_parallel=4))
+    resplit_ms(ckpt, four, *devices(model_parallel=4))
+    out = tmp_path / ("x" if given else "x.ckpt")
+    for source, strategy in ((ranks, four), (plain, four), (plain, ranks)):
+        words = ["--cfg.source_strategy", str(strategy / "strategy"), *devices(**given)]
+        for more in ([], ["--cfg.hf_config.hf_dir", str(hf)]):
+            done = resplit_ms(source, out, *words, *more, check=None)
+            refused(done, 3, "in all", "its own strategy files", out=out)
+    one = ranks / "rank_0" / "checkpoint_0.ckpt"
+    refused(resplit_ms(one, out, *devices(**given), check=None), 3, "the file of one rank", out=out)
+
+
+def test_a_padded_vocabulary(ckpt: Path, hf: Path, tmp_path: Path) -> None:
+    """MindFormers can pad embedding and output layer: config.json does not know of it."""
+    padded = make_qwenvl(tmp_path / "hf", Sizes(vocab=512))
+    hf_to_ms(padded, tmp_path / "x.ckpt")
+    words = ["--cfg.hf_config.hf_dir", str(hf), *devices(model_parallel=2)]
+    resplit_ms(tmp_path / "x.ckpt", tmp_path / "r", *words)
+
+
 def test_other_tools_name_the_converter(hf: Path) -> None:
     refused(run_cli("roundtrip", hf), 3, "use QwenVLConverter hf_to_ms")
     assert "Qwen-VL" in run_cli("doctor", hf).stdout
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_doctor_reads_bin_files(files: int, tmp_path: Path) -> None:
+    """As the hub has Qwen-VL: no safetensors, no configuration of an image processor."""
+    sound = make_qwenvl(tmp_path / "hf", files=files, pickled=True)
+    report = json.loads(run_cli("doctor", sound, "--values", "--json", check=0).stdout)
+    assert (report["findings"], report["tensors"], report["files"]) == ([], 69, files)
+    name = "pytorch_model-00002-of-00002.bin" if files > 1 else "pytorch_model.bin"
+    os.truncate(sound / name, 5000)
+    report = json.loads(run_cli("doctor", sound, "--json", check=3).stdout)
+    assert [f["id"] for f in report["findings"]] == ["damaged-weight-file"]
+
+
+def test_doctor_says_that_mindspore_is_not_its_matter(ckpt: Path, ranks: Path) -> None:
+    for path in (ckpt, ranks):
+        refused(run_cli("doctor", path), 2, "MindSpore", "mm-convert inspect")
 
 
 def test_what_is_no_such_checkpoint(hf: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -197,6 +198,9 @@ def test_no_file(tmp_path: Path) -> None:
         read_ckpt(tmp_path / "x.ckpt")
     with pytest.raises(CheckpointError):
         read_ckpt(tmp_path)
+    os.mkfifo(tmp_path / "pipe.ckpt")  # nobody writes: opening it would never end
+    with pytest.raises(CheckpointError, match="pipe"):
+        read_ckpt(tmp_path / "pipe.ckpt")
 
 
 @settings(max_examples=600, deadline=None)

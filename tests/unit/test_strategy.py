@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from math import prod
@@ -14,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mmconvert.errors import CheckpointError, FormatError, LayoutError, MMConvertError
+from mmconvert.formats.mindspore_folder import read_strategies
 from mmconvert.formats.strategy import Strategy, read_strategy
 from mmconvert.formats.strategy_writer import encode_strategy, merge_strategies, strategy_json
 from mmconvert.sharding.slices import Slicing, slice_parts
@@ -250,6 +252,11 @@ def test_stages_that_do_not_fit() -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
         read_strategy(tmp_path / "s.ckpt")
+    os.mkfifo(tmp_path / "ckpt_strategy_rank_0.ckpt")
+    with pytest.raises(CheckpointError, match="pipe"):
+        read_strategy(tmp_path / "ckpt_strategy_rank_0.ckpt")
+    with pytest.raises(CheckpointError, match="pipe"):
+        read_strategies(tmp_path)
 
 
 @settings(max_examples=400, deadline=None)

@@ -54,12 +54,18 @@ def run(words: list[str]) -> int:
     prog = "mm-convert doctor"
     asked = read_plain(Patient, words, prog, f"{text}\n\nexample:\n  {prog} MM_DIR --hf_dir HF_DIR")
     from mmconvert.doctor.asked import Asked
-    from mmconvert.doctor.examine import examine
+    from mmconvert.doctor.examine import examine, is_mindspore
     from mmconvert.errors import RequestError
     from mmconvert.jobs import default_workers
 
     if asked.workers < 0:
         raise RequestError(f"--workers is {asked.workers}", "a number of threads, or 0")
+    if is_mindspore(asked.path):
+        raise RequestError(
+            f"{asked.path} is a MindSpore checkpoint, which doctor does not examine",
+            "a Hugging Face or MM checkpoint",
+            "mm-convert inspect reads it, and mm-convert verify compares it with another",
+        )
     wanted = Asked(asked.hf_dir, asked.quick, asked.values, asked.workers or default_workers())
     with screen_events(quiet=asked.quiet) as events:
         report = examine(asked.path, wanted, events)
