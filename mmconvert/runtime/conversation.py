@@ -239,6 +239,14 @@ def prompt(
     return Sample([("user", front + text)], images, videos, audios)
 
 
+def _found(folder: Path, name: str) -> Path:
+    """A file that a data file names: its path starts at the data file's folder or, where nothing is
+    there, at the working directory, as trainers read the data that ``mm-convert data`` writes.
+    """
+    here, there = folder / name, Path(name)
+    return there if not here.exists() and there.exists() else here
+
+
 def sample_of(item: Mapping[str, Any], folder: Path, name: str) -> Sample:
     """A conversation out of a data file: ``messages`` with role and content, and file lists.
 
@@ -273,7 +281,7 @@ def sample_of(item: Mapping[str, Any], folder: Path, name: str) -> Sample:
         listed = item.get(key) or []
         if not isinstance(listed, list) or not all(isinstance(x, str) for x in listed):
             raise DatasetError(f"{name}: {key} is {listed!r}"[:200], "a list of file names")
-        files[key] = [folder / x for x in listed]
+        files[key] = [_found(folder, x) for x in listed]
     places = {m[1] for _, text in messages for m in PLACE.finditer(text)}
     for kind in ("image", "video", "audio"):
         if files[f"{kind}s"] and kind not in places:  # unmarked: before the first question

@@ -23,7 +23,7 @@ def read_samples(files: Sequence[Path], most: int) -> list[Sample]:
 
     Args:
         files: JSON lists of ``{"images": [...], "messages": [...]}``; paths in them start at
-            the file's own folder.
+            the file's own folder, or at the working directory.
         most: how many at most; 0 for all.
 
     Raises:
@@ -47,7 +47,7 @@ def read_samples(files: Sequence[Path], most: int) -> list[Sample]:
             if not file.exists():
                 raise DatasetError(
                     f"{sample.name}: {file} is missing",
-                    "every file, by a path that starts at the data file's folder",
+                    "every file, by a path from the data file's folder or the working directory",
                 )
     if not found:
         raise DatasetError("there are no conversations in the data", "at least one")

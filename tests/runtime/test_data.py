@@ -13,6 +13,7 @@ from PIL import Image
 
 import talking
 import tinyfamilies
+from cli import run_cli
 from mmconvert.errors import DatasetError, RequestError
 from mmconvert.runtime.batch import IGNORED
 from mmconvert.runtime.conversation import Speaker
@@ -136,6 +137,28 @@ def test_several_files_and_a_limit(tmp_path: Path) -> None:
     assert len(both) == 10
     assert both[6].images == [one / "red.png"]  # by the file's own folder
     assert [s.name for s in read_samples([first, second], 7)] == [s.name for s in both[:7]]
+
+
+def test_what_the_data_command_writes_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default from the working directory; with --relative from the data's own folder."""
+    image = tmp_path / "data/COCO2017/train2017/1.jpg"
+    image.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(image)
+    said = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Black."}]
+    items = [{"image": "1.jpg", "conversations": said}]
+    (tmp_path / "data/llava_instruct_150k.json").write_text(json.dumps(items))
+    run_cli("data", "llava-to-mllm", cwd=tmp_path, check=0)
+    below = tmp_path / "data/COCO2017/mllm.json"
+    words = ["--relative", "--output_json_path", str(below)]
+    run_cli("data", "llava-to-mllm", *words, cwd=tmp_path, check=0)
+    assert read_samples([below], 0)[0].images[0].samefile(image)
+    written = tmp_path / "data/mllm_format_llava_instruct_data.json"
+    with pytest.raises(DatasetError, match=r"1\.jpg is missing"):
+        read_samples([written], 0)
+    monkeypatch.chdir(tmp_path)
+    assert read_samples([written], 0)[0].images[0].samefile(image)
 
 
 def test_a_share_for_validation_is_drawn_once(tmp_path: Path) -> None:
