@@ -74,10 +74,13 @@ def steps(console: str) -> list[Step]:
 
 
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a command in `folder`, with a command mm-convert that is the code under test."""
+    """Runs a command in `folder`, with an mm-convert and a python that have the code under test."""
     shim = folder.parent / "bin"
     if not shim.is_dir():
         install(shim)
+        python = shim / "python"  # no link: a virtual environment is known by the path of its own
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        python.chmod(0o755)
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
         cwd=folder,
