@@ -55,7 +55,7 @@ def main() -> None:
                 seconds[name].append(whole)
     print(f"command: python benchmarks/scale.py --rounds {args.rounds}\n{machine()}\n")
     print(
-        "| one thread a process | seconds (median, all) | of which start and plan |\n|---|---|---|"
+        "| one thread a process | seconds (median, all) | a dry run |\n|---|---|---|"
     )
     for name, timed in seconds.items():
         every = ", ".join(f"{s:.2f}" for s in sorted(timed))

@@ -15,6 +15,7 @@ from shapes import write_checkpoint
 
 # As installed packages are: compiled once, not at every start.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+ENVIRONMENT.setdefault("OMP_NUM_THREADS", "1")  # torchrun sets it too, and says so at length
 CONVERTER = "Qwen2VLConverter"
 LAYOUT = [
     *("--cfg.parallel_config.llm_pp_layers", "[12,16]"),
