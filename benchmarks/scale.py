@@ -54,9 +54,7 @@ def main() -> None:
                 ready[name].append(start)
                 seconds[name].append(whole)
     print(f"command: python benchmarks/scale.py --rounds {args.rounds}\n{machine()}\n")
-    print(
-        "| one thread a process | seconds (median, all) | a dry run |\n|---|---|---|"
-    )
+    print("| one thread a process | seconds (median, all) | a dry run |\n|---|---|---|")
     for name, timed in seconds.items():
         every = ", ".join(f"{s:.2f}" for s in sorted(timed))
         start = statistics.median(ready[name])
