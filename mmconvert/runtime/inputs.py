@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from mmconvert.runtime.batch import IGNORED, Batch, pad_text
 from mmconvert.runtime.families import Architecture
-from mmconvert.runtime.reference import split_visual, token_types
+from mmconvert.runtime.reference import split_visual, takes_token_types, token_types
 
 SIDE = 8  # patches along each side of the picture
 SOUND = 50  # frames of sound
@@ -111,8 +110,7 @@ def positions(arch: Architecture, batch: Batch) -> Tensor:
         "video_grid_thw": videos[1] if len(videos[1]) else None,
         "attention_mask": torch.ones_like(batch.ids),
     }
-    known = inspect.signature(model.get_rope_index).parameters
-    if "mm_token_type_ids" in known:  # transformers 5.10 and later
+    if takes_token_types(model):
         given["mm_token_type_ids"] = token_types(arch, batch.ids)
     if arch.kind == "qwen2_5_omni":
         given["audio_seqlens"] = batch.lengths if batch.lengths.numel() else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmconvert.runtime.attention import thirds_qkv
@@ -16,11 +17,27 @@ ENCODER = "image_encoder.encoder"
 
 
 class Unembedded(nn.Module):
-    """Stands for the embeddings on a stage that gets hidden states from another one."""
+    """Stands for the embeddings on a stage that gets hidden states from another one.
 
-    def forward(self, x: Tensor, bool_masked_pos: None = None) -> Tensor:
+    Args:
+        paired: whether something else goes with them, as in transformers before 5.
+    """
+
+    def __init__(self, *, paired: bool) -> None:
+        super().__init__()
+        self.paired = paired
+
+    def forward(self, x: Tensor, bool_masked_pos: None = None) -> Tensor | tuple[Tensor, None]:
         """Hidden states as they are; the second argument is one that transformers gives."""
-        return x
+        return (x, None) if self.paired else x
+
+
+def _gives_pair(embeddings: Any) -> bool:  # noqa: ANN401 - HF's module
+    """Whether this transformers' embeddings give more than hidden states; tried on one tile."""
+    weight = embeddings.patch_embeddings.projection.weight
+    height, width = embeddings.patch_embeddings.image_size
+    with torch.no_grad():
+        return isinstance(embeddings(weight.new_zeros(1, weight.shape[1], height, width)), tuple)
 
 
 class InternVision(nn.Module):
@@ -38,7 +55,7 @@ class InternVision(nn.Module):
         if span.first:
             self._embeddings(tower, vision.embeddings)
         else:
-            vision.embeddings = Unembedded()
+            vision.embeddings = Unembedded(paired=_gives_pair(vision.embeddings))
         vision.encoder.layer = kept(vision.encoder.layer, span)
         for i, layer in enumerate(vision.encoder.layer):
             self._layer(tower, layer, i, span.start + i)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def forward(arch: Architecture, model: Any, batch: Batch) -> Tensor:  # noqa: AN
     Positions are not given: transformers finds them itself, a check of ours.
     """
     inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids)}
-    inputs |= modal_inputs(arch, batch)
+    inputs |= modal_inputs(arch, model, batch)
     return model(**inputs, use_cache=False).logits
 
 
@@ -75,11 +76,11 @@ def generate(arch: Architecture, model: Any, batch: Batch, most: int, stop: set[
     model.generation_config = config  # the folder's own may sample, or penalise repetition
     inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids)}
     with torch.no_grad():
-        out = model.generate(**inputs, **modal_inputs(arch, batch), generation_config=config)
+        out = model.generate(**inputs, **modal_inputs(arch, model, batch), generation_config=config)
     return out[0, batch.ids.shape[1] :].tolist()
 
 
-def modal_inputs(arch: Architecture, batch: Batch) -> dict[str, Any]:
+def modal_inputs(arch: Architecture, model: Any, batch: Batch) -> dict[str, Any]:  # noqa: ANN401 - HF's model
     """Images, videos and sounds of a batch as transformers' models take them."""
     if arch.intern:
         return {"pixel_values": batch.pixels} if batch.patches else {}
@@ -94,9 +95,18 @@ def modal_inputs(arch: Architecture, batch: Batch) -> dict[str, Any]:
             inputs["video_second_per_grid"] = torch.ones(len(videos[1]))
         if batch.lengths.numel():
             inputs |= _sound_inputs(batch)
-    else:
+    elif takes_token_types(arch.parts(model).positions):
         inputs["mm_token_type_ids"] = token_types(arch, batch.ids)
     return inputs
+
+
+def takes_token_types(positions: Any) -> bool:  # noqa: ANN401 - HF's module
+    """Whether this transformers finds positions by the types of tokens (5.10 and later do).
+
+    Args:
+        positions: the module that has ``get_rope_index``.
+    """
+    return "mm_token_type_ids" in inspect.signature(positions.get_rope_index).parameters
 
 
 def token_types(arch: Architecture, ids: Tensor) -> Tensor:
