@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mmconvert.config import ParallelConfig
-from mmconvert.picture import layout_table
+from mmconvert.report.picture import layout_table
 from mmconvert.sharding.layout import Layout
 
 CONSOLE = Console(width=100)

@@ -18,7 +18,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmconvert import convert, converters, inspection, lazy, recognise, verification
+from mmconvert import convert, converters, inspection, lazy
+from mmconvert.comparison import verification
 from mmconvert.config import (
     CommonModelConfig,
     HFConfig,
@@ -35,6 +36,7 @@ from mmconvert.events import Events
 from mmconvert.lazy import Tensors
 from mmconvert.result import Result
 from mmconvert.sharding.stages import parse_grid
+from mmconvert.sources import recognise
 
 if TYPE_CHECKING:
     from torch import Tensor

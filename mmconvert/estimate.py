@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmconvert.errors import MMConvertError
-from mmconvert.execute import jobs_of
-from mmconvert.fileio import BAND
-from mmconvert.jobs import Job, run_jobs
+from mmconvert.executor.execute import jobs_of
+from mmconvert.executor.fileio import BAND
+from mmconvert.executor.jobs import Job, run_jobs
 from mmconvert.output import free_bytes
 from mmconvert.plan import Plan
 from mmconvert.stored import StoredTensor

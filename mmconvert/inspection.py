@@ -16,11 +16,11 @@ from mmconvert.formats.hf import open_hf
 from mmconvert.formats.megatron import find_weights
 from mmconvert.formats.mindspore_folder import is_ms
 from mmconvert.formats.ptfile import read_pt
-from mmconvert.recognise import family_of, is_hf, knows_all, ms_family_of
 from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
 from mmconvert.sides.mm_source import mm_source
 from mmconvert.sources.mindspore import ms_model
 from mmconvert.sources.mm import mm_model
+from mmconvert.sources.recognise import family_of, is_hf, knows_all, ms_family_of
 from mmconvert.stored import StoredTensor
 
 KINDS = {

@@ -7,17 +7,17 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmconvert.blockio import Region, Window, read_region
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.errors import CheckpointError
-from mmconvert.fileio import open_files
+from mmconvert.executor.blockio import Region, Window, read_region
+from mmconvert.executor.fileio import open_files
 from mmconvert.formats.hf import open_hf
 from mmconvert.formats.megatron import rank_file_parts
 from mmconvert.loading import torch_tensor
 from mmconvert.plan import Block, Whole, matrix
-from mmconvert.recognise import family_of, is_hf
 from mmconvert.sides.mm_source import mm_source
 from mmconvert.sources.mm import mm_model
+from mmconvert.sources.recognise import family_of, is_hf
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 if TYPE_CHECKING:

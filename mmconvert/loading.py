@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmconvert.blockio import Region, Window, read_region, row_bytes
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import Family
 from mmconvert.errors import LayoutError, TensorError
-from mmconvert.fileio import open_files
+from mmconvert.executor.blockio import Region, Window, read_region, row_bytes
+from mmconvert.executor.fileio import open_files
 from mmconvert.plan import build
 from mmconvert.proof import prove
 from mmconvert.sharding.layout import Chunk, Rank

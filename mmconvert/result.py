@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from mmconvert.estimate import Estimate
-from mmconvert.moving import Moved
+from mmconvert.executor.moving import Moved
 from mmconvert.plan import Plan
 
 

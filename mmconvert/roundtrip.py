@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmconvert import compare
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import Family
-from mmconvert.digests import digests
 from mmconvert.errors import LayoutError, MMConvertError
 from mmconvert.events import Events
-from mmconvert.jobs import default_workers
+from mmconvert.executor import compare
+from mmconvert.executor.digests import digests
+from mmconvert.executor.jobs import default_workers
 from mmconvert.names import NO_LAYER
 from mmconvert.plan import Block, Comparison, Copy, Key, Plan, Side, Whole, build, matrix
 from mmconvert.proof import Rect, covers, prove

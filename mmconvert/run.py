@@ -8,23 +8,24 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from mmconvert import compare, group, journal, manifest
-from mmconvert.casts import DTYPES
 from mmconvert.config import Options
-from mmconvert.differences import Difference, in_words
-from mmconvert.digests import ALGORITHM, digests
 from mmconvert.errors import CheckpointError, OutputError, ReplicaError, RequestError
 from mmconvert.estimate import estimate
 from mmconvert.events import Events
+from mmconvert.executor import compare, group, journal
+from mmconvert.executor.casts import DTYPES
+from mmconvert.executor.differences import Difference, in_words
+from mmconvert.executor.digests import ALGORITHM, digests
+from mmconvert.executor.jobs import default_workers
+from mmconvert.executor.moving import Moved, Staged, move
 from mmconvert.formats import hf_output, megatron
 from mmconvert.formats.safetensors import Entry
-from mmconvert.jobs import default_workers
-from mmconvert.moving import Moved, Staged, move
 from mmconvert.output import Output
 from mmconvert.plan import Plan, Side
 from mmconvert.proof import prove
 from mmconvert.result import Described, OutputFile, Result
 from mmconvert.sharding.layout import Layout
+from mmconvert.sources import manifest
 from mmconvert.sources.model import Model
 from mmconvert.stored import StoredTensor
 

@@ -19,9 +19,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mmconvert import cli
-from mmconvert.casts import Loss
-from mmconvert.jobs import Job
-from mmconvert.journal import PREFIX, Journal
+from mmconvert.executor.casts import Loss
+from mmconvert.executor.jobs import Job
+from mmconvert.executor.journal import PREFIX, Journal
 
 Done = subprocess.CompletedProcess[str]
 

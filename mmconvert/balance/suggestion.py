@@ -16,11 +16,11 @@ from mmconvert.balance.workload import Workload, flows, patch_sizes
 from mmconvert.converters.family import Variant
 from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.formats.hf import read_config
-from mmconvert.recognise import family_of, is_hf
 from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG
 from mmconvert.sharding.stages import StageGrid, flat, show
 from mmconvert.sources.hf import config_model
 from mmconvert.sources.model import Model
+from mmconvert.sources.recognise import family_of, is_hf
 
 LARGEST = 1024  # no tensor-parallel group is larger; a mistyped size must not take for ever
 

@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
     screen.prepare()
     if not (launched and TORCHRUN in os.environ) or words[:1] in ([tool] for tool in RUNTIME):
         return _guarded(words)
-    from mmconvert import group
+    from mmconvert.executor import group
 
     try:
         processes = group.join()
@@ -242,7 +242,7 @@ def _dispatch(words: list[str]) -> int:
 def _tool(name: str, words: list[str]) -> int:
     from importlib import import_module
 
-    from mmconvert import group
+    from mmconvert.executor import group
 
     if group.current().size > 1:
         raise RequestError(

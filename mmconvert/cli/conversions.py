@@ -42,8 +42,9 @@ def show(verb: str, result: Result, screen: Screen) -> None:
 def _run(converter: str, verb: str, command: Command) -> Result:
     # Not before the flags are understood: help need not pay for it.
     from mmconvert import convert as directions
-    from mmconvert import converters, group
-    from mmconvert.recognise import family_of
+    from mmconvert import converters
+    from mmconvert.executor import group
+    from mmconvert.sources.recognise import family_of
 
     direction = {
         "hf_to_mm": directions.hf_to_mm,

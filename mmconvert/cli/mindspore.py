@@ -22,7 +22,8 @@ def convert(converter: str, verb: str, flags: list[str]) -> int:
 def run(converter: str, verb: str, command: Command) -> None:
     """Runs a conversion that has been read, and shows what came of it."""
     # Not before the flags are understood: help need not pay for it.
-    from mmconvert import convert_ms, converters, group
+    from mmconvert import convert_ms, converters
+    from mmconvert.executor import group
 
     direction = {
         "hf_to_ms": convert_ms.hf_to_ms,

@@ -11,10 +11,10 @@ from mmconvert.doctor.shell import line, operand
 from mmconvert.errors import MMConvertError
 from mmconvert.formats.hf import read_config
 from mmconvert.plan import Side
-from mmconvert.recognise import family_of
 from mmconvert.sides.hf import hf_side
 from mmconvert.sources.hf import config_model, hf_model
 from mmconvert.sources.model import ENCODERS, Model
+from mmconvert.sources.recognise import family_of
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from mmconvert import manifest
 from mmconvert.converters.family import Dims, Family, Module, Row, Variant, mm_index
 from mmconvert.doctor.folder import Ranks
 from mmconvert.doctor.report import Report
 from mmconvert.errors import CheckpointError
 from mmconvert.formats.megatron import MMCheckpoint
 from mmconvert.names import NO_LAYER, TemplateIndex
-from mmconvert.recognise import by_names
 from mmconvert.sharding.layout import Chunk
 from mmconvert.sharding.stages import StageGrid
+from mmconvert.sources import manifest
 from mmconvert.sources.mm import TEXT, variant_of
 from mmconvert.sources.model import ENCODERS, Model
+from mmconvert.sources.recognise import by_names
 from mmconvert.stored import StoredTensor
 
 Chunks = Mapping[Chunk, Mapping[str, StoredTensor]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmconvert import manifest
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.doctor.asked import Asked, Original
 from mmconvert.doctor.chart import Chart, make_chart
@@ -26,6 +25,7 @@ from mmconvert.formats.hf import read_json_file
 from mmconvert.formats.megatron import RANK_FILE
 from mmconvert.sharding.layout import Layout, parse_folder
 from mmconvert.sides.mm_source import mm_source
+from mmconvert.sources import manifest
 from mmconvert.sources.mm import mm_model
 
 # Findings that explain why mmconvert.json does not fit its files.

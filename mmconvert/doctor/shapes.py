@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mmconvert.compare import same_bytes
-from mmconvert.detect import check_layers, fits, likely_tp_size, tp_size, whole_tp_size
 from mmconvert.doctor.chart import Chart
 from mmconvert.doctor.folder import COPY
 from mmconvert.doctor.report import Report
 from mmconvert.errors import CheckpointError, LayoutError
+from mmconvert.executor.compare import same_bytes
 from mmconvert.plan import Side
 from mmconvert.sharding.layout import Layout
 from mmconvert.sides.mm_source import partial_source
+from mmconvert.sources.detect import check_layers, fits, likely_tp_size, tp_size, whole_tp_size
 
 
 class Found(NamedTuple):

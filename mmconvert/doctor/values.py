@@ -7,16 +7,16 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from mmconvert import compare
-from mmconvert.blockio import Region, read_compact
 from mmconvert.converters.family import Module
-from mmconvert.differences import Difference, in_words
 from mmconvert.doctor.chart import Chart
 from mmconvert.doctor.report import Report
 from mmconvert.errors import LayoutError, MMConvertError
 from mmconvert.events import Events
-from mmconvert.fileio import BAND, Files
-from mmconvert.jobs import Job, run_jobs
+from mmconvert.executor import compare
+from mmconvert.executor.blockio import Region, read_compact
+from mmconvert.executor.differences import Difference, in_words
+from mmconvert.executor.fileio import BAND, Files
+from mmconvert.executor.jobs import Job, run_jobs
 from mmconvert.plan import Comparison, Key, Side, Whole, build_comparison, join, matrix, zeros_of
 from mmconvert.sharding.layout import Layout
 from mmconvert.sides.mm_source import partial_source
@@ -187,7 +187,7 @@ def look_for_nan(
 
 
 def _not_finite(files: Files, tensor: StoredTensor) -> str:
-    from mmconvert.values import not_finite  # numpy: only where values are asked for
+    from mmconvert.executor.values import not_finite  # numpy: only where values are asked for
 
     rows, cols = matrix(tensor.shape)
     step = max(1, BAND // max(1, cols * ITEM_SIZE[tensor.dtype]))

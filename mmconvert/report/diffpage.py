@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mmconvert.diffresult import Diff, Group, TensorDistance
+from mmconvert.comparison.diffresult import Diff, Group, TensorDistance
 from mmconvert.report import page
 from mmconvert.report.chart import EDGE, WHOLE, Bar, bar_chart
 from mmconvert.report.style import module_class

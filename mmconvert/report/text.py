@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mmconvert.diffresult import Diff, Facts, Group, TensorDistance
+from mmconvert.comparison.diffresult import Diff, Facts, Group, TensorDistance
 from mmconvert.report.chart import Axis, axis_for
 from mmconvert.words import amount, printable
 

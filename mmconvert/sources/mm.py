@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from mmconvert import manifest
-from mmconvert.compare import same_bytes
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import (
     OUTPUT_LAYER,
@@ -17,15 +15,17 @@ from mmconvert.converters.family import (
     Variant,
     mm_index,
 )
-from mmconvert.detect import assert_layout, check_layers, detect_layout
 from mmconvert.errors import CheckpointError, TensorError
+from mmconvert.executor.compare import same_bytes
 from mmconvert.formats.megatron import MMCheckpoint, open_mm
 from mmconvert.names import TemplateIndex, number, summarise
-from mmconvert.recognise import by_names
 from mmconvert.sharding.layout import GRID_FLAG, Chunk, Layout
 from mmconvert.sharding.stages import total
 from mmconvert.sides.mm_source import Parts, claim_mm
+from mmconvert.sources import manifest
+from mmconvert.sources.detect import assert_layout, check_layers, detect_layout
 from mmconvert.sources.model import ENCODERS, Model, Notes, dropped_by, drops_too_much
+from mmconvert.sources.recognise import by_names
 from mmconvert.stored import StoredTensor
 
 TEXT = "text_decoder."  # how the MM names of every family's text decoder begin

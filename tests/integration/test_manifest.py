@@ -18,7 +18,7 @@ from cli import run_cli
 from commands import QWEN2VL, copied, edit_json, edit_rank, hf_to_mm, layout, rank_files, target
 from hfgen import make_hf
 from inprocess import call, to_hf, to_mm, to_other
-from mmconvert import manifest
+from mmconvert.sources import manifest
 from mmread import MANIFEST, tensor_data
 
 Digests = dict[str, str]

@@ -21,7 +21,7 @@ from cli import run_cli
 from commands import QWEN2VL, Done, copied, layout, litter, refused, target, untouched
 from filesystems import file_system
 from hfgen import make_hf
-from mmconvert.journal import PREFIX
+from mmconvert.executor.journal import PREFIX
 from stopping import noted, staging, stopped
 
 ROWS = 128 << 10  # of the word embedding, 18 MiB: larger than what is put together in one job
@@ -577,7 +577,7 @@ def test_a_source_that_is_written_to(own: Work, out: Path, tmp_path: Path) -> No
     program.write_text(
         "import os, sys\n"
         "from mmconvert import cli\n"
-        "from mmconvert.journal import Journal\n"
+        "from mmconvert.executor.journal import Journal\n"
         "note = Journal.add\n"
         "def add(self, job, losses):\n"
         f"    os.utime({str(min(Path(own.inputs[1]).glob('*.safetensors')))!r})\n"

@@ -14,8 +14,8 @@ from mmconvert.balance.cost import Costs, module_costs
 from mmconvert.balance.shapes import config_shapes, stored_shapes
 from mmconvert.balance.workload import Workload, flows, patch_sizes
 from mmconvert.formats.hf import read_config
-from mmconvert.recognise import family_of
 from mmconvert.sources.hf import config_model
+from mmconvert.sources.recognise import family_of
 from tinymodels import CONVERTERS, inputs, save, tiny_model
 
 TOWER, TEXT = "image_encoder", "text_decoder"

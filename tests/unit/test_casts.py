@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmconvert.casts import DTYPES, Loss, Losses
+from mmconvert.executor.casts import DTYPES, Loss, Losses
+from mmconvert.executor.values import Cast, cast
 from mmconvert.plan import cast_dtype
 from mmconvert.stored import FLOATS, ITEM_SIZE
-from mmconvert.values import Cast, cast
 
 TORCH = {
     "F16": torch.float16,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmconvert.errors import LayoutError, MMConvertError, OutputError
-from mmconvert.group import Group
+from mmconvert.executor.group import Group
 
 T = TypeVar("T")
 

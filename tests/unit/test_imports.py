@@ -38,50 +38,62 @@ ALLOWED: dict[str, set[str]] = {
     "stored": {"sharding.layout"},
     # files
     "formats.*": {"formats.*", "stored"},
-    "formats.megatron": {"formats.*", "stored", "sharding.layout"},
+    "formats.megatron": {"formats.*", "sharding.layout", "stored"},
     "formats.strategy": {"formats.*", "sharding.slices"},
     "formats.strategy_writer": {"formats.*", "sharding.slices"},
     "formats.mindspore_folder": {"formats.*", "names", "stored"},
     # tables
-    "converters.*": {"names", "sharding.*", "converters.*"},
+    "converters.*": {"converters.*", "names", "sharding.*"},
     # the plan, and its sides made from a table
-    "plan": {"stored", "sharding.*", "names", "converters.family"},
+    "plan": {"converters.family", "names", "sharding.*", "stored"},
     "proof": {"plan"},
-    "sides.*": {"plan", "stored", "sharding.*", "names", "converters.family", "sides.*"},
+    "sides.*": {"converters.family", "names", "plan", "sharding.*", "sides.*", "stored"},
     # what a request is
     "config": {"sharding.*"},
     "config_ms": {"config"},
     # moving and comparing bytes
-    "fileio": set(),
-    "blockio": {"fileio", "stored", "plan"},
-    "casts": set(),
-    "jobs": {"casts", "fileio"},
-    "execute": {
-        *("blockio", "casts", "differences", "fileio", "jobs", "stored", "plan", "values"),
+    "executor.fileio": set(),
+    "executor.blockio": {"executor.fileio", "plan", "stored"},
+    "executor.casts": set(),
+    "executor.jobs": {"executor.casts", "executor.fileio"},
+    "executor.execute": {
+        *("executor.blockio", "executor.casts", "executor.differences", "executor.fileio"),
+        *("executor.jobs", "executor.values", "plan", "stored"),
     },
-    "journal": {"casts", "jobs", "plan"},
-    "group": set(),
-    "pieces": {"formats.mindspore_layout", "plan", "proof", "stored"},
-    "moving": {
-        *("casts", "events", "execute", "group", "jobs", "journal", "pieces", "plan", "stored"),
+    "executor.journal": {"executor.casts", "executor.jobs", "plan"},
+    "executor.group": set(),
+    "executor.pieces": {"formats.mindspore_layout", "plan", "proof", "stored"},
+    "executor.moving": {
+        *("events", "executor.casts", "executor.execute", "executor.group", "executor.jobs"),
+        *("executor.journal", "executor.pieces", "plan", "stored"),
     },
-    "digests": {"blockio", "events", "fileio", "jobs", "plan", "stored"},
-    "estimate": {"execute", "fileio", "jobs", "output", "plan", "stored"},
-    "result": {"estimate", "moving", "plan", "sharding.layout"},
-    "differences": {"plan", "stored"},
-    "values": {"stored"},
-    "measure": {"stored", "values"},
-    "distance": {"blockio", "fileio", "jobs", "measure", "plan", "stored"},
-    "diffresult": {"distance"},
-    "compare": {"blockio", "differences", "fileio", "jobs", "stored", "plan", "values"},
+    "executor.digests": {
+        *("events", "executor.blockio", "executor.fileio", "executor.jobs", "plan", "stored"),
+    },
+    "estimate": {
+        *("executor.execute", "executor.fileio", "executor.jobs", "output", "plan", "stored"),
+    },
+    "result": {"estimate", "executor.moving", "plan", "sharding.layout"},
+    "executor.differences": {"plan", "stored"},
+    "executor.values": {"stored"},
+    "executor.measure": {"executor.values", "stored"},
+    "executor.distance": {
+        *("executor.blockio", "executor.fileio", "executor.jobs", "executor.measure", "plan"),
+        "stored",
+    },
+    "comparison.diffresult": {"executor.distance"},
+    "executor.compare": {
+        *("executor.blockio", "executor.differences", "executor.fileio", "executor.jobs"),
+        *("executor.values", "plan", "stored"),
+    },
     "output": {"names", "sharding.layout"},
     # opening checkpoints
-    "manifest": {"converters.family", "formats.*"},
-    "recognise": {"converters.*", "formats.*", "manifest"},
-    "detect": {"converters.family", "formats.*", "stored", "names", "plan", "sharding.*"},
+    "sources.manifest": {"converters.family", "formats.*"},
+    "sources.recognise": {"converters.*", "formats.*", "sources.manifest"},
+    "sources.detect": {"converters.family", "formats.*", "names", "plan", "sharding.*", "stored"},
     "sources.*": {
-        *("converters.*", "formats.*", "sharding.*", "sides.*", "sources.*"),
-        *("compare", "config", "detect", "manifest", "names", "recognise", "stored"),
+        *("config", "converters.*", "executor.compare", "formats.*", "names", "sharding.*"),
+        *("sides.*", "sources.*", "stored"),
     },
     "sources.mindspore": {
         *("config", "converters.*", "formats.*", "names", "plan", "sharding.*", "sides.*"),
@@ -89,15 +101,15 @@ ALLOWED: dict[str, set[str]] = {
     },
     # proving, then writing
     "run": {
-        *("casts", "compare", "config", "differences", "digests", "estimate", "events"),
-        *("formats.*", "group", "jobs", "journal", "manifest", "moving", "output", "plan"),
-        *("proof", "result", "sharding.layout", "sources.model", "stored"),
+        *("config", "estimate", "events", "executor.casts", "executor.compare"),
+        *("executor.differences", "executor.digests", "executor.group", "executor.jobs"),
+        *("executor.journal", "executor.moving", "formats.*", "output", "plan", "proof", "result"),
+        *("sharding.layout", "sources.manifest", "sources.model", "stored"),
     },
     # the story
     "convert": {
         *("config", "converters.family", "events", "names", "output", "plan", "result", "run"),
-        "sides.*",
-        *("sources.*", "sharding.*"),
+        *("sharding.*", "sides.*", "sources.*"),
     },
     "run_ms": {
         *("config_ms", "formats.*", "output", "plan", "result", "run", "sides.devices", "stored"),
@@ -106,30 +118,29 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "config_ms", "convert", "converters.*", "events", "formats.*", "names"),
         *("output", "plan", "result", "run", "run_ms", "sharding.devices", "sides.*", "sources.*"),
     },
-    "opened": {"plan", "sharding.layout", "sources.model"},
-    "pairing_ms": {
-        *("config", "converters.*", "formats.mindspore_folder", "opened", "recognise", "sides.hf"),
+    "comparison.opened": {"plan", "sharding.layout", "sources.model"},
+    "comparison.pairing_ms": {
+        *("comparison.opened", "config", "converters.*", "formats.mindspore_folder", "sides.hf"),
         "sources.*",
     },
-    "pairing": {
-        *("config", "opened", "pairing_ms", "recognise", "sharding.layout", "sides.*"),
+    "comparison.pairing": {
+        *("comparison.opened", "comparison.pairing_ms", "config", "sharding.layout", "sides.*"),
         "sources.*",
     },
-    "verification": {
-        *("compare", "config", "differences", "events", "jobs", "manifest", "names"),
-        *("pairing", "plan"),
+    "comparison.verification": {
+        *("comparison.pairing", "config", "events", "executor.compare", "executor.differences"),
+        *("executor.jobs", "names", "plan", "sources.manifest"),
     },
-    "diff": {
-        *("config", "converters.family", "differences", "diffresult", "distance", "events"),
-        *("formats.*", "jobs", "names", "opened", "pairing", "plan", "recognise"),
-        *("sources.model", "stored"),
+    "comparison.diff": {
+        *("comparison.diffresult", "comparison.opened", "comparison.pairing", "config"),
+        *("converters.family", "events", "executor.differences", "executor.distance"),
+        *("executor.jobs", "formats.*", "names", "plan", "sources.model", "sources.recognise"),
+        "stored",
     },
-    "contents": {
-        *("converters.family", "formats.hf", "names", "sharding.*", "stored", "words"),
-    },
+    "contents": {"converters.family", "formats.hf", "names", "sharding.*", "stored", "words"},
     "inspection": {
-        *("config", "contents", "converters.*", "formats.*", "recognise", "sharding.layout"),
-        *("sides.*", "sources.*", "stored"),
+        *("config", "contents", "converters.*", "formats.*", "sharding.layout", "sides.*"),
+        *("sources.*", "stored"),
     },
     # balancing a pipeline
     "balance.effort": set(),
@@ -142,19 +153,18 @@ ALLOWED: dict[str, set[str]] = {
         *("balance.chains", "balance.workload", "converters.family", "names", "plan"),
         *("sharding.layout", "sides.*", "sources.model", "stored"),
     },
-    "balance.shapes": {
-        *("config", "converters.family", "plan", "sides.*", "sources.*"),
-    },
+    "balance.shapes": {"config", "converters.family", "plan", "sides.*", "sources.*"},
     "balance.frozen": {"sharding.stages", "sources.model"},
     "balance.suggestion": {
-        *("balance.*", "converters.family", "formats.hf", "recognise", "sharding.*", "sources.*"),
+        *("balance.*", "converters.family", "formats.hf", "sharding.*", "sources.*"),
+        "sources.recognise",
     },
     "doctor.report": set(),
     "doctor.leftovers": {"doctor.report", "doctor.shell"},
     "doctor.shell": {"sharding.*"},
     "doctor.asked": {
-        *("config", "doctor.report", "doctor.shell", "formats.hf", "plan", "recognise", "sides.hf"),
-        *("sources.hf", "sources.model"),
+        *("config", "doctor.report", "doctor.shell", "formats.hf", "plan", "sides.hf"),
+        *("sources.hf", "sources.model", "sources.recognise"),
     },
     "doctor.folder": {"doctor.report", "doctor.shell", "formats.megatron", "sharding.layout"},
     "doctor.rankfiles": {
@@ -162,29 +172,27 @@ ALLOWED: dict[str, set[str]] = {
         "stored",
     },
     "doctor.chart": {
-        *("converters.family", "doctor.folder", "doctor.report", "formats.megatron", "manifest"),
-        *("names", "recognise", "sharding.*", "sources.*", "stored"),
+        *("converters.family", "doctor.folder", "doctor.report", "formats.megatron", "names"),
+        *("sharding.*", "sources.*", "stored"),
     },
     "doctor.tensors": {
         *("converters.family", "doctor.chart", "doctor.folder", "doctor.report", "doctor.shell"),
         *("names", "sharding.stages", "stored"),
     },
     "doctor.shapes": {
-        *("compare", "detect", "doctor.chart", "doctor.folder", "doctor.report", "plan"),
-        *("sharding.layout", "sides.mm_source"),
+        *("doctor.chart", "doctor.folder", "doctor.report", "executor.compare", "plan"),
+        *("sharding.layout", "sides.mm_source", "sources.detect"),
     },
     "doctor.values": {
-        *("blockio", "compare", "converters.family", "differences", "doctor.chart"),
-        *("doctor.report", "events", "fileio", "jobs", "plan", "sharding.layout", "sides.*"),
-        *("stored", "values"),
+        *("converters.family", "doctor.chart", "doctor.report", "events", "executor.blockio"),
+        *("executor.compare", "executor.differences", "executor.fileio", "executor.jobs"),
+        *("executor.values", "plan", "sharding.layout", "sides.*", "stored"),
     },
-    "doctor.hf_files": {
-        *("doctor.rankfiles", "doctor.report", "doctor.shell", "formats.*", "names"),
-    },
+    "doctor.hf_files": {"doctor.rankfiles", "doctor.report", "doctor.shell", "formats.*", "names"},
     "doctor.single": {"doctor.*", "events", "formats.*", "sharding.layout", "stored"},
     "doctor.mm": {
-        *("config", "doctor.*", "events", "formats.*", "manifest", "sharding.layout"),
-        *("sides.mm_source", "sources.mm"),
+        *("config", "doctor.*", "events", "formats.*", "sharding.layout", "sides.mm_source"),
+        *("sources.manifest", "sources.mm"),
     },
     "doctor.hf": {
         *("config", "converters.*", "doctor.*", "events", "formats.safetensors", "names"),
@@ -192,12 +200,13 @@ ALLOWED: dict[str, set[str]] = {
     },
     "doctor.examine": {"doctor.*", "events", "formats.*"},
     "loading": {
-        *("blockio", "config", "converters.family", "fileio", "plan", "proof", "stored"),
-        *("sharding.layout", "sides.*", "sources.*"),
+        *("config", "converters.family", "executor.blockio", "executor.fileio", "plan", "proof"),
+        *("sharding.layout", "sides.*", "sources.*", "stored"),
     },
     "roundtrip": {
-        *("compare", "config", "converters.family", "digests", "events", "jobs", "names", "plan"),
-        *("proof", "sharding.*", "sides.*", "sources.*", "stored"),
+        *("config", "converters.family", "events", "executor.compare", "executor.digests"),
+        *("executor.jobs", "names", "plan", "proof", "sharding.*", "sides.*", "sources.*"),
+        "stored",
     },
     # running checkpoints, with torch
     "runtime.*": {"formats.*", "runtime.*", "sharding.*"},
@@ -217,17 +226,16 @@ ALLOWED: dict[str, set[str]] = {
     "runtime.text": {"runtime.attention", "runtime.bind", "runtime.towers"},
     "runtime.batch": set(),
     "lazy": {
-        *("blockio", "config", "fileio", "formats.*", "loading", "plan", "recognise", "sides.*"),
-        *("sources.*", "stored"),
+        *("config", "executor.blockio", "executor.fileio", "formats.*", "loading", "plan"),
+        *("sides.*", "sources.*", "stored"),
     },
     "api": {
-        *("config", "convert", "converters.*", "events", "inspection", "lazy", "loading"),
-        "recognise",
-        *("result", "sharding.stages", "verification"),
+        *("comparison.verification", "config", "convert", "converters.*", "events", "inspection"),
+        *("lazy", "loading", "result", "sharding.stages", "sources.recognise"),
     },
     # what was found, as text, pictures and pages
-    "report.data": {"diffresult", "distance"},
-    "report.text": {"diffresult", "report.chart", "words"},
+    "report.data": {"comparison.diffresult", "executor.distance"},
+    "report.text": {"comparison.diffresult", "report.chart", "words"},
     "report.files": set(),
     "report.style": set(),
     "report.svg": {"report.style", "words"},
@@ -235,40 +243,39 @@ ALLOWED: dict[str, set[str]] = {
     "report.stacks": {"contents", "report.*", "words"},
     "report.chart": {"report.svg"},
     "report.page": {"report.style", "report.svg"},
-    "report.diffpage": {"diffresult", "report.*"},
+    "report.diffpage": {"comparison.diffresult", "report.*"},
     "report.inspectpage": {"inspection", "report.*", "sharding.*", "stored", "words"},
     # datasets
     "datasets.*": {"datasets.*"},
     "datasets.convert": {"datasets.*", "events"},
     # the shell
-    "cli": {"cli.*", "config", "converters.*", "group"},
+    "cli": {"cli.*", "config", "converters.*", "executor.group"},
     "cli.arguments": {"config", "sharding.*"},
     "cli.screen": {"events", "words"},
     "cli.conversions": {
-        *("cli", "cli.*", "config", "convert", "converters.*", "group", "recognise", "result"),
+        *("cli", "cli.*", "config", "convert", "converters.*", "executor.group", "result"),
+        "sources.recognise",
     },
-    "cli.mindspore": {
-        *("cli", "cli.*", "config_ms", "convert_ms", "converters.*", "group"),
-    },
+    "cli.mindspore": {"cli", "cli.*", "config_ms", "convert_ms", "converters.*", "executor.group"},
     "cli.dry_run": {"cli.*", "names", "result"},
-    "cli.tools.verify": {"cli.*", "config", "differences", "verification"},
-    "cli.tools.roundtrip": {"api", "cli.*", "config", "recognise", "roundtrip"},
+    "cli.tools.verify": {"cli.*", "comparison.verification", "config", "executor.differences"},
+    "cli.tools.roundtrip": {"api", "cli.*", "config", "roundtrip", "sources.recognise"},
     "cli.tools.junit": set(),
     "cli.tools.completion": {"cli", "converters.*"},
-    "cli.tools.suggest": {"cli.*", "balance.*"},
-    "picture": {"contents", "sharding.*", "words"},
-    "cli.tools.diff": {"cli.*", "config", "diff", "diffresult", "report.*", "words"},
-    "cli.tools.inspect": {"cli.*", "config", "inspection", "picture", "report.*", "words"},
-    "cli.tools.doctor": {"cli.*", "config", "doctor.*", "jobs"},
+    "cli.tools.suggest": {"balance.*", "cli.*"},
+    "report.picture": {"contents", "sharding.*", "words"},
+    "cli.tools.diff": {
+        *("cli.*", "comparison.diff", "comparison.diffresult", "config", "report.*", "words"),
+    },
+    "cli.tools.inspect": {"cli.*", "config", "inspection", "report.*", "words"},
+    "cli.tools.doctor": {"cli.*", "config", "doctor.*", "executor.jobs"},
     "cli.tools.convert_weight": {"cli.*", "config", "config_ms"},
     "cli.tools.data": {"cli.*", "datasets.*"},
     "cli.tools.validate": {
         *("cli.arguments", "runtime.commands", "runtime.launch", "runtime.needs"),
         "runtime.verdict",
     },
-    "cli.tools.generate": {
-        *("cli.arguments", "runtime.commands", "runtime.launch", "runtime.needs"),
-    },
+    "cli.tools.generate": {"cli.arguments", "runtime.commands", "runtime.launch", "runtime.needs"},
     "cli.tools.finetune": {
         *("cli.arguments", "runtime.commands", "runtime.launch", "runtime.needs"),
         *("runtime.optimizer", "runtime.training"),
@@ -279,16 +286,16 @@ ALLOWED: dict[str, set[str]] = {
 
 # Libraries beside the standard library: who may import them at all.
 LIBRARIES: dict[str, set[str]] = {
-    "numpy": {"measure", "values"},
+    "numpy": {"executor.measure", "executor.values"},
     "PIL": {"runtime.media"},
-    "rich": {"cli.screen", "cli.tools.*", "picture"},
+    "rich": {"cli.screen", "cli.tools.*", "report.picture"},
     "tyro": {"cli.arguments", "cli.tools.*"},
     "yaml": {"cli.arguments"},
 }
 HEAVY = {"torch", "torch_npu", "transformers", "safetensors", "megatron"}
 # These may import them: the first inside functions, the second also at their top, for which no
 # other module imports that room at its own top.
-HEAVY_ROOMS = ("loading", "lazy", "api", "group")
+HEAVY_ROOMS = ("loading", "lazy", "api", "executor.group")
 HEAVY_AT_THE_TOP = ("runtime.",)
 LIGHT = {"runtime.needs"}  # runs before torch may be imported
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mmconvert import journal
-from mmconvert.casts import Loss
-from mmconvert.jobs import Job
-from mmconvert.journal import PREFIX, Journal, job_key, read, remove
+from mmconvert.executor import journal
+from mmconvert.executor.casts import Loss
+from mmconvert.executor.jobs import Job
+from mmconvert.executor.journal import PREFIX, Journal, job_key, read, remove
 
 REQUEST = "0123456789abcdef" * 2
 

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmconvert.distance import cut
-from mmconvert.measure import STEP, Measured, add, measure
+from mmconvert.executor.distance import cut
+from mmconvert.executor.measure import STEP, Measured, add, measure
+from mmconvert.executor.values import as_floats
 from mmconvert.plan import Copy
 from mmconvert.stored import ITEM_SIZE
-from mmconvert.values import as_floats
 
 TORCH = {
     "BF16": torch.bfloat16,

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mscodec
-from mmconvert.blockio import Region, read_compact
 from mmconvert.errors import CheckpointError, FormatError, OutputError, RequestError
-from mmconvert.fileio import open_files
+from mmconvert.executor.blockio import Region, read_compact
+from mmconvert.executor.fileio import open_files
 from mmconvert.formats import mindspore
 from mmconvert.formats.mindspore import DTYPES, CkptFile, Leftover, check_crc, read_ckpt
 from mmconvert.formats.mindspore_layout import create_ckpt, layout_ckpt, rectangles, seal

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmconvert.errors import LayoutError, TensorError
-from mmconvert.execute import jobs_of
+from mmconvert.executor.execute import jobs_of
+from mmconvert.executor.jobs import run_jobs
+from mmconvert.executor.pieces import in_pieces
 from mmconvert.formats.mindspore import read_ckpt
 from mmconvert.formats.mindspore_layout import create_ckpt, layout_ckpt
 from mmconvert.formats.safetensors import Entry
-from mmconvert.jobs import run_jobs
 from mmconvert.names import NO_LAYER
-from mmconvert.pieces import in_pieces
 from mmconvert.plan import Copy, Key, Plan, Whole, build, matrix
 from mmconvert.proof import prove
 from mmconvert.sharding.slices import Slicing

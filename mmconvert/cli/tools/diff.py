@@ -17,7 +17,7 @@ from mmconvert.report.files import check_reports
 from mmconvert.words import printable
 
 if TYPE_CHECKING:
-    from mmconvert.diffresult import Diff
+    from mmconvert.comparison.diffresult import Diff
 
 LONG = 2000  # characters of a note
 DIFFERENT = 1
@@ -66,7 +66,7 @@ def run(words: list[str]) -> int:
     pair = read_plain(Pair, words, prog, f"{ABOUT}\n\nexample:\n  {example}")
     if pair.top < 0:
         raise RequestError(f"--top is {pair.top}", "a number of tensors, or 0 for all")
-    from mmconvert.diff import diff
+    from mmconvert.comparison.diff import diff
     from mmconvert.report.data import diff_dict
     from mmconvert.report.text import lines_of
 

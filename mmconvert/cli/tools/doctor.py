@@ -56,7 +56,7 @@ def run(words: list[str]) -> int:
     from mmconvert.doctor.asked import Asked
     from mmconvert.doctor.examine import examine, is_mindspore
     from mmconvert.errors import RequestError
-    from mmconvert.jobs import default_workers
+    from mmconvert.executor.jobs import default_workers
 
     if asked.workers < 0:
         raise RequestError(f"--workers is {asked.workers}", "a number of threads, or 0")

@@ -82,7 +82,7 @@ def _show(found: Inspection, asked: Inspected) -> None:
     from rich.console import Console
 
     from mmconvert.inspection import KINDS, UNITS
-    from mmconvert.picture import boxes_table, layout_table
+    from mmconvert.report.picture import boxes_table, layout_table
 
     family = found.family or "unknown family"
     print(f"{printable(str(asked.path), LONG)}: {KINDS[found.kind]}, {family}")

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmconvert import compare, manifest
+from mmconvert.comparison.pairing import open_pair
 from mmconvert.config import Options
-from mmconvert.differences import Difference
 from mmconvert.errors import DifferenceError
 from mmconvert.events import Events
-from mmconvert.jobs import default_workers
+from mmconvert.executor import compare
+from mmconvert.executor.differences import Difference
+from mmconvert.executor.jobs import default_workers
 from mmconvert.names import number, summarise
-from mmconvert.pairing import open_pair
 from mmconvert.plan import Key, Side, build_comparison
+from mmconvert.sources import manifest
 
 
 @dataclass(frozen=True)

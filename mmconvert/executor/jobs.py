@@ -10,8 +10,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import NamedTuple
 
-from mmconvert.casts import Loss
-from mmconvert.fileio import Files, Span, expect, open_files
+from mmconvert.executor.casts import Loss
+from mmconvert.executor.fileio import Files, Span, expect, open_files
 
 AHEAD = 4  # jobs whose bytes are asked for before their turn
 JOB_SIZE = 32 << 20  # bytes of one job, about: large enough for speed, small enough to share out

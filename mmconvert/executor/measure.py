@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mmconvert.executor.values import as_floats
 from mmconvert.stored import ITEM_SIZE
-from mmconvert.values import as_floats
 
 # Elements taken at a time. With few, threads wait for the interpreter's lock between the steps:
 # at 12,288 two threads were slower than one. Beyond this nothing was gained.

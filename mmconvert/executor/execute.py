@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from mmconvert.blockio import (
+from mmconvert.executor.blockio import (
     Region,
     Window,
     is_plain,
@@ -26,10 +26,10 @@ from mmconvert.blockio import (
     rect_offset,
     row_bytes,
 )
-from mmconvert.casts import Loss
-from mmconvert.differences import place
-from mmconvert.fileio import BAND, BUFFERS, Files, Span, copy_range, write_pieces
-from mmconvert.jobs import JOB_SIZE, Job, Losses
+from mmconvert.executor.casts import Loss
+from mmconvert.executor.differences import place
+from mmconvert.executor.fileio import BAND, BUFFERS, Files, Span, copy_range, write_pieces
+from mmconvert.executor.jobs import JOB_SIZE, Job, Losses
 from mmconvert.plan import Copy, Plan, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
@@ -46,7 +46,7 @@ def jobs_of(plan: Plan, targets: Sequence[StoredTensor]) -> list[Job]:
             run.
     """
     if plan.cast:
-        import_module("mmconvert.values")  # numpy, before threads ask for it at once
+        import_module("mmconvert.executor.values")  # numpy, before threads ask for it at once
     return list(_jobs(plan, targets))
 
 
@@ -288,7 +288,7 @@ def _read_cast(
     files: Files, source: StoredTensor, region: Region, dtype: str, window: Window
 ) -> Loss:
     """Reads a region of a source in another dtype into the rows of a window."""
-    from mmconvert.values import cast
+    from mmconvert.executor.values import cast
 
     found = cast(read_compact(files, source, region, "cast"), source.dtype, dtype)
     width = region.cols * ITEM_SIZE[dtype]

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
-from mmconvert.blockio import Region, Window, read_region
 from mmconvert.events import Events
-from mmconvert.fileio import BAND, BUFFERS, Files
-from mmconvert.jobs import Job, run_jobs
+from mmconvert.executor.blockio import Region, Window, read_region
+from mmconvert.executor.fileio import BAND, BUFFERS, Files
+from mmconvert.executor.jobs import Job, run_jobs
 from mmconvert.plan import Block, Key, Whole, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 

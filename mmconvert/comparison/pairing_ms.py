@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mmconvert import converters
+from mmconvert.comparison.opened import Opened
 from mmconvert.config import Options
 from mmconvert.converters.family import Dims, Module, Variant
 from mmconvert.converters.mindspore import MSFamily
 from mmconvert.errors import CheckpointError
 from mmconvert.formats.mindspore_folder import is_ms, open_ms
-from mmconvert.opened import Opened
-from mmconvert.recognise import is_hf, knows_all, ms_family_of
 from mmconvert.sides.hf import hf_side
 from mmconvert.sources.hf import hf_model
 from mmconvert.sources.mindspore import check_complete, ms_model
 from mmconvert.sources.model import Model
+from mmconvert.sources.recognise import is_hf, knows_all, ms_family_of
 
 
 def is_ms_pair(a: Path, b: Path) -> bool:

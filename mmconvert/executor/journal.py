@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 
-from mmconvert.casts import Loss
-from mmconvert.jobs import Job, Losses
+from mmconvert.executor.casts import Loss
+from mmconvert.executor.jobs import Job, Losses
 from mmconvert.plan import Plan
 from mmconvert.version import VERSION
 

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmconvert import converters, manifest
+from mmconvert import converters
 from mmconvert.converters.family import Family, mm_index
 from mmconvert.errors import CheckpointError
 from mmconvert.formats.hf import read_config
 from mmconvert.formats.megatron import open_mm
+from mmconvert.sources import manifest
 
 if TYPE_CHECKING:
     from mmconvert.converters.mindspore import MSFamily

@@ -10,21 +10,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmconvert.comparison.diffresult import (
+    NOT_CONVERTED,
+    At,
+    Diff,
+    Facts,
+    OtherShape,
+    TensorDistance,
+)
+from mmconvert.comparison.opened import Opened
+from mmconvert.comparison.pairing import open_pair
 from mmconvert.config import Options
 from mmconvert.converters.family import ZEROS, Row
-from mmconvert.differences import place as place_of
-from mmconvert.diffresult import NOT_CONVERTED, At, Diff, Facts, OtherShape, TensorDistance
-from mmconvert.distance import NOTHING, Distance, distances, nbytes_of, pieces_of
 from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.events import Events
+from mmconvert.executor.differences import place as place_of
+from mmconvert.executor.distance import NOTHING, Distance, distances, nbytes_of, pieces_of
+from mmconvert.executor.jobs import default_workers
 from mmconvert.formats.megatron import find_weights
-from mmconvert.jobs import default_workers
 from mmconvert.names import NO_LAYER, number
-from mmconvert.opened import Opened
-from mmconvert.pairing import open_pair
 from mmconvert.plan import Block, Key, Whole, matrix
-from mmconvert.recognise import is_hf
 from mmconvert.sources.model import idle_patterns
+from mmconvert.sources.recognise import is_hf
 from mmconvert.stored import StoredTensor
 
 COPIES = (

@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from mmconvert.blockio import Region, read_compact
 from mmconvert.errors import TensorError
-from mmconvert.fileio import BAND, Files
-from mmconvert.jobs import JOB_SIZE, Job, run_jobs
+from mmconvert.executor.blockio import Region, read_compact
+from mmconvert.executor.fileio import BAND, Files
+from mmconvert.executor.jobs import JOB_SIZE, Job, run_jobs
 from mmconvert.plan import Copy, Key, Side, Whole, join, matrix, zeros_of
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
@@ -231,7 +231,9 @@ def _look(
 def _measured(
     files: Files, c: Copy, a: Sequence[StoredTensor], b: Sequence[StoredTensor]
 ) -> Distance:
-    from mmconvert.measure import measure  # numpy: a tenth of a second that other tools save
+    from mmconvert.executor.measure import (
+        measure,  # numpy: a tenth of a second that other tools save
+    )
 
     # Where one side stores nothing, its zeros have the dtype of the other.
     ours = a[c.src] if c.src != NOTHING else b[c.dst]

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmconvert import journal
-from mmconvert.casts import Losses
 from mmconvert.events import Events
-from mmconvert.execute import jobs_of
-from mmconvert.group import Group
-from mmconvert.jobs import Job, run_jobs
-from mmconvert.pieces import in_pieces
+from mmconvert.executor import journal
+from mmconvert.executor.casts import Losses
+from mmconvert.executor.execute import jobs_of
+from mmconvert.executor.group import Group
+from mmconvert.executor.jobs import Job, run_jobs
+from mmconvert.executor.pieces import in_pieces
 from mmconvert.plan import Plan
 from mmconvert.stored import StoredTensor
 
@@ -36,7 +36,7 @@ class Staged:
 
     Attributes:
         folder: the folder.
-        request: see :func:`mmconvert.journal.request_of`.
+        request: see :func:`mmconvert.executor.journal.request_of`.
         places: where each of the plan's targets lies, in their order.
         finished: what an interrupted run of the same request has left.
     """

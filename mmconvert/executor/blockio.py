@@ -9,7 +9,7 @@ from math import prod
 from typing import Literal, NamedTuple
 
 from mmconvert.errors import CheckpointError
-from mmconvert.fileio import BUFFERS, Files, read_pieces
+from mmconvert.executor.fileio import BUFFERS, Files, read_pieces
 from mmconvert.plan import matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor, Target
 

@@ -9,10 +9,10 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 
-from mmconvert.blockio import Region, read_compact
-from mmconvert.differences import Difference
-from mmconvert.fileio import BAND, Files, open_files
-from mmconvert.jobs import JOB_SIZE, Job, run_jobs
+from mmconvert.executor.blockio import Region, read_compact
+from mmconvert.executor.differences import Difference
+from mmconvert.executor.fileio import BAND, Files, open_files
+from mmconvert.executor.jobs import JOB_SIZE, Job, run_jobs
 from mmconvert.plan import Comparison, Zeros, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
@@ -82,7 +82,9 @@ def _pieces(comparisons: Sequence[Comparison], a: Sequence[StoredTensor]) -> lis
 def _describe(
     piece: Comparison, a: StoredTensor, b: StoredTensor, left: memoryview, right: memoryview
 ) -> Difference:
-    from mmconvert.values import gaps  # numpy: a tenth of a second that equality need not pay
+    from mmconvert.executor.values import (
+        gaps,  # numpy: a tenth of a second that equality need not pay
+    )
 
     c = piece.copy
     found = gaps(left, right, (a.dtype, b.dtype), c.cols)
@@ -123,7 +125,7 @@ def not_zero(zeros: Sequence[Zeros], tensors: Sequence[StoredTensor]) -> list[Di
             data = read_compact(files, tensor, region, "left")
             if _equal(data, memoryview(bytes(len(data)))):
                 continue
-            from mmconvert.values import nonzero  # see _describe
+            from mmconvert.executor.values import nonzero  # see _describe
 
             gap = nonzero(data, tensor.dtype, zero.cols)
             if gap is None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from mmconvert.comparison.opened import Opened
+from mmconvert.comparison.pairing_ms import is_ms_pair, open_ms_pair
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.errors import CheckpointError
-from mmconvert.opened import Opened
-from mmconvert.pairing_ms import is_ms_pair, open_ms_pair
-from mmconvert.recognise import family_of, is_hf
 from mmconvert.sharding.layout import Layout
 from mmconvert.sides.hf import hf_side
 from mmconvert.sides.mm_source import Parts, mm_source
@@ -17,6 +16,7 @@ from mmconvert.sides.reorder import reorder
 from mmconvert.sources.hf import hf_model
 from mmconvert.sources.mm import mm_model
 from mmconvert.sources.model import Model
+from mmconvert.sources.recognise import family_of, is_hf
 
 
 def open_pair(a: Path, b: Path, options: Options) -> tuple[Opened, Opened]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmconvert.distance import Totals
+from mmconvert.executor.distance import Totals
 
 NOT_CONVERTED = "not converted"  # tensors of HF checkpoints that have no place in MM format
 

@@ -1,0 +1,1 @@
+"""Two checkpoints side by side: opened alike, proven equal or measured apart."""
