@@ -272,6 +272,15 @@ def test_files_that_are_named_exist(path: Path) -> None:
     assert missing == []
 
 
+def test_the_map_of_the_house_is_whole() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition("## The house")[2].partition("## ")[0]
+    named = set(re.findall(r"`(\w+(?:/|\.py))`", table))
+    package = ROOT / "mmconvert"
+    assert {p.parent.name + "/" for p in package.glob("*/__init__.py")} <= named
+    assert [name for name in sorted(named) if not (package / name).exists()] == []
+
+
 def test_make_targets_that_are_named_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for path in DOCS:
