@@ -10,8 +10,8 @@ Each round is timed in two states of memory, since that decides more than the co
 
     as it is   a virtual machine may have given free memory back to its host, and fetches it
                again, at a price, while files are written
-    held       two untimed `cp -r`, deleted at once, have left more memory that the machine holds
-               than any command needs
+    held       two untimed `cp -r` of the inputs, deleted at once, have left more memory that the
+               machine holds than any command needs
 
 Times are of whole commands, start-up included; memory is the peak resident size that the kernel
 reports for the process.
@@ -34,13 +34,13 @@ STATES = ("as it is", "held")
 Round = dict[str, Timing]
 
 
-def settle(hf: Path, reads: Path, scratch: Path, state: str) -> None:
+def settle(reads: Path, scratch: Path, state: str) -> None:
     """Brings cache and memory into the state that a timed command starts from."""
     read(reads)
     if state == "held":
         scratch.mkdir()
         for number in range(2):
-            run(["cp", "-r", str(hf), str(scratch / str(number))])
+            run(["cp", "-r", str(reads), str(scratch / str(number))])
         shutil.rmtree(scratch)
 
 
@@ -52,10 +52,10 @@ def one_round(hf: Path, work: Path, state: str) -> Round:
     mm_to_hf += ["--cfg.save_hf_dir", str(back)]
     found: Round = {}
     for name, flags in (("hf_to_mm", hf_to_mm), ("mm_to_hf", mm_to_hf)):
-        settle(hf, hf, copy, state)
+        settle(hf, copy, state)
         found[f"cp before {name}"] = run(["cp", "-r", str(hf), str(copy)])
         shutil.rmtree(copy)
-        settle(hf, hf if name == "hf_to_mm" else mm, copy, state)
+        settle(hf if name == "hf_to_mm" else mm, copy, state)
         found[name] = run([*CONVERT, *flags])
     shutil.rmtree(mm)
     shutil.rmtree(back)

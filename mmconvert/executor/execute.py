@@ -2,7 +2,7 @@
 
 Three kinds of jobs, whichever reads and writes in the largest pieces:
 
-    stream   whole rows to whole rows: bytes go from file to file inside the kernel
+    stream   whole rows to whole rows: long runs of bytes go from file to file
     scatter  column blocks of one source (cutting a row-parallel weight): the source is read
              once, in bands of rows, and each block is written to its target in one piece
     gather   column blocks into one target (joining one), and everything small: the target is

@@ -1,0 +1,58 @@
+"""Bytes arrive as they were, on local disks and elsewhere, whatever their offsets."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from mmconvert.errors import CheckpointError
+from mmconvert.executor.fileio import BAND, copy_range, open_files
+
+IN_MEMORY = Path("/dev/shm")  # a file system without a device of its own
+
+
+@pytest.fixture(params=["disk", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    if request.param == "disk":
+        yield tmp_path
+        return
+    if not IN_MEMORY.is_dir() or os.major(IN_MEMORY.stat().st_dev):
+        pytest.skip("there is no file system in memory")
+    with TemporaryDirectory(dir=IN_MEMORY) as made:
+        yield Path(made)
+
+
+@pytest.mark.parametrize(
+    ("start", "at", "nbytes"),
+    [(0, 0, 1), (8, 64, 100), (4096, 4096, BAND), (1000, 64, 2 * BAND + 77), (3, 0, BAND - 1)],
+)
+def test_a_range_is_copied_and_nothing_else(folder: Path, start: int, at: int, nbytes: int) -> None:
+    data = random.Random(nbytes).randbytes(start + nbytes + 10)
+    before = bytes([7]) * (at + nbytes + 10)
+    (folder / "from").write_bytes(data)
+    (folder / "to").write_bytes(before)
+    with open_files() as files:
+        copy_range(files, folder / "from", start, folder / "to", at, nbytes)
+    after = before[:at] + data[start : start + nbytes] + before[at + nbytes :]
+    assert (folder / "to").read_bytes() == after
+
+
+def test_between_file_systems(folder: Path, tmp_path: Path) -> None:
+    data = random.Random(1).randbytes(BAND + 5)
+    (tmp_path / "from").write_bytes(data)
+    (folder / "to").write_bytes(b"")
+    with open_files() as files:
+        copy_range(files, tmp_path / "from", 0, folder / "to", 0, len(data))
+    assert (folder / "to").read_bytes() == data
+
+
+def test_a_source_that_ends_early_is_an_error(folder: Path) -> None:
+    (folder / "from").write_bytes(bytes(100))
+    (folder / "to").write_bytes(bytes(300))
+    with open_files() as files, pytest.raises(CheckpointError, match="ends at byte 100, 100 bytes"):
+        copy_range(files, folder / "from", 0, folder / "to", 0, 200)
