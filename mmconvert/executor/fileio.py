@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from mmconvert.disks import on_local_disk
 from mmconvert.errors import CheckpointError, MMConvertError, cannot_write
 
 # Bytes that one buffer holds: what is written while it is still in the processor's cache costs
@@ -175,13 +176,13 @@ def copy_range(files: Files, source: Path, start: int, target: Path, at: int, nb
 def _copied_elsewhere(files: Files, span: Span, target: Path, at: int) -> int:
     """Bytes, from the first on, that a file server or the kernel has copied.
 
-    A file server may copy without sending the bytes here. A local disk (its device has a major
-    number) gains nothing: the kernel would copy in pieces of 64 KiB, and writes of ``BAND`` bytes
-    take a third less of its work (measured: Linux 6.18, ext4).
+    A file server may copy without sending the bytes here. A local disk gains
+    nothing: the kernel would copy in pieces of 64 KiB, and writes of ``BAND`` bytes take a third
+    less of its work (measured: Linux 6.18, ext4).
     """
     src, dst = files.fd(span.path), files.fd(target, os.O_WRONLY)
     done = 0
-    if not hasattr(os, "copy_file_range") or os.major(os.fstat(dst).st_dev):
+    if not hasattr(os, "copy_file_range") or on_local_disk(dst):
         return done
     while done < span.nbytes:
         size = min(KERNEL_PIECE, span.nbytes - done)

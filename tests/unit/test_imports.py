@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     # the bottom: integers, names, nothing of files
     "errors": set(),
     "version": set(),
+    "disks": set(),
     "events": set(),
     "names": set(),
     "words": set(),
@@ -38,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "stored": {"sharding.layout"},
     # files
     "formats.*": {"formats.*", "stored"},
+    "formats.allocate": {"disks"},
     "formats.megatron": {"formats.*", "sharding.layout", "stored"},
     "formats.strategy": {"formats.*", "sharding.slices"},
     "formats.strategy_writer": {"formats.*", "sharding.slices"},
@@ -52,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"sharding.*"},
     "config_ms": {"config"},
     # moving and comparing bytes
-    "executor.fileio": set(),
+    "executor.fileio": {"disks"},
     "executor.blockio": {"executor.fileio", "plan", "stored"},
     "executor.casts": set(),
     "executor.jobs": {"executor.casts", "executor.fileio"},
