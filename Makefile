@@ -1,7 +1,8 @@
 # make demo   converts a small real model there and back, and shows it
 # make tutorial  a small model is converted, checked, fine-tuned and asked about pictures
-# make test   style, types and every test
+# make test   style, types and every test but the longest; the same everywhere, seeds included
 # make quick  the tests that take a moment
+# make nightly  the longest proofs, and all properties with seeds that are new each time
 # make mindspore-env  a CPU MindSpore for the tests that compare with it; prints its interpreter
 # make bench  conversions against `cp -r`, side by side (writes 18 GB below benchmarks/data)
 
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo tutorial test quick lint mindspore-env bench clean
+.PHONY: demo tutorial test quick nightly lint mindspore-env bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or later is needed"'
@@ -32,7 +33,10 @@ test: lint
 	$(PY) -m pytest -n auto
 
 quick: $(VENV)/ready
-	$(PY) -m pytest -n auto -m 'not slow'
+	$(PY) -m pytest -n auto -m 'not slow and not nightly'
+
+nightly: $(VENV)/ready
+	$(PY) -m pytest -n auto -m 'nightly or hypothesis' --hypothesis-profile=nightly
 
 mindspore-env:
 	@tests/with_mindspore/setup.sh .venv-mindspore

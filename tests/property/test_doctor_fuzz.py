@@ -5,10 +5,8 @@ conversion refuses. What is damaged and how: see mutations.py.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
-import zipfile
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from inprocess import call
-from mutations import KINDS, VERBS, Base, bounded, command, linked, make_base
+from mutations import KINDS, VERBS, Base, bounded, command, linked, make_base, mutate
 
 MODELS = ("qwen2vl-2b", "internvl2-76b")
 VERDICTS = (0, 3)
@@ -37,10 +35,7 @@ def fault_of(random: Random, bases: dict[str, Base], work: Path) -> str:
     verb = random.choice(VERBS)
     hf, mm, out = linked(base.hf, work / "hf"), linked(base.mm, work / "mm"), work / "out"
     mutation = random.choice(KINDS[verb])
-    try:
-        mutation(random, hf, mm)
-    except (OSError, IndexError, ValueError, zipfile.BadZipFile):
-        return ""
+    mutate(random, [mutation], hf, mm)
     # resplit needs no weights of hf_dir, so mm alone must be healthy enough for it.
     asked: list[list[Any]] = [[hf]] if verb == "hf_to_mm" else [[mm, "--hf_dir", hf]]
     if verb == "mm_to_hf":
@@ -81,9 +76,6 @@ CALM = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 @settings(
     max_examples=60,
-    deadline=None,
-    database=None,
-    derandomize=bool(os.environ.get("CI")),
     suppress_health_check=CALM,
 )
 @given(seed=st.integers(0, 2**32))
@@ -91,8 +83,8 @@ def test_damaged_checkpoints(bases: dict[str, Base], seed: int) -> None:
     run(seed, bases)
 
 
-@pytest.mark.slow
-@settings(max_examples=1500, deadline=None, database=None, suppress_health_check=CALM)
+@pytest.mark.nightly
+@settings(max_examples=1500, suppress_health_check=CALM)
 @given(seed=st.integers(0, 2**32))
 def test_damaged_checkpoints_often(bases: dict[str, Base], seed: int) -> None:
     run(seed, bases)

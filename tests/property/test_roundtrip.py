@@ -6,7 +6,6 @@ is read with the public libraries (see mmread.py); plans are checked by painting
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,9 +35,6 @@ def tries(count: int) -> Callable[[Any], Any]:
     """The settings of a property with `count` examples."""
     return settings(
         max_examples=count,
-        deadline=None,
-        database=None,
-        derandomize=bool(os.environ.get("CI")),
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 

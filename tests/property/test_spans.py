@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,9 +26,7 @@ from mmconvert.sharding.stages import (
     total,
 )
 
-FAST = settings(
-    max_examples=200, deadline=None, database=None, derandomize=bool(os.environ.get("CI"))
-)
+FAST = settings(max_examples=200)
 
 COUNTS = st.integers(0, 12)
 
