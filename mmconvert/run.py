@@ -19,6 +19,7 @@ from mmconvert.executor.digests import ALGORITHM, digests
 from mmconvert.executor.jobs import default_workers
 from mmconvert.executor.moving import Moved, Staged, move
 from mmconvert.formats import hf_output, megatron
+from mmconvert.formats.hf_sides import copy_side_files, side_files
 from mmconvert.formats.safetensors import Entry
 from mmconvert.output import Output
 from mmconvert.plan import Plan, Side
@@ -146,12 +147,14 @@ class Run:
             OutputFile(file.name, file.size, tuple(number[e.name] for e in file.entries))
             for file in weights.files
         ]
-        sides = hf_output.side_files(original.folder)
-        listing += [OutputFile(str(p), (original.folder / p).stat().st_size) for p in sides]
+        sides = side_files(original.folder, original.read)
+        for note in sides.notes():
+            self.events.note(note)
+        listing += [OutputFile(str(p), (original.folder / p).stat().st_size) for p in sides.copied]
 
         def create(folder: Path) -> Sequence[StoredTensor]:
             created = hf_output.create_hf(folder, weights)
-            hf_output.copy_side_files(original.folder, folder)
+            copy_side_files(original.folder, folder, sides.copied)
             if self.cast:
                 hf_output.write_dtype(folder, TORCH_NAMES[self.cast])
             return [created[t.name] for t in plan.targets]

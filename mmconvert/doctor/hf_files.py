@@ -11,7 +11,9 @@ from mmconvert.doctor.report import Report
 from mmconvert.doctor.shell import move_aside
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats import hf_bin
-from mmconvert.formats.hf import INDEX, SINGLE, is_pickled, read_config, read_index
+from mmconvert.formats.hf import chosen, read_config, read_index
+from mmconvert.formats.hf_choice import ADAPTER, INDEX, SINGLE
+from mmconvert.formats.hf_choice import weight_files as safetensors_files
 from mmconvert.formats.safetensors import WeightFile, expected_size, read_weight_file
 from mmconvert.names import number, summarise
 
@@ -61,23 +63,28 @@ def look_at_side_files(folder: Path, report: Report, *, preprocessor: bool = Tru
 
 
 def weight_files(folder: Path, report: Report) -> tuple[list[WeightFile], bool]:
-    """The readable weight files, and whether they are all there: those that are converted, so
-    ``pytorch_model*.bin`` where there are no safetensors.
-    """
-    pickled = is_pickled(folder)
-    weight_map = _weight_map(folder, report, pickled=pickled)
-    there = sorted(path.name for path in folder.glob("*.safetensors"))
+    """The readable weight files, and whether they are all there: those that are converted."""
+    name = chosen(folder, {})
+    pickled = name.startswith(hf_bin.SINGLE)
+    indexed = name in (INDEX, hf_bin.INDEX)
+    weight_map = _weight_map(folder, report, pickled=pickled) if indexed else None
+    there = safetensors_files(folder)
     if weight_map is not None:
         names = sorted(set(weight_map.values()))
-    elif pickled:
-        names = [] if (folder / hf_bin.INDEX).is_file() else [hf_bin.SINGLE]
-    elif SINGLE in there and not (folder / INDEX).is_file():
-        names = [SINGLE]
+    elif pickled and indexed:  # the index is damaged, and reported
+        names = []
     else:
-        names = there
+        names = [name] if name and not indexed else there
+    if not name and there:
+        report.add(
+            "missing-index",
+            f"{folder} has {len(there)} *.safetensors files and no {INDEX}",
+            f"download {INDEX} from the model's page",
+            path=folder / INDEX,
+        )
     absent = [name for name in names if not (folder / name).is_file()]
     _absent(folder, names, absent, weight_map or {}, report)
-    if not names and not pickled:  # pickled: the index is damaged, and reported
+    if not names and not pickled:
         _no_safetensors(folder, report)
     stray = [name for name in there if name not in names]
     files = [_read(folder / name, report) for name in names if name not in absent]
@@ -87,26 +94,33 @@ def weight_files(folder: Path, report: Report) -> tuple[list[WeightFile], bool]:
     if weight_map is not None:
         _index_fits(folder, weight_map, readable, report)
     _stray(folder, stray, weight_map is not None, report)
+    if readable:
+        look_at_adapter(folder, report)
     return readable, bool(names) and len(readable) == len(names)
 
 
-def _weight_map(folder: Path, report: Report, *, pickled: bool) -> dict[str, str] | None:
-    path = folder / (hf_bin.INDEX if pickled else INDEX)
-    if path.is_file():
-        try:
-            return read_index(folder, pickled=pickled)
-        except CheckpointError as error:
-            report.add("damaged-index", error.what, AGAIN, path=path)
-            return None
-    found = list(folder.glob("*.safetensors"))
-    if len(found) > 1 and not (folder / SINGLE).is_file():
+def look_at_adapter(folder: Path, report: Report) -> None:
+    """An adapter that lies beside the weights."""
+    found = sorted(path.name for path in folder.iterdir() if ADAPTER.fullmatch(path.name))
+    if found:
         report.add(
-            "missing-index",
-            f"{folder} has {len(found)} *.safetensors files and no {INDEX}",
-            f"download {INDEX} from the model's page",
-            path=path,
+            "adapter-not-applied",
+            f"{folder} holds an adapter beside the model: {summarise(found)}; conversions do not "
+            "apply it, and transformers loads its base model instead where PEFT is installed",
+            "merge it into the model (PEFT's merge_and_unload) if its training is wanted, else "
+            "move it away",
+            path=folder / found[0],
+            command=move_aside([folder / name for name in found], Path(os.path.normpath(folder))),
         )
-    return None
+
+
+def _weight_map(folder: Path, report: Report, *, pickled: bool) -> dict[str, str] | None:
+    try:
+        return read_index(folder, pickled=pickled)
+    except CheckpointError as error:
+        path = folder / (hf_bin.INDEX if pickled else INDEX)
+        report.add("damaged-index", error.what, AGAIN, path=path)
+        return None
 
 
 def _absent(

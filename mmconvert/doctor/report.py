@@ -81,6 +81,7 @@ SEVERITY: dict[str, str] = {
     "truncated-weight-file": ERROR,
     "damaged-weight-file": ERROR,
     "stray-weight-file": WARNING,
+    "adapter-not-applied": WARNING,
     "index-mismatch": ERROR,
     "other-spelling": WARNING,
     "duplicate-tensor": ERROR,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats import hf_bin
+from mmconvert.formats.hf_choice import INDEX, SAFETENSORS, SINGLE, choose, not_read, weight_files
 from mmconvert.formats.safetensors import (
     WeightFile,
     parse_json,
@@ -15,8 +16,6 @@ from mmconvert.formats.safetensors import (
 )
 from mmconvert.stored import StoredTensor
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 MAX_JSON = 64 << 20  # bytes
 MAX_NAME = 200  # characters of a file name; no file system takes more than 255 bytes
 
@@ -31,6 +30,7 @@ class HFCheckpoint:
         files: the weight files, in the order of their names.
         index: the index file, byte for byte; None if the checkpoint has none.
         notes: what is worth knowing, in words.
+        read: names of the weight files, and of the index that lists them.
     """
 
     folder: Path
@@ -38,6 +38,7 @@ class HFCheckpoint:
     files: list[WeightFile]
     index: bytes | None
     notes: tuple[str, ...] = ()
+    read: frozenset[str] = frozenset()
 
     def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor by name."""
@@ -87,38 +88,43 @@ def read_config(folder: Path) -> dict[str, object]:
 
 
 def open_hf(folder: Path) -> HFCheckpoint:
-    """Reads the headers of an HF checkpoint. Only the files that the index names are read.
-
-    Weight files are safetensors; where there are none, ``pytorch_model*.bin``.
+    """Reads the headers of an HF checkpoint: of the files that transformers would load.
 
     Raises:
         CheckpointError: missing files; FormatError: damaged ones; TensorError: an index that
             does not fit the files.
     """
     config = read_config(folder)
-    pickled = (folder / hf_bin.INDEX).is_file() or (folder / hf_bin.SINGLE).is_file()
-    if is_pickled(folder):
-        if (folder / hf_bin.INDEX).is_file():
-            return _indexed(folder, config, hf_bin.INDEX, hf_bin.SUFFIX)
-        return HFCheckpoint(folder, config, [hf_bin.read_bin(folder / hf_bin.SINGLE)], None)
-    notes = ("pytorch_model*.bin beside safetensors are not read",) if pickled else ()
-    if (folder / INDEX).is_file():
-        found = replace(_indexed(folder, config, INDEX, ".safetensors"), notes=notes)
-        return replace(found, notes=(*found.notes, *_beside_an_index(found)))
-    file = read_weight_file(_single_file(folder))
-    return HFCheckpoint(folder, config, [file], None, notes)
+    name = chosen(folder, config)
+    if not name:
+        raise _no_weights(folder)
+    if name.endswith(".json"):
+        found = _indexed(folder, config, name)
+    else:
+        found = HFCheckpoint(folder, config, [_read(folder / name)], None)
+    read = frozenset({name, *(file.path.name for file in found.files)})
+    return replace(found, notes=tuple(not_read(folder, read)), read=read)
 
 
-def is_pickled(folder: Path) -> bool:
-    """Whether a folder's weights are read from ``pytorch_model*.bin``: it has no safetensors."""
-    if any(folder.glob("*.safetensors")) or (folder / INDEX).is_file():
-        return False
-    return (folder / hf_bin.INDEX).is_file() or (folder / hf_bin.SINGLE).is_file()
+def chosen(folder: Path, config: Mapping[str, object]) -> str:
+    """As :func:`choose`; the index instead of a single file where it names that file alone."""
+    name = choose(folder, config)
+    if name != SINGLE or not (folder / INDEX).is_file():
+        return name
+    try:
+        return INDEX if set(read_index(folder).values()) == {SINGLE} else name
+    except CheckpointError:  # transformers does not look at it either
+        return name
 
 
-def _indexed(folder: Path, config: Mapping[str, object], index: str, suffix: str) -> HFCheckpoint:
+def _read(path: Path) -> WeightFile:
+    return hf_bin.read_bin(path) if path.name.endswith(hf_bin.SUFFIX) else read_weight_file(path)
+
+
+def _indexed(folder: Path, config: Mapping[str, object], index: str) -> HFCheckpoint:
     path = folder / index
     raw = _read_small(path)
+    suffix = hf_bin.SUFFIX if index == hf_bin.INDEX else SAFETENSORS
     weight_map = _weight_map(path, parse_json(raw, path), suffix)
     names = sorted(set(weight_map.values()))
     absent = [name for name in names if not (folder / name).is_file()]
@@ -129,40 +135,22 @@ def _indexed(folder: Path, config: Mapping[str, object], index: str, suffix: str
             f"all {len(names)} weight files of the index",
             "download the missing files again",
         )
-    read = hf_bin.read_bin if suffix == hf_bin.SUFFIX else read_weight_file
-    files = [read(folder / name) for name in names]
+    files = [_read(folder / name) for name in names]
     _check_map(path, weight_map, files)
     return HFCheckpoint(folder, config, files, raw)
 
 
-def _beside_an_index(found: HFCheckpoint) -> tuple[str, ...]:
-    """A note on a single file that the index does not name.
-
-    The index is followed; transformers takes the single file where there is one (modeling_utils of
-    5.23), so that what a user has tried may be another checkpoint.
-    """
-    if SINGLE in {f.path.name for f in found.files} or not (found.folder / SINGLE).is_file():
-        return ()
-    return (
-        f"warning: {SINGLE} is not read, since {INDEX} does not name it; transformers would read "
-        "it, and not the files of the index",
-    )
-
-
-def _single_file(folder: Path) -> Path:
-    if (folder / SINGLE).is_file():
-        return folder / SINGLE
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
+def _no_weights(folder: Path) -> CheckpointError:
+    """What to say of a folder in which no weight file can be chosen."""
+    found = weight_files(folder)
     if found:
-        raise CheckpointError(
+        return CheckpointError(
             f"{folder} has {len(found)} *.safetensors files and no {INDEX}",
             "the index that says which tensor lies in which file",
             f"download {INDEX} from the model's page",
         )
     other = sorted(p.name for p in folder.glob("*.bin"))
-    raise CheckpointError(
+    return CheckpointError(
         f"{folder} has no *.safetensors files" + (f", only {other[0]} ..." if other else ""),
         f"{SINGLE} or {INDEX} with its files; or {hf_bin.SINGLE} or {hf_bin.INDEX} with its files",
         f"download {hf_bin.INDEX} too" if other else "download the weights",
@@ -179,11 +167,11 @@ def read_index(folder: Path, *, pickled: bool = False) -> dict[str, str]:
         CheckpointError: unreadable; FormatError: no weight map.
     """
     path = folder / (hf_bin.INDEX if pickled else INDEX)
-    suffix = hf_bin.SUFFIX if pickled else ".safetensors"
+    suffix = hf_bin.SUFFIX if pickled else SAFETENSORS
     return _weight_map(path, parse_json(_read_small(path), path), suffix)
 
 
-def _weight_map(path: Path, index: object, suffix: str = ".safetensors") -> dict[str, str]:
+def _weight_map(path: Path, index: object, suffix: str = SAFETENSORS) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path}: there is no weight_map", "an object: tensor name -> file name")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +15,6 @@ from mmconvert.formats.hf import INDEX, SINGLE, HFCheckpoint, read_json_file
 from mmconvert.formats.safetensors import Entry, layout_weight_file
 from mmconvert.stored import StoredTensor
 
-# Weights in any form, and what downloads and version control leave behind, are no side files.
-WEIGHT_SUFFIXES = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"),
-    *(".index.json", ".tmp", ".incomplete", ".lock"),
-)
-SKIPPED_FOLDERS = {".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".mmconvert"}
-SKIPPED_FILES = {"mmconvert.json", ".DS_Store"}
 # Where config.json names the dtype of the weights: torch_dtype until transformers 4.55, then dtype.
 DTYPE_KEYS = ("torch_dtype", "dtype")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -193,35 +184,3 @@ def _objects(value: object) -> Iterator[dict[str, object]]:
         yield value
         for inner in value.values():
             yield from _objects(inner)
-
-
-def side_files(folder: Path) -> list[Path]:
-    """Relative paths of the files that belong to a model beside its weights, links followed.
-
-    Weights in any format, indexes, caches and version control are left out.
-    """
-    found: list[Path] = []
-    seen: set[tuple[int, int]] = set()  # folders, so that linked folders cannot go in circles
-    for here, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS)
-        for name in sorted(files):
-            path = Path(here, name)
-            if name in SKIPPED_FILES or name.lower().endswith(WEIGHT_SUFFIXES):
-                continue
-            if path.is_file():  # follows links; leaves out broken ones, sockets and the like
-                found.append(path.relative_to(folder))
-    return found
-
-
-def copy_side_files(source: Path, target: Path) -> list[Path]:
-    """Copies the side files as real files; returns their relative paths."""
-    paths = side_files(source)
-    for path in paths:
-        (target / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / path, target / path)
-    return paths

@@ -206,14 +206,14 @@ def test_no_weights(folder: Path) -> None:
     wrong(folder, "pytorch_model.bin", "empty")
 
 
-def test_the_index_wins_over_a_single_file(folder: Path, tmp_path: Path) -> None:
+def test_a_single_file_wins_over_the_index(folder: Path, tmp_path: Path) -> None:
     other = make_hf("qwen2vl-2b", tmp_path / "o", shards=1, layers=1, vit_layers=1, seed="other")
     assert open_hf(folder).notes == ()
     (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
     found = open_hf(folder)
-    assert [f.path.name for f in found.files] == [FIRST, SECOND]
+    assert [f.path.name for f in found.files] == ["model.safetensors"]
     assert len(found.notes) == 1
-    assert "transformers would read it, and not" in found.notes[0]
+    assert f"not read: {FIRST}, {SECOND}, {INDEX}" in found.notes[0]
 
 
 def test_an_index_may_name_the_single_file(tmp_path: Path) -> None:

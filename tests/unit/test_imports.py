@@ -44,6 +44,8 @@ ALLOWED: dict[str, set[str]] = {
     "formats.strategy": {"formats.*", "sharding.slices"},
     "formats.strategy_writer": {"formats.*", "sharding.slices"},
     "formats.mindspore_folder": {"formats.*", "names", "stored"},
+    "formats.hf_choice": {"formats.hf_bin", "names"},
+    "formats.hf_sides": {"formats.hf", "formats.hf_choice", "names"},
     # tables
     "converters.*": {"converters.*", "names", "sharding.*"},
     # the plan, and its sides made from a table
