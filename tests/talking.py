@@ -15,7 +15,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Whisper
 
 import tinyfamilies
 from mmconvert.runtime import commands
+from mmconvert.runtime.dataset import Data
 from mmconvert.runtime.optimizer import Recipe
+from mmconvert.runtime.samples import Source
 from mmconvert.runtime.training import Line, Plan
 
 SIDE = 56  # pixels of a picture: 4 x 4 patches, 4 image tokens
@@ -110,5 +112,5 @@ def learn(
         if isinstance(event, Line) and event.loss is not None:
             found.append((event.iteration, event.loss, event.rate, event.norm))
 
-    commands.finetune(mm, hf, data, [], 0.0, 0, what, dtype, resume, hear)
+    commands.finetune(mm, hf, Data((Source(tuple(data)),)), what, dtype, resume, hear)
     return found

@@ -13,8 +13,8 @@ from mmconvert.formats.megatron import TRACKER
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import inputs
 from mmconvert.runtime.batch import Batch
-from mmconvert.runtime.conversation import Sample, Speaker, prompt
-from mmconvert.runtime.dataset import read_samples, split
+from mmconvert.runtime.conversation import Speaker, prompt
+from mmconvert.runtime.dataset import Data
 from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.launch import Emit, launch
@@ -23,6 +23,7 @@ from mmconvert.runtime.mmfiles import Stored, find
 from mmconvert.runtime.training import Plan, Training
 from mmconvert.runtime.validation import DTYPES, Validation
 from mmconvert.runtime.verdict import Report
+from mmconvert.sharding.layout import Layout
 
 Note = Callable[[object], None]
 PROMPT = "What is in this picture?"
@@ -152,27 +153,26 @@ def generate(
 def finetune(
     mm_dir: Path,
     hf_dir: Path,
-    data: Sequence[Path],
-    check: Sequence[Path],
-    rate: float,
-    most: int,
+    data: Data,
     plan: Plan,
     dtype: str,
     resume: bool,
     on_event: Note,
+    expected: Callable[[Layout], None] | None = None,
 ) -> float:
     """Fine-tunes an MM checkpoint; the last loss.
 
     Args:
-        data, check: data files for training and for evaluations.
-        rate: the share of the data that is set aside for evaluations; 0 for none.
-        most: how many samples to take; 0 for all.
+        data: what to learn from, and what to evaluate on.
+        expected: looks at the checkpoint's layout before anything is done.
         resume: go on from the newest checkpoint in ``plan.save``, if there is one.
 
     Raises:
         MMConvertError: as :func:`validate`; OutputError: the folder holds a checkpoint already.
     """
     arch, stored = load_folder(hf_dir, mm_dir)
+    if expected is not None:
+        expected(stored.layout)
     started = (plan.save / TRACKER).is_file()
     if started and not resume:
         raise OutputError(
@@ -193,13 +193,10 @@ def finetune(
                 f"{plan.save} is at iteration {stored.iteration} already",
                 "a --train_iters that is larger",
             )
-    samples = read_samples(data, most)
-    kept: Sequence[Sample] = read_samples(check, 0) if check else []
-    if rate:
-        samples, kept = split(samples, rate, plan.seed)
+    samples, kept = data.read(plan.seed, on_event)
     if not plan.count:
         plan = replace(plan, count=stored.layout.pp_size)
-    job = Training(arch, stored, hf_dir, samples, kept, plan, dtype, started)
+    job = Training(arch, stored, hf_dir, samples, kept, plan, dtype, started, data.prepare)
     loss = launch(job, stored.world, on_event)
     assert isinstance(loss, float)  # noqa: S101 - what the job returns
     return loss

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,34 +11,17 @@ import torch
 import transformers
 from torch import Tensor
 
-from mmconvert.errors import DatasetError, RequestError
+from mmconvert.errors import RequestError
 from mmconvert.runtime.batch import IGNORED, Batch
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.inputs import assemble, audio_tokens
 from mmconvert.runtime.media import Media, open_picture, open_video
+from mmconvert.runtime.prepare import Prepare
+from mmconvert.runtime.samples import PLACE, Sample
 
-PLACE = re.compile(r"<(image|video|audio)>\n?")
-ROLES = ("system", "user", "assistant")
 SYSTEM = "You are a helpful assistant."  # what the Qwen chat templates begin with
 # Around a placeholder in InternVL's text; the Qwen families have theirs in config.json.
 INTERN_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One conversation.
-
-    Attributes:
-        messages: (role, text); ``<image>``, ``<video>`` and ``<audio>`` mark the places.
-        images, videos, audios: files, in the order of their places; pictures and sounds
-            may be objects.
-    """
-
-    messages: Sequence[tuple[str, str]]
-    images: Sequence[Any] = ()
-    videos: Sequence[Path] = ()
-    audios: Sequence[Any] = ()
-    name: str = "the prompt"
 
 
 @dataclass
@@ -64,7 +46,8 @@ class Speaker:
         RequestError: there is no usable tokenizer, or it does not fit the model.
     """
 
-    def __init__(self, arch: Architecture, hf_dir: Path) -> None:
+    def __init__(self, arch: Architecture, hf_dir: Path, prepare: Prepare | None = None) -> None:
+        self.prepare = prepare or Prepare()
         self.arch, self.media = arch, Media(arch, hf_dir)
         try:
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
@@ -237,55 +220,3 @@ def prompt(
     files = {"image": images, "video": videos, "audio": audios}
     front = "".join(f"<{kind}>" * len(some) for kind, some in files.items() if kind not in marked)
     return Sample([("user", front + text)], images, videos, audios)
-
-
-def _found(folder: Path, name: str) -> Path:
-    """A file that a data file names: its path starts at the data file's folder or, where nothing is
-    there, at the working directory, as trainers read the data that ``mm-convert data`` writes.
-    """
-    here, there = folder / name, Path(name)
-    return there if not here.exists() and there.exists() else here
-
-
-def sample_of(item: Mapping[str, Any], folder: Path, name: str) -> Sample:
-    """A conversation out of a data file: ``messages`` with role and content, and file lists.
-
-    Raises:
-        DatasetError: naming the entry and what is wrong with it.
-    """
-    wanted = '{"images": ["a.png"], "messages": [{"role": "user", "content": "<image>..."}, ...]}'
-    if (
-        not isinstance(item, dict)
-        or not isinstance(item.get("messages"), list)
-        or not item["messages"]
-    ):
-        raise DatasetError(f"{name} has no messages", wanted)
-    messages: list[tuple[str, str]] = []
-    for message in item["messages"]:
-        role, text = (
-            (message.get("role"), message.get("content"))
-            if isinstance(message, dict)
-            else (None, None)
-        )
-        if role not in ROLES:
-            raise DatasetError(
-                f"{name} has a message of role {role!r}", f"role {', '.join(ROLES)}, and content"
-            )
-        if not isinstance(text, str):
-            raise DatasetError(f"{name} has a message of role {role!r} without text", wanted)
-        messages.append((str(role), text))
-    if all(role != "assistant" for role, _ in messages):
-        raise DatasetError(f"{name} has nothing to learn", "a message of role assistant")
-    files: dict[str, list[Path]] = {}
-    for key in ("images", "videos", "audios"):
-        listed = item.get(key) or []
-        if not isinstance(listed, list) or not all(isinstance(x, str) for x in listed):
-            raise DatasetError(f"{name}: {key} is {listed!r}"[:200], "a list of file names")
-        files[key] = [_found(folder, x) for x in listed]
-    places = {m[1] for _, text in messages for m in PLACE.finditer(text)}
-    for kind in ("image", "video", "audio"):
-        if files[f"{kind}s"] and kind not in places:  # unmarked: before the first question
-            first = next((i for i, (role, _) in enumerate(messages) if role == "user"), 0)
-            front = f"<{kind}>" * len(files[f"{kind}s"])
-            messages[first] = (messages[first][0], front + messages[first][1])
-    return Sample(messages, files["images"], files["videos"], files["audios"], name)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,46 +11,63 @@ import torch
 
 from mmconvert.errors import DatasetError, RequestError
 from mmconvert.runtime.batch import IGNORED, Batch, alike
-from mmconvert.runtime.conversation import Sample, Speaker, sample_of
+from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.inputs import joined
+from mmconvert.runtime.prepare import Prepare
+from mmconvert.runtime.samples import Sample, Source, read_source
 
 KEPT = 256  # encoded samples that stay in memory
+
+
+@dataclass(frozen=True)
+class Data:
+    """What to learn from.
+
+    Attributes:
+        train: the training data.
+        check: data for evaluations.
+        rate: the share of the training data that is set aside for evaluations; 0 for none.
+        prepare: how samples become batches.
+        strict: a sample that cannot be used ends the training; else it is left out and counted.
+    """
+
+    train: tuple[Source, ...]
+    check: tuple[Source, ...] = ()
+    rate: float = 0.0
+    prepare: Prepare = field(default_factory=Prepare)
+    strict: bool = False
+
+    def read(self, seed: int, say: Callable[[str], None]) -> tuple[list[Sample], list[Sample]]:
+        """(samples for training, samples for evaluations).
+
+        Raises:
+            DatasetError, RequestError: as :func:`read_source` and :func:`split`.
+        """
+        samples, kept = (self._all(sources, say) for sources in (self.train, self.check))
+        return split(samples, self.rate, seed) if self.rate else (samples, kept)
+
+    def _all(self, sources: Sequence[Source], say: Callable[[str], None]) -> list[Sample]:
+        samples: list[Sample] = []
+        for source in sources:
+            found = read_source(source, strict=self.strict)
+            samples += found.samples
+            for note in found.notes():
+                say(note)
+        return samples
 
 
 def read_samples(files: Sequence[Path], most: int) -> list[Sample]:
     """The conversations of data files, in their order.
 
     Args:
-        files: JSON lists of ``{"images": [...], "messages": [...]}``; paths in them start at
-            the file's own folder, or at the working directory.
+        files: JSON lists or lines, in any dialect; paths in them start at the file's own folder,
+            or at the working directory.
         most: how many at most; 0 for all.
 
     Raises:
         DatasetError: a file is missing or an entry makes no sense; it is named.
     """
-    found: list[Sample] = []
-    for path in files:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise DatasetError(f"{path}: {error.strerror}", "a data file (JSON)") from None
-        except (ValueError, RecursionError) as error:
-            raise DatasetError(f"{path} is no JSON: {error}", "a list of conversations") from None
-        if not isinstance(content, list):
-            raise DatasetError(f"{path} holds no list", "a list of conversations")
-        for number, item in enumerate(content):
-            found.append(sample_of(item, path.parent, f"{path}, entry {number}"))
-    found = found[:most] if most else found
-    for sample in found:  # now, and not after an hour of training
-        for file in (*sample.images, *sample.videos, *sample.audios):
-            if not file.exists():
-                raise DatasetError(
-                    f"{sample.name}: {file} is missing",
-                    "every file, by a path from the data file's folder or the working directory",
-                )
-    if not found:
-        raise DatasetError("there are no conversations in the data", "at least one")
-    return found
+    return read_source(Source(tuple(files), most), strict=True).samples
 
 
 def split(samples: Sequence[Sample], rate: float, seed: int) -> tuple[list[Sample], list[Sample]]:

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from mmconvert.errors import RequestError, cannot_write
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import mmfiles
-from mmconvert.runtime.conversation import Sample, Speaker
+from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.curve import Series, draw
 from mmconvert.runtime.dataset import Feed
 from mmconvert.runtime.engine import Engine
@@ -25,6 +25,8 @@ from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.launch import Emit
 from mmconvert.runtime.mmfiles import Stored
 from mmconvert.runtime.optimizer import Optimizer, Recipe, freeze
+from mmconvert.runtime.prepare import Prepare
+from mmconvert.runtime.samples import Sample
 from mmconvert.runtime.validation import DTYPES
 from mmconvert.runtime.verdict import finite
 
@@ -111,6 +113,7 @@ class Training:
     plan: Plan
     dtype: str
     resumed: bool
+    prepare: Prepare = field(default_factory=Prepare)
 
     def __call__(self, device: torch.device, emit: Emit) -> float:
         """Trains; emits notes and lines; returns the last loss."""
@@ -125,7 +128,7 @@ class Training:
             f"{run.mesh.stages} stages on {self.stored.world} processes, {device}; "
             f"{learning} tensors learn"
         )
-        speaker = Speaker(self.arch, self.hf_dir)
+        speaker = Speaker(self.arch, self.hf_dir, self.prepare)
         feed = Feed(speaker, self.train, plan.size, plan.count, plan.seed)
         check = Feed(speaker, self.check, plan.size, plan.count, None) if self.check else None
         journal = Journal(plan.save, start) if run.mesh.lead else None
@@ -196,10 +199,7 @@ class Training:
 
     def _settings(self) -> dict[str, Any]:
         """What decides the curve: the plan, the dtype and the samples."""
-        said = [
-            [list(s.messages), [f.name for f in (*s.images, *s.videos, *s.audios)]]
-            for s in self.train
-        ]
+        said = [[list(s.messages), [f.name for f in s.files()]] for s in self.train]
         digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
         samples = f"{len(said)} samples ({digest})"
         return {**self.plan.settings(), "dtype": self.dtype, "samples": samples}

@@ -207,7 +207,11 @@ BROKEN: dict[str, tuple[Break, str]] = {
         "entry 17 has a message of role 'user' without text",
     ),
     "no answer": (lambda items: items[17]["messages"].pop(), "entry 17 has nothing to learn"),
-    "images is a word": (lambda items: items[17].update(images="red.png"), "entry 17: images is"),
+    "images is a number": (lambda items: items[17].update(images=3), "entry 17: images is 3"),
+    "a folder's name is missing": (
+        lambda items: items[17].update(images=[""]),
+        "entry 17: images is",
+    ),
     "a picture is missing": (
         lambda items: items[17].update(images=["gone.png"]),
         "entry 17: .*gone.png is missing",
@@ -229,9 +233,10 @@ def test_a_broken_entry_is_named(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [("[{}, {", "is no JSON"), ('{"messages": []}', "holds no list"), ("[]", "at least one"),
+    [("[{}, {", "is no JSON"), ('{"messages": []}', "line 1 has no messages"),
+     ("3", "holds no list"), ("[]", "at least one"),
      ("[" * 100000, "is no JSON"), ("\x00\xff", "is no JSON")],
-    ids=["cut off", "an object", "empty", "deep", "binary"],
+    ids=["cut off", "an object", "a number", "empty", "deep", "binary"],
 )  # fmt: skip
 def test_a_broken_file_is_named(text: str, wanted: str, tmp_path: Path) -> None:
     (tmp_path / "data.json").write_bytes(text.encode("latin-1"))
@@ -261,12 +266,12 @@ def test_a_sample_that_cannot_be_encoded_is_named(
     Image.new("RGB", (900, 4)).save(tmp_path / "wide.png")
     Image.new("I;16", (56, 56), 40000).save(tmp_path / "deep.png")  # white, if it were cut off
     (tmp_path / "data.json").write_text(json.dumps([item]))
-    feed = Feed(speaker, read_samples([tmp_path / "data.json"], 0), 1, 1, None)
     if not wanted:  # InternVL's word means nothing to Omni
+        feed = Feed(speaker, read_samples([tmp_path / "data.json"], 0), 1, 1, None)
         assert torch.is_tensor(feed.step(0)[0].ids)
         return
     with pytest.raises(DatasetError, match=wanted) as caught:
-        feed.step(0)
+        Feed(speaker, read_samples([tmp_path / "data.json"], 0), 1, 1, None).step(0)
     assert "entry 0" in caught.value.what
 
 

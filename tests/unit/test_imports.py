@@ -52,6 +52,8 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"converters.family", "names", "sharding.*", "stored"},
     "proof": {"plan"},
     "sides.*": {"converters.family", "names", "plan", "sharding.*", "sides.*", "stored"},
+    # MindSpeed-MM's own files
+    "modeljson": {"sharding.*"},
     # what a request is
     "config": {"sharding.*"},
     "config_ms": {"config"},
@@ -214,6 +216,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     # running checkpoints, with torch
     "runtime.*": {"formats.*", "runtime.*", "sharding.*"},
+    "runtime.datajson": {"modeljson", "runtime.prepare", "runtime.samples"},
+    "runtime.prepare": set(),
+    "runtime.samples": set(),
     "runtime.needs": set(),
     "runtime.launch": {"runtime.device"},
     "runtime.device": {"runtime.needs"},
@@ -280,9 +285,12 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.verdict",
     },
     "cli.tools.generate": {"cli.arguments", "runtime.commands", "runtime.launch", "runtime.needs"},
+    "cli.scriptflags": set(),
     "cli.tools.finetune": {
-        *("cli.arguments", "runtime.commands", "runtime.launch", "runtime.needs"),
-        *("runtime.optimizer", "runtime.training"),
+        *("cli.arguments", "cli.scriptflags", "config", "modeljson", "runtime.commands"),
+        *("runtime.datajson", "runtime.dataset", "runtime.launch", "runtime.needs"),
+        *("runtime.optimizer", "runtime.prepare", "runtime.samples", "runtime.training"),
+        "sharding.layout",
     },
     "__main__": {"cli"},
     "__init__": {"api", "config"},

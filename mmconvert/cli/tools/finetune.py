@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from mmconvert.cli.arguments import read_plain
-from mmconvert.errors import RequestError
+from mmconvert.cli.scriptflags import DEFAULTS, Script, read_script
+from mmconvert.config import MaybePath
+from mmconvert.errors import LayoutError, RequestError
+from mmconvert.modeljson import ModelJson, read_model_json
+from mmconvert.sharding.layout import Layout
+
+if TYPE_CHECKING:
+    from mmconvert.runtime.dataset import Data
 
 INTERRUPTED = 130
 
@@ -20,14 +27,22 @@ INTERRUPTED = 130
 class Finetuned:
     """What to train, on what, and how."""
 
-    mm_dir: Path
+    mm_dir: MaybePath = None
     """The MM checkpoint to start from; it trains in its own layout, one process for each rank."""
-    hf_dir: Path
+    hf_dir: MaybePath = None
     """The Hugging Face folder with config.json, tokenizer and processor of the model."""
-    data: str
-    """Conversation files (JSON lists of images and messages), joined by commas."""
-    save: Path
+    data: str = ""
+    """Conversation files (JSON lists or lines, in any dialect), joined by commas."""
+    save: MaybePath = None
     """The folder for checkpoints (iter_*), loss.jsonl and loss.svg."""
+    mm_data: MaybePath = None
+    """MindSpeed-MM's data.json, in place of --data, and of --hf_dir where it names that folder."""
+    mm_model: MaybePath = None
+    """MindSpeed-MM's model.json: what is frozen; its layer lists must be the checkpoint's."""
+    seq_length: int = 0
+    """Tokens of a sample; longer ones are cut, or left out without --mm_data. 0: no limit."""
+    strict: bool = False
+    """End with an error at a sample that cannot be used; else it is left out and counted."""
     train_iters: int = 100
     """Iterations in all."""
     save_interval: int = 0
@@ -92,14 +107,23 @@ def run(words: list[str]) -> int:
     prog = "mm-convert finetune"
     text = (
         "Trains an MM checkpoint on conversations in its own layout: AdamW, cosine schedule, "
-        "deterministic, dropout off. The checkpoints are MM checkpoints."
+        "deterministic, dropout off. The checkpoints are MM checkpoints. The flags of "
+        "MindSpeed-MM's finetune_*.sh are taken too, under their own names."
     )
     example = f"{prog} --mm_dir MM_DIR --hf_dir HF_DIR --data train.json --save OUT --lr 1e-5"
-    asked = read_plain(Finetuned, words, prog, f"{text}\n\nexample:\n  {example}")
-    _check(asked)
+    script = read_script(words, [f.name for f in fields(Finetuned)])
+    if script.given:
+        script.fill(DEFAULTS)
+    asked = read_plain(Finetuned, script.words, prog, f"{text}\n\nexample:\n  {example}")
+    _check(asked, script)
     from mmconvert.runtime import needs
 
     needs.require(asked.device)
+    return _train(asked, script)
+
+
+def _train(asked: Finetuned, script: Script) -> int:
+    """Trains, with torch at hand."""
     from mmconvert.runtime import commands
     from mmconvert.runtime.launch import leads
     from mmconvert.runtime.optimizer import Recipe
@@ -114,27 +138,111 @@ def run(words: list[str]) -> int:
         elif not asked.quiet:
             print(words_of(event, asked), flush=True)
 
+    warmup = asked.warmup_iters or round(script.warmup * asked.train_iters)
     recipe = Recipe(
-        asked.lr, asked.min_lr, asked.warmup_iters, asked.train_iters, asked.weight_decay,
+        asked.lr, asked.min_lr, warmup, asked.train_iters, asked.weight_decay,
         asked.adam_beta1, asked.adam_beta2, asked.adam_eps, asked.clip_grad,
     )  # fmt: skip
+    model = read_model_json(script.model) if script.model is not None else None
+    hf_dir, data, notes = _data(asked)
+    evaluate = asked.eval_interval if data.check or data.rate else 0
+    frozen = (*asked.freeze, *(model.frozen() if model is not None else ()))
+    save = needed(asked.save, "--save")
     plan = Plan(
-        asked.save, asked.train_iters, asked.save_interval, asked.eval_interval, asked.eval_iters,
+        save, asked.train_iters, asked.save_interval, evaluate, asked.eval_iters,
         asked.log_interval, asked.micro_batch_size,
-        asked.global_batch_size // asked.micro_batch_size, asked.seed, asked.freeze,
+        asked.global_batch_size // asked.micro_batch_size, asked.seed, frozen,
         not asked.no_save_optim, recipe,
     )  # fmt: skip
+    if leads():
+        for note in (*script.notes(), *notes):
+            tell(note)
+
+    def expected(layout: Layout) -> None:
+        check_layout(layout, model, script)
+
     try:
         loss = commands.finetune(
-            asked.mm_dir, asked.hf_dir, _files(asked.data), _files(asked.val_data), asked.val_rate,
-            asked.max_samples, plan, asked.dtype, asked.resume, tell,
+            needed(asked.mm_dir, "--mm_dir (or --load)"), hf_dir, data, plan, asked.dtype,
+            asked.resume, tell, expected if script.given else None,
         )  # fmt: skip
     except KeyboardInterrupt:
         return _interrupted(asked) if leads() else INTERRUPTED
     if leads():
-        last = {"iteration": asked.train_iters, "loss": loss, "save": str(asked.save)}
-        print(json.dumps(last) if asked.json else f"done: loss {loss:.6f}, {asked.save}")
+        last = {"iteration": asked.train_iters, "loss": loss, "save": str(save)}
+        print(json.dumps(last) if asked.json else f"done: loss {loss:.6f}, {save}")
     return 0
+
+
+def _data(asked: Finetuned) -> tuple[Path, Data, tuple[str, ...]]:
+    """The Hugging Face folder, the data, and what is to be said of them."""
+    from mmconvert.runtime.datajson import read_data_json
+    from mmconvert.runtime.dataset import Data
+    from mmconvert.runtime.prepare import Prepare
+    from mmconvert.runtime.samples import Source
+
+    if asked.mm_data is None:
+        train, check = _files(asked.data), _files(asked.val_data)
+        data = Data(
+            (Source(train, asked.max_samples),),
+            (Source(check),) if check else (),
+            asked.val_rate,
+            Prepare(length=asked.seq_length),
+            asked.strict,
+        )
+        return needed(asked.hf_dir, "--hf_dir"), data, ()
+    found = read_data_json(asked.mm_data)
+    hf_dir = asked.hf_dir or found.hf_dir
+    if hf_dir is None:
+        raise RequestError(
+            f"{asked.mm_data} names no model folder", "model_name_or_path or from_pretrained",
+            "write it there, or give --hf_dir",
+        )  # fmt: skip
+    prepare = replace(found.prepare, length=asked.seq_length)
+    data = Data(found.train, found.check, found.rate, prepare, asked.strict)
+    return hf_dir, data, found.notes
+
+
+def check_layout(layout: Layout, model: ModelJson | None, script: Script) -> None:
+    """The layout of the checkpoint is the one that the script and model.json name.
+
+    Raises:
+        LayoutError: it is another; both are printed.
+    """
+    size = script.sizes.get("tp", 1)
+    tp = dict.fromkeys(layout.tp, size)
+    if script.hetero and model is not None:
+        tp |= {key: n for key, n in model.tp().items() if key in tp}
+    grids = dict(layout.grids)
+    pp, vpp = script.sizes.get("pp", 1), script.sizes.get("vpp", 1)
+    if pp * vpp > 1 and model is not None:
+        grids |= {key: grid for key, grid in model.grids().items() if key in grids}
+    expected = Layout(tp, grids)
+    if (expected.pp_size, expected.vpp_size) != (pp, vpp):
+        source = script.model or "the checkpoint"
+        raise LayoutError(
+            f"the script has PP {pp} and VPP {vpp}, {source} has PP {expected.pp_size} and VPP "
+            f"{expected.vpp_size}",
+            "the same sizes in the script, in model.json and in the checkpoint",
+        )
+    if expected != layout:
+        raise LayoutError(
+            f"the checkpoint's layout is {layout.describe()}; the script and model.json say "
+            f"{expected.describe()}",
+            "one layout",
+            "mm-convert resplit brings the checkpoint to another layout",
+        )
+
+
+def needed(value: Path | None, flag: str) -> Path:
+    """A folder that must be given.
+
+    Raises:
+        RequestError: it is not.
+    """
+    if value is None:
+        raise RequestError(f"{flag} is missing", f"{flag} FOLDER", "mm-convert finetune -h")
+    return value
 
 
 def _interrupted(asked: Finetuned) -> int:
@@ -145,15 +253,22 @@ def _interrupted(asked: Finetuned) -> int:
     return INTERRUPTED
 
 
-def _files(listed: str) -> list[Path]:
-    return [Path(name.strip()) for name in listed.split(",") if name.strip()]
+def _files(listed: str) -> tuple[Path, ...]:
+    return tuple(Path(name.strip()) for name in listed.split(",") if name.strip())
 
 
-def _check(asked: Finetuned) -> None:
-    """Numbers that make no sense."""
+def _check(asked: Finetuned, script: Script) -> None:
+    """What is missing, and numbers that make no sense."""
+    needed(asked.mm_dir, "--mm_dir (or --load)")
+    needed(asked.save, "--save")
+    if not asked.data and asked.mm_data is None:
+        raise RequestError("there is no data", "--data train.json, or --mm_data data.json")
+    if asked.data and asked.mm_data is not None:
+        raise RequestError("--data and --mm_data are both given", "one of them")
     least = {
         "train_iters": 1, "save_interval": 0, "eval_interval": 0, "eval_iters": 1, "max_samples": 0,
         "log_interval": 0, "warmup_iters": 0, "micro_batch_size": 1, "global_batch_size": 0,
+        "seq_length": 0,
     }  # fmt: skip
     for name, bound in least.items():
         if getattr(asked, name) < bound:
@@ -170,6 +285,8 @@ def _check(asked: Finetuned) -> None:
             f"{asked.micro_batch_size}",
             "whole micro-batches",
         )
+    if script.given:  # scripts evaluate where data.json has data for it
+        return
     if asked.val_data and asked.val_rate:
         raise RequestError("--val_data and --val_rate are both given", "one of them")
     if asked.eval_interval and not (asked.val_data or asked.val_rate):

@@ -1,0 +1,54 @@
+"""How samples become batches: the limits and choices of data.json, and what holds without one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """InternVL's tiles.
+
+    Attributes:
+        dynamic: a picture is cut into as many tiles as its shape asks for; else it is one.
+        thumbnail: beside several tiles the whole picture stands as one more.
+        least, most: tiles of a picture, the thumbnail not counted.
+        square: pictures are padded to squares first.
+    """
+
+    dynamic: bool = False
+    thumbnail: bool = False
+    least: int = 1
+    most: int = 6
+    square: bool = False
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """How samples are prepared.
+
+    Attributes:
+        image_pixels, video_pixels: the least and the most pixels of a picture and of a frame; it
+            is scaled before the model's processor sees it. None: the processor alone decides.
+        video_rate: frames a second that are taken.
+        video_frames: frames of a video at most.
+        sound_of_video: the sound of a video goes to the audio encoder, too.
+        learn_questions: what the user says is learnt, too.
+        learn_last: only the last answer is learnt.
+        thinking: as the templates of later models want it; no effect here.
+        length: tokens of a sample; longer ones are cut. 0: none is cut.
+        tiling: of InternVL; None takes that of config.json.
+        template: of InternVL's conversations; "" takes that of config.json.
+    """
+
+    image_pixels: tuple[int, int] | None = None
+    video_pixels: tuple[int, int] | None = None
+    video_rate: float = 2.0
+    video_frames: int = 16
+    sound_of_video: bool = False
+    learn_questions: bool = False
+    learn_last: bool = False
+    thinking: bool = True
+    length: int = 0
+    tiling: Tiling | None = None
+    template: str = ""

@@ -1,0 +1,95 @@
+"""The guides' finetune commands: ``mm-convert finetune`` for ``torchrun ... pretrain_vlm.py``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import guidefiles
+import talking
+import tinyfamilies
+from cli import run_cli
+from commands import rank_files
+
+
+def trained(save: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (save / "loss.jsonl").read_text().splitlines()]
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """Beginnings of the MM names of the tensors that learnt."""
+    found: set[str] = set()
+    for rank, path in rank_files(after).items():
+        old = torch.load(rank_files(before)[rank], weights_only=True)["model"]
+        new = torch.load(path, weights_only=True)["model"]
+        names = [n for n in new if isinstance(new[n], torch.Tensor)]
+        found |= {
+            ".".join(n.split(".")[:2])
+            for n in names
+            if not torch.equal(new[n], old[n].to(new[n].dtype))
+        }
+    return found
+
+
+class Guide:
+    """A folder as the tutorial leaves it: the model in both forms, data, and the edited files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.hf = talking.make("qwen2_vl", folder / "hf")
+        tinyfamilies.convert("qwen2_vl", self.hf, folder / "mm", "[0,4]", "[2,1]")
+        talking.write_data(folder, "mllm.json")
+        guidefiles.data_json(folder, "./mllm.json")
+        guidefiles.model_json(folder, [2, 1], [0, 4])
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory: pytest.TempPathFactory) -> Guide:
+    return Guide(tmp_path_factory.mktemp("guide"))
+
+
+@pytest.mark.slow
+def test_qwen2vl_trains_by_its_script(guide: Guide) -> None:
+    words = guidefiles.script("--enable-dummy-optimizer", "--log-tps", pp=2, iters=20)
+    done = run_cli("finetune", *words, "--lr", "1e-2", cwd=guide.folder, check=0)
+    assert done.stderr.count("no effect here: --use-mcore-models") == 1
+    assert "unrecognized" not in done.stderr.lower()
+    lines = trained(guide.folder / "save_dir")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    what = {"text_decoder.decoder", "text_decoder.embedding", "text_decoder.output_layer"}
+    assert changed(guide.folder / "mm", guide.folder / "save_dir") == what  # the rest is frozen
+
+
+REFUSED = {
+    "another tp": (["--tensor-model-parallel-size", "2"], "tp_size 2"),
+    "another pp": (["--pipeline-model-parallel-size", "1"], "PP 1 and VPP 1"),
+    "context parallel": (["--context-parallel-size", "2"], "--context-parallel-size 2 cannot"),
+    "fsdp": (["--use-torch-fsdp2"], "--use-torch-fsdp2 cannot be honoured"),
+    "lora": (["--lora-target-modules", "linear_qkv", "linear_proj"], "--lora-target-modules"),
+    "another form": (["--ckpt-format", "torch_dist"], "--ckpt-format torch_dist cannot"),
+    "mindspore": (["--ai-framework", "mindspore"], "--ai-framework mindspore cannot"),
+    "a mistyped flag": (["--seq-lenght", "4"], "did you mean --seq_length?"),
+    "a launcher's flag": (["--nnodes", "1"], "--nnodes belongs to torchrun"),
+    "no value": (["--mm-tool"], "--mm-tool has no value"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_honoured_is_refused_by_name(name: str, guide: Guide) -> None:
+    more, expected = REFUSED[name]
+    words = [w for w in guidefiles.script(pp=2, save="refused") if w != "--distributed-backend"]
+    done = run_cli("finetune", *words[:-1], *more, cwd=guide.folder, check=2)
+    assert expected in done.stderr
+    assert "to fix" in done.stderr or "wanted" in done.stderr
+    assert not (guide.folder / "refused").exists()
+
+
+def test_lists_that_are_not_the_checkpoints_are_refused_with_both(guide: Guide) -> None:
+    guidefiles.model_json(guide.folder, [3, 0], [0, 4], name="other.json")
+    words = guidefiles.script(pp=2, save="refused", model="other.json")
+    done = run_cli("finetune", *words, cwd=guide.folder, check=2)
+    assert "vit_pp_layers [2,1]" in done.stderr
+    assert "vit_pp_layers [3,0]" in done.stderr
