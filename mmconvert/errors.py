@@ -11,6 +11,7 @@
     └── CheckpointError       exit 3  a checkpoint is missing, damaged or not what was declared
         ├── FormatError               a file breaks its format (truncated, hostile, unreadable)
         ├── TensorError               tensors missing, unclaimed, of a wrong shape or dtype
+        ├── FormError                 maybe whole, and of a form that is not converted as it is
         └── ReplicaError              copies of one tensor differ between ranks
 
 An interruption (Ctrl-C, SIGTERM) ends with exit code 130.
@@ -108,6 +109,23 @@ class FormatError(CheckpointError):
 
 class TensorError(CheckpointError):
     """Tensors are missing, unclaimed, or of a wrong shape or dtype."""
+
+
+class FormError(CheckpointError):
+    """A checkpoint of a form that is not converted as it stands: quantised, an adapter alone ...
+
+    Args:
+        cause: a word for it, the same in conversions and ``doctor``; see :mod:`mmconvert.causes`.
+        what, wanted, fix: as in :class:`MMConvertError`.
+    """
+
+    def __init__(self, cause: str, what: str, wanted: str, fix: str) -> None:
+        super().__init__(what, wanted, fix)
+        self.cause = cause
+
+    def as_dict(self) -> dict[str, str | int]:
+        """The error as an object for ``--json``."""
+        return {**super().as_dict(), "cause": self.cause}
 
 
 class ReplicaError(CheckpointError):

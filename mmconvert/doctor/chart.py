@@ -18,7 +18,7 @@ from mmconvert.sharding.stages import StageGrid
 from mmconvert.sources import manifest
 from mmconvert.sources.mm import TEXT, variant_of
 from mmconvert.sources.model import ENCODERS, Model
-from mmconvert.sources.recognise import by_names
+from mmconvert.sources.recognise import by_names, mm_form_of
 from mmconvert.stored import StoredTensor
 
 Chunks = Mapping[Chunk, Mapping[str, StoredTensor]]
@@ -135,6 +135,9 @@ def make_chart(
     """Recognises the family; None if no family knows the names."""
     names = {name for part in parts.values() for name in part}
     if not names:
+        return None
+    if (fault := mm_form_of(parts.values(), ranks.folder)) is not None:
+        report.add_error("refused", fault, path=ranks.folder)
         return None
     try:
         family = by_names(names, ranks.folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mmconvert.causes.folders import other_form
 from mmconvert.doctor.asked import Asked
 from mmconvert.doctor.folder import has_ranks, iterations
 from mmconvert.doctor.hf import examine_hf
@@ -14,7 +15,7 @@ from mmconvert.doctor.report import Report
 from mmconvert.doctor.single import examine_file
 from mmconvert.errors import MMConvertError
 from mmconvert.events import Events
-from mmconvert.formats.hf import INDEX
+from mmconvert.formats.hf import INDEX, has_weights
 from mmconvert.formats.megatron import TRACKER
 from mmconvert.formats.mindspore_folder import is_ms
 
@@ -59,6 +60,10 @@ def _dispatch(path: Path, asked: Asked, events: Events, report: Report) -> None:
             report.add("not-there", what, "check the path", path=path)
         return
     _staging(path, report)
+    ranks = has_ranks(path) or any(has_ranks(path / name) for name in iterations(path))
+    if not ranks and not has_weights(path) and (fault := other_form(path)) is not None:
+        report.add_error("no-checkpoint", fault, path=path)
+        return
     hf, mm = _signs(path)
     if hf and mm:
         read = "Hugging Face" if (path / "config.json").is_file() else "MM"

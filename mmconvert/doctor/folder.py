@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from mmconvert.causes.folders import other_form
 from mmconvert.doctor.report import Report
 from mmconvert.doctor.shell import move_aside, write_tracker
 from mmconvert.errors import CheckpointError, FormatError
@@ -102,6 +103,9 @@ def rank_folders(folder: Path, listed: Mapping[str, int], report: Report) -> Ran
     """
     found = {p.name: n for p in sorted(folder.iterdir()) if (n := _numbers(p, report))}
     if not found:
+        if (fault := other_form(folder)) is not None:
+            report.add_error("no-rank-folders", fault, path=folder)
+            return None
         what = f"{folder} has no mp_rank_* folders"
         report.add("no-rank-folders", what, "copy the rank folders here", path=folder)
         return None

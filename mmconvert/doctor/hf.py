@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmconvert import converters
+from mmconvert.causes.quantised import left_over
+from mmconvert.causes.tensors import how_to_get
 from mmconvert.config import Options
 from mmconvert.converters.family import ZEROS, Dims, Family, Module, Variant, hf_templates
 from mmconvert.doctor.asked import Asked
@@ -16,9 +18,9 @@ from mmconvert.errors import CheckpointError, MMConvertError
 from mmconvert.events import Events
 from mmconvert.formats.safetensors import WeightFile
 from mmconvert.names import NO_LAYER, number, summarise
-from mmconvert.sides.hf import hf_side, partial_hf
+from mmconvert.sides.hf import heads, hf_side, partial_hf
 from mmconvert.sides.instances import Instance
-from mmconvert.sources.hf import hf_model, is_tied
+from mmconvert.sources.hf import form_of, hf_model, is_tied
 from mmconvert.stored import StoredTensor
 
 
@@ -95,6 +97,13 @@ def _look_at_tensors(
     except CheckpointError as error:
         report.add_error("damaged-config", error, path=folder / "config.json")
         return
+    named = {family.hub_name(t.name): t for file in files for t in file.tensors}
+    if (fault := form_of(family, table, named, config, folder)) is not None:
+        report.add_error("refused", fault, path=folder)
+        report.skipped.append("names and shapes: these are no plain weights of a model")
+        return
+    if note := left_over(config):
+        report.add("quantization-config-left", note, "delete the key", path=folder / "config.json")
     tensors = _by_hub_name(family, config, files, report)
     tensors = _known(family, table, tensors, report)
     if not complete:
@@ -107,7 +116,7 @@ def _look_at_tensors(
         path = next((t.path for t in tensors.values() if t.name == name), folder)
         report.add_error("wrong-shape", fault, path=path, tensor=name)
     if complete and not report.has(["index-mismatch"]):  # else they follow from that
-        _missing(folder, lacking, tensors, report)
+        _missing(folder, lacking, tensors, heads(modules), report)
         _beyond(folder, modules, dims, tensors, report)
     if asked.quick:
         report.skipped.append("copies of tensors (--quick)")
@@ -189,6 +198,7 @@ def _missing(
     folder: Path,
     lacking: Sequence[Instance],
     tensors: Mapping[str, StoredTensor],
+    output: set[str],
     report: Report,
 ) -> None:
     """Missing tensors, a finding for each layer."""
@@ -203,7 +213,7 @@ def _missing(
         report.add(
             "missing-tensor",
             f"{where} lacks {number(names, 'tensor')}: {summarise(names)}",
-            "download the weight files again; if config.json is of another model, replace it",
+            how_to_get(names, output),
             path=folder,
             tensor=names[0],
         )

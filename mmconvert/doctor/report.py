@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mmconvert.errors import MMConvertError
+from mmconvert.errors import FormError, MMConvertError
 
 ERROR, WARNING = "error", "warning"
 
@@ -29,6 +29,18 @@ SEVERITY: dict[str, str] = {
     "not-finite": ERROR,
     "lfs-pointer": ERROR,
     "refused": ERROR,
+    # the form of any checkpoint: see mmconvert.causes
+    "quantised": ERROR,
+    "quantization-config-left": WARNING,
+    "unmerged-adapter": ERROR,
+    "empty-tensors": ERROR,
+    "wrapped-names": ERROR,
+    "distributed-checkpoint": ERROR,
+    "fsdp-checkpoint": ERROR,
+    "deepspeed-checkpoint": ERROR,
+    "unified-safetensors": ERROR,
+    "one-level-high": ERROR,
+    "one-level-low": ERROR,
     # folders of an MM checkpoint
     "missing-tracker": ERROR,
     "damaged-tracker": ERROR,
@@ -76,6 +88,7 @@ SEVERITY: dict[str, str] = {
     "missing-preprocessor": WARNING,
     "missing-index": ERROR,
     "damaged-index": ERROR,
+    "stale-index": ERROR,
     "no-safetensors": ERROR,
     "missing-weight-file": ERROR,
     "truncated-weight-file": ERROR,
@@ -193,7 +206,8 @@ class Report:
         tensor: str = "",
         fix: str = "",
     ) -> None:
-        """Notes what a function of the converter refused."""
+        """Notes what a function of the converter refused, under its cause where it names one."""
+        id = error.cause if isinstance(error, FormError) else id  # noqa: A001 - as above
         self.add(id, error.what, fix or error.fix or error.wanted, path=path, tensor=tensor)
 
     def has(self, ids: Iterable[str]) -> bool:

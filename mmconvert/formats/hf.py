@@ -6,9 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mmconvert.causes.folders import other_form
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats import hf_bin
-from mmconvert.formats.hf_choice import INDEX, SAFETENSORS, SINGLE, choose, not_read, weight_files
+from mmconvert.formats.hf_choice import (
+    INDEX,
+    ORDER,
+    SAFETENSORS,
+    SINGLE,
+    choose,
+    not_read,
+    weight_files,
+)
 from mmconvert.formats.safetensors import (
     WeightFile,
     parse_json,
@@ -66,6 +75,16 @@ def _read_small(path: Path) -> bytes:
         raise CheckpointError(f"{path}: {error.strerror}", "a readable file") from error
 
 
+def _without_weights(folder: Path) -> CheckpointError | None:
+    """What else a folder holds, if no weight file of a model stands there."""
+    return None if has_weights(folder) else other_form(folder)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a weight file that may hold a model, or an index, stands in a folder."""
+    return any((folder / name).is_file() for name in ORDER) or bool(weight_files(folder))
+
+
 def read_config(folder: Path) -> dict[str, object]:
     """config.json of a folder, as data: nothing that it names is loaded or run.
 
@@ -79,7 +98,7 @@ def read_config(folder: Path) -> dict[str, object]:
             "check the path given to --cfg.hf_config.hf_dir",
         )
     if not (folder / "config.json").is_file():
-        raise CheckpointError(
+        raise _without_weights(folder) or CheckpointError(
             f"{folder} has no config.json",
             "a Hugging Face checkpoint folder",
             "point --cfg.hf_config.hf_dir at the folder of the original model",
@@ -150,7 +169,7 @@ def _no_weights(folder: Path) -> CheckpointError:
             f"download {INDEX} from the model's page",
         )
     other = sorted(p.name for p in folder.glob("*.bin"))
-    return CheckpointError(
+    return other_form(folder) or CheckpointError(
         f"{folder} has no *.safetensors files" + (f", only {other[0]} ..." if other else ""),
         f"{SINGLE} or {INDEX} with its files; or {hf_bin.SINGLE} or {hf_bin.INDEX} with its files",
         f"download {hf_bin.INDEX} too" if other else "download the weights",

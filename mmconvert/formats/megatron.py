@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from mmconvert.causes.folders import other_form
+from mmconvert.causes.tensors import no_model
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats.pickles import Inert
 from mmconvert.formats.ptfile import (
@@ -81,7 +83,7 @@ def find_weights(root: Path) -> tuple[Path, str]:
     if any(parse_folder(path.name) for path in root.iterdir()):
         number = re.fullmatch(r"iter_(\d{7,12})", root.resolve().name)
         return root, str(int(number[1])) if number else "release"
-    raise CheckpointError(
+    raise other_form(root) or CheckpointError(
         f"{root} has neither {TRACKER} nor mp_rank_* folders",
         f"an MM checkpoint: {TRACKER} with release/ or iter_N/",
         "check the path; training writes below its --save folder",
@@ -140,7 +142,9 @@ def _rank_folders(folder: Path) -> dict[Rank, Path]:
     found = {name: parse_folder(name) for name in names}
     numbers = {name: n for name, n in found.items() if n is not None}
     if not numbers:
-        raise CheckpointError(f"{folder} has no mp_rank_* folders", "one folder for each rank")
+        raise other_form(folder) or CheckpointError(
+            f"{folder} has no mp_rank_* folders", "one folder for each rank"
+        )
     forms = {sum(x is not None for x in n): name for name, n in numbers.items()}
     if len(forms) > 1:
         raise CheckpointError(
@@ -227,6 +231,8 @@ def rank_parts(pt: PtFile, notes: dict[str, int]) -> dict[str, dict[str, StoredT
                     "only tensors among the weights; objects there are never loaded",
                     "save the model's state_dict() with plain tensors",
                 )
+    if not found:
+        raise no_model(file, pt.content)
     return found
 
 

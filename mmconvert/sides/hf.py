@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mmconvert.converters.family import ZEROS, Dims, Module, Row
+from mmconvert.causes.tensors import missing as missing_tensors
+from mmconvert.converters.family import OUTPUT_LAYER, ZEROS, Dims, Module, Row
 from mmconvert.errors import TensorError
-from mmconvert.names import number, summarise
+from mmconvert.names import summarise
 from mmconvert.plan import Block, Key, Side, Whole, matrix
 from mmconvert.sides.instances import Instance, instances
 from mmconvert.stored import StoredTensor, Target, transposed
@@ -58,11 +59,7 @@ def hf_side(
                 )
             known.copies += whole.copies
     if missing:
-        raise TensorError(
-            f"{number(missing, 'tensor')} missing: {summarise(missing)}",
-            "every tensor of the model, in the names of the hub or of transformers",
-            "download the weight files again; if config.json is of another model, replace it",
-        )
+        raise missing_tensors(missing, heads(modules))
     beyond = [tensor.name for name, tensor in tensors.items() if name not in numbers]
     if beyond:
         raise TensorError(
@@ -72,6 +69,11 @@ def hf_side(
             "replace config.json or the weights by those that belong together",
         )
     return side
+
+
+def heads(modules: Sequence[Module]) -> set[str]:
+    """The names of the output layer."""
+    return {name for m in modules for r in m.all_rows() if r.mm == OUTPUT_LAYER for name in r.hf}
 
 
 def partial_hf(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from mmconvert import converters
+from mmconvert.causes.quantised import left_over
+from mmconvert.causes.tensors import unusable
 from mmconvert.config import Options
 from mmconvert.converters.family import (
     OUTPUT_LAYER,
@@ -15,14 +17,11 @@ from mmconvert.converters.family import (
     flag,
     hf_templates,
 )
-from mmconvert.errors import CheckpointError, RequestError, TensorError
+from mmconvert.errors import CheckpointError, FormError, RequestError, TensorError
 from mmconvert.formats.hf import HFCheckpoint, open_hf, read_config
 from mmconvert.names import number, summarise
 from mmconvert.sources.model import ENCODERS, Model, Notes, dropped_by, drops_too_much
 from mmconvert.stored import StoredTensor
-
-# What stands in the place of a linear's weight in GPTQ and AWQ checkpoints.
-QUANTISED = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
 
 def check_family(family: Family, config: Mapping[str, object], folder: Path) -> None:
@@ -78,6 +77,10 @@ def hf_model(
         config, tensors = _with_text_of(llm_dir, family, table, config, tensors, notes)
     everything = list(tensors.values())
     carried = {name: t for name, t in tensors.items() if family.why_carried(name)}
+    fault = form_of(family, table, tensors, config, folder)
+    if fault is not None:
+        raise fault
+    notes.words += [note] if (note := left_over(config)) else []
     tensors = {name: t for name, t in tensors.items() if name not in carried}
     tensors = _claimed(family, table, tensors, options, notes)
     variant = Variant(
@@ -134,6 +137,24 @@ def _by_hub_name(family: Family, checkpoint: HFCheckpoint) -> dict[str, StoredTe
     return found
 
 
+def form_of(
+    family: Family,
+    table: tuple[Module, ...],
+    tensors: Mapping[str, StoredTensor],
+    config: Mapping[str, object],
+    folder: Path,
+) -> FormError | None:
+    """Why tensors, by their names on the hub, are no plain weights of the family's model."""
+    index = hf_templates(table)
+    elsewhere = {n for n in tensors if family.why_dropped(n) or family.why_carried(n)}
+    return unusable(
+        {name: t for name, t in tensors.items() if name not in elsewhere},
+        lambda name: bool(index.find(name) or family.why_carried(name)),
+        config,
+        folder,
+    )
+
+
 def _claimed(
     family: Family,
     table: tuple[Module, ...],
@@ -142,7 +163,6 @@ def _claimed(
     notes: Notes,
 ) -> dict[str, StoredTensor]:
     """The tensors that have a row; the others are named in notes, or are an error."""
-    _check_plain(tensors.values())
     index = hf_templates(table)
     kept: dict[str, StoredTensor] = {}
     lost: list[str] = []
@@ -168,18 +188,6 @@ def _claimed(
     for why, names in reasons.items():
         notes.drop(why, names)
     return kept
-
-
-def _check_plain(tensors: Iterable[StoredTensor]) -> None:
-    """Raises TensorError for a checkpoint whose weights are packed into few bits."""
-    packed = [t.name for t in tensors if t.name.rpartition(".")[2] in QUANTISED]
-    if packed:
-        raise TensorError(
-            f"{number(packed, 'tensor')} of a quantised checkpoint (GPTQ, AWQ): "
-            f"{summarise(packed)}",
-            "weights in fp32, fp16 or bf16",
-            "take the model's unquantised checkpoint",
-        )
 
 
 def _said_tied(family: Family, config: Mapping[str, object]) -> bool | None:

@@ -25,7 +25,7 @@ from mmconvert.sides.mm_source import Parts, claim_mm
 from mmconvert.sources import manifest
 from mmconvert.sources.detect import assert_layout, check_layers, detect_layout
 from mmconvert.sources.model import ENCODERS, Model, Notes, dropped_by, drops_too_much
-from mmconvert.sources.recognise import by_names
+from mmconvert.sources.recognise import by_names, mm_form_of
 from mmconvert.stored import StoredTensor
 
 TEXT = "text_decoder."  # how the MM names of every family's text decoder begin
@@ -52,6 +52,8 @@ def mm_model(
         CheckpointError: not a checkpoint of this family, or damaged.
     """
     checkpoint = open_mm(folder)
+    if (fault := mm_form_of(checkpoint.parts.values(), checkpoint.folder)) is not None:
+        raise fault
     notes = Notes(f"{checkpoint.folder}: {note}" for note in checkpoint.notes)
     content, stale = manifest.read(checkpoint.root)
     notes.words += [stale] if stale else []

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmconvert import converters
+from mmconvert.causes.tensors import unusable
 from mmconvert.converters.family import Family, mm_index
-from mmconvert.errors import CheckpointError
+from mmconvert.errors import CheckpointError, FormError
 from mmconvert.formats.hf import read_config
 from mmconvert.formats.megatron import open_mm
+from mmconvert.names import TemplateIndex
 from mmconvert.sources import manifest
+from mmconvert.stored import FLOATS, StoredTensor
 
 if TYPE_CHECKING:
     from mmconvert.converters.mindspore import MSFamily
@@ -63,7 +66,28 @@ def family_of(*folders: Path) -> Family:
     if content is not None and content.get("converter") in families:
         return families[str(content["converter"])]
     parts = open_mm(folders[0]).parts
+    if (fault := mm_form_of(parts.values(), folders[0])) is not None:
+        raise fault
     return by_names({name for part in parts.values() for name in part}, folders[0])
+
+
+def mm_form_of(parts: Iterable[Mapping[str, StoredTensor]], folder: Path) -> FormError | None:
+    """Why tensors, by their MM names, are no plain weights of any family's model."""
+    index = TemplateIndex(
+        {
+            row.mm: (row.mm, True)
+            for family in converters.registry().values()
+            for variant in family.variants
+            for module in family.modules(variant)
+            for row in module.all_rows()
+        }.values()
+    )
+    tensors: dict[str, StoredTensor] = {}
+    for part in parts:
+        for name, tensor in part.items():
+            if name not in tensors or tensor.dtype not in FLOATS or 0 in tensor.shape:
+                tensors[name] = tensor
+    return unusable(tensors, lambda name: index.find(name) is not None, {}, folder)
 
 
 def by_names(names: set[str], folder: Path) -> Family:

@@ -37,13 +37,15 @@ ALLOWED: dict[str, set[str]] = {
     "sharding.devices": set(),
     "sharding.slices": {"sharding.spans"},
     "stored": {"sharding.layout"},
+    # why whole checkpoints are refused
+    "causes.*": {"causes.*", "names", "sharding.layout", "stored"},
     # files
-    "formats.*": {"formats.*", "stored"},
+    "formats.*": {"causes.*", "formats.*", "stored"},
     "formats.allocate": {"disks"},
-    "formats.megatron": {"formats.*", "sharding.layout", "stored"},
+    "formats.megatron": {"causes.*", "formats.*", "sharding.layout", "stored"},
     "formats.strategy": {"formats.*", "sharding.slices"},
     "formats.strategy_writer": {"formats.*", "sharding.slices"},
-    "formats.mindspore_folder": {"formats.*", "names", "stored"},
+    "formats.mindspore_folder": {"causes.*", "formats.*", "names", "stored"},
     "formats.hf_choice": {"formats.hf_bin", "names"},
     "formats.hf_sides": {"formats.hf", "formats.hf_choice", "names"},
     # tables
@@ -51,7 +53,9 @@ ALLOWED: dict[str, set[str]] = {
     # the plan, and its sides made from a table
     "plan": {"converters.family", "names", "sharding.*", "stored"},
     "proof": {"plan"},
-    "sides.*": {"converters.family", "names", "plan", "sharding.*", "sides.*", "stored"},
+    "sides.*": {
+        *("causes.*", "converters.family", "names", "plan", "sharding.*", "sides.*", "stored"),
+    },
     # MindSpeed-MM's own files
     "modeljson": {"sharding.*"},
     # what a request is
@@ -95,10 +99,20 @@ ALLOWED: dict[str, set[str]] = {
     "output": {"names", "sharding.layout"},
     # opening checkpoints
     "sources.manifest": {"converters.family", "formats.*"},
-    "sources.recognise": {"converters.*", "formats.*", "sources.manifest"},
+    "sources.recognise": {
+        *("causes.*", "converters.*", "formats.*", "names", "sources.manifest", "stored"),
+    },
     "sources.detect": {"converters.family", "formats.*", "names", "plan", "sharding.*", "stored"},
     "sources.*": {
-        *("config", "converters.*", "executor.compare", "formats.*", "names", "sharding.*"),
+        *(
+            "causes.*",
+            "config",
+            "converters.*",
+            "executor.compare",
+            "formats.*",
+            "names",
+            "sharding.*",
+        ),
         *("sides.*", "sources.*", "stored"),
     },
     "sources.mindspore": {
@@ -172,13 +186,26 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "doctor.report", "doctor.shell", "formats.hf", "plan", "sides.hf"),
         *("sources.hf", "sources.model", "sources.recognise"),
     },
-    "doctor.folder": {"doctor.report", "doctor.shell", "formats.megatron", "sharding.layout"},
+    "doctor.folder": {
+        "causes.*",
+        "doctor.report",
+        "doctor.shell",
+        "formats.megatron",
+        "sharding.layout",
+    },
     "doctor.rankfiles": {
         *("doctor.folder", "doctor.report", "doctor.shell", "formats.*", "sharding.layout"),
         "stored",
     },
     "doctor.chart": {
-        *("converters.family", "doctor.folder", "doctor.report", "formats.megatron", "names"),
+        *(
+            "causes.*",
+            "converters.family",
+            "doctor.folder",
+            "doctor.report",
+            "formats.megatron",
+            "names",
+        ),
         *("sharding.*", "sources.*", "stored"),
     },
     "doctor.tensors": {
@@ -201,10 +228,18 @@ ALLOWED: dict[str, set[str]] = {
         *("sources.manifest", "sources.mm"),
     },
     "doctor.hf": {
-        *("config", "converters.*", "doctor.*", "events", "formats.safetensors", "names"),
+        *(
+            "causes.*",
+            "config",
+            "converters.*",
+            "doctor.*",
+            "events",
+            "formats.safetensors",
+            "names",
+        ),
         *("sides.*", "sources.hf", "stored"),
     },
-    "doctor.examine": {"doctor.*", "events", "formats.*"},
+    "doctor.examine": {"causes.*", "doctor.*", "events", "formats.*"},
     "loading": {
         *("config", "converters.family", "executor.blockio", "executor.fileio", "plan", "proof"),
         *("sharding.layout", "sides.*", "sources.*", "stored"),

@@ -1,0 +1,188 @@
+"""Folders that hold a model in another form than the one that is looked for."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from mmconvert.causes.tensors import unmerged
+from mmconvert.errors import FormError
+from mmconvert.names import summarise
+from mmconvert.sharding.layout import parse_folder
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MOST = 10_000  # names of a folder that are looked at
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_WEIGHTS = re.compile(r"(?:model|pytorch_model)[^/]*\.(?:safetensors|bin)(?:\.index\.json)?")
+_ITERATION = re.compile(r"iter_\d{7,12}")
+_STEP = re.compile(r"global_step\d+")
+_DEEPSPEED = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_\d+_(?:model|optim)_states\.pt")
+_PART = re.compile(r"part\d+\.safetensors")
+
+Look = Callable[[Path, Sequence[str]], FormError | None]
+
+
+def other_form(folder: Path) -> FormError | None:
+    """What a folder holds in which no weights were found; None if it is nothing that is known.
+
+    Names of files tell it; nothing is opened but adapter_config.json.
+    """
+    names = _listed(folder)
+    looks: tuple[Look, ...] = (
+        *(_adapter, _distributed, _sharded_by_accelerate, _deepspeed, _unified),
+        *(_one_rank, _below),
+    )
+    return next((found for look in looks if (found := look(folder, names))), None)
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in islice(entries, MOST))
+    except OSError:
+        return []
+
+
+def _adapter(folder: Path, names: Sequence[str]) -> FormError | None:
+    there = [name for name in ADAPTERS if name in names]
+    if not there:
+        return None
+    return unmerged(f"{folder} holds an unmerged LoRA adapter alone ({there[0]})", folder)
+
+
+def _distributed(folder: Path, names: Sequence[str]) -> FormError | None:
+    """Folders of torch.distributed.checkpoint: of Megatron, or of another trainer.
+
+    Megatron keeps common.pt and metadata.json there, and numbers its folders.
+    """
+    iterations = [name for name in reversed(names) if _ITERATION.fullmatch(name)]
+    for place in (folder, *(folder / name for name in iterations[:1]), folder / "release"):
+        inside = names if place == folder else _listed(place)
+        parts = [name for name in inside if name.endswith(".distcp")]
+        if not parts and not {".metadata", "metadata.json"} <= set(inside):
+            continue
+        megatron = {"common.pt", "metadata.json"} & set(inside) or _ITERATION.fullmatch(place.name)
+        kind = "torch_dist" if megatron else "torch.distributed.checkpoint"
+        return FormError(
+            "distributed-checkpoint",
+            f"{place} is a distributed checkpoint ({kind}: {summarise(parts or inside, 2)}), "
+            "which is not read here",
+            "rank folders mp_rank_*, or Hugging Face weights",
+            "save it with --ckpt-format torch, or let Megatron write it anew, with "
+            "--ckpt-convert-format torch --ckpt-convert-save DIR"
+            if megatron
+            else "gather it first: python -m torch.distributed.checkpoint.format_utils "
+            f"dcp_to_torch {place} OUT.pt",
+        )
+    return None
+
+
+def _sharded_by_accelerate(folder: Path, names: Sequence[str]) -> FormError | None:
+    """What accelerate and the Trainer save of an FSDP model."""
+    found = next((name for name in names if re.fullmatch(r"pytorch_model_fsdp_\d+", name)), "")
+    if found:
+        fix = f"gather it first: accelerate merge-weights {folder / found} OUT"
+    elif "pytorch_model_fsdp.bin" in names:
+        found = "pytorch_model_fsdp.bin"
+        fix = "give it the name pytorch_model.bin, beside the model's config.json: it is whole"
+    else:
+        return None
+    return FormError(
+        "fsdp-checkpoint",
+        f"{folder} holds the state of FSDP training ({found}), and no weights that are read here",
+        "model.safetensors, or an index with its files",
+        fix,
+    )
+
+
+def _deepspeed(folder: Path, names: Sequence[str]) -> FormError | None:
+    """DeepSpeed's folders, and one of its steps."""
+    steps = [name for name in names if _STEP.fullmatch(name)]
+    inside = any(_DEEPSPEED.fullmatch(name.removeprefix("bf16_")) for name in names)
+    if not steps and not inside:
+        return None
+    top = folder if steps else folder.parent
+    return FormError(
+        "deepspeed-checkpoint",
+        f"{folder} holds the state of DeepSpeed training "
+        f"({summarise(steps) if steps else names[0]}), and no weights that are read here",
+        "model.safetensors, or an index with its files",
+        "gather them with the script that DeepSpeed leaves there: python "
+        f"{top / 'zero_to_fp32.py'} {top} OUT",
+    )
+
+
+def _unified(folder: Path, names: Sequence[str]) -> FormError | None:
+    """What MindSpore's unified_safetensors makes of the files of many ranks."""
+    parts = [name for name in names if _PART.fullmatch(name)]
+    if not parts or "param_name_map.json" not in names:
+        return None
+    one = f"give the file {folder / parts[0]} itself, as a MindSpore checkpoint"
+    many = "give the rank_R folders that it was made of, with their strategy files (ms_to_hf)"
+    return FormError(
+        "unified-safetensors",
+        f"{folder} is what MindSpore's unified_safetensors made ({summarise(parts)}), which is not "
+        "read as a folder",
+        "a MindSpore file, or rank_R folders",
+        one if len(parts) == 1 else many,
+    )
+
+
+def _one_rank(folder: Path, names: Sequence[str]) -> FormError | None:
+    if "model_optim_rng.pt" not in names:
+        return None
+    return FormError(
+        "one-level-low",
+        f"{folder} is the folder of one rank",
+        f"the checkpoint that it is part of: the folder with {TRACKER}",
+        f"give {_top(folder)}",
+    )
+
+
+def _top(rank: Path) -> Path:
+    above = rank.resolve().parent
+    return above.parent if (above.parent / TRACKER).is_file() else above
+
+
+def _below(folder: Path, names: Sequence[str]) -> FormError | None:
+    """Checkpoints one level down: checkpoint-N of a trainer, snapshots/X of the hub's cache."""
+    found = sorted(_checkpoints(folder, names), key=_by_number)
+    if not found:
+        return None
+    shown = [str(path.relative_to(folder)) for path in found]
+    more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
+    return FormError(
+        "one-level-high",
+        f"{folder} holds no checkpoint itself; below it: {', '.join(shown[-5:])}{more}",
+        "the folder of one checkpoint",
+        f"give {found[-1]}",
+    )
+
+
+def _checkpoints(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    for name in names[:1000]:
+        path = folder / name
+        if name == "snapshots" or name.startswith("models--"):
+            yield from _checkpoints(path, _listed(path))
+        elif path.is_dir() and not name.startswith(".") and _is_checkpoint(path):
+            yield path
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    names = _listed(folder)
+    return TRACKER in names or any(
+        _WEIGHTS.fullmatch(name) or name in ADAPTERS or parse_folder(name) for name in names
+    )
+
+
+def _by_number(path: Path) -> tuple[bool, int, str]:
+    """checkpoint-1000 after checkpoint-500; of snapshots the one that refs/main names is last."""
+    try:
+        main = (path.parent.parent / "refs/main").read_text(encoding="ascii").strip() == path.name
+    except (OSError, ValueError):
+        main = False
+    number = re.fullmatch(r"\D*(\d{1,12})", path.name)
+    return main, int(number[1]) if number else 0, path.name

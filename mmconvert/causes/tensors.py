@@ -1,0 +1,189 @@
+"""What the names and shapes of a checkpoint's tensors say of all of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from mmconvert.causes.quantised import quantised
+from mmconvert.errors import FormError, TensorError
+from mmconvert.names import number, summarise
+from mmconvert.stored import StoredTensor
+
+ADAPTER_CONFIG = "adapter_config.json"
+MERGE = "merge it into its base model first (merge_and_unload of peft, then save_pretrained)"
+GATHER = (
+    "gather them with zero_to_fp32.py, which DeepSpeed leaves beside global_step*/: python "
+    "zero_to_fp32.py . OUT; or save with stage3_gather_16bit_weights_on_model_save"
+)
+DOWNLOAD = "download the weight files again; if config.json is of another model, replace it"
+TIE = (
+    "set tie_word_embeddings true in config.json, if the model's output layer is its word "
+    "embedding; else download the weight files again"
+)
+MAX_CONFIG = 1 << 20  # bytes of an adapter_config.json
+# Part of a module's path that PEFT's tuners put in: what it wraps, and what it adds.
+_ADAPTER = re.compile(
+    r"(?:^|\.)(?:base_layer|lora_[A-Za-z_]+|hada_\w+|lokr_\w+|ia3_l|vera_lambda_\w|oft_[rs])(?:\.|$)"
+)
+# Words that wrappers put into names, and what they are.
+WRAPPERS = {
+    "module": "DistributedDataParallel, DeepSpeed",
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "_forward_module": "Lightning Fabric",
+}
+DEEPEST = 4  # words of a prefix
+
+
+def unusable(
+    tensors: Mapping[str, StoredTensor],
+    known: Callable[[str], bool],
+    config: Mapping[str, object],
+    folder: Path,
+) -> FormError | None:
+    """Why these tensors are no plain weights of a model; None if they look like it.
+
+    Args:
+        tensors: by the name that ``known`` understands.
+        known: whether the model's table knows a name.
+        config: config.json; empty where there is none.
+        folder: where an adapter_config.json may stand.
+    """
+    weights = {name: tensor for name, tensor in tensors.items() if known(name)}
+    others = {name: tensor for name, tensor in tensors.items() if name not in weights}
+    found = (
+        quantised(others.values(), weights.values(), config)
+        or adapter(list(others), folder)
+        or empty(list(weights.values()))
+        or wrapped(list(tensors), known)
+    )
+    return found and FormError(found.cause, f"{folder}: {found.what}", found.wanted, found.fix)
+
+
+def adapter(names: Collection[str], folder: Path) -> FormError | None:
+    """Low-rank matrices that are not merged, alone or beside the weights that they change."""
+    found = sorted(name for name in names if _ADAPTER.search(name))
+    if not found:
+        return None
+    modules = {_ADAPTER.split(name)[0].rpartition(".")[2] for name in found} - {""}
+    return unmerged(
+        f"{number(found, 'tensor')} of an unmerged LoRA adapter ({summarise(modules)}): "
+        f"{summarise(found, 2)}",
+        folder,
+    )
+
+
+def unmerged(what: str, folder: Path) -> FormError:
+    """The refusal of an adapter; its base model is named where adapter_config.json does."""
+    base = base_model(folder)
+    return FormError(
+        "unmerged-adapter",
+        what + (f"; its base is {base} by {ADAPTER_CONFIG}" if base else ""),
+        "the weights of a whole model",
+        MERGE,
+    )
+
+
+def base_model(folder: Path) -> str:
+    """What adapter_config.json calls the base model; "" if nothing does."""
+    path = folder / ADAPTER_CONFIG
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_CONFIG:
+            return ""
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    return base[:200] if isinstance(base, str) else ""
+
+
+def empty(weights: Sequence[StoredTensor]) -> FormError | None:
+    """Weights without elements: ZeRO-3 keeps the parameters elsewhere."""
+    found = [tensor.name for tensor in weights if 0 in tensor.shape]
+    if not found:
+        return None
+    return FormError(
+        "empty-tensors",
+        f"{len(found)} of {number(weights, 'weight')} are empty, as DeepSpeed's ZeRO-3 leaves "
+        f"those that were not gathered: {summarise(found)}",
+        "weights with values",
+        GATHER,
+    )
+
+
+def wrapped(names: Sequence[str], known: Callable[[str], bool]) -> FormError | None:
+    """Names behind the prefix of a wrapper, or with its words within them."""
+    if 2 * sum(map(known, names)) >= len(names):
+        return None
+    words = names[0].split(".")
+    for count in range(1, min(DEEPEST, len(words) - 1) + 1):
+        prefix = ".".join(words[:count]) + "."
+        inner = [name.removeprefix(prefix) for name in names]
+        if not all(name.startswith(prefix) for name in names):
+            break
+        if 2 * sum(known(_plain(name)) for name in inner) >= len(names):
+            return _wrapped(f"every name begins with {prefix}", prefix, names)
+    inner = [_plain(name) for name in names]
+    if 2 * sum(map(known, inner)) < len(names):
+        return None
+    found = next(word for word in WRAPPERS if any(word in name.split(".") for name in names))
+    return _wrapped(f"names have {found}. in them", found, names)
+
+
+def _plain(name: str) -> str:
+    return ".".join(word for word in name.split(".") if word not in WRAPPERS)
+
+
+def _wrapped(what: str, prefix: str, names: Sequence[str]) -> FormError:
+    made = next((maker for word, maker in WRAPPERS.items() if word in prefix.split(".")), "")
+    made = "PEFT" if prefix.startswith("base_model.model.") else made
+    return FormError(
+        "wrapped-names",
+        f"{what}, as a wrapper of training leaves them{made and f' ({made})'}: "
+        f"{summarise(names, 1)}",
+        "the names of the model alone",
+        "save the state dict of the model inside the wrapper, or take the prefix off the names",
+    )
+
+
+def no_model(file: Path, content: Mapping[str, object]) -> FormError:
+    """A rank file without ``model``: the weights may lie under another key, or at the top."""
+    tensors = sum(isinstance(value, StoredTensor) for value in content.values())
+    holders = [
+        key
+        for key, value in content.items()
+        if isinstance(value, dict) and any(isinstance(v, StoredTensor) for v in value.values())
+    ]
+    what = f"holds no model, but {summarise(list(map(str, content))) or 'nothing'}"
+    where = f"under {str(holders[0])!r}" if holders else "at its top"
+    return FormError(
+        "chunk-keys",
+        f"{file} {what}" + (f"; tensors lie {where}" if holders or tensors else ""),
+        "model, or model0, model1, ... without a gap",
+        "save it as {'model': WEIGHTS, 'checkpoint_version': 3.0}, WEIGHTS being those that lie "
+        f"{where}"
+        if holders or tensors
+        else "copy the file of a model's weights here",
+    )
+
+
+def missing(names: Sequence[str], heads: Iterable[str]) -> TensorError:
+    """Tensors that the model lacks.
+
+    Args:
+        heads: the names of its output layer, which a tied model does not store.
+    """
+    return TensorError(
+        f"{number(names, 'tensor')} missing: {summarise(names)}",
+        "every tensor of the model, in the names of the hub or of transformers",
+        how_to_get(names, heads),
+    )
+
+
+def how_to_get(names: Iterable[str], heads: Iterable[str]) -> str:
+    """The way to tensors that are missing."""
+    return TIE if set(names) <= set(heads) else DOWNLOAD
