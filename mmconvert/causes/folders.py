@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from mmconvert.names import summarise
 from mmconvert.sharding.layout import parse_folder
 
 TRACKER = "latest_checkpointed_iteration.txt"
+PARTS = "param_name_map.json"  # what unified_safetensors of MindSpore writes beside its parts
 MOST = 10_000  # names of a folder that are looked at
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _WEIGHTS = re.compile(r"(?:model|pytorch_model)[^/]*\.(?:safetensors|bin)(?:\.index\.json)?")
@@ -36,6 +37,26 @@ def other_form(folder: Path) -> FormError | None:
         *(_one_rank, _below),
     )
     return next((found for look in looks if (found := look(folder, names))), None)
+
+
+def stale_index(index: Path, listed: Collection[str]) -> FormError | None:
+    """An index none of whose files is there, beside weight files that it does not name.
+
+    Args:
+        listed: the files that it names.
+    """
+    names = _listed(index.parent)
+    others = [n for n in names if _WEIGHTS.fullmatch(n) and not n.endswith(".json")]
+    if not others or any(name in listed for name in names):
+        return None
+    several = " and put the index of the files that are there in its place"
+    return FormError(
+        "stale-index",
+        f"{index} lists {summarise(listed)}, of which none is there; {summarise(others)} "
+        f"{'is' if len(others) == 1 else 'are'}",
+        "an index of the weight files beside it",
+        f"the index is of another save: move it away{several if len(others) > 1 else ''}",
+    )
 
 
 def _listed(folder: Path) -> list[str]:
@@ -118,7 +139,7 @@ def _deepspeed(folder: Path, names: Sequence[str]) -> FormError | None:
 def _unified(folder: Path, names: Sequence[str]) -> FormError | None:
     """What MindSpore's unified_safetensors makes of the files of many ranks."""
     parts = [name for name in names if _PART.fullmatch(name)]
-    if not parts or "param_name_map.json" not in names:
+    if not parts or PARTS not in names:
         return None
     one = f"give the file {folder / parts[0]} itself, as a MindSpore checkpoint"
     many = "give the rank_R folders that it was made of, with their strategy files (ms_to_hf)"

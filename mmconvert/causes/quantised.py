@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 
 from mmconvert.errors import FormError
 from mmconvert.names import number, summarise
@@ -62,9 +63,11 @@ def quantised(
     return _error([*marks, *(f"{name} ({dtype})" for name, dtype in low.items())], label)
 
 
-def low_bit_dtype(name: str, dtype: str) -> FormError | None:
+def low_bit_dtype(path: Path, name: str, dtype: object) -> FormError | None:
     """The refusal of a dtype that no weight file but a quantised one has; None for others."""
-    return _error([f"{name} ({dtype})"], dtype) if dtype in LOW_BIT else None
+    if not isinstance(dtype, str) or dtype not in LOW_BIT:
+        return None
+    return _error([f"{name} ({dtype})"], dtype, f"{path}: ")
 
 
 def left_over(config: Mapping[str, object]) -> str:
@@ -117,6 +120,8 @@ def _label(said: str, found: str) -> str:
     return found if same and len(found) >= len(said) else said or found
 
 
-def _error(names: Collection[str], label: str) -> FormError:
-    what = f"{number(names, 'tensor')} of a quantised checkpoint ({label}): {summarise(names)}"
+def _error(names: Collection[str], label: str, where: str = "") -> FormError:
+    what = (
+        f"{where}{number(names, 'tensor')} of a quantised checkpoint ({label}): {summarise(names)}"
+    )
     return FormError(CAUSE, what, WANTED, FIX)

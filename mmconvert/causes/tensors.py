@@ -126,6 +126,10 @@ def wrapped(names: Sequence[str], known: Callable[[str], bool]) -> FormError | N
         if not all(name.startswith(prefix) for name in names):
             break
         if 2 * sum(known(_plain(name)) for name in inner) >= len(names):
+            while words[count] in WRAPPERS and all(
+                n.split(".")[count] == words[count] for n in names
+            ):
+                prefix, count = f"{prefix}{words[count]}.", count + 1
             return _wrapped(f"every name begins with {prefix}", prefix, names)
     inner = [_plain(name) for name in names]
     if 2 * sum(map(known, inner)) < len(names):

@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mmconvert.causes.folders import stale_index
 from mmconvert.doctor.rankfiles import LFS, lfs_pointer
 from mmconvert.doctor.report import Report
-from mmconvert.doctor.shell import move_aside
+from mmconvert.doctor.shell import line, move_aside, operand, unused
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats import hf_bin
 from mmconvert.formats.hf import chosen, read_config, read_index
@@ -83,6 +84,8 @@ def weight_files(folder: Path, report: Report) -> tuple[list[WeightFile], bool]:
             path=folder / INDEX,
         )
     absent = [name for name in names if not (folder / name).is_file()]
+    if weight_map is not None and _is_stale(folder / name, names, report):
+        return [], False
     _absent(folder, names, absent, weight_map or {}, report)
     if not names and not pickled:
         _no_safetensors(folder, report)
@@ -121,6 +124,16 @@ def _weight_map(folder: Path, report: Report, *, pickled: bool) -> dict[str, str
         path = folder / (hf_bin.INDEX if pickled else INDEX)
         report.add("damaged-index", error.what, AGAIN, path=path)
         return None
+
+
+def _is_stale(index: Path, names: Sequence[str], report: Report) -> bool:
+    """An index of another save; the weights beside it stay where they are."""
+    fault = stale_index(index, names)
+    if fault is not None:
+        aside = operand(unused(index, ".old"))
+        command = line(["mv", operand(index), aside])
+        report.add(fault.cause, fault.what, fault.fix, path=index, command=command)
+    return fault is not None
 
 
 def _absent(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mmconvert.causes.quantised import quantised
 from mmconvert.doctor.asked import Asked
 from mmconvert.doctor.chart import make_chart
 from mmconvert.doctor.folder import Ranks
@@ -40,6 +41,9 @@ def _weight_file(path: Path, report: Report) -> list[StoredTensor]:
         report.add_error("cannot-read", error, path=path)
         return []
     report.files, report.tensors = 1, len(tensors)
+    plain = [t for t in tensors if t.name.endswith(".weight")]
+    if (fault := quantised(tensors, plain, {})) is not None:
+        report.add_error("refused", fault, path=path)
     return tensors
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmconvert.causes.folders import other_form
+from mmconvert.causes.folders import PARTS, other_form, stale_index
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats import hf_bin
 from mmconvert.formats.hf_choice import (
@@ -82,7 +82,9 @@ def _without_weights(folder: Path) -> CheckpointError | None:
 
 def has_weights(folder: Path) -> bool:
     """Whether a weight file that may hold a model, or an index, stands in a folder."""
-    return any((folder / name).is_file() for name in ORDER) or bool(weight_files(folder))
+    if any((folder / name).is_file() for name in ORDER):
+        return True
+    return bool(weight_files(folder)) and not (folder / PARTS).is_file()
 
 
 def read_config(folder: Path) -> dict[str, object]:
@@ -148,7 +150,7 @@ def _indexed(folder: Path, config: Mapping[str, object], index: str) -> HFCheckp
     names = sorted(set(weight_map.values()))
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
-        raise CheckpointError(
+        raise stale_index(path, names) or CheckpointError(
             f"{path} lists {', '.join(absent[:5])}, which "
             f"{'is' if len(absent) == 1 else 'are'} not there",
             f"all {len(names)} weight files of the index",

@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+from mmconvert.causes.quantised import low_bit_dtype
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
@@ -154,7 +155,9 @@ def _tensor(path: Path, name: str, entry: object, start: int, size: int) -> Stor
         raise _damaged(path, f"the entry of {name!r} is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
-        raise _damaged(path, f"{name} has the unknown dtype {dtype!r}")
+        raise low_bit_dtype(path, name, dtype) or _damaged(
+            path, f"{name} has the unknown dtype {dtype!r}"
+        )
     if not isinstance(shape, list) or not all(_is_size(n) for n in shape) or len(shape) > 8:
         raise _damaged(path, f"{name} has the shape {shape!r:.80}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):

@@ -221,8 +221,15 @@ ALLOWED: dict[str, set[str]] = {
         *("executor.compare", "executor.differences", "executor.fileio", "executor.jobs"),
         *("executor.values", "plan", "sharding.layout", "sides.*", "stored"),
     },
-    "doctor.hf_files": {"doctor.rankfiles", "doctor.report", "doctor.shell", "formats.*", "names"},
-    "doctor.single": {"doctor.*", "events", "formats.*", "sharding.layout", "stored"},
+    "doctor.hf_files": {
+        "causes.*",
+        "doctor.rankfiles",
+        "doctor.report",
+        "doctor.shell",
+        "formats.*",
+        "names",
+    },
+    "doctor.single": {"causes.*", "doctor.*", "events", "formats.*", "sharding.layout", "stored"},
     "doctor.mm": {
         *("config", "doctor.*", "events", "formats.*", "sharding.layout", "sides.mm_source"),
         *("sources.manifest", "sources.mm"),
