@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -26,16 +27,18 @@ _PART = re.compile(r"part\d+\.safetensors")
 Look = Callable[[Path, Sequence[str]], FormError | None]
 
 
-def other_form(folder: Path) -> FormError | None:
+def other_form(folder: Path, sought: str = "") -> FormError | None:
     """What a folder holds in which no weights were found; None if it is nothing that is known.
 
     Names of files tell it; nothing is opened but adapter_config.json.
+
+    Args:
+        sought: ``hf`` or ``mm``, the kind of checkpoint that is looked for; "" takes both.
     """
     names = _listed(folder)
-    looks: tuple[Look, ...] = (
-        *(_adapter, _distributed, _sharded_by_accelerate, _deepspeed, _unified),
-        *(_one_rank, _below),
-    )
+    looks: list[Look] = [_adapter, _distributed, _sharded_by_accelerate, _deepspeed, _unified]
+    looks += [_one_rank] if sought != "hf" else []
+    looks.append(partial(_below, sought))
     return next((found for look in looks if (found := look(folder, names))), None)
 
 
@@ -168,9 +171,9 @@ def _top(rank: Path) -> Path:
     return above.parent if (above.parent / TRACKER).is_file() else above
 
 
-def _below(folder: Path, names: Sequence[str]) -> FormError | None:
+def _below(sought: str, folder: Path, names: Sequence[str]) -> FormError | None:
     """Checkpoints one level down: checkpoint-N of a trainer, snapshots/X of the hub's cache."""
-    found = sorted(_checkpoints(folder, names), key=_by_number)
+    found = sorted(_checkpoints(folder, names, sought), key=_by_number)
     if not found:
         return None
     shown = [str(path.relative_to(folder)) for path in found]
@@ -183,20 +186,20 @@ def _below(folder: Path, names: Sequence[str]) -> FormError | None:
     )
 
 
-def _checkpoints(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+def _checkpoints(folder: Path, names: Sequence[str], sought: str) -> Iterator[Path]:
     for name in names[:1000]:
         path = folder / name
         if name == "snapshots" or name.startswith("models--"):
-            yield from _checkpoints(path, _listed(path))
-        elif path.is_dir() and not name.startswith(".") and _is_checkpoint(path):
+            yield from _checkpoints(path, _listed(path), sought)
+        elif path.is_dir() and not name.startswith(".") and _is_checkpoint(path, sought):
             yield path
 
 
-def _is_checkpoint(folder: Path) -> bool:
+def _is_checkpoint(folder: Path, sought: str) -> bool:
     names = _listed(folder)
-    return TRACKER in names or any(
-        _WEIGHTS.fullmatch(name) or name in ADAPTERS or parse_folder(name) for name in names
-    )
+    mm = TRACKER in names or any(parse_folder(name) for name in names)
+    hf = any(_WEIGHTS.fullmatch(name) or name in ADAPTERS for name in names)
+    return hf if sought == "hf" else mm if sought == "mm" else hf or mm
 
 
 def _by_number(path: Path) -> tuple[bool, int, str]:

@@ -77,7 +77,7 @@ def _read_small(path: Path) -> bytes:
 
 def _without_weights(folder: Path) -> CheckpointError | None:
     """What else a folder holds, if no weight file of a model stands there."""
-    return None if has_weights(folder) else other_form(folder)
+    return None if has_weights(folder) else other_form(folder, "hf")
 
 
 def has_weights(folder: Path) -> bool:
@@ -171,7 +171,7 @@ def _no_weights(folder: Path) -> CheckpointError:
             f"download {INDEX} from the model's page",
         )
     other = sorted(p.name for p in folder.glob("*.bin"))
-    return other_form(folder) or CheckpointError(
+    return other_form(folder, "hf") or CheckpointError(
         f"{folder} has no *.safetensors files" + (f", only {other[0]} ..." if other else ""),
         f"{SINGLE} or {INDEX} with its files; or {hf_bin.SINGLE} or {hf_bin.INDEX} with its files",
         f"download {hf_bin.INDEX} too" if other else "download the weights",

@@ -83,7 +83,7 @@ def find_weights(root: Path) -> tuple[Path, str]:
     if any(parse_folder(path.name) for path in root.iterdir()):
         number = re.fullmatch(r"iter_(\d{7,12})", root.resolve().name)
         return root, str(int(number[1])) if number else "release"
-    raise other_form(root) or CheckpointError(
+    raise other_form(root, "mm") or CheckpointError(
         f"{root} has neither {TRACKER} nor mp_rank_* folders",
         f"an MM checkpoint: {TRACKER} with release/ or iter_N/",
         "check the path; training writes below its --save folder",
@@ -142,7 +142,7 @@ def _rank_folders(folder: Path) -> dict[Rank, Path]:
     found = {name: parse_folder(name) for name in names}
     numbers = {name: n for name, n in found.items() if n is not None}
     if not numbers:
-        raise other_form(folder) or CheckpointError(
+        raise other_form(folder, "mm") or CheckpointError(
             f"{folder} has no mp_rank_* folders", "one folder for each rank"
         )
     forms = {sum(x is not None for x in n): name for name, n in numbers.items()}
