@@ -11,7 +11,7 @@ from mmconvert.converters.family import Family
 from mmconvert.errors import LayoutError, TensorError
 from mmconvert.executor.blockio import Region, Window, read_region, row_bytes
 from mmconvert.executor.fileio import open_files
-from mmconvert.plan import build
+from mmconvert.plan import build, in_dtype
 from mmconvert.proof import prove
 from mmconvert.sharding.layout import Chunk, Rank
 from mmconvert.sides.hf import hf_side
@@ -67,7 +67,8 @@ def load_rank(
             f"ranks below {sizes}",
         )
     src = hf_side(source.modules, source.dims, source.hf_tensors)
-    plan = build(src, mm_target(source.modules, source.dims, layout, src.wholes))
+    wholes = in_dtype(src.wholes, "")
+    plan = build(src, mm_target(source.modules, source.dims, layout, wholes))
     prove(plan)
     chunk = Chunk(Rank(tp, pp), virtual)
     wanted = {i: t for i, t in enumerate(plan.targets) if t.chunk == chunk}

@@ -16,7 +16,8 @@ from math import prod
 from typing import NamedTuple
 
 from mmconvert.errors import TensorError
-from mmconvert.stored import FLOATS, StoredTensor, Target
+from mmconvert.names import number
+from mmconvert.stored import FLOATS, ITEM_SIZE, StoredTensor, Target
 
 
 class Key(NamedTuple):
@@ -47,7 +48,7 @@ class Whole:
     """One whole tensor as a side holds it.
 
     Attributes:
-        shape, dtype: of the whole.
+        shape, dtype: of the whole; the dtype may be one of :func:`joint_dtype`.
         copies: complete sets of blocks. The first is the original; further ones are replicas
             (tensor-parallel ranks, tied embeddings), equal to it by meaning.
         zeros: (first row, number of rows) that no tensor of this side stores: they are zero.
@@ -177,13 +178,51 @@ def _first_at_or_after(starts: list[int], row: int) -> int:
 
 
 def in_dtype(wholes: Mapping[Key, Whole], dtype: str) -> dict[Key, Whole]:
-    """The wholes with floating-point ones in another dtype; "" leaves each as it is."""
-    return {key: replace(w, dtype=cast_dtype(w.dtype, dtype)) for key, w in wholes.items()}
+    """The wholes as they can be written: floating-point ones in another dtype; "" leaves each as
+    it is.
+
+    Raises:
+        TensorError: a whole of several dtypes, and no dtype that all of it is cast to.
+    """
+    found = {key: replace(w, dtype=cast_dtype(w.dtype, dtype)) for key, w in wholes.items()}
+    if mixed := mixed_dtypes(found):
+        raise TensorError(mixed, ONE_DTYPE, CAST_ALL)
+    return found
+
+
+ONE_DTYPE = "one dtype for all that one tensor is made of"
+CAST_ALL = "give --dtype bf16, fp16 or fp32: each part is cast once"
+
+
+def joint_dtype(dtypes: Sequence[str]) -> str:
+    """The dtype of what is made of parts in these dtypes: theirs, or of several floating-point
+    ones all, as in "F32+BF16"; such a whole can be read and compared, and written when it is cast.
+    "" if they cannot be one tensor.
+    """
+    parts = {part for dtype in dtypes for part in dtype.split("+")}
+    if len(parts) == 1:
+        return dtypes[0]
+    return "+".join(dtypes) if parts <= FLOATS else ""
+
+
+def widest(dtype: str) -> str:
+    """The dtype of most bytes in a joint one."""
+    return max(dtype.split("+"), key=lambda part: ITEM_SIZE[part])
+
+
+def mixed_dtypes(wholes: Mapping[Key, Whole]) -> str:
+    """Which wholes are of several dtypes, in words; "" if none is."""
+    mixed = [(key.name(), whole.dtype) for key, whole in wholes.items() if "+" in whole.dtype]
+    if not mixed:
+        return ""
+    name, dtype = mixed[0]
+    made = f"{number(mixed, 'tensor')} made of parts in several dtypes"
+    return f"{made}, such as {name} of {' and '.join(dict.fromkeys(dtype.split('+')))}"
 
 
 def cast_dtype(old: str, new: str) -> str:
     """What a tensor of dtype ``old`` becomes when ``new`` is asked for ("": nothing is)."""
-    return new if new and old in FLOATS else old
+    return new if new and FLOATS.issuperset(old.split("+")) else old
 
 
 def build(src: Side, dst: Side, notes: Sequence[str] = (), cast: str = "") -> Plan:

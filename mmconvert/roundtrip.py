@@ -22,7 +22,18 @@ from mmconvert.executor import compare
 from mmconvert.executor.digests import digests
 from mmconvert.executor.jobs import default_workers
 from mmconvert.names import NO_LAYER
-from mmconvert.plan import Block, Comparison, Copy, Key, Plan, Side, Whole, build, matrix
+from mmconvert.plan import (
+    Block,
+    Comparison,
+    Copy,
+    Key,
+    Plan,
+    Side,
+    Whole,
+    build,
+    in_dtype,
+    matrix,
+)
 from mmconvert.proof import Rect, covers, prove
 from mmconvert.sharding.layout import GRID_FLAG, Layout
 from mmconvert.sharding.stages import StageGrid
@@ -141,7 +152,8 @@ def _plan(
     """The joined plan of one layout, or why there is none."""
     try:
         layout = target_layout(model, given, prefix="")
-        there = build(side, mm_target(model.modules, model.dims, layout, side.wholes))
+        wholes = in_dtype(side.wholes, "")
+        there = build(side, mm_target(model.modules, model.dims, layout, wholes))
     except LayoutError as error:
         if must:
             raise

@@ -73,9 +73,8 @@ class Run:
                 plan.replicas, lambda c: compare.comparison_bytes([c], plan.sources)
             )
             self.events.start("comparing replicas", compare.comparison_bytes(mine, plan.sources))
-            return compare.compare(
-                mine, plan.sources, plan.sources, self.workers, self.events.advance
-            )
+            sources, advance = plan.sources, self.events.advance
+            return compare.compare(mine, sources, sources, self.workers, advance, plan.cast)
 
         if plan.replicas:
             found = [d for part in self.group.together(differing) for d in part]

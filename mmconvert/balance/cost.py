@@ -14,7 +14,7 @@ from mmconvert.balance.chains import Chain
 from mmconvert.balance.workload import Flow
 from mmconvert.converters.family import Module, Row
 from mmconvert.names import NO_LAYER
-from mmconvert.plan import Key, Whole, matrix
+from mmconvert.plan import Key, Whole, matrix, widest
 from mmconvert.sharding.layout import Layout
 from mmconvert.sides.instances import Instance, instances
 from mmconvert.sides.mm_target import mm_target, shard_spans
@@ -118,7 +118,7 @@ def module_costs(
         shape = local_shape(item, whole.shape, tp[key], model.dims)
         part = _part(found[key], item)
         part.parameters += prod(shape)
-        part.nbytes += prod(shape) * ITEM_SIZE[whole.dtype]
+        part.nbytes += prod(shape) * ITEM_SIZE[widest(whole.dtype)]
         if len(whole.shape) > 1 and item.row.mm.endswith(".weight"):
             part.matmul += 2 * prod(shape) * _positions(item, flow[key])
         if item.row.mm.endswith(OUTPUT):

@@ -16,6 +16,7 @@ from mmconvert.errors import CheckpointError, MMConvertError
 from mmconvert.events import Events
 from mmconvert.formats.safetensors import WeightFile
 from mmconvert.names import NO_LAYER, number, summarise
+from mmconvert.plan import CAST_ALL, mixed_dtypes
 from mmconvert.sides.hf import hf_side, partial_hf
 from mmconvert.sides.instances import Instance
 from mmconvert.sources.hf import hf_model, is_tied
@@ -106,6 +107,8 @@ def _look_at_tensors(
         name = fault.what.split(" ", 1)[0].rstrip(":")
         path = next((t.path for t in tensors.values() if t.name == name), folder)
         report.add_error("wrong-shape", fault, path=path, tensor=name)
+    if mixed := mixed_dtypes(side.wholes):
+        report.add("mixed-dtypes", mixed, CAST_ALL, path=folder)
     if complete and not report.has(["index-mismatch"]):  # else they follow from that
         _missing(folder, lacking, tensors, report)
         _beyond(folder, modules, dims, tensors, report)

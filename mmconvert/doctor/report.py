@@ -86,6 +86,7 @@ SEVERITY: dict[str, str] = {
     "other-spelling": WARNING,
     "duplicate-tensor": ERROR,
     "extra-layers": ERROR,
+    "mixed-dtypes": ERROR,
 }
 
 MOST_EACH = 20  # findings of one id that are listed; the others are counted

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from mmconvert.converters.family import ZEROS, Dims, Module, Row
 from mmconvert.errors import TensorError
 from mmconvert.names import number, summarise
-from mmconvert.plan import Block, Key, Side, Whole, matrix
+from mmconvert.plan import Block, Key, Side, Whole, joint_dtype, matrix
 from mmconvert.sides.instances import Instance, instances
 from mmconvert.stored import StoredTensor, Target, transposed
 
@@ -47,16 +47,7 @@ def hf_side(
             numbers.setdefault(name, len(numbers))
             if numbers[name] == len(side.stored):
                 side.stored.append(tensor)
-        whole = _fused(item.row, found, [numbers[n] for n in names], dims)
-        known = side.wholes.setdefault(item.key, whole)
-        if known is not whole:  # a tied head that the checkpoint stores beside the embedding
-            if (known.shape, known.dtype) != (whole.shape, whole.dtype):
-                raise TensorError(
-                    f"{names[0]} is {whole.dtype} {list(whole.shape)}, the embedding that it is "
-                    f"tied to {known.dtype} {list(known.shape)}",
-                    "equal tensors, as config.json says tie_word_embeddings",
-                )
-            known.copies += whole.copies
+        _add_whole(side, item, found[0], _fused(item.row, found, [numbers[n] for n in names], dims))
     if missing:
         raise TensorError(
             f"{number(missing, 'tensor')} missing: {summarise(missing)}",
@@ -72,6 +63,22 @@ def hf_side(
             "replace config.json or the weights by those that belong together",
         )
     return side
+
+
+def _add_whole(side: Side, item: Instance, tensor: StoredTensor, whole: Whole) -> None:
+    """Adds a whole; a tied head that the checkpoint stores too is a copy of the embedding."""
+    known = side.wholes.setdefault(item.key, whole)
+    if known is whole:
+        return
+    dtype = joint_dtype((known.dtype, whole.dtype))
+    if known.shape != whole.shape or not dtype:
+        raise TensorError(
+            f"{tensor.name} is {whole.dtype} {list(whole.shape)}, the embedding that it is "
+            f"tied to {known.dtype} {list(known.shape)}",
+            "equal tensors, as config.json says tie_word_embeddings",
+        )
+    known.dtype = dtype
+    known.copies += whole.copies
 
 
 def partial_hf(
@@ -95,19 +102,11 @@ def partial_hf(
         try:
             _check_sizes(item.row, found, dims)
             whole = _fused(item.row, found, list(range(first, first + len(found))), dims)
+            _add_whole(side, item, found[0], whole)
         except TensorError as error:
             faults.append(error)
             continue
         side.stored += found
-        known = side.wholes.setdefault(item.key, whole)
-        if known is whole:
-            continue
-        if (known.shape, known.dtype) == (whole.shape, whole.dtype):
-            known.copies += whole.copies
-        else:
-            what = f"{found[0].name} is {whole.dtype} {list(whole.shape)}, the embedding that it "
-            what += f"is tied to {known.dtype} {list(known.shape)}"
-            faults.append(TensorError(what, "equal tensors"))
     return side, lacking, faults
 
 
@@ -122,11 +121,11 @@ def _fused(item: Row, found: Sequence[StoredTensor], numbers: Sequence[int], dim
             continue
         tensor = part[1]
         lengths.append(matrix(tensor.shape)[0])
-        if tensor.shape[1:] != first.shape[1:] or tensor.dtype != first.dtype:
+        if tensor.shape[1:] != first.shape[1:] or not joint_dtype((tensor.dtype, first.dtype)):
             raise TensorError(
                 f"{tensor.name} is {tensor.dtype} {list(tensor.shape)} and {first.name} "
                 f"{first.dtype} {list(first.shape)}",
-                f"one dtype and one width, as {item.mm} is made of both",
+                f"one width and one kind of numbers, as {item.mm} is made of both",
             )
     try:
         maps = item.fuse.maps(lengths, dims)
@@ -135,7 +134,8 @@ def _fused(item: Row, found: Sequence[StoredTensor], numbers: Sequence[int], dim
             f"{first.name}: {error.what}", "sizes as config.json gives them"
         ) from None
     rows = sum(span.length for spans in maps for span in spans)
-    whole = Whole((rows, *first.shape[1:]) if first.shape else (), first.dtype, [[]])
+    dtype = joint_dtype([tensor.dtype for tensor in found])
+    whole = Whole((rows, *first.shape[1:]) if first.shape else (), dtype, [[]])
     for part, spans in zip(parts, maps, strict=True):
         if part is None:
             whole.zeros += [(span.whole, span.length) for span in spans]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from mmconvert.converters.family import Dims, Module, mm_index
 from mmconvert.errors import LayoutError, ReplicaError, TensorError
 from mmconvert.names import number, summarise
-from mmconvert.plan import Side, Whole, matrix
+from mmconvert.plan import Side, Whole, joint_dtype, matrix
 from mmconvert.sharding.layout import Chunk, Layout
 from mmconvert.sharding.spans import Span
 from mmconvert.sides.instances import Instance, placements
@@ -100,12 +100,14 @@ def _add_shards(
         _check_division(item, shape, size, spans, dims, group[0])
     _check_whole(item, shape, dims, group[0])
     whole = side.wholes.setdefault(item.key, Whole(shape, group[0].dtype))
-    if (whole.shape, whole.dtype) != (shape, group[0].dtype):
+    dtype = joint_dtype((whole.dtype, group[0].dtype))
+    if whole.shape != shape or not dtype:
         raise ReplicaError(
             f"{group[0].name} in {group[0].path} is {group[0].dtype} {list(shape)}; the tensor "
             f"that it is tied to is {whole.dtype} {list(whole.shape)}",
             "equal tensors",
         )
+    whole.dtype = dtype
     for rank, tensor in enumerate(shards):
         if split is None or rank % size == 0:
             whole.copies.append([])

@@ -203,6 +203,7 @@ ALLOWED: dict[str, set[str]] = {
     "doctor.hf": {
         *("config", "converters.*", "doctor.*", "events", "formats.safetensors", "names"),
         *("sides.*", "sources.hf", "stored"),
+        "plan",
     },
     "doctor.examine": {"doctor.*", "events", "formats.*"},
     "loading": {
