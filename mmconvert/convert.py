@@ -10,18 +10,13 @@ from mmconvert.config import HFToMM, MMToHF, Options, Resplit
 from mmconvert.converters.family import Family
 from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.events import Events
-from mmconvert.names import summarise
-from mmconvert.output import check_apart
-from mmconvert.plan import Side, build, carry, in_dtype
-from mmconvert.result import Result
-from mmconvert.run import Run
-from mmconvert.sides.hf import hf_side, hf_target
-from mmconvert.sides.mm_source import mm_source
-from mmconvert.sides.mm_target import mm_target
-from mmconvert.sides.reorder import reorder
-from mmconvert.sources.hf import config_model, hf_model
-from mmconvert.sources.mm import mm_model
-from mmconvert.sources.model import (
+from mmconvert.executor.output import check_apart
+from mmconvert.formats.hf.model import config_model, hf_model
+from mmconvert.formats.hf.side import hf_side, hf_target
+from mmconvert.formats.mm.model import mm_model
+from mmconvert.formats.mm.source import mm_source
+from mmconvert.formats.mm.target import mm_target
+from mmconvert.formats.model import (
     Model,
     check_reading_options,
     check_writing_options,
@@ -29,6 +24,11 @@ from mmconvert.sources.model import (
     target_layout,
     unchecked_units,
 )
+from mmconvert.names import summarise
+from mmconvert.plan.plan import Side, build, carry, in_dtype
+from mmconvert.plan.reorder import reorder
+from mmconvert.result import Result
+from mmconvert.run import Run
 
 
 def hf_to_mm(

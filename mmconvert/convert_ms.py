@@ -16,26 +16,26 @@ from mmconvert.converters.family import Dims
 from mmconvert.converters.mindspore import MSFamily
 from mmconvert.errors import LayoutError, RequestError, TensorError
 from mmconvert.events import Events
-from mmconvert.formats.mindspore_folder import read_strategies
-from mmconvert.formats.strategy import Strategy
-from mmconvert.output import check_apart
-from mmconvert.plan import Key, Side, Whole, build, in_dtype
-from mmconvert.result import Described, Result
-from mmconvert.run import Run
-from mmconvert.run_ms import Destination, write_ms
-from mmconvert.sharding.devices import DeviceLayout
-from mmconvert.sides.devices import Spread, device_target, whole_spread
-from mmconvert.sides.hf import hf_side, hf_target
-from mmconvert.sides.sizes import check_agreement
-from mmconvert.sources.hf import config_model, hf_model
-from mmconvert.sources.mindspore import (
+from mmconvert.executor.output import check_apart
+from mmconvert.formats.hf.model import config_model, hf_model
+from mmconvert.formats.hf.side import hf_side, hf_target
+from mmconvert.formats.mindspore.folder import read_strategies
+from mmconvert.formats.mindspore.model import (
     MSModel,
     check_complete,
     family_spread,
     in_order,
     ms_model,
 )
-from mmconvert.sources.model import check_writing_options
+from mmconvert.formats.mindspore.side import Spread, device_target, whole_spread
+from mmconvert.formats.mindspore.strategy import Strategy
+from mmconvert.formats.model import check_writing_options
+from mmconvert.plan.plan import Key, Side, Whole, build, in_dtype
+from mmconvert.plan.sizes import check_agreement
+from mmconvert.result import Described, Result
+from mmconvert.run import Run
+from mmconvert.run_ms import Destination, write_ms
+from mmconvert.sharding.devices import DeviceLayout
 
 
 def hf_to_ms(
@@ -50,7 +50,7 @@ def hf_to_ms(
     check_writing_options(run.options)
     check_apart(cfg.ms_path, [cfg.hf_config.hf_dir])
     source = hf_model(family, cfg.hf_config.hf_dir, run.options)
-    src = hf_side(source.modules, source.dims, source.hf_tensors, turned=True)
+    src = hf_side(source.modules, source.dims, source.hf_tensors, transposed=True)
     wholes = in_dtype(src.wholes, run.cast)
     layout = device_layout(cfg.parallel_config, source.dims["llm.layers"], "--cfg.parallel_config.")
     layers = {module.key: source.dims[f"{module.key}.layers"] for module in source.modules}
@@ -80,7 +80,7 @@ def ms_to_hf(
     source = ms_model(cfg.ms_path, cfg.strategy, run.options, model.modules, name=family.name)
     check_complete(_keys(source), model.modules, model.dims, cfg.ms_path)
     rows = [row for module in model.modules for row in module.all_rows()]
-    src = source.side(frozenset(row.mm for row in rows if row.turned))
+    src = source.side(frozenset(row.mm for row in rows if row.transposed))
     headers = hf_side(model.modules, model.dims, model.hf_tensors)
     _check_shapes(src, headers, cfg)
     dst = hf_target(headers, in_dtype(src.wholes, run.cast))
@@ -150,11 +150,11 @@ def reshard_ms(
 def _check_shapes(src: Side, headers: Side, cfg: MSToHF) -> None:
     """Raises TensorError for wholes of other shapes than ``hf_dir`` has: often a lone slice."""
     for key, whole in src.wholes.items():
-        wanted = headers.wholes[key].shape
-        if whole.shape != wanted:
+        expected = headers.wholes[key].shape
+        if whole.shape != expected:
             raise TensorError(
                 f"{cfg.ms_path}: {key.name()} is {list(whole.shape)} in all; "
-                f"{cfg.hf_config.hf_dir} makes it {list(wanted)}",
+                f"{cfg.hf_config.hf_dir} makes it {list(expected)}",
                 "the whole checkpoint, with its own strategy files, and the hf_dir of its model",
                 "give the folder above rank_0, not the file of one rank; or the right hf_dir",
             )

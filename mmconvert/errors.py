@@ -23,30 +23,30 @@ from os import PathLike
 
 
 class MMConvertError(Exception):
-    """What was wrong and where; what was wanted; what to do about it.
+    """What was wrong and where; what was expected; what to do about it.
 
     Args:
         what: one line that names the file, tensor, flag or number at fault.
-        wanted: one line, what would have been right.
+        expected: one line, what would have been right.
         fix: one line, the way out.
     """
 
     exit_code = 2
 
-    def __init__(self, what: str, wanted: str = "", fix: str = "") -> None:
+    def __init__(self, what: str, expected: str = "", fix: str = "") -> None:
         super().__init__(what)
         self.what = what
-        self.wanted = wanted
+        self.expected = expected
         self.fix = fix
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
     def lines(self) -> list[str]:
-        """The message as one to three lines: what, wanted, fix."""
+        """The message as one to three lines: what, expected, fix."""
         lines = [self.what]
-        if self.wanted:
-            lines.append(f"wanted: {self.wanted}")
+        if self.expected:
+            lines.append(f"expected: {self.expected}")
         if self.fix:
             lines.append(f"to fix: {self.fix}")
         return lines
@@ -56,7 +56,7 @@ class MMConvertError(Exception):
         return {
             "error": type(self).__name__,
             "what": self.what,
-            "wanted": self.wanted,
+            "expected": self.expected,
             "fix": self.fix,
             "exit_code": self.exit_code,
         }

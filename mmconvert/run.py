@@ -18,19 +18,20 @@ from mmconvert.executor.differences import Difference, in_words
 from mmconvert.executor.digests import ALGORITHM, digests
 from mmconvert.executor.jobs import default_workers
 from mmconvert.executor.moving import Moved, Staged, move
-from mmconvert.formats import hf_output, megatron
-from mmconvert.formats.hf_sides import copy_side_files, side_files
-from mmconvert.formats.safetensors import Entry
-from mmconvert.output import Output
-from mmconvert.plan import Plan, Side
-from mmconvert.proof import prove
+from mmconvert.executor.output import Output
+from mmconvert.formats import manifest
+from mmconvert.formats.containers.safetensors import Entry
+from mmconvert.formats.hf import output as hf_output
+from mmconvert.formats.hf.sides import copy_side_files, side_files
+from mmconvert.formats.mm import folder as megatron
+from mmconvert.formats.model import Model
+from mmconvert.plan.plan import Plan, Side
+from mmconvert.plan.proof import prove
 from mmconvert.result import Described, OutputFile, Result
 from mmconvert.sharding.layout import Layout
-from mmconvert.sources import manifest
-from mmconvert.sources.model import Model
 from mmconvert.stored import StoredTensor
 
-SIDE_ROOM = 64 << 20  # bytes of free disk wanted beside the tensors, for everything small
+SIDE_ROOM = 64 << 20  # bytes of free disk expected beside the tensors, for everything small
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 Create = Callable[[Path], Sequence[StoredTensor]]  # makes the files in a staging folder
@@ -82,7 +83,7 @@ class Run:
         found = compare.not_zero(plan.zeros, plan.sources)
         self._settle(found, "values that HF does not store are not zero", "zeros, as converted")
 
-    def _settle(self, found: list[Difference], what: str, wanted: str) -> None:
+    def _settle(self, found: list[Difference], what: str, expected: str) -> None:
         """Raises ReplicaError for differences, or warns if the user has chosen."""
         if not found:
             return
@@ -93,7 +94,7 @@ class Run:
             return
         raise ReplicaError(
             words,
-            wanted,
+            expected,
             "find out which values training used, or give --replicas first to go on with a warning",
         )
 

@@ -140,7 +140,7 @@ def _guarded(words: list[str]) -> int:
         what = "interrupted" if tool else "interrupted: nothing was left under the final name"
         fix = "" if tool else "a conversion goes on when it is run again"
         if _asked(words, "--json"):
-            told = {"error": "Interrupted", "what": what, "wanted": "", "fix": fix}
+            told = {"error": "Interrupted", "what": what, "expected": "", "fix": fix}
             print(json.dumps(told | {"exit_code": INTERRUPTED}))
         screen.say(f"{what}; {fix}" if fix else what)
         return INTERRUPTED

@@ -238,7 +238,7 @@ def _flags_of(path: Path, flags: Mapping[str, object]) -> list[list[str]]:
     """The flags that a YAML file stands for: its keys, nested, joined with dots.
 
     Raises:
-        RequestError: it cannot be read, holds itself, or has a number where a folder is wanted.
+        RequestError: it cannot be read, holds itself, or has a number where a folder is expected.
     """
     found: list[list[str]] = []
     for flag, value in _flatten(path, read_yaml(path, "--config")):

@@ -20,8 +20,8 @@ from mmconvert.converters.family import (
     ZEROS,
     Carried,
     Dims,
+    Dropped,
     Family,
-    Left,
     Module,
     Row,
     Variant,
@@ -171,15 +171,17 @@ FAMILY = Family(
         ("thinker.model.language_model.", "thinker.model."),
     ),
     dropped=(
-        Left(
+        Dropped(
             NameTemplate("thinker.audio_tower.positional_embedding.positional_embedding"),
             "a buffer that the model computes",
         ),
-        Left(
+        Dropped(
             NameTemplate("thinker.visual.rotary_pos_emb.inv_freq"),
             "a buffer that the model computes",
         ),
-        Left(NameTemplate("thinker.model.rotary_emb.inv_freq"), "a buffer that the model computes"),
+        Dropped(
+            NameTemplate("thinker.model.rotary_emb.inv_freq"), "a buffer that the model computes"
+        ),
     ),
     carried=(
         Carried("talker.", "the talker is not trained in MM"),

@@ -16,7 +16,7 @@ from mmconvert.converters.blocks import (
     vision_dims,
     vision_qkv,
 )
-from mmconvert.converters.family import Dims, Family, Left, Module, Variant, section
+from mmconvert.converters.family import Dims, Dropped, Family, Module, Variant, section
 from mmconvert.names import NameTemplate
 
 B = "visual.blocks.{}"
@@ -25,12 +25,12 @@ BOTH = ("weight", "bias")
 # transformers 4.52 and later may write the second and third prefix; the hub has the first.
 SPELLINGS = (("model.visual.", "visual."), ("model.language_model.", "model."))
 BUFFERS = (
-    Left(
+    Dropped(
         NameTemplate("model.layers.{}.self_attn.rotary_emb.inv_freq"),
         "a buffer that the model computes",
     ),
-    Left(NameTemplate("model.rotary_emb.inv_freq"), "a buffer that the model computes"),
-    Left(NameTemplate("visual.rotary_pos_emb.inv_freq"), "a buffer that the model computes"),
+    Dropped(NameTemplate("model.rotary_emb.inv_freq"), "a buffer that the model computes"),
+    Dropped(NameTemplate("visual.rotary_pos_emb.inv_freq"), "a buffer that the model computes"),
 )
 
 

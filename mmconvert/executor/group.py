@@ -138,15 +138,15 @@ def _told(error: BaseException | None) -> tuple[tuple[str, str, str, str], None]
     if error is None:
         return None
     if isinstance(error, MMConvertError):
-        return (type(error).__name__, error.what, error.wanted, error.fix), None
+        return (type(error).__name__, error.what, error.expected, error.fix), None
     return (type(error).__name__, f"{type(error).__name__}: {error}", "", ""), None
 
 
 def _rebuilt(said: tuple[str, str, str, str], rank: int) -> MMConvertError:
-    name, what, wanted, fix = said
+    name, what, expected, fix = said
     kind = getattr(errors, name, MMConvertError)
     known = isinstance(kind, type) and issubclass(kind, MMConvertError)
-    return (kind if known else MMConvertError)(f"process {rank}: {what}", wanted, fix)
+    return (kind if known else MMConvertError)(f"process {rank}: {what}", expected, fix)
 
 
 _current = Group()

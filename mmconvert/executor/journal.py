@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mmconvert.executor.casts import Loss
 from mmconvert.executor.jobs import Job, Losses
-from mmconvert.plan import Plan
+from mmconvert.plan.plan import Plan
 from mmconvert.version import VERSION
 
 PREFIX = ".mmconvert-journal"  # then number and machine: each process of a run keeps its own

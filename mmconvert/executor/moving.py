@@ -13,7 +13,7 @@ from mmconvert.executor.execute import jobs_of
 from mmconvert.executor.group import Group
 from mmconvert.executor.jobs import Job, run_jobs
 from mmconvert.executor.pieces import in_pieces
-from mmconvert.plan import Plan
+from mmconvert.plan.plan import Plan
 from mmconvert.stored import StoredTensor
 
 

@@ -16,12 +16,12 @@ def check_reports(*paths: Path | None, overwrite: bool) -> list[Path]:
     Raises:
         RequestError: one file for two reports; OutputError: see :func:`check_report`.
     """
-    wanted = [path for path in paths if path is not None]
-    if len({os.path.realpath(path) for path in wanted}) < len(wanted):
-        raise RequestError(f"--html and --svg are both {wanted[0]}", "two files")
-    for path in wanted:
+    expected = [path for path in paths if path is not None]
+    if len({os.path.realpath(path) for path in expected}) < len(expected):
+        raise RequestError(f"--html and --svg are both {expected[0]}", "two files")
+    for path in expected:
         check_report(path, overwrite=overwrite)
-    return wanted
+    return expected
 
 
 def check_report(path: Path, *, overwrite: bool) -> None:

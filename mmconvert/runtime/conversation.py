@@ -122,7 +122,7 @@ class Speaker:
             answer: end with the start of an answer, as for generating; else with what was said.
 
         Raises:
-            RequestError: files and places do not match, or the model has no such tower.
+            RequestError: files and places do not match, or the model has no such encoder.
         """
         media, tokens = self._media(sample)
         line = _Line()
@@ -176,7 +176,7 @@ class Speaker:
             grids.append(grid)
         if sample.videos and self.arch.intern:
             raise RequestError(
-                f"{sample.name} has a video", "pictures only: InternVL's towers take these"
+                f"{sample.name} has a video", "pictures only: InternVL's encoders take these"
             )
         for path in sample.videos:
             made, grid, count = self.media.video(open_video(path))

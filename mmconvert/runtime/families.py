@@ -1,4 +1,4 @@
-"""Transformers' model of each family: its class, its config, and where its towers are."""
+"""Transformers' model of each family: its class, its config, and where its modules are."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ TEXT_CONFIGS = {
 
 @dataclass(frozen=True)
 class Parts:
-    """The towers of a model of transformers.
+    """The modules of a model of transformers.
 
     Attributes:
-        visual: vision tower; for InternVL the model that has tower and projector.
-        audio: audio tower, or None.
+        visual: vision encoder; for InternVL the model that has encoder and projector.
+        audio: audio encoder, or None.
         text: text model without its output layer.
         owner: the module that has ``lm_head``.
         positions: the module that has ``get_rope_index``, or None.
@@ -45,10 +45,10 @@ class Parts:
     owner: Any
     positions: Any
 
-    def find(self, tower: str, name: str) -> Any:  # noqa: ANN401 - a module or parameter
-        """A module or parameter by tower (``vit``, ``audio``, ``llm``) and name in it."""
-        root = {"vit": self.visual, "audio": self.audio, "llm": self.text}[tower]
-        if tower == "llm" and name.split(".")[0] == "lm_head":
+    def find(self, module: str, name: str) -> Any:  # noqa: ANN401 - a module or parameter
+        """A module or parameter by module (``vit``, ``audio``, ``llm``) and name in it."""
+        root = {"vit": self.visual, "audio": self.audio, "llm": self.text}[module]
+        if module == "llm" and name.split(".")[0] == "lm_head":
             root = self.owner
         for word in name.split("."):
             root = getattr(root, word) if not word.isdigit() else root[int(word)]
@@ -104,8 +104,8 @@ class Architecture:
             return self.model_class()(deepcopy(self.config)).eval()
 
     def parts(self, model: Any) -> Parts:  # noqa: ANN401 - transformers' model
-        """The towers of a model made from this architecture."""
-        # The thinker's towers are its own in transformers 4, in `model.model` in 5.
+        """The modules of a model made from this architecture."""
+        # The thinker's modules are its own in transformers 4, in `model.model` in 5.
         inner = model.model if hasattr(model.model, "language_model") else model
         if self.intern:
             return Parts(inner, None, inner.language_model, model, None)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmconvert.errors import CheckpointError, FormatError, cannot_write
-from mmconvert.formats.megatron import EXTRA_STATE, RANK_FILE, TRACKER, MMCheckpoint, open_mm
+from mmconvert.formats.mm.folder import EXTRA_STATE, RANK_FILE, TRACKER, MMCheckpoint, open_mm
 from mmconvert.runtime.families import Architecture
 from mmconvert.sharding.layout import Layout, Rank
 from mmconvert.sharding.stages import StageGrid, show, total
@@ -86,7 +86,7 @@ def find(mm_dir: Path, arch: Architecture) -> Stored:
     return Stored(checkpoint.folder, number, layout)
 
 
-def _layers(visual: Any) -> list[Any]:  # noqa: ANN401 - a tower of any model
+def _layers(visual: Any) -> list[Any]:  # noqa: ANN401 - an encoder of any model
     return list(visual.blocks if hasattr(visual, "blocks") else visual.vision_tower.encoder.layer)
 
 

@@ -98,9 +98,9 @@ HF_TO_MM = {
 
 
 @pytest.fixture(scope="session")
-def wanted(tied_hf: Path) -> Path:
+def expected(tied_hf: Path) -> Path:
     """What all spellings of hf_to_mm are to write."""
-    out = tied_hf.with_name("wanted")
+    out = tied_hf.with_name("expected")
     hf_to_mm(tied_hf, out, *layout("[2,2]", "[2,0]"))
     return out
 
@@ -114,13 +114,13 @@ def spelt(text: str, **paths: Path) -> str:
 
 @pytest.mark.parametrize("text", HF_TO_MM.values(), ids=HF_TO_MM.keys())
 def test_hf_to_mm_spellings(
-    text: str, tied_hf: Path, wanted: Path, out: Path, bash: Bash, tmp_path: Path
+    text: str, tied_hf: Path, expected: Path, out: Path, bash: Bash, tmp_path: Path
 ) -> None:
     bash(f"mm-convert {QWEN2VL} hf_to_mm {spelt(text, OUT=out, HF=tied_hf)}", tmp_path)
-    none(compare_mm(wanted, out))
+    none(compare_mm(expected, out))
 
 
-def test_paths_with_spaces(tied_hf: Path, wanted: Path, tmp_path: Path, bash: Bash) -> None:
+def test_paths_with_spaces(tied_hf: Path, expected: Path, tmp_path: Path, bash: Bash) -> None:
     """Quoted, relative, and with what shells and formats find special."""
     shutil.copytree(tied_hf, tmp_path / "a model [v1]" / "hf = 'x'")
     flags = "--cfg.parallel_config.llm_pp_layers [2,2] --cfg.parallel_config.vit_pp_layers [2,0]"
@@ -129,7 +129,7 @@ def test_paths_with_spaces(tied_hf: Path, wanted: Path, tmp_path: Path, bash: Ba
         f"--cfg.hf_config.hf_dir=\"a model [v1]/hf = 'x'\" {flags}",
         tmp_path,
     )
-    none(compare_mm(wanted, tmp_path / "out {} %s" / "mm \u00e9"))
+    none(compare_mm(expected, tmp_path / "out {} %s" / "mm \u00e9"))
 
 
 LISTS = {
@@ -150,7 +150,7 @@ def test_lists_in_mm_to_hf(
 
 @pytest.mark.parametrize("lists", LISTS.values(), ids=LISTS.keys())
 def test_lists_in_resplit(
-    lists: tuple[str, str] | None, tied_mm22: Path, wanted: Path, out: Path
+    lists: tuple[str, str] | None, tied_mm22: Path, expected: Path, out: Path
 ) -> None:
     """Each kind on both sides; a target without lists is one stage."""
     flags: list[str] = []
@@ -158,7 +158,7 @@ def test_lists_in_resplit(
         flags = layout(*lists, tp=2, prefix="--cfg.source_parallel_config.") + target(*lists)
     resplit(tied_mm22, out, *flags)
     if lists:
-        none(compare_mm(wanted, out))
+        none(compare_mm(expected, out))
     else:
         assert list(rank_files(out)) == ["mp_rank_00"]
 
@@ -224,11 +224,11 @@ def config_file(folder: Path, text: str = CONFIG, **words: object) -> Path:
 
 
 @pytest.mark.parametrize("form", ["--config", "--config="])
-def test_config_file(form: str, tied_hf: Path, wanted: Path, out: Path, tmp_path: Path) -> None:
+def test_config_file(form: str, tied_hf: Path, expected: Path, out: Path, tmp_path: Path) -> None:
     path = config_file(tmp_path, OUT=out, HF=tied_hf, TP=1)
     words = [f"{form}{path}"] if form.endswith("=") else [form, str(path)]
     run_cli(QWEN2VL, "hf_to_mm", *words, check=0)
-    none(compare_mm(wanted, out))
+    none(compare_mm(expected, out))
 
 
 @pytest.mark.parametrize(
@@ -236,13 +236,13 @@ def test_config_file(form: str, tied_hf: Path, wanted: Path, out: Path, tmp_path
     [("--cfg.parallel_config.tp_size", True), ("--cfg.parallel-config.tp-size", False)],
 )
 def test_the_command_line_wins(
-    word: str, first: bool, tied_hf: Path, wanted: Path, out: Path, tmp_path: Path
+    word: str, first: bool, tied_hf: Path, expected: Path, out: Path, tmp_path: Path
 ) -> None:
     path = config_file(tmp_path, OUT=tmp_path / "not here", HF=tied_hf, TP=2)
     words = [word, "1", "--cfg.mm_dir", str(out)]
     config = ["--config", str(path)]
     run_cli(QWEN2VL, "hf_to_mm", *(words + config if first else config + words), check=0)
-    none(compare_mm(wanted, out))
+    none(compare_mm(expected, out))
     assert not (tmp_path / "not here").exists()
 
 
@@ -544,7 +544,7 @@ def test_an_error_as_json(
     )
     assert done.returncode == code if code else done.returncode in (2, 3)
     error = json.loads(done.stdout)
-    assert set(error) >= {"error", "what", "wanted", "fix", "exit_code"}
+    assert set(error) >= {"error", "what", "expected", "fix", "exit_code"}
     assert error["exit_code"] == done.returncode
     assert error["what"]
     assert "Traceback" not in done.stderr

@@ -118,7 +118,7 @@ def test_greedy_tokens_are_those_of_transformers(case: Case, tmp_path: Path) -> 
     stop = talking.SPECIALS.index("<|im_end|>") + 256
     with torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=MOST, do_sample=False, eos_token_id=stop)
-    wanted = out[0, inputs["input_ids"].shape[1] :].tolist()
+    expected = out[0, inputs["input_ids"].shape[1] :].tolist()
 
     arch, stored = load_folder(hf, mm)
     speaker = Speaker(arch, hf)
@@ -127,9 +127,9 @@ def test_greedy_tokens_are_those_of_transformers(case: Case, tmp_path: Path) -> 
     heard: list[object] = []
     job = commands.Answering(arch, stored, batch, MOST, frozenset(speaker.stop), "fp32")
     got = launch(job, stored.world, heard.append)
-    assert got == wanted
-    assert heard == wanted  # as they came
-    assert len(set(wanted)) > 3  # each token depends on those before
+    assert got == expected
+    assert heard == expected  # as they came
+    assert len(set(expected)) > 3  # each token depends on those before
 
 
 @pytest.mark.slow

@@ -24,8 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmconvert.errors import FormatError, RequestError
-from mmconvert.formats.pickles import Global, Inert, StorageRef, TensorRef, load_pickle
-from mmconvert.formats.ptwriter import TensorSlot, emit_state
+from mmconvert.formats.containers.pickles import Global, Inert, StorageRef, TensorRef, load_pickle
+from mmconvert.formats.containers.ptwriter import TensorSlot, emit_state
 
 
 def load(data: bytes) -> Any:
@@ -273,7 +273,7 @@ def test_memo_index_costs_nothing() -> None:
 
 
 def test_too_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmconvert.formats.pickles.MAX_STEPS", 1000)
+    monkeypatch.setattr("mmconvert.formats.containers.pickles.MAX_STEPS", 1000)
     with pytest.raises(FormatError, match="1000 steps"):
         load(b"N0" * 1000 + b"N.")
     # A list that is written once may be copied by each call.

@@ -49,8 +49,8 @@ def run(words: list[str]) -> int:
     )
     prog = "mm-convert roundtrip"
     asked = read_plain(Trip, words, prog, f"{text}\n\nexample:\n  {prog} HF_DIR --junit trip.xml")
-    from mmconvert.roundtrip import roundtrip
-    from mmconvert.sources.recognise import family_of
+    from mmconvert.formats.recognise import family_of
+    from mmconvert.tools.roundtrip import roundtrip
 
     layouts = [(Path(name).stem, _layout(Path(name))) for name in asked.layout]
     with screen_events(quiet=asked.quiet) as events:
