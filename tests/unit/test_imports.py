@@ -218,6 +218,7 @@ ALLOWED: dict[str, set[str]] = {
     # running checkpoints, with torch
     "runtime.*": {"formats.*", "runtime.*", "sharding.*"},
     "runtime.datajson": {"modeljson", "runtime.prepare", "runtime.samples"},
+    "runtime.inferencejson": {"modeljson"},
     "runtime.prepare": set(),
     "runtime.samples": set(),
     "runtime.needs": set(),
@@ -285,10 +286,16 @@ ALLOWED: dict[str, set[str]] = {
         *("cli.arguments", "runtime.commands", "runtime.launch", "runtime.needs"),
         "runtime.verdict",
     },
-    "cli.tools.generate": {"cli.arguments", "runtime.commands", "runtime.launch", "runtime.needs"},
-    "cli.scriptflags": set(),
+    "cli.tools.generate": {
+        *("cli.arguments", "cli.scriptflags", "cli.tools.finetune", "config", "runtime.commands"),
+        "sharding.layout",
+        *("runtime.inferencejson", "runtime.launch", "runtime.needs", "runtime.prepare"),
+    },
+    "cli.scripttable": set(),
+    "cli.scriptflags": {"cli.scripttable", "modeljson", "sharding.layout"},
     "cli.tools.finetune": {
-        *("cli.arguments", "cli.scriptflags", "config", "modeljson", "runtime.commands"),
+        *("cli.arguments", "cli.scriptflags", "cli.scripttable", "config", "modeljson"),
+        "runtime.commands",
         *("runtime.datajson", "runtime.dataset", "runtime.launch", "runtime.needs"),
         *("runtime.optimizer", "runtime.prepare", "runtime.samples", "runtime.training"),
         "sharding.layout",
