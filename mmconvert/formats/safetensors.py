@@ -144,6 +144,8 @@ def _parse(path: Path, header: bytes) -> dict[str, object]:
 
 
 def _metadata(path: Path, value: object) -> dict[str, str]:
+    if value is None:  # null is no metadata, to the safetensors library too
+        return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise _damaged(path, "__metadata__ is not an object of strings")
     return value
