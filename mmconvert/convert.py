@@ -6,12 +6,13 @@ then writes: into a staging folder that gets its final name when it is complete.
 
 from __future__ import annotations
 
+from mmconvert.apart import check_apart
 from mmconvert.config import HFToMM, MMToHF, Options, Resplit
 from mmconvert.converters.family import Family
 from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.events import Events
+from mmconvert.formats.reading import watched
 from mmconvert.names import summarise
-from mmconvert.output import check_apart
 from mmconvert.plan import Side, build, carry, in_dtype
 from mmconvert.result import Result
 from mmconvert.run import Run
@@ -31,6 +32,7 @@ from mmconvert.sources.model import (
 )
 
 
+@watched
 def hf_to_mm(
     family: Family, cfg: HFToMM, options: Options | None = None, events: Events | None = None
 ) -> Result:
@@ -39,7 +41,7 @@ def hf_to_mm(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = Run("hf_to_mm", options, events)
+    run = Run("hf_to_mm", cfg, options, events)
     check_apart(cfg.mm_dir, [cfg.hf_config.hf_dir])
     check_reading_options(run.options)
     source = hf_model(
@@ -60,6 +62,7 @@ def hf_to_mm(
     return run.write_mm(plan, dst, source, layout, cfg.mm_dir, inputs)
 
 
+@watched
 def mm_to_hf(
     family: Family, cfg: MMToHF, options: Options | None = None, events: Events | None = None
 ) -> Result:
@@ -68,7 +71,7 @@ def mm_to_hf(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = Run("mm_to_hf", options, events)
+    run = Run("mm_to_hf", cfg, options, events)
     check_apart(cfg.save_hf_dir, [cfg.hf_config.hf_dir, cfg.mm_dir])
     model = hf_model(family, cfg.hf_config.hf_dir, run.options)
     source, layout, parts = mm_model(
@@ -86,6 +89,7 @@ def mm_to_hf(
     return run.write_hf(plan, dst, model, source, layout, cfg.save_hf_dir, inputs)
 
 
+@watched
 def reshard(
     family: Family, cfg: Resplit, options: Options | None = None, events: Events | None = None
 ) -> Result:
@@ -94,7 +98,7 @@ def reshard(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = Run("resplit", options, events)
+    run = Run("resplit", cfg, options, events)
     check_writing_options(run.options)
     check_apart(cfg.target_dir, [cfg.source_dir])
     hf_dir = cfg.hf_config.hf_dir

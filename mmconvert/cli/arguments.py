@@ -210,7 +210,7 @@ def _repeated_joined(words: Sequence[str]) -> list[str]:
 PATHS = (Path, MaybePath)  # types of flags that name a folder
 MOST_MAPPINGS = 100  # in a --config file; ours have three levels
 
-OWN_FLAGS = ("--overwrite", "--dry_run", "--crc", "--json", "--quiet", "--debug")
+OWN_FLAGS = ("--overwrite", "--dry_run", "--no_sync", "--crc", "--json", "--quiet", "--debug")
 
 
 def _underscored(word: str) -> str:

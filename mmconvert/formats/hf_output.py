@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmconvert.errors import FormatError, RequestError, TensorError
 from mmconvert.formats import hf_bin
-from mmconvert.formats.allocate import opened, write_all
+from mmconvert.formats.allocate import opened, write_all, write_file
 from mmconvert.formats.hf import INDEX, SINGLE, HFCheckpoint, read_json_file
 from mmconvert.formats.safetensors import Entry, layout_weight_file
 from mmconvert.stored import StoredTensor
@@ -140,7 +140,7 @@ def create_hf(folder: Path, plan: WeightsPlan) -> dict[str, StoredTensor]:
         for entry, start in zip(file.entries, file.starts, strict=True):
             created[entry.name] = StoredTensor(*entry, path, start)
     if plan.index is not None:
-        (folder / INDEX).write_bytes(plan.index)
+        write_file(folder / INDEX, plan.index)
     return created
 
 
@@ -175,7 +175,7 @@ def write_dtype(folder: Path, dtype: str) -> None:
                 changed = True
     if not changed:  # the original, byte for byte
         return
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(path, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _objects(value: object) -> Iterator[dict[str, object]]:

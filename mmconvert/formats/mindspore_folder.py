@@ -12,7 +12,8 @@ from pathlib import Path
 from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.formats.mindspore import check_crc, read_ckpt
 from mmconvert.formats.mindspore_output import STRATEGIES
-from mmconvert.formats.safetensors import read_weight_file, size_of_file
+from mmconvert.formats.reading import opened, size_of_file
+from mmconvert.formats.safetensors import read_weight_file
 from mmconvert.formats.strategy import MAX_STRATEGY, Strategy, read_strategy
 from mmconvert.formats.strategy_writer import merge_strategies
 from mmconvert.names import number, summarise
@@ -258,7 +259,8 @@ def _digest(path: Path) -> bytes:
     try:
         if size_of_file(path) > MAX_STRATEGY:
             return str(path).encode()  # read_strategy refuses it
-        return hashlib.sha256(path.read_bytes()).digest()
+        with opened(path) as file:
+            return hashlib.sha256(file.read()).digest()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", "a readable file") from error
 

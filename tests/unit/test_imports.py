@@ -28,6 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
     "disks": set(),
+    "durable": set(),
+    "apart": set(),
+    "staging": set(),
     "events": set(),
     "names": set(),
     "words": set(),
@@ -40,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     # files
     "formats.*": {"formats.*", "stored"},
     "formats.allocate": {"disks"},
+    "formats.reading": set(),
     "formats.megatron": {"formats.*", "sharding.layout", "stored"},
     "formats.strategy": {"formats.*", "sharding.slices"},
     "formats.strategy_writer": {"formats.*", "sharding.slices"},
@@ -70,14 +74,15 @@ ALLOWED: dict[str, set[str]] = {
     "executor.group": set(),
     "executor.pieces": {"formats.mindspore_layout", "plan", "proof", "stored"},
     "executor.moving": {
-        *("events", "executor.casts", "executor.execute", "executor.group", "executor.jobs"),
-        *("executor.journal", "executor.pieces", "plan", "stored"),
+        *("durable", "events", "executor.casts", "executor.execute", "executor.group"),
+        *("executor.jobs", "executor.journal", "executor.pieces", "plan", "stored"),
     },
     "executor.digests": {
         *("events", "executor.blockio", "executor.fileio", "executor.jobs", "plan", "stored"),
     },
     "estimate": {
-        *("executor.execute", "executor.fileio", "executor.jobs", "output", "plan", "stored"),
+        *("executor.execute", "executor.fileio", "executor.jobs", "plan", "staging"),
+        "stored",
     },
     "result": {"estimate", "executor.moving", "plan", "sharding.layout"},
     "executor.differences": {"plan", "stored"},
@@ -92,7 +97,7 @@ ALLOWED: dict[str, set[str]] = {
         *("executor.blockio", "executor.differences", "executor.fileio", "executor.jobs"),
         *("executor.values", "plan", "stored"),
     },
-    "output": {"names", "sharding.layout"},
+    "output": {"apart", "durable", "names", "sharding.layout", "staging"},
     # opening checkpoints
     "sources.manifest": {"converters.family", "formats.*"},
     "sources.recognise": {"converters.*", "formats.*", "sources.manifest"},
@@ -106,23 +111,24 @@ ALLOWED: dict[str, set[str]] = {
         *("sources.model", "stored"),
     },
     # proving, then writing
+    "agreement": {"formats.reading", "plan"},
     "run": {
-        *("config", "estimate", "events", "executor.casts", "executor.compare"),
+        *("agreement", "config", "estimate", "events", "executor.casts", "executor.compare"),
         *("executor.differences", "executor.digests", "executor.group", "executor.jobs"),
         *("executor.journal", "executor.moving", "formats.*", "output", "plan", "proof", "result"),
         *("sharding.layout", "sources.manifest", "sources.model", "stored"),
     },
     # the story
     "convert": {
-        *("config", "converters.family", "events", "names", "output", "plan", "result", "run"),
-        *("sharding.*", "sides.*", "sources.*"),
+        *("apart", "config", "converters.family", "events", "formats.reading", "names", "plan"),
+        *("result", "run", "sharding.*", "sides.*", "sources.*"),
     },
     "run_ms": {
         *("config_ms", "formats.*", "output", "plan", "result", "run", "sides.devices", "stored"),
     },
     "convert_ms": {
-        *("config", "config_ms", "convert", "converters.*", "events", "formats.*", "names"),
-        *("output", "plan", "result", "run", "run_ms", "sharding.devices", "sides.*", "sources.*"),
+        *("apart", "config", "config_ms", "convert", "converters.*", "events", "formats.*"),
+        *("names", "plan", "result", "run", "run_ms", "sharding.devices", "sides.*", "sources.*"),
     },
     "comparison.opened": {"plan", "sharding.layout", "sources.model"},
     "comparison.pairing_ms": {
@@ -216,7 +222,7 @@ ALLOWED: dict[str, set[str]] = {
         "stored",
     },
     # running checkpoints, with torch
-    "runtime.*": {"formats.*", "runtime.*", "sharding.*"},
+    "runtime.*": {"durable", "formats.*", "runtime.*", "sharding.*"},
     "runtime.datajson": {"modeljson", "runtime.prepare", "runtime.samples"},
     "runtime.inferencejson": {"modeljson"},
     "runtime.prepare": set(),
@@ -247,7 +253,7 @@ ALLOWED: dict[str, set[str]] = {
     # what was found, as text, pictures and pages
     "report.data": {"comparison.diffresult", "executor.distance"},
     "report.text": {"comparison.diffresult", "report.chart", "words"},
-    "report.files": set(),
+    "report.files": {"durable"},
     "report.style": set(),
     "report.svg": {"report.style", "words"},
     "report.grid": {"contents", "report.*", "sharding.*", "words"},
@@ -257,7 +263,7 @@ ALLOWED: dict[str, set[str]] = {
     "report.diffpage": {"comparison.diffresult", "report.*"},
     "report.inspectpage": {"inspection", "report.*", "sharding.*", "stored", "words"},
     # datasets
-    "datasets.*": {"datasets.*"},
+    "datasets.*": {"datasets.*", "durable"},
     "datasets.convert": {"datasets.*", "events"},
     # the shell
     "cli": {"cli.*", "config", "converters.*", "executor.group"},
@@ -271,7 +277,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli.dry_run": {"cli.*", "names", "result"},
     "cli.tools.verify": {"cli.*", "comparison.verification", "config", "executor.differences"},
     "cli.tools.roundtrip": {"api", "cli.*", "config", "roundtrip", "sources.recognise"},
-    "cli.tools.junit": set(),
+    "cli.tools.junit": {"durable"},
     "cli.tools.completion": {"cli", "converters.*"},
     "cli.tools.suggest": {"balance.*", "cli.*"},
     "report.picture": {"contents", "sharding.*", "words"},
