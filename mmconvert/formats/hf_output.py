@@ -11,8 +11,8 @@ from pathlib import Path
 from mmconvert.errors import FormatError, RequestError, TensorError
 from mmconvert.formats import hf_bin
 from mmconvert.formats.allocate import opened, write_all, write_file
-from mmconvert.formats.hf import INDEX, SINGLE, HFCheckpoint, read_json_file
-from mmconvert.formats.safetensors import Entry, layout_weight_file
+from mmconvert.formats.hf import INDEX, SINGLE, HFCheckpoint
+from mmconvert.formats.safetensors import Entry, layout_weight_file, parse_json
 from mmconvert.stored import StoredTensor
 
 # Where config.json names the dtype of the weights: torch_dtype until transformers 4.55, then dtype.
@@ -166,7 +166,7 @@ def write_dtype(folder: Path, dtype: str) -> None:
     path = folder / "config.json"
     if not path.is_file():
         raise TensorError(f"{path} was not written")
-    config = read_json_file(path)
+    config = parse_json(path.read_bytes(), path)  # ours: not watched as an input is
     changed = False
     for part in _objects(config):
         for key in DTYPE_KEYS:
