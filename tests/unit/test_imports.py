@@ -267,7 +267,8 @@ ALLOWED: dict[str, set[str]] = {
     "datasets.convert": {"datasets.*", "events"},
     # the shell
     "cli": {"cli.*", "config", "converters.*", "executor.group"},
-    "cli.arguments": {"config", "sharding.*"},
+    "cli.settings": set(),
+    "cli.arguments": {"cli.settings", "config", "sharding.*"},
     "cli.screen": {"events", "words"},
     "cli.conversions": {
         *("cli", "cli.*", "config", "convert", "converters.*", "executor.group", "result"),
@@ -316,7 +317,7 @@ LIBRARIES: dict[str, set[str]] = {
     "PIL": {"runtime.media"},
     "rich": {"cli.screen", "cli.tools.*", "report.picture"},
     "tyro": {"cli.arguments", "cli.tools.*"},
-    "yaml": {"cli.arguments"},
+    "yaml": {"cli.settings"},
 }
 HEAVY = {"torch", "torch_npu", "transformers", "safetensors", "megatron"}
 # These may import them: the first inside functions, the second also at their top, for which no
