@@ -10,13 +10,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from mmconvert.config import CommonOptions, Options
-from mmconvert.config_ms import DeviceConfig, DType, HFToMS, MSOptions, MSResplit, MSToHF
+from mmconvert.config_ms import DeviceConfig, HFToMS, MSOptions, MSResplit, MSToHF
 from mmconvert.convert import dtype_notes
 from mmconvert.converters.family import Dims
 from mmconvert.converters.mindspore import MSFamily
 from mmconvert.errors import LayoutError, RequestError, TensorError
 from mmconvert.events import Events
-from mmconvert.executor.output import check_apart
+from mmconvert.executor.apart import check_apart
 from mmconvert.formats.hf.model import config_model, hf_model
 from mmconvert.formats.hf.side import hf_side, hf_target
 from mmconvert.formats.mindspore.folder import read_strategies
@@ -30,6 +30,7 @@ from mmconvert.formats.mindspore.model import (
 from mmconvert.formats.mindspore.side import Spread, device_target, whole_spread
 from mmconvert.formats.mindspore.strategy import Strategy
 from mmconvert.formats.model import check_writing_options
+from mmconvert.formats.reading import watched
 from mmconvert.plan.plan import Key, Side, Whole, build, in_dtype
 from mmconvert.plan.sizes import check_agreement
 from mmconvert.result import Described, Result
@@ -38,6 +39,7 @@ from mmconvert.run_ms import Destination, write_ms
 from mmconvert.sharding.devices import DeviceLayout
 
 
+@watched
 def hf_to_ms(
     family: MSFamily, cfg: HFToMS, options: MSOptions | None = None, events: Events | None = None
 ) -> Result:
@@ -46,7 +48,7 @@ def hf_to_ms(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = _run("hf_to_ms", options, cfg.dtype, events)
+    run = _run("hf_to_ms", cfg, options, events)
     check_writing_options(run.options)
     check_apart(cfg.ms_path, [cfg.hf_config.hf_dir])
     source = hf_model(family, cfg.hf_config.hf_dir, run.options)
@@ -64,6 +66,7 @@ def hf_to_ms(
     return write_ms(run, result, dst, held, spread, to, about, [cfg.hf_config.hf_dir])
 
 
+@watched
 def ms_to_hf(
     family: MSFamily, cfg: MSToHF, options: MSOptions | None = None, events: Events | None = None
 ) -> Result:
@@ -72,7 +75,7 @@ def ms_to_hf(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = _run("ms_to_hf", options, cfg.dtype, events)
+    run = _run("ms_to_hf", cfg, options, events)
     if _crc(options):
         raise RequestError("--crc adds a checksum to .ckpt files; none is written here")
     check_apart(cfg.save_hf_dir, [cfg.hf_config.hf_dir, cfg.ms_path])
@@ -95,6 +98,7 @@ def ms_to_hf(
     return run.write_hf(plan, dst, result_model, result_model, layout, cfg.save_hf_dir, inputs)
 
 
+@watched
 def reshard_ms(
     family: MSFamily, cfg: MSResplit, options: MSOptions | None = None, events: Events | None = None
 ) -> Result:
@@ -103,7 +107,7 @@ def reshard_ms(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = _run("resplit", options, cfg.dtype, events)
+    run = _run("resplit", cfg, options, events)
     check_writing_options(run.options)
     check_apart(cfg.target_dir, [cfg.source_dir])
     by_family = cfg.target_parallel_config != DeviceConfig()
@@ -261,15 +265,20 @@ def _unchecked_heads(family: MSFamily, dims: Dims, layout: DeviceLayout) -> list
 # ------------------------------------------------------------------------------------- options
 
 
-def _run(command: str, options: MSOptions | None, dtype: DType, events: Events | None) -> Run:
+def _run(
+    command: str,
+    cfg: HFToMS | MSToHF | MSResplit,
+    options: MSOptions | None,
+    events: Events | None,
+) -> Run:
     """A run with the options that it knows, and the dtype that either flag gives."""
-    given = options or MSOptions()
+    given, dtype = options or MSOptions(), cfg.dtype
     if dtype != "keep" and given.dtype not in ("keep", dtype):
         raise RequestError(f"--cfg.dtype {dtype} and --dtype {given.dtype} differ", "one of them")
     values = {f.name: getattr(given, f.name) for f in fields(CommonOptions)}
     if dtype != "keep":
         values["dtype"] = dtype
-    return Run(command, Options(**values), events)
+    return Run(command, cfg, Options(**values), events)
 
 
 def _crc(options: MSOptions | None) -> bool:

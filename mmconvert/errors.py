@@ -114,12 +114,26 @@ class ReplicaError(CheckpointError):
     """Copies of one tensor that should be equal differ between ranks."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """An interruption of which it is known what it has left.
+
+    Args:
+        what: one line, the state that is true now.
+        fix: one line, how to go on; "" if there is nothing to do.
+    """
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+
+
 def cannot_write(path: str | PathLike[str], error: OSError) -> OutputError:
     """What to say when the system refuses to write ``path``: a full disk, or anything else."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutputError(
             f"{path}: the disk takes no more ({error.strerror})",
-            "room for the whole checkpoint; nothing is left under the final name",
+            "room for all of it; an output gets its name only when it is complete",
             "free some space, write to another disk or raise the limit, and run the command again",
         )
     reason = error.strerror or error

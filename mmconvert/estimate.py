@@ -15,7 +15,7 @@ from mmconvert.errors import MMConvertError
 from mmconvert.executor.execute import jobs_of
 from mmconvert.executor.fileio import BAND
 from mmconvert.executor.jobs import Job, run_jobs
-from mmconvert.executor.output import free_bytes
+from mmconvert.executor.staging import free_bytes
 from mmconvert.plan.plan import Plan
 from mmconvert.stored import StoredTensor
 

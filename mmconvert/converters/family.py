@@ -260,6 +260,16 @@ def section(config: Mapping[str, object], key: str) -> Mapping[str, object]:
     return value
 
 
+def section_or_defaults(config: Mapping[str, object], key: str) -> Mapping[str, object]:
+    """A nested part of config.json that transformers makes of its class's defaults where it is
+    absent or null: nothing of it is said then.
+
+    Raises:
+        CheckpointError: something that is not an object.
+    """
+    return {} if config.get(key) is None else section(config, key)
+
+
 def flag(configs: tuple[Mapping[str, object], ...], key: str) -> bool | None:
     """A boolean from the first config that has it.
 

@@ -1,8 +1,8 @@
 """Output folders that are complete or not there at all.
 
-Everything is written into a staging folder beside the target and renamed when complete. The
-staging folder is locked by its run; one that nobody holds is the rest of an interrupted run: the
-next run of the same request goes on with it, any other removes it.
+Everything is written into a staging folder beside the target and renamed when it is complete and
+on the disk. The staging folder is locked by its run; one that nobody holds is the rest of an
+interrupted run: the next run of the same request goes on with it, any other removes it.
 """
 
 from __future__ import annotations
@@ -10,22 +10,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from mmconvert.errors import LostProcessError, OutputError, cannot_write
+from mmconvert import durable
+from mmconvert.errors import Interrupted, LostProcessError, OutputError, cannot_write
+from mmconvert.executor import staging
+from mmconvert.executor.apart import Identity, check_apart, check_survives, identity, is_mount_point
 from mmconvert.names import summarise
 from mmconvert.sharding.layout import parse_folder
-
-try:
-    import fcntl
-except ImportError:  # not POSIX: no advisory locks; staging and rename still hold
-    fcntl = None
-
-FOLDER_MODE = 0o750
-FILE_MODE = 0o640
 
 TRACKER = "latest_checkpointed_iteration.txt"
 INDEX = "model.safetensors.index.json"
@@ -54,27 +49,46 @@ class Output:
         *,
         overwrite: bool,
         keeps: Callable[[Path], bool] = lambda folder: False,
+        read: Mapping[Identity, Path] | None = None,
+        sync: bool = True,
     ) -> None:
         """Checks that the target may be written.
 
         Args:
             keeps: whether what an interrupted run has left in the staging folder is of use.
+            read: all files that are read, by device and inode.
+            sync: whether everything is brought to the disk before the output gets its name.
 
         Raises:
-            OutputError: it exists, or is, holds or lies in an input.
+            OutputError: it exists, is a mount point, or is, holds or lies in an input.
         """
         self.final = Path(os.path.realpath(target))
         self.folder = self.final.parent / f".{self.final.name}.mmconvert-partial"
         self._aside = self.final.parent / f".{self.final.name}.mmconvert-old"
         self._overwrite = overwrite
         self._keeps = keeps
+        self._sync = sync
         self._lock: int | None = None
         self._new_parents: list[Path] = []
-        self._done = False
+        self._placed: Identity | None = None  # of what is to get the final name
+        inputs = list(inputs)
+        found = {name: path for path in inputs if (name := identity(path)) is not None}
+        self._read = {**(read or {}), **found}
         check_apart(self.final, inputs)
         self._check_target()
 
     def _check_target(self) -> None:
+        if is_mount_point(self.final):
+            raise OutputError(
+                f"{self.final} is a mount point: it cannot be replaced by a complete output",
+                "a name inside it",
+                f"write to {self.final / 'NAME'}",
+            )
+        self._check_free()
+        check_survives((self.final, self.folder, self._aside), self._read)
+
+    def _check_free(self) -> None:
+        """Whether the target is free, or may be replaced."""
         try:
             exists = os.path.lexists(self.final)
             names = set(os.listdir(self.final)) if exists else set()
@@ -108,9 +122,9 @@ class Output:
 
     def check_room(self, nbytes: int) -> None:
         """Raises OutputError if the disk has not ``nbytes`` free, the staging folder's included."""
-        free = free_bytes(self.final)
-        if free is not None:
-            free += _room_taken(self.folder)  # an interrupted run's: filled further, or removed
+        free = staging.free_bytes(self.final)
+        if free is not None:  # an interrupted run's files are filled further, or removed
+            free += staging.room_taken(self.folder)
         if free is not None and free < nbytes:
             raise OutputError(
                 f"{self.final}: {nbytes / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free",
@@ -123,7 +137,8 @@ class Output:
             self._new_parents = [p for p in self.final.parents if not p.exists()]
             self.final.parent.mkdir(parents=True, exist_ok=True)
             self._take()
-            if self._aside.exists():  # a run was killed between two renames, or while tidying up
+            if os.path.lexists(self._aside):  # a run was killed between its renames, or after
+                staging.check_former(self._aside)
                 if os.path.lexists(self.final):
                     shutil.rmtree(self._aside)
                 else:
@@ -136,57 +151,79 @@ class Output:
 
     def _take(self) -> None:
         """Makes the staging folder ours, empty but for what can be kept."""
-        while True:
-            self.folder.mkdir(mode=0o700, exist_ok=True)
-            if self.folder.is_symlink():  # what it points to is not ours to empty
-                raise OutputError(
-                    f"{self.folder} is a link", "no file of that name, or the rest of a run"
-                )
-            if fcntl is None:
-                break
-            lock = os.open(self.folder, os.O_RDONLY)
+        while self._lock is None:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                staging.make(self.folder)
+                self._lock = staging.lock(self.folder)
+            except FileNotFoundError:  # its holder has just given it its final name
+                continue
             except BlockingIOError:
-                os.close(lock)
                 raise OutputError(
                     f"another conversion is writing {self.final} (it holds {self.folder})",
                     "one conversion into a folder at a time",
                     "wait for it, or stop it, or choose another folder",
                 ) from None
-            except OSError:  # a file system without locks
-                os.close(lock)
+            if self._lock is None:  # no locks here
                 break
-            # The holder may have renamed the folder away between our mkdir and our lock.
-            if _same(lock, self.folder):
-                self._lock = lock
-                break
-            os.close(lock)
-        if not self._keeps(self.folder):
-            _empty(self.folder)
+        if staging.holds_links(self.folder) or not self._keeps(self.folder):
+            staging.empty(self.folder)
 
-    def commit(self) -> None:
-        """Sets the modes and gives the folder its final name.
+    def commit(self) -> list[str]:
+        """Sets the modes, brings all to the disk and gives the folder its final name.
+
+        Returns:
+            warnings: what could not be tidied up.
 
         Raises:
             OutputError: the target appeared meanwhile, or the rename failed.
         """
         self._check_target()
         try:
-            _set_modes(self.folder)
+            staging.set_modes(self.folder)
+            if self._sync:
+                durable.sync_tree(self.folder)
             self._put_in_place()
         except OSError as error:
             raise OutputError(
                 f"{self.final}: cannot be put in place: {error.strerror}", "a writable folder"
             ) from error
+        self._sync_names()
+        return self._tidy()
 
     def _put_in_place(self) -> None:
         if os.path.lexists(self.final) and os.listdir(self.final):
             self.final.rename(self._aside)
+        self._placed = identity(self.folder)
         self.folder.rename(self.final)
-        self._done = True
-        if self._aside.exists():
-            shutil.rmtree(self._aside)
+
+    def _sync_names(self) -> None:
+        """Makes the new name safe, and those of the folders that were made above it."""
+        try:
+            for made in (self.final, *self._new_parents) if self._sync else ():
+                durable.sync_folder(made.parent)
+        except OSError as error:
+            raise OutputError(
+                f"{self.final} is complete, but its name may not outlive a loss of power: "
+                f"{error.strerror}",
+                "a disk that works",
+                "see what the system says of the disk (dmesg)",
+            ) from error
+
+    def _tidy(self) -> list[str]:
+        """Removes what the output has replaced, and what is left of the staging folder."""
+        left: list[str] = []
+        for path in (self._aside, self.folder):
+            try:
+                if path.exists():
+                    shutil.rmtree(path)
+            except OSError as error:
+                left.append(f"warning: {path} could not be removed: {error.strerror}")
+        return left
+
+    @property
+    def _done(self) -> bool:
+        """Whether what was written has its final name."""
+        return self._placed is not None and identity(self.final) == self._placed
 
     def __exit__(
         self,
@@ -194,12 +231,13 @@ class Output:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        done = self._done
         with suppress(OSError):  # stopped between the two renames: the old checkpoint comes back
-            if not self._done and self._aside.exists() and not os.path.lexists(self.final):
+            if not done and self._aside.exists() and not os.path.lexists(self.final):
                 self._aside.rename(self.final)
         stopped = isinstance(error, (KeyboardInterrupt, LostProcessError))
-        kept = stopped and self._keeps(self.folder)
-        if not self._done and not kept:
+        kept = not done and stopped and self._keeps(self.folder)
+        if not done and not kept:
             shutil.rmtree(self.folder, ignore_errors=True)
             for parent in self._new_parents:  # innermost first; stops at one that is in use
                 try:
@@ -209,8 +247,18 @@ class Output:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+        if isinstance(error, KeyboardInterrupt):
+            raise self._interrupted(kept=kept) from error
         if isinstance(error, OSError):  # from whatever was written outside the executor
             raise cannot_write(error.filename or self.final, error) from error
+
+    def _interrupted(self, *, kept: bool) -> Interrupted:
+        """What is true now."""
+        if self._done:
+            old = f"{self._aside} is the former one: remove it" if self._aside.exists() else ""
+            return Interrupted(f"interrupted, but {self.final} is complete", old)
+        again = "the same command goes on where it was stopped" if kept else ""
+        return Interrupted(f"interrupted: {self.final} is as it was before", again)
 
 
 class FileOutput(Output):
@@ -218,7 +266,7 @@ class FileOutput(Output):
 
     manifest = False
 
-    def _check_target(self) -> None:
+    def _check_free(self) -> None:
         if self.final.is_dir():
             raise OutputError(
                 f"{self.final} is a folder", "the name of a file", "add the file's name to the path"
@@ -235,26 +283,9 @@ class FileOutput(Output):
             raise OutputError(f"{self.final} is no regular file", "a file, or a new name")
 
     def _put_in_place(self) -> None:
-        os.replace(self.folder / self.final.name, self.final)
-        self._done = True
-        shutil.rmtree(self.folder)
-
-
-def check_apart(final: Path, inputs: Iterable[Path]) -> None:
-    """Raises OutputError if an output folder is, holds or lies in an input folder."""
-    for given in inputs:
-        path = Path(os.path.realpath(given))
-        if final == path:
-            relation = "is the input"
-        elif final in path.parents:
-            relation = f"holds the input {path}"
-        elif path in final.parents:
-            relation = f"lies in the input {path}"
-        else:
-            continue
-        raise OutputError(
-            f"the output {final} {relation}", "an output folder apart from the inputs"
-        )
+        made = self.folder / self.final.name
+        self._placed = identity(made)
+        os.replace(made, self.final)
 
 
 def looks_like_a_checkpoint(folder: Path, names: set[str]) -> bool:
@@ -282,48 +313,3 @@ def strangers(names: set[str]) -> list[str]:
 def _holds_rank(folder: Path) -> bool:
     """Whether a folder of MindSpore's holds the file of a rank."""
     return folder.is_dir() and any(path.name.endswith(MS_SUFFIXES) for path in folder.iterdir())
-
-
-def free_bytes(path: Path) -> int | None:
-    """Free bytes on the disk where ``path`` is or will be; None if that cannot be known."""
-    for folder in (path, *path.parents):
-        if folder.is_dir():
-            try:
-                return shutil.disk_usage(folder).free
-            except OSError:
-                return None
-    return None
-
-
-def _room_taken(folder: Path) -> int:
-    """Bytes of disk that the files below a folder take; 0 if there is none."""
-    taken = 0
-    for here, _, files in os.walk(folder):
-        for name in files:
-            with suppress(OSError):  # another run is at work there
-                taken += os.lstat(Path(here, name)).st_blocks * 512  # stat(2): units of 512 bytes
-    return taken
-
-
-def _same(descriptor: int, path: Path) -> bool:
-    try:
-        there = os.stat(path)
-    except FileNotFoundError:
-        return False
-    here = os.fstat(descriptor)
-    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _set_modes(folder: Path) -> None:
-    for here, _, files in os.walk(folder):
-        os.chmod(here, FOLDER_MODE)
-        for name in files:
-            os.chmod(Path(here, name), FILE_MODE)

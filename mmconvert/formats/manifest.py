@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmconvert.converters.family import Dims
 from mmconvert.errors import MMConvertError
+from mmconvert.formats.containers.allocate import write_file
 from mmconvert.formats.hf.folder import read_json_file
 from mmconvert.version import VERSION
 
@@ -21,7 +22,7 @@ def write(folder: Path, content: Mapping[str, object]) -> None:
     whole = {"mmconvert": VERSION, **content, "files": files}
     text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
     # A file name that is no UTF-8 has lone surrogates in it; JSON's escape is Python's.
-    (folder / NAME).write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_file(folder / NAME, text.encode(errors="backslashreplace"))
 
 
 def _weight_files(folder: Path) -> list[Path]:

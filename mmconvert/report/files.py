@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mmconvert import durable
 from mmconvert.errors import OutputError, RequestError, cannot_write
 
 HEADS = (b"<!doctype html", b"<svg")  # how our reports begin; only such files are replaced
@@ -75,7 +76,9 @@ def write_report(path: Path, text: str, *, overwrite: bool) -> None:
     try:
         with partial.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
-        partial.replace(final)
+            file.flush()
+            durable.sync_fd(file.fileno())
+        durable.replace(partial, final)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:

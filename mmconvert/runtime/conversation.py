@@ -148,6 +148,19 @@ class Speaker:
             )
         return assemble(self.arch, torch.tensor([line.ids]), torch.tensor([line.labels]), *media)
 
+    def plain(self, text: str) -> Batch:
+        """A batch of a text that is to be continued as it is.
+
+        Raises:
+            RequestError: there is nothing to continue.
+        """
+        ids = self._text(text)
+        if not ids:
+            raise RequestError("the prompt is empty", "a text to continue")
+        media, _ = self._media(Sample([("user", text)]))
+        line = torch.tensor([ids])
+        return assemble(self.arch, line, line.clone(), *media)
+
     def _message(self, line: _Line, text: str, tokens: dict[str, list[int]], learnt: bool) -> None:
         at = 0
         for found in PLACE.finditer(text):

@@ -20,6 +20,7 @@ CLASSES = {
     "qwen2_5_omni": ("Qwen2_5OmniThinkerConfig", "Qwen2_5OmniThinkerForConditionalGeneration"),
     "internvl_chat": ("InternVLConfig", "InternVLForConditionalGeneration"),
 }
+THINKER = "qwen2_5_omni_thinker"  # model_type of Omni's thinker saved alone
 TEXT_CONFIGS = {
     "InternLM2ForCausalLM": "LlamaConfig",  # computes the same: RMS norm, rotary GQA, gated SiLU
     "LlamaForCausalLM": "LlamaConfig",
@@ -144,6 +145,8 @@ def architecture(hf_dir: Path) -> Architecture:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     kind = content.get("model_type")
+    if kind == THINKER:  # saved alone
+        kind, content = "qwen2_5_omni", {"thinker_config": content}
     if kind not in CLASSES:
         raise CheckpointError(
             f"{hf_dir / 'config.json'}: model_type is {kind!r}", f"one of {', '.join(CLASSES)}"
@@ -168,14 +171,14 @@ def _config(kind: str, content: dict[str, Any]) -> Any:  # noqa: ANN401 - transf
     if kind == "internvl_chat":
         return _intern_config(content)
     if kind == "qwen2_5_omni":
-        content = content.get("thinker_config", {})
+        content = content.get("thinker_config") or {}
     made = getattr(transformers, CLASSES[kind][0])
     return made.from_dict({k: v for k, v in content.items() if k != "auto_map"})
 
 
 def _tied(content: dict[str, Any], config: Any) -> object:  # noqa: ANN401 - as above
     """What config.json says at the top or of the text model, else the class's own default."""
-    top = content.get("thinker_config", content)
+    top = content.get("thinker_config") or content
     places = (top, top.get("text_config"), top.get("llm_config")) if isinstance(top, dict) else ()
     for place in places:
         if isinstance(place, dict) and isinstance(place.get("tie_word_embeddings"), bool):

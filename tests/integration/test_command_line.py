@@ -254,6 +254,19 @@ def test_our_flags_in_a_config_file(tied_hf: Path, out: Path, tmp_path: Path) ->
     assert not out.exists()
 
 
+def bomb(form: str, levels: int = 9) -> str:
+    """Anchors that each stand for nine of the one before."""
+    lines = [f"a0: &a0 {form.format('') if '<<' not in form else '{x: 1}'}"]
+    for level in range(1, levels + 1):
+        inner = ", ".join([f"*a{level - 1}"] * 9)
+        if "k" in form:
+            inner = ", ".join(f"k{i}: *a{level - 1}" for i in range(9))
+            lines.append(f"a{level}: &a{level} {{{inner}}}")
+        else:
+            lines.append(f"a{level}: &a{level} {form.format(inner)}")
+    return "\n".join(lines) + "\n"
+
+
 BAD_CONFIGS = {
     "unknown key": (CONFIG.replace("mm_dir", "mm_dirr"), ("mm_dirr",)),
     "unknown top key": (CONFIG + "colour: red\n", ("colour",)),
@@ -263,6 +276,21 @@ BAD_CONFIGS = {
     "a bad list": (CONFIG.replace("[2, 2]", "[2, two]"), ("llm_pp_layers", "two")),
     "code": ("cfg: !!python/object/apply:os.system ['exit 3']\n", ("run 1.yaml",)),
     "a mapping that holds itself": ("cfg: &a\n  hf_config: *a\n", ("run 1.yaml", "too many")),
+    "a list that holds itself": ("drop: &a [x, *a]\n", ("run 1.yaml", "too many")),
+    "a key that holds itself": ("? &a [*a]\n: 1\n", ("run 1.yaml", "too many")),
+    "a bomb of lists": (bomb("[{}]"), ("run 1.yaml", "too many")),
+    "a bomb of mappings": (bomb("{{k{}}}"), ("run 1.yaml", "too many")),
+    "a bomb of merges": (bomb("{{<<: [{}]}}"), ("run 1.yaml", "too many")),
+    "a file of many pages": ("# x\n" * 20_000 + CONFIG, ("run 1.yaml", "bytes")),
+    "a long list": (CONFIG + f"drop: {list(range(12_000))}\n", ("run 1.yaml",)),
+    "a deep one": ("[" * 2000, ("run 1.yaml",)),
+    "a long number": (CONFIG.replace("tp_size: TP", f"tp_size: {'9' * 5000}"), ("run 1.yaml",)),
+    "a date in a list": (CONFIG.replace("[2, 2]", "[2001-01-01]"), ("llm_pp_layers", "2001")),
+    "no date": ("cfg: !!timestamp x\n", ("run 1.yaml",)),
+    "no truth": ("overwrite: !!bool x\n", ("run 1.yaml",)),
+    "a set": ("drop: !!set {a, b}\n", ()),
+    "a NUL": (CONFIG.replace("mm_dir: OUT", 'mm_dir: "a\\0b"'), ("run 1.yaml", "no text")),
+    "half a pair": (CONFIG.replace("mm_dir: OUT", 'mm_dir: "\\uD83D"'), ("run 1.yaml", "no text")),
     "a key twice": (CONFIG + "  mm_dir: elsewhere\n", ("run 1.yaml", "mm_dir", "twice")),
     "an octal number for a folder": (  # YAML reads 0123 as 83
         CONFIG.replace("mm_dir: OUT", "mm_dir: 0123"),

@@ -19,7 +19,7 @@ import mmconvert
 PACKAGE = Path(mmconvert.__file__).parent
 
 # Everyone may import these: errors, the version, numbers and names in words.
-ANYONE = {"errors", "version", "words", "events", "disks", "names"}
+ANYONE = {"durable", "errors", "version", "words", "events", "disks", "names"}
 
 # Room -> the rooms it may import from, also inside functions; a room may always import itself. A
 # room is a folder of the package, or one file beside them. The lines go from the bottom to the top.
@@ -69,7 +69,7 @@ LIBRARIES: dict[str, set[str]] = {
     "PIL": {"runtime.media"},
     "rich": {"cli.screen", "cli.tools.*", "report.picture"},
     "tyro": {"cli.arguments", "cli.tools.*"},
-    "yaml": {"cli.arguments"},
+    "yaml": {"cli.settings"},
 }
 HEAVY = {"torch", "torch_npu", "transformers", "safetensors", "megatron"}
 # These may import them: the first inside functions, the second also at their top, for which no

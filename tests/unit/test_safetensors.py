@@ -395,7 +395,7 @@ def test_any_order_of_entries(file: Path) -> None:
     assert [t.name for t in found.tensors] == ["b", "a", "empty", "c"]
 
 
-METADATA = [[], "pt", 1, None, True, {"a": 1}, {"a": None}, {"a": ["x"]}, {"a": {"b": "c"}}]
+METADATA = [[], "pt", 1, True, {"a": 1}, {"a": None}, {"a": ["x"]}, {"a": {"b": "c"}}]
 
 
 @pytest.mark.parametrize("value", METADATA, ids=repr)

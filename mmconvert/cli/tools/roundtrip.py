@@ -9,8 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from mmconvert.cli.arguments import read_plain, read_yaml
+from mmconvert.cli.arguments import read_plain
 from mmconvert.cli.screen import screen_events
+from mmconvert.cli.settings import read_yaml
 from mmconvert.cli.tools.junit import Case, write_junit
 from mmconvert.config import NO_PATTERNS, MaybePath, Options, ParallelConfig, Patterns
 from mmconvert.errors import RequestError

@@ -31,6 +31,19 @@ def opened(path: Path, nbytes: int) -> Iterator[int]:
         os.close(fd)
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Makes a small file of a staging folder, in the place of one that is there already.
+
+    What stands there is removed and not written to: it may be a link.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    path.unlink(missing_ok=True)
+    with open(path, "xb") as file:
+        file.write(data)
+
+
 def write_all(fd: int, data: bytes, offset: int) -> None:
     """Writes bytes at an offset.
 

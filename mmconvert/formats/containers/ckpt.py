@@ -25,7 +25,7 @@ from typing import BinaryIO, NamedTuple
 
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats.containers.protobuf import LENGTH, Field, WireFile
-from mmconvert.formats.containers.safetensors import size_of_file
+from mmconvert.formats.reading import opened
 from mmconvert.stored import ITEM_SIZE, Extent, StoredTensor
 
 # MindSpore's name of a dtype -> the safetensors spelling.
@@ -102,8 +102,7 @@ def read_ckpt(path: Path) -> CkptFile:
         CheckpointError: the file cannot be read.
     """
     try:
-        size_of_file(path)  # a pipe is refused, not waited for
-        with path.open("rb") as file:
+        with opened(path) as file:
             return _Reader(path, file).read()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}", "a readable .ckpt") from error

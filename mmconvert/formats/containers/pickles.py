@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable
+from sys import getsizeof
 from typing import Any
 
 from mmconvert.errors import FormatError
@@ -26,8 +27,11 @@ from mmconvert.formats.containers.torch_objects import (
 __all__ = ["Global", "Inert", "StorageRef", "TensorRef", "load_pickle"]
 
 # Steps that one pickle may take: opcodes, plus items that calls copy.  A tensor takes about 40,
-# so this is 250,000 tensors, while a hostile file stays at a few GB and tens of seconds.
+# so this is 250,000 tensors, while a hostile file stays at tens of seconds.
 MAX_STEPS = 10_000_000
+# Bytes that the objects of one pickle may take, by the estimates below: so many for each of its
+# own bytes, and in all.  Tensors take 20 to 30 for each; an empty set takes 232 for one.
+MEMORY_PER_BYTE, FREE_MEMORY, MAX_MEMORY = 40, 64 << 20, 1 << 30
 # Parts of one dict key or set item: hashing a tuple visits every path through it, so a tuple
 # of shared tuples would take exponential time, and a deep one overflows the C stack.
 MAX_KEY_PARTS = 64
@@ -49,7 +53,7 @@ def load_pickle(data: bytes, where: str) -> object:
     Raises:
         FormatError: anything malformed, and persistent ids that torch.save does not write.
     """
-    machine = _Machine()
+    machine = _Machine(len(data))
     try:
         return machine.run(data)
     except (ValueError, OverflowError, RecursionError, MemoryError, Warning) as error:
@@ -68,9 +72,10 @@ def load_pickle(data: bytes, where: str) -> object:
 class _Machine:
     """The stack machine; one instance reads one pickle."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         self.position = 0
         self.steps = MAX_STEPS
+        self.memory = self.most = min(FREE_MEMORY + MEMORY_PER_BYTE * size, MAX_MEMORY)
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}  # a dict, so that an index costs nothing by its size
@@ -80,8 +85,9 @@ class _Machine:
         # raises ValueError if there is none.
         for opcode, arg, position in pickletools.genops(data):
             self.position = position or 0
-            self.spend(1)
+            self.spend(1, _SIZES.get(opcode.name, _WORD))
             if opcode.name in _LITERALS:
+                self.spend(0, getsizeof(arg))
                 self.stack.append(arg)
             elif opcode.name in _HANDLERS:
                 _HANDLERS[opcode.name](self, arg)
@@ -93,10 +99,13 @@ class _Machine:
             raise ValueError(f"{len(self.stack)} objects at the end instead of one")
         return self.stack[0]
 
-    def spend(self, steps: int) -> None:
+    def spend(self, steps: int, nbytes: int) -> None:
         self.steps -= steps
+        self.memory -= nbytes
         if self.steps < 0:
             raise ValueError(f"more than {MAX_STEPS} steps")
+        if self.memory < 0:
+            raise ValueError(f"its objects take more than {self.most >> 20} MiB of memory")
 
     # The stack.  A mark is a floor below which nothing may be taken.
 
@@ -159,6 +168,7 @@ class _Machine:
         items, target = self.pop_mark(), self.top()
         if not isinstance(target, set):
             raise ValueError(f"items are added to a {type(target).__name__}")
+        self.spend(0, _ENTRY * len(items))
         target.update(map(self.key, items))
 
     def extend(self, items: list[Any]) -> None:
@@ -177,6 +187,7 @@ class _Machine:
             target = target.entries
         if not isinstance(target, dict) or len(flat) % 2:
             raise ValueError(f"{len(flat)} keys and values for a {type(target).__name__}")
+        self.spend(0, _ENTRY * (len(flat) // 2))
         for key, value in zip(flat[::2], flat[1::2], strict=True):
             target[self.key(key)] = value
 
@@ -200,7 +211,7 @@ class _Machine:
         keywords, args, function = self.pop(), self.pop(), self.pop()
         if not isinstance(keywords, dict) or not isinstance(args, tuple):
             raise ValueError("wrong arguments for a new object")
-        self.spend(len(args))  # memoized arguments may be copied many times
+        self.spend(len(args), _WORD * len(args))  # memoized arguments may be copied many times
         made = Inert(function, (*args, keywords)) if keywords else self.call(function, args)
         self.stack.append(made)
 
@@ -232,7 +243,7 @@ class _Machine:
         items = args[0] if args else ()
         if len(args) > 1 or not isinstance(items, (list, tuple)):
             raise ValueError("a collection of something else than a list or tuple")
-        self.spend(len(items))  # a memoized list may be copied many times
+        self.spend(len(items), _ENTRY * len(items))  # a memoized list may be copied many times
         return items
 
     def ordered_dict(self, args: tuple[Any, ...]) -> object:
@@ -253,7 +264,7 @@ class _Machine:
         # How protocol 2 spells bytes.
         if len(args) != 2 or not isinstance(args[0], str) or args[1] not in ("latin1", "latin-1"):
             raise ValueError("text is encoded in an unexpected way")
-        self.spend(len(args[0]))
+        self.spend(len(args[0]), len(args[0]))
         return args[0].encode("latin-1")
 
     def protocol(self, version: int) -> None:
@@ -274,6 +285,20 @@ _CALLS: dict[tuple[str, str], Callable[[_Machine, tuple[Any, ...]], object]] = {
     ("builtins", "frozenset"): _Machine.new_frozenset,
     ("__builtin__", "set"): _Machine.new_set,  # protocol 2 uses the names of Python 2
     ("__builtin__", "frozenset"): _Machine.new_frozenset,
+}
+
+# Bytes that CPython 3.10 to 3.13 takes for what an opcode makes, rounded up.
+_WORD, _ENTRY = 8, 100  # a place on the stack; an entry of a dict or set, with room to grow
+_SMALL = {"EMPTY_LIST", "EMPTY_DICT", "LIST", "DICT", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
+_CALLED = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "GLOBAL", "STACK_GLOBAL", "BINPERSID"}
+_SIZES = {
+    **dict.fromkeys(_SMALL, 96),
+    **dict.fromkeys(_CALLED, 160),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _ENTRY),
+    **dict.fromkeys(("EMPTY_SET", "FROZENSET"), 232),
+    **dict.fromkeys(("SETITEM", "SETITEMS"), 184),  # the first entries of a dict
+    **dict.fromkeys(("APPEND", "APPENDS"), 64),
+    "MARK": 40,
 }
 
 # Opcodes whose argument is the object itself.

@@ -16,6 +16,7 @@ from mmconvert.errors import CheckpointError
 from mmconvert.formats.containers.archive import Archive, Record
 from mmconvert.formats.containers.pickles import Inert, StorageRef, TensorRef, load_pickle
 from mmconvert.formats.containers.ptwriter import PtLayout, Slot, layout_pt, write_skeleton
+from mmconvert.formats.reading import opened
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 __all__ = ["PtFile", "PtLayout", "Slot", "layout_pt", "read_pt", "write_skeleton"]
@@ -85,7 +86,7 @@ def read_pt(path: Path) -> PtFile:
         CheckpointError: the file cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             return _Reader(path, file).read()
     except OSError as error:
         raise CheckpointError(

@@ -8,7 +8,7 @@ the tensors fill without holes. Source: the safetensors format documentation.
 from __future__ import annotations
 
 import json
-import stat
+import os
 import struct
 from collections.abc import Mapping
 from math import prod
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.formats.reading import opened
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
@@ -46,8 +47,8 @@ def read_weight_file(path: Path) -> WeightFile:
         CheckpointError: the file cannot be opened.
     """
     try:
-        size = size_of_file(path)
-        with path.open("rb") as file:
+        with opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise _damaged(path, f"{size} bytes are no safetensors file")
@@ -72,19 +73,6 @@ def read_weight_file(path: Path) -> WeightFile:
     if end != size:
         raise _damaged(path, f"tensors end at byte {end}, the file has {size} bytes")
     return WeightFile(path, header, metadata, tensors)
-
-
-def size_of_file(path: Path) -> int:
-    """Bytes of a regular file. A pipe would keep whoever opens it waiting for ever.
-
-    Raises:
-        CheckpointError: it is something else.
-        OSError: it is not there.
-    """
-    status = path.stat()
-    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-        raise CheckpointError(f"{path} is a pipe or a device", "a readable file")
-    return status.st_size
 
 
 def expected_size(path: Path) -> int | None:
@@ -144,6 +132,8 @@ def _parse(path: Path, header: bytes) -> dict[str, object]:
 
 
 def _metadata(path: Path, value: object) -> dict[str, str]:
+    if value is None:  # null is no metadata, to the safetensors library too
+        return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise _damaged(path, "__metadata__ is not an object of strings")
     return value

@@ -10,6 +10,7 @@ from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats.containers.safetensors import WeightFile, parse_json, read_weight_file
 from mmconvert.formats.hf import bin as hf_bin
 from mmconvert.formats.hf.choice import INDEX, SAFETENSORS, SINGLE, choose, not_read, weight_files
+from mmconvert.formats.reading import opened
 from mmconvert.stored import StoredTensor
 
 MAX_JSON = 64 << 20  # bytes
@@ -55,11 +56,13 @@ def read_json_file(path: Path) -> dict[str, object]:
 
 def _read_small(path: Path) -> bytes:
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise FormatError(f"{path}: larger than {MAX_JSON} bytes", "a JSON file of a model")
-        return path.read_bytes()
+        with opened(path) as file:
+            text = file.read(MAX_JSON + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", "a readable file") from error
+    if len(text) > MAX_JSON:
+        raise FormatError(f"{path}: larger than {MAX_JSON} bytes", "a JSON file of a model")
+    return text
 
 
 def read_config(folder: Path) -> dict[str, object]:

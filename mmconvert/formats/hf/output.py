@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmconvert.errors import FormatError, RequestError, TensorError
-from mmconvert.formats.containers.allocate import opened, write_all
-from mmconvert.formats.containers.safetensors import Entry, layout_weight_file
+from mmconvert.formats.containers.allocate import opened, write_all, write_file
+from mmconvert.formats.containers.safetensors import Entry, layout_weight_file, parse_json
 from mmconvert.formats.hf import bin as hf_bin
-from mmconvert.formats.hf.folder import INDEX, SINGLE, HFCheckpoint, read_json_file
+from mmconvert.formats.hf.folder import INDEX, SINGLE, HFCheckpoint
 from mmconvert.stored import StoredTensor
 
 # Where config.json names the dtype of the weights: torch_dtype until transformers 4.55, then dtype.
@@ -140,7 +140,7 @@ def create_hf(folder: Path, plan: WeightsPlan) -> dict[str, StoredTensor]:
         for entry, start in zip(file.entries, file.starts, strict=True):
             created[entry.name] = StoredTensor(*entry, path, start)
     if plan.index is not None:
-        (folder / INDEX).write_bytes(plan.index)
+        write_file(folder / INDEX, plan.index)
     return created
 
 
@@ -166,7 +166,7 @@ def write_dtype(folder: Path, dtype: str) -> None:
     path = folder / "config.json"
     if not path.is_file():
         raise TensorError(f"{path} was not written")
-    config = read_json_file(path)
+    config = parse_json(path.read_bytes(), path)  # ours: not watched as an input is
     changed = False
     for part in _objects(config):
         for key in DTYPE_KEYS:
@@ -175,7 +175,7 @@ def write_dtype(folder: Path, dtype: str) -> None:
                 changed = True
     if not changed:  # the original, byte for byte
         return
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(path, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _objects(value: object) -> Iterator[dict[str, object]]:

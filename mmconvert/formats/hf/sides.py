@@ -190,4 +190,5 @@ def copy_side_files(source: Path, target: Path, paths: Iterable[Path]) -> None:
     """Copies side files as real files."""
     for path in paths:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
+        (target / path).unlink(missing_ok=True)  # what stands there may be a link
         shutil.copyfile(source / path, target / path)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.formats.containers.ckpt import check_crc, read_ckpt
-from mmconvert.formats.containers.safetensors import read_weight_file, size_of_file
+from mmconvert.formats.containers.safetensors import read_weight_file
 from mmconvert.formats.mindspore.output import STRATEGIES
 from mmconvert.formats.mindspore.strategy import MAX_STRATEGY, Strategy, read_strategy
 from mmconvert.formats.mindspore.strategy_writer import merge_strategies
+from mmconvert.formats.reading import opened, size_of_file
 from mmconvert.names import number, summarise
 from mmconvert.stored import StoredTensor
 
@@ -258,7 +259,8 @@ def _digest(path: Path) -> bytes:
     try:
         if size_of_file(path) > MAX_STRATEGY:
             return str(path).encode()  # read_strategy refuses it
-        return hashlib.sha256(path.read_bytes()).digest()
+        with opened(path) as file:
+            return hashlib.sha256(file.read()).digest()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", "a readable file") from error
 

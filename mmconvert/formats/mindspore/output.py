@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmconvert.formats.containers.allocate import opened, write_all
+from mmconvert.formats.containers.allocate import opened, write_all, write_file
 from mmconvert.formats.containers.ckpt_layout import CkptLayout, create_ckpt, layout_ckpt, seal
 from mmconvert.formats.containers.safetensors import Entry, layout_weight_file
 from mmconvert.stored import StoredTensor
@@ -84,7 +84,7 @@ def create_files(
     for name, content in beside.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        write_file(path, content)
     return [places[i] for i in range(len(places))]
 
 

@@ -28,7 +28,8 @@ from typing import NoReturn
 
 from mmconvert.errors import CheckpointError, FormatError, LayoutError
 from mmconvert.formats.containers.protobuf import LENGTH, VARINT, Field, WireFile, signed
-from mmconvert.formats.containers.safetensors import parse_json, size_of_file
+from mmconvert.formats.containers.safetensors import parse_json
+from mmconvert.formats.reading import opened, size_of_file
 from mmconvert.sharding.slices import Slicing
 
 MAX_STRATEGY = 256 << 20  # bytes; a file for 10,000 tensors has 1 MiB
@@ -82,9 +83,9 @@ def read_strategy(path: Path) -> Strategy:
     try:
         if size_of_file(path) > MAX_STRATEGY:
             raise FormatError(f"{path}: larger than {MAX_STRATEGY} bytes", _KIND)
-        if path.name.endswith(".json"):
-            return _from_json(path, parse_json(path.read_bytes(), path))
-        with path.open("rb") as file:
+        with opened(path) as file:
+            if path.name.endswith(".json"):
+                return _from_json(path, parse_json(file.read(), path))
             return _Reader(WireFile(path, file, _KIND)).read()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}", _KIND) from error

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.formats.containers.allocate import write_file
 from mmconvert.formats.containers.pickles import Inert
 from mmconvert.formats.containers.ptfile import (
     PtFile,
@@ -21,6 +22,7 @@ from mmconvert.formats.containers.ptfile import (
     read_pt,
     write_skeleton,
 )
+from mmconvert.formats.reading import opened
 from mmconvert.sharding.layout import Chunk, Layout, Rank, parse_folder
 from mmconvert.stored import StoredTensor, Target
 
@@ -90,7 +92,7 @@ def find_weights(root: Path) -> tuple[Path, str]:
 
 def _tracker_text(tracker: Path) -> str:
     try:
-        with tracker.open("rb") as file:
+        with opened(tracker) as file:
             text = file.read(64).decode("ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"{tracker}: unreadable ({error})", "release, or a number") from None
@@ -290,7 +292,7 @@ def create_mm(
         write_skeleton(path, file.image)
         for (part, name), offset in file.image.offsets.items():
             places[file.rank, part, name] = (path, offset)
-    (folder / TRACKER).write_text(iteration)
+    write_file(folder / TRACKER, iteration.encode())
     created: list[StoredTensor] = []
     for target in targets:
         assert target.chunk is not None  # noqa: S101 - as above

@@ -144,7 +144,7 @@ def _by_hub_name(
                 tensor=tensor.name,
             )
         found[name] = tensor
-        other += [tensor] if name != tensor.name else []
+        other += [] if name.endswith(tensor.name) else [tensor]  # a prefix alone is no spelling
     if other:
         version = config.get("transformers_version")
         wrote = f"; config.json says {version}" if isinstance(version, str) else ""

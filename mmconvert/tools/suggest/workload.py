@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mmconvert.converters.family import Dims, read_dims, section
+from mmconvert.converters.family import Dims, read_dims, section_or_defaults
 from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.formats.model import Model
 
@@ -91,17 +91,17 @@ def patch_sizes(model: Model, config: Mapping[str, object]) -> Dims:
     Raises:
         CheckpointError: a value that is no sensible size.
     """
-    config = section(config, "thinker_config") if "thinker_config" in config else config
+    config = section_or_defaults(config, "thinker_config") or config
     found: Dims = {}
-    if "vision_config" in config:
-        vision = section(config, "vision_config")
+    if "vit" in model.family.module_keys:
+        vision = section_or_defaults(config, "vision_config")
         frames = {"frames": 1 if model.family.model_types & TILED else 2}
         found |= read_dims(vision, "vision_config", PATCH_KEYS, {**PATCH_DEFAULTS, **frames})
         found["full_layers"] = _full_layers(model, vision)
         if model.family.model_types & TILED:
             found |= read_dims(config, "config.json", {"tile": ("force_image_size",)})
-    if "audio_config" in config:
-        audio = section(config, "audio_config")
+    if "audio" in model.family.module_keys:
+        audio = section_or_defaults(config, "audio_config")
         found |= read_dims(audio, "audio_config", AUDIO_KEYS, AUDIO_DEFAULTS)
     return found
 
