@@ -207,7 +207,7 @@ def _data(asked: Finetuned) -> tuple[Path, Data, tuple[str, ...]]:
 def _interrupted(asked: Finetuned) -> int:
     from mmconvert.runtime.mmfiles import last_saved
 
-    last = last_saved(asked.save)
+    last = None if asked.save is None else last_saved(asked.save)
     if last is None:
         what, fix = "interrupted: no checkpoint was saved yet", ""
     else:
