@@ -61,7 +61,7 @@ def unusable(
         or empty(list(weights.values()))
         or wrapped(list(tensors), known)
     )
-    return found and FormError(found.cause, f"{folder}: {found.what}", found.wanted, found.fix)
+    return found and FormError(found.cause, f"{folder}: {found.what}", found.expected, found.fix)
 
 
 def adapter(names: Collection[str], folder: Path) -> FormError | None:

@@ -1,124 +1,29 @@
-"""The flags of MindSpeed-MM's scripts under their own names: GPT_ARGS, MM_ARGS, OUTPUT_ARGS.
+"""Command lines of MindSpeed-MM's scripts, read under their own names.
 
 What has a meaning here means the same, what has no effect here is accepted with one note, and what
-cannot be honoured is refused by name. Names, types and defaults are those of the parser that
-pretrain_vlm.py builds in MindSpeed-MM 2.0.0 to 26.1.0 (Megatron core 0.12.1 and MindSpeed).
+cannot be honoured is refused by name: :mod:`mmconvert.cli.scripttable`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
-from mmconvert.errors import RequestError
-
-# Theirs -> ours, where only the name differs.
-RENAMED = {"load": "mm_dir"}
-# Flags without a value that stand for one of ours.
-STANDS_FOR = {"bf16": ("dtype", "bf16")}
-# What the file of the model and the layout of the checkpoint must agree with.
-SIZES = {
-    "tensor_model_parallel_size": "tp",
-    "pipeline_model_parallel_size": "pp",
-    "virtual_pipeline_model_parallel_size": "vpp",
-}
-SPEED = "kernels, communication and memory, not the result"
-LOADED = "weights are loaded from the checkpoint"
-BY_MODEL = "model.json and the checkpoint decide"
-# No effect here -> (number of values, why).
-NO_EFFECT: dict[str, tuple[int, str]] = {
-    **dict.fromkeys(
-        (
-            "sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce",
-            "overlap_param_gather", "use_mcore_models", "use_fused_rmsnorm", "use_fused_swiglu",
-            "use_fused_rotary_pos_emb", "use_flash_attn", "no_masked_softmax_fusion",
-            "no_gradient_accumulation_fusion", "no_bias_gelu_fusion", "no_bias_swiglu_fusion",
-            "swap_attention", "reuse_fp32_param", "encoder_dp_balance", "use_data_balance",
-            "use_deter_comp", "jit_compile", "allow_tf32", "allow_internal_format",
-            "variable_seq_lengths", "unaligned_linear", "enable_dummy_optimizer",
-            "manual_gc", "accumulate_allreduce_grads_in_fp32", "attention_softmax_in_fp32",
-        ),
-        (0, SPEED),
-    ),
-    **dict.fromkeys(
-        ("optimizer_selection", "context_parallel_algo", "mm_tool", "num_workers",
-         "manual_gc_interval"),
-        (1, SPEED),
-    ),
-    **dict.fromkeys(("no_initialization", "use_cpu_initialization"), (0, LOADED)),
-    "init_method_std": (1, LOADED),
-    **dict.fromkeys(
-        (
-            "tokenizer_type", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
-            "normalization", "position_embedding_type", "rotary_base", "hidden_dropout",
-            "attention_dropout", "num_layers", "hidden_size", "ffn_hidden_size",
-            "num_attention_heads", "num_query_groups", "max_position_embeddings", "norm_epsilon",
-        ),
-        (1, BY_MODEL),
-    ),
-    **dict.fromkeys(
-        ("swiglu", "untie_embeddings_and_output_weights", "disable_bias_linear",
-         "add_qkv_bias", "group_query_attention", "no_position_embedding"),
-        (0, BY_MODEL),
-    ),
-    "distributed_backend": (1, "the device decides: gloo, nccl or hccl"),
-    "distributed_timeout_minutes": (1, "it is 30 minutes"),
-    "trust_remote_code": (0, "no remote code is run"),
-    "exit_on_missing_checkpoint": (0, "a missing checkpoint is always an error"),
-    "no_load_optim": (0, "a converted checkpoint has no optimizer state"),
-    **dict.fromkeys(("no_load_rng", "no_save_rng"), (0, "a run draws no random numbers")),
-}  # fmt: skip
-NO_FSDP = ("MM rank files", "leave it out, and train the rank files that hf_to_mm writes")
-NO_LORA = ("the whole model learns", "leave it out, or train LoRA with MindSpeed-MM")
-NO_DPO = ("fine-tuning on answers", "train DPO with MindSpeed-MM")
-# Refused -> (number of values, what is possible, what to do). None: any number of values.
-REFUSED: dict[str, tuple[int | None, str, str]] = {
-    **dict.fromkeys(("use_torch_fsdp2", "init_model_with_meta_device"), (0, *NO_FSDP)),
-    "fsdp2_config_path": (1, *NO_FSDP),
-    "fp16": (0, "fp32, or bf16 with fp32 masters", "--bf16 in its place"),
-    "train_samples": (1, "a number of iterations", "--train-iters N: samples / global batch size"),
-    "num_layers_per_virtual_pipeline_stage": (
-        1, "the layers of each stage in model.json", "leave it out; MindSpeed-MM refuses it too",
-    ),
-    **dict.fromkeys(
-        ("lora_target_modules", "lora_apply_modules", "lora_register_forward_hook"),
-        (None, *NO_LORA),
-    ),
-    **dict.fromkeys(
-        ("lora_r", "lora_alpha", "lora_dropout", "load_base_model", "lora_load",
-         "lora_mixed_training"),
-        (1, *NO_LORA),
-    ),
-    **dict.fromkeys(
-        ("dpo_beta", "dpo_loss_type", "dpo_label_smoothing", "ref_model", "pref_ftx"),
-        (1, *NO_DPO),
-    ),
-    **dict.fromkeys(
-        ("hetero_encoder_mbs_scale", "lr_scale_modules", "lr_mult", "weight_decay_exclude_modules",
-         "muon_momentum", "ns_steps", "matched_adamw_rms"),
-        (1, "AdamW, one rate for all that learns", "leave it out"),
-    ),
-    "calculate_square_loss": (0, "the average loss, by sample or by token", "leave it out"),
-    "downcast_to_bf16": (0, "--bf16", "leave it out"),
-    **dict.fromkeys(
-        ("worker_num", "local_worker_num", "log_dir", "join", "cluster_time_out", "bind_core"),
-        (1, "torchrun, or mm-convert's own processes", "leave out msrun and its flags"),
-    ),
-}  # fmt: skip
-# Of these only some values can be honoured: (those that can, what to do about others).
-CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
-    "ckpt_format": (("torch",), "--ckpt-format torch: MM rank files"),
-    "ai_framework": (("pytorch",), "leave it out"),
-    "context_parallel_size": (("1",), "--context-parallel-size 1"),
-    "expert_model_parallel_size": (("1",), "leave it out: these families have no experts"),
-    "optimizer": (("adam",), "--optimizer adam"),
-    "lr_decay_style": (("cosine",), "--lr-decay-style cosine"),
-}
-# What pretrain_vlm.py takes where a script does not say.
-DEFAULTS = {"weight_decay": "0.01", "seed": "1234", "log_interval": "100"}
-OF_THE_LAUNCHER = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
+from mmconvert.cli.scripttable import (
+    CHOICES,
+    NO_EFFECT,
+    OF_THE_LAUNCHER,
+    REFUSED,
+    RENAMED,
+    SIZES,
+    STANDS_FOR,
+)  # fmt: skip
+from mmconvert.errors import LayoutError, RequestError
+from mmconvert.modeljson import ModelJson
+from mmconvert.sharding.layout import Layout
 
 
 @dataclass
@@ -160,16 +65,22 @@ class Script:
                 self.words += [f"--{name}", value]
 
 
-def read_script(words: Sequence[str], own: Sequence[str]) -> Script:
+def read_script(
+    words: Sequence[str], own: Sequence[str], training: Sequence[Field[Any]] = ()
+) -> Script:
     """Takes the flags of a script out of a command line.
 
     Args:
         own: names of our own flags, which pass.
+        training: flags of training, which have no effect on an answer.
 
     Raises:
         RequestError: a flag that cannot be honoured, or that nobody knows, with what to do.
     """
     script = Script()
+    idle = NO_EFFECT | {
+        f.name: (0 if f.type == "bool" else 1, "an answer, and no training") for f in training
+    }
     rest = _Words(words)
     for flag, value in rest:
         name = flag[2:].replace("-", "_")
@@ -184,8 +95,8 @@ def read_script(words: Sequence[str], own: Sequence[str]) -> Script:
         elif name in STANDS_FOR:
             ours, meaning = STANDS_FOR[name]
             script.words += [f"--{ours}", meaning]
-        elif name in NO_EFFECT and name not in own:
-            count, why = NO_EFFECT[name]
+        elif name in idle and name not in own:
+            count, why = idle[name]
             if count:
                 rest.value(flag, value)
             script.idle.setdefault(why, []).append(flag)
@@ -252,8 +163,8 @@ def _choose(flag: str, value: str, known: tuple[str, ...], fix: str) -> None:
 def _refuse(flag: str, name: str, own: Sequence[str]) -> None:
     """Says why a flag is not taken."""
     if name in REFUSED:
-        _, wanted, fix = REFUSED[name]
-        raise RequestError(f"{flag} cannot be honoured", wanted, fix)
+        _, expected, fix = REFUSED[name]
+        raise RequestError(f"{flag} cannot be honoured", expected, fix)
     if name in OF_THE_LAUNCHER:
         raise RequestError(
             f"{flag} belongs to torchrun",
@@ -267,3 +178,47 @@ def _refuse(flag: str, name: str, own: Sequence[str]) -> None:
         "a flag of mm-convert finetune, or of MindSpeed-MM's scripts",
         f"did you mean --{near[0]}?" if near else "mm-convert finetune -h shows the flags",
     )
+
+
+def check_layout(layout: Layout, model: ModelJson | None, script: Script) -> None:
+    """The layout of the checkpoint is the one that the script and model.json name.
+
+    Raises:
+        LayoutError: it is another; both are printed.
+    """
+    size = script.sizes.get("tp", 1)
+    tp = dict.fromkeys(layout.tp, size)
+    if script.hetero and model is not None:
+        tp |= {key: n for key, n in model.tp().items() if key in tp}
+    grids = dict(layout.grids)
+    pp, vpp = script.sizes.get("pp", 1), script.sizes.get("vpp", 1)
+    if pp * vpp > 1 and model is not None:
+        grids |= {key: grid for key, grid in model.grids().items() if key in grids}
+    expected = Layout(tp, grids)
+    if (expected.pp_size, expected.vpp_size) != (pp, vpp):
+        source = script.model or "the checkpoint"
+        raise LayoutError(
+            f"the script has PP {pp} and VPP {vpp}, {source} has PP {expected.pp_size} and VPP "
+            f"{expected.vpp_size}",
+            "the same sizes in the script, in model.json and in the checkpoint",
+        )
+    if expected != layout:
+        raise LayoutError(
+            f"the checkpoint's layout is {layout.describe()}; the script and model.json say "
+            f"{expected.describe()}",
+            "one layout",
+            "mm-convert resplit brings the checkpoint to another layout",
+        )
+
+
+def needed(value: Path | None, flag: str, tool: str) -> Path:
+    """A folder that must be given.
+
+    Raises:
+        RequestError: it is not.
+    """
+    if value is None:
+        raise RequestError(
+            f"{flag} is missing", f"{flag} FOLDER", f"mm-convert {tool} -h shows the flags"
+        )
+    return value

@@ -13,7 +13,7 @@ from mmconvert.executor.blockio import Region, read_compact
 from mmconvert.executor.differences import Difference
 from mmconvert.executor.fileio import BAND, Files, open_files
 from mmconvert.executor.jobs import JOB_SIZE, Job, run_jobs
-from mmconvert.plan import Comparison, Zeros, matrix
+from mmconvert.plan.plan import Comparison, Zeros, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 
@@ -23,8 +23,13 @@ def compare(
     b: Sequence[StoredTensor],
     workers: int,
     progress: Callable[[int], None] | None = None,
+    cast: str = "",
 ) -> list[Difference]:
-    """The differences, one for each pair of tensors at most, in the order of the tensors."""
+    """The differences, one for each pair of tensors at most, in the order of the tensors.
+
+    Args:
+        cast: the dtype in which tensors of two dtypes are compared; "" takes the narrower one.
+    """
     found: dict[tuple[int, int], Difference] = {}
     lock = threading.Lock()
 
@@ -35,8 +40,12 @@ def compare(
             left = read_compact(files, a[c.src], region, "left")
             region = Region(c.dst_row, c.dst_col, c.rows, c.cols)
             right = read_compact(files, b[c.dst], region, "right")
+            one, other = a[c.src], b[c.dst]
+            if one.dtype != other.dtype:
+                left, right, dtype = _alike(left, right, (one.dtype, other.dtype), cast)
+                one, other = one._replace(dtype=dtype), other._replace(dtype=dtype)
             if not _equal(left, right):
-                difference = _describe(piece, a[c.src], b[c.dst], left, right)
+                difference = _describe(piece, one, other, left, right)
                 with lock:
                     known = found.get((c.src, c.dst))
                     found[c.src, c.dst] = _first(known, difference)
@@ -54,6 +63,22 @@ def compare(
         jobs.append(_job(look, batch, size))
     run_jobs(jobs, workers, (lambda job, _: progress(job.nbytes)) if progress else None)
     return [found[pair] for pair in sorted(found)]
+
+
+def _alike(
+    left: memoryview, right: memoryview, dtypes: tuple[str, str], cast: str
+) -> tuple[memoryview, memoryview, str]:
+    """Values of two floating-point dtypes in one, which is told too."""
+    from mmconvert.executor import values  # numpy: see _describe
+
+    sizes = [ITEM_SIZE[dtype] for dtype in dtypes]
+    narrower = "F32" if sizes[0] == sizes[1] else dtypes[sizes.index(min(sizes))]
+    dtype = cast or narrower
+    one, other = (
+        data if old == dtype else values.cast(data, old, dtype).bits
+        for data, old in zip((left, right), dtypes, strict=True)
+    )
+    return one, other, dtype
 
 
 def _equal(left: memoryview, right: memoryview) -> bool:

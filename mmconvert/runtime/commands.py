@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from mmconvert.errors import OutputError, RequestError
-from mmconvert.formats.megatron import TRACKER
+from mmconvert.formats.mm.folder import TRACKER
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import inputs
 from mmconvert.runtime.batch import Batch
@@ -20,6 +20,7 @@ from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.launch import Emit, launch
 from mmconvert.runtime.media import drawn_picture, drawn_sound
 from mmconvert.runtime.mmfiles import Stored, find
+from mmconvert.runtime.prepare import Prepare
 from mmconvert.runtime.training import Plan, Training
 from mmconvert.runtime.validation import DTYPES, Validation
 from mmconvert.runtime.verdict import Report
@@ -68,7 +69,7 @@ def _question(
         speaker = Speaker(arch, hf_dir)
         pictures: list[object] = [*images] or [drawn_picture()]
         heard: list[object] = [*sounds]
-        if arch.kind == "qwen2_5_omni" and not heard:  # a tower that is not run is not checked
+        if arch.kind == "qwen2_5_omni" and not heard:  # an encoder that is not run is not checked
             heard = [drawn_sound()]
         batch = speaker.batch(prompt(words or PROMPT, pictures, heard), answer=True)
     except RequestError as error:
@@ -103,11 +104,29 @@ class Answering:
     most: int
     stop: frozenset[int]
     dtype: str
+    penalty: float = 1.0
 
     def __call__(self, device: torch.device, emit: Emit) -> list[int]:
         """Emits tokens as they come; returns all."""
         run = engines.load(self.arch, self.stored, device, DTYPES[self.dtype])
-        return run.generate(self.batch.to(device), self.most, set(self.stop), emit)
+        return run.generate(self.batch.to(device), self.most, set(self.stop), emit, self.penalty)
+
+
+@dataclass(frozen=True)
+class How:
+    """How a prompt is answered.
+
+    Attributes:
+        prepare: how files become tensors.
+        penalty: of words that have been said; 1 for none.
+        plain: the prompt is continued as it is, without the form of a chat.
+        expected: looks at the checkpoint's layout before anything is done.
+    """
+
+    prepare: Prepare = field(default_factory=Prepare)
+    penalty: float = 1.0
+    plain: bool = False
+    expected: Callable[[Layout], None] | None = None
 
 
 def generate(
@@ -120,6 +139,7 @@ def generate(
     most: int,
     dtype: str,
     say: Callable[[str], None],
+    how: How = How(),
 ) -> str:
     """The answer of an MM checkpoint to a prompt, greedily; ``say`` gets its words as they come.
 
@@ -128,9 +148,14 @@ def generate(
     """
     if most < 1:
         raise RequestError(f"--max_new_tokens is {most}", "a number of at least 1")
+    if not how.penalty > 0:
+        raise RequestError(f"a repetition penalty of {how.penalty}", "a number above 0")
     arch, stored = load_folder(hf_dir, mm_dir)
-    speaker = Speaker(arch, hf_dir)
-    batch = speaker.batch(prompt(words, images, sounds, videos), answer=True)
+    if how.expected is not None:
+        how.expected(stored.layout)
+    speaker = Speaker(arch, hf_dir, how.prepare)
+    asked = prompt(words, images, sounds, videos)
+    batch = speaker.plain(words) if how.plain else speaker.batch(asked, answer=True)
     found: list[int] = []
     said = ""
 
@@ -143,7 +168,7 @@ def generate(
             say(text[len(said) :])
             said = text
 
-    job = Answering(arch, stored, batch, most, frozenset(speaker.stop), dtype)
+    job = Answering(arch, stored, batch, most, frozenset(speaker.stop), dtype, how.penalty)
     launch(job, stored.world, hear)
     text = speaker.words(found)
     say(text[len(said) :])

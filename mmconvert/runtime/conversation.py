@@ -122,7 +122,7 @@ class Speaker:
             answer: end with the start of an answer, as for generating; else with what was said.
 
         Raises:
-            RequestError: files and places do not match, or the model has no such tower.
+            RequestError: files and places do not match, or the model has no such encoder.
         """
         media, tokens = self._media(sample)
         line = _Line()
@@ -147,6 +147,19 @@ class Speaker:
                 "fewer or smaller pictures, or fewer words",
             )
         return assemble(self.arch, torch.tensor([line.ids]), torch.tensor([line.labels]), *media)
+
+    def plain(self, text: str) -> Batch:
+        """A batch of a text that is to be continued as it is.
+
+        Raises:
+            RequestError: there is nothing to continue.
+        """
+        ids = self._text(text)
+        if not ids:
+            raise RequestError("the prompt is empty", "a text to continue")
+        media, _ = self._media(Sample([("user", text)]))
+        line = torch.tensor([ids])
+        return assemble(self.arch, line, line.clone(), *media)
 
     def _message(self, line: _Line, text: str, tokens: dict[str, list[int]], learnt: bool) -> None:
         at = 0
@@ -176,7 +189,7 @@ class Speaker:
             grids.append(grid)
         if sample.videos and self.arch.intern:
             raise RequestError(
-                f"{sample.name} has a video", "pictures only: InternVL's towers take these"
+                f"{sample.name} has a video", "pictures only: InternVL's encoders take these"
             )
         for path in sample.videos:
             made, grid, count = self.media.video(open_video(path))

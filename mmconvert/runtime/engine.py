@@ -75,7 +75,12 @@ class Engine:
         return found
 
     def generate(
-        self, batch: Batch, most: int, stop: set[int], on_token: Callable[[int], None]
+        self,
+        batch: Batch,
+        most: int,
+        stop: set[int],
+        on_token: Callable[[int], None],
+        penalty: float = 1.0,
     ) -> list[int]:
         """Greedy tokens after a prompt of one sample, with a KV cache; the same on every process.
 
@@ -83,14 +88,18 @@ class Engine:
             most: how many tokens at most.
             stop: ids that end the answer; the one found is the last token given.
             on_token: gets each token as it comes.
+            penalty: divides the logits of words that stand in the prompt or the answer (those
+                below 0 are multiplied), as transformers' repetition_penalty does.
         """
         for stage in self.stages:
             stage.cache = transformers.DynamicCache() if stage.llm is not None else None
         found: list[int] = []
         position = batch.positions.amax()
+        said = batch.ids[0].unique()
         try:
             while len(found) < most:
-                token = self._next(batch)
+                token = self._next(batch, said, penalty)
+                said = torch.cat([said, torch.full_like(said[:1], token)]).unique()
                 found.append(token)
                 on_token(token)
                 if token in stop:
@@ -102,12 +111,18 @@ class Engine:
                 stage.cache = None
         return found
 
-    def _next(self, batch: Batch) -> int:
+    def _next(self, batch: Batch, said: Tensor, penalty: float) -> int:
         with torch.no_grad():
             outs = self._run([batch], None, None)
         token = torch.zeros((), dtype=torch.int64, device=self.mesh.device)
         if outs:
-            token = outs[0][0, -1].argmax()
+            logits = outs[0][0, -1]
+            if penalty != 1:
+                old = logits[said]
+                logits = logits.index_put(
+                    (said,), torch.where(old < 0, old * penalty, old / penalty)
+                )
+            token = logits.argmax()
         self.mesh.share_from_last(token)
         return int(token)
 

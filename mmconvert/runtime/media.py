@@ -1,4 +1,4 @@
-"""Pictures, videos and sounds as the towers take them, by transformers' own processors."""
+"""Pictures, videos and sounds as the encoders take them, by transformers' own processors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmconvert.errors import RequestError
 from mmconvert.runtime.families import Architecture
 
 FRAMES = 16  # frames of a video at most, spread over its length
-RATE = 16000  # samples a second that the audio tower knows
+RATE = 16000  # samples a second that the audio encoder knows
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # InternVL's own preprocessing
 WIDE = ("I", "F")  # Pillow's modes of 16 and 32 bits: convert("RGB") cuts them off at 255
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}

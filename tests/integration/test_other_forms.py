@@ -75,7 +75,7 @@ def says(error: Json, cause: str, path: Path, *words: str) -> None:
     assert error.get("cause") == cause, error
     (found,) = findings(path)
     assert (found["id"], found["what"], found["fix"]) == (cause, error["what"], error["fix"])
-    text = " ".join((error["what"], error["wanted"], error["fix"]))
+    text = " ".join((error["what"], error["expected"], error["fix"]))
     assert [word for word in words if word not in text] == [], text
     assert "--drop" not in text
     assert "download" not in error["fix"]

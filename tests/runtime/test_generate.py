@@ -36,6 +36,7 @@ class Case(NamedTuple):
     kind: str
     layout: tuple[str, str, int]
     model: Callable[[], Any]
+    penalty: float = 1.0
 
 
 def lively() -> Any:
@@ -45,6 +46,7 @@ def lively() -> Any:
 
 CASES = [
     Case("qwen2_vl", ("[1,3]", "[3,0]", 2), lively),
+    Case("qwen2_vl", ("[1,3]", "[3,0]", 1), lively, 1.3),
     Case("qwen2_5_vl", ("[0,4]", "[2,1]", 1), lambda: tiny.tiny_model("qwen2_5_vl")),
     Case("omni", ("[[0,1],[1,2]]", "[[2,1],[0,0]]", 1), tinyfamilies.omni_thinker),
     Case("intern-qwen2", ("[4]", "[3]", 2), lambda: tinyfamilies.native_intern("intern-qwen2")),
@@ -102,7 +104,7 @@ def asked(kind: str, hf: Path, image: Path, sounds: list[Path]) -> dict[str, Any
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.kind)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}-{case.penalty}")
 def test_greedy_tokens_are_those_of_transformers(case: Case, tmp_path: Path) -> None:
     hf = talking.make(case.kind, tmp_path / "hf")
     model = case.model()
@@ -117,19 +119,24 @@ def test_greedy_tokens_are_those_of_transformers(case: Case, tmp_path: Path) -> 
     inputs = asked(case.kind, hf, image, sounds)
     stop = talking.SPECIALS.index("<|im_end|>") + 256
     with torch.no_grad():
-        out = model.generate(**inputs, max_new_tokens=MOST, do_sample=False, eos_token_id=stop)
-    wanted = out[0, inputs["input_ids"].shape[1] :].tolist()
+        out = model.generate(
+            **inputs, max_new_tokens=MOST, do_sample=False, eos_token_id=stop,
+            repetition_penalty=case.penalty,
+        )  # fmt: skip
+    expected = out[0, inputs["input_ids"].shape[1] :].tolist()
 
     arch, stored = load_folder(hf, mm)
     speaker = Speaker(arch, hf)
     batch = speaker.batch(prompt(QUESTION, [image], sounds), answer=True)
     assert torch.equal(batch.ids, inputs["input_ids"])
     heard: list[object] = []
-    job = commands.Answering(arch, stored, batch, MOST, frozenset(speaker.stop), "fp32")
+    job = commands.Answering(
+        arch, stored, batch, MOST, frozenset(speaker.stop), "fp32", case.penalty
+    )
     got = launch(job, stored.world, heard.append)
-    assert got == wanted
-    assert heard == wanted  # as they came
-    assert len(set(wanted)) > 3  # each token depends on those before
+    assert got == expected
+    assert heard == expected  # as they came
+    assert len(set(expected)) > 3  # each token depends on those before
 
 
 @pytest.mark.slow

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mmconvert.cli.arguments import read_plain
-from mmconvert.cli.scriptflags import DEFAULTS, Script, read_script
+from mmconvert.cli.scriptflags import Script, check_layout, needed, read_script
+from mmconvert.cli.scripttable import DEFAULTS
 from mmconvert.config import MaybePath
-from mmconvert.errors import LayoutError, RequestError
-from mmconvert.modeljson import ModelJson, read_model_json
+from mmconvert.errors import RequestError
+from mmconvert.modeljson import read_model_json
 from mmconvert.sharding.layout import Layout
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _train(asked: Finetuned, script: Script) -> int:
     hf_dir, data, notes = _data(asked)
     evaluate = asked.eval_interval if data.check or data.rate else 0
     frozen = (*asked.freeze, *(model.frozen() if model is not None else ()))
-    save = needed(asked.save, "--save")
+    save = needed(asked.save, "--save", "finetune")
     plan = Plan(
         save, asked.train_iters, asked.save_interval, evaluate, asked.eval_iters,
         asked.log_interval, asked.micro_batch_size,
@@ -163,8 +164,8 @@ def _train(asked: Finetuned, script: Script) -> int:
 
     try:
         loss = commands.finetune(
-            needed(asked.mm_dir, "--mm_dir (or --load)"), hf_dir, data, plan, asked.dtype,
-            asked.resume, tell, expected if script.given else None,
+            needed(asked.mm_dir, "--mm_dir (or --load)", "finetune"), hf_dir, data, plan,
+            asked.dtype, asked.resume, tell, expected if script.given else None,
         )  # fmt: skip
     except KeyboardInterrupt:
         return _interrupted(asked) if leads() else INTERRUPTED
@@ -190,7 +191,7 @@ def _data(asked: Finetuned) -> tuple[Path, Data, tuple[str, ...]]:
             Prepare(length=asked.seq_length),
             asked.strict,
         )
-        return needed(asked.hf_dir, "--hf_dir"), data, ()
+        return needed(asked.hf_dir, "--hf_dir", "finetune"), data, ()
     found = read_data_json(asked.mm_data)
     hf_dir = asked.hf_dir or found.hf_dir
     if hf_dir is None:
@@ -203,53 +204,19 @@ def _data(asked: Finetuned) -> tuple[Path, Data, tuple[str, ...]]:
     return hf_dir, data, found.notes
 
 
-def check_layout(layout: Layout, model: ModelJson | None, script: Script) -> None:
-    """The layout of the checkpoint is the one that the script and model.json name.
-
-    Raises:
-        LayoutError: it is another; both are printed.
-    """
-    size = script.sizes.get("tp", 1)
-    tp = dict.fromkeys(layout.tp, size)
-    if script.hetero and model is not None:
-        tp |= {key: n for key, n in model.tp().items() if key in tp}
-    grids = dict(layout.grids)
-    pp, vpp = script.sizes.get("pp", 1), script.sizes.get("vpp", 1)
-    if pp * vpp > 1 and model is not None:
-        grids |= {key: grid for key, grid in model.grids().items() if key in grids}
-    expected = Layout(tp, grids)
-    if (expected.pp_size, expected.vpp_size) != (pp, vpp):
-        source = script.model or "the checkpoint"
-        raise LayoutError(
-            f"the script has PP {pp} and VPP {vpp}, {source} has PP {expected.pp_size} and VPP "
-            f"{expected.vpp_size}",
-            "the same sizes in the script, in model.json and in the checkpoint",
-        )
-    if expected != layout:
-        raise LayoutError(
-            f"the checkpoint's layout is {layout.describe()}; the script and model.json say "
-            f"{expected.describe()}",
-            "one layout",
-            "mm-convert resplit brings the checkpoint to another layout",
-        )
-
-
-def needed(value: Path | None, flag: str) -> Path:
-    """A folder that must be given.
-
-    Raises:
-        RequestError: it is not.
-    """
-    if value is None:
-        raise RequestError(f"{flag} is missing", f"{flag} FOLDER", "mm-convert finetune -h")
-    return value
-
-
 def _interrupted(asked: Finetuned) -> int:
-    what = f"interrupted: the checkpoints in {asked.save} are whole"
+    from mmconvert.runtime.mmfiles import last_saved
+
+    last = None if asked.save is None else last_saved(asked.save)
+    if last is None:
+        what, fix = "interrupted: no checkpoint was saved yet", ""
+    else:
+        what = f"interrupted: the newest checkpoint in {asked.save} is that of iteration {last}"
+        fix = "--resume goes on from it"
     if asked.json:
-        print(json.dumps({"error": "Interrupted", "what": what, "exit_code": INTERRUPTED}))
-    print(f"{what}; --resume goes on from the last one", file=sys.stderr)
+        told = {"error": "Interrupted", "what": what, "expected": "", "fix": fix}
+        print(json.dumps(told | {"exit_code": INTERRUPTED}))
+    print(f"{what}; {fix}" if fix else what, file=sys.stderr)
     return INTERRUPTED
 
 
@@ -259,8 +226,8 @@ def _files(listed: str) -> tuple[Path, ...]:
 
 def _check(asked: Finetuned, script: Script) -> None:
     """What is missing, and numbers that make no sense."""
-    needed(asked.mm_dir, "--mm_dir (or --load)")
-    needed(asked.save, "--save")
+    needed(asked.mm_dir, "--mm_dir (or --load)", "finetune")
+    needed(asked.save, "--save", "finetune")
     if not asked.data and asked.mm_data is None:
         raise RequestError("there is no data", "--data train.json, or --mm_data data.json")
     if asked.data and asked.mm_data is not None:

@@ -1,0 +1,316 @@
+"""The plan: a list of copies of rectangles, proven complete before a byte moves. No torch.
+
+A *whole* is an MM tensor before it is divided. Each side of a conversion (a checkpoint that
+exists, or one to be written) says which rectangle of which of its tensors is which rectangle
+of which whole (:class:`Block`). A plan joins two sides in the space of wholes; that is all
+that HF -> MM, MM -> HF, MM -> MM and verification are.
+
+Tensors are matrices here: rows = the first dimension, columns = the product of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import NamedTuple
+
+from mmconvert.errors import TensorError
+from mmconvert.names import number
+from mmconvert.stored import FLOATS, ITEM_SIZE, StoredTensor, Target
+
+
+class Key(NamedTuple):
+    """A whole tensor: the template of its MM name, and its layer in the model."""
+
+    mm: str
+    layer: int
+
+    def name(self) -> str:
+        """The MM name with the model's layer number."""
+        return self.mm.replace("{}", str(self.layer))
+
+
+class Block(NamedTuple):
+    """A rectangle of a side's tensor, and the rectangle of the whole that it is."""
+
+    tensor: int
+    row: int
+    col: int
+    whole_row: int
+    whole_col: int
+    rows: int
+    cols: int
+
+
+@dataclass
+class Whole:
+    """One whole tensor as a side holds it.
+
+    Attributes:
+        shape, dtype: of the whole; the dtype may be one of :func:`joint_dtype`.
+        copies: complete sets of blocks. The first is the original; further ones are replicas
+            (tensor-parallel ranks, tied embeddings), equal to it by meaning.
+        zeros: (first row, number of rows) that no tensor of this side stores: they are zero.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    copies: list[list[Block]] = field(default_factory=list)
+    zeros: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass
+class Side:
+    """One checkpoint of a conversion, and the wholes that its tensors form.
+
+    Attributes:
+        stored: the tensors of a checkpoint that exists; blocks refer to them by number.
+        targets: the tensors of one that is to be written; a side has the one or the other.
+    """
+
+    stored: list[StoredTensor] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
+    wholes: dict[Key, Whole] = field(default_factory=dict)
+
+
+class Copy(NamedTuple):
+    """A rectangle of source tensor ``src`` that goes to a rectangle of target ``dst``."""
+
+    src: int
+    src_row: int
+    src_col: int
+    dst: int
+    dst_row: int
+    dst_col: int
+    rows: int
+    cols: int
+
+
+class Comparison(NamedTuple):
+    """Rectangles of two tensors that must hold the same bytes (``dst`` indexes ``others``)."""
+
+    key: Key
+    copy: Copy
+
+
+class Zeros(NamedTuple):
+    """A rectangle of a tensor that is filled with zeros, or must hold zeros."""
+
+    key: Key
+    tensor: int
+    row: int
+    col: int
+    rows: int
+    cols: int
+
+
+@dataclass
+class Plan:
+    """What a conversion does.
+
+    Attributes:
+        sources: tensors that are read.
+        targets: tensors that are written.
+        copies: every rectangle that moves.
+        replicas: rectangles of sources that must be equal; both indexes are sources.
+        notes: what is left out or worth knowing, in words.
+        fills: rectangles of targets that are filled with zeros.
+        zeros: rectangles of sources that have no place in the targets, as they must be zero.
+        cast: the dtype that floating-point tensors are cast to; "" leaves each as it is.
+    """
+
+    sources: Sequence[StoredTensor]
+    targets: Sequence[Target]
+    copies: list[Copy]
+    replicas: list[Comparison]
+    notes: list[str] = field(default_factory=list)
+    fills: list[Zeros] = field(default_factory=list)
+    zeros: list[Zeros] = field(default_factory=list)
+    cast: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that will be written as tensor data."""
+        return sum(t.nbytes for t in self.targets)
+
+
+def matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a tensor of this shape."""
+    return (shape[0], prod(shape[1:])) if shape else (1, 1)
+
+
+def join(src: Sequence[Block], dst: Sequence[Block]) -> list[Copy]:
+    """The copies that bring blocks of one side to blocks of another, both of one whole."""
+    copies: list[Copy] = []
+    sources = sorted(src, key=lambda b: b.whole_row)
+    tallest = max((b.rows for b in sources), default=0)
+    starts = [b.whole_row for b in sources]
+    for d in dst:
+        first = _first_at_or_after(starts, d.whole_row - tallest)
+        for s in sources[first:]:
+            if s.whole_row >= d.whole_row + d.rows:
+                break
+            row = max(s.whole_row, d.whole_row)
+            rows = min(s.whole_row + s.rows, d.whole_row + d.rows) - row
+            col = max(s.whole_col, d.whole_col)
+            cols = min(s.whole_col + s.cols, d.whole_col + d.cols) - col
+            if rows > 0 and cols > 0:
+                copies.append(
+                    Copy(
+                        s.tensor,
+                        s.row + row - s.whole_row,
+                        s.col + col - s.whole_col,
+                        d.tensor,
+                        d.row + row - d.whole_row,
+                        d.col + col - d.whole_col,
+                        rows,
+                        cols,
+                    )
+                )
+    return copies
+
+
+def _first_at_or_after(starts: list[int], row: int) -> int:
+    from bisect import bisect_left
+
+    return bisect_left(starts, row)
+
+
+def in_dtype(wholes: Mapping[Key, Whole], dtype: str) -> dict[Key, Whole]:
+    """The wholes as they can be written: floating-point ones in another dtype; "" leaves each as
+    it is.
+
+    Raises:
+        TensorError: a whole of several dtypes, and no dtype that all of it is cast to.
+    """
+    found = {key: replace(w, dtype=cast_dtype(w.dtype, dtype)) for key, w in wholes.items()}
+    if mixed := mixed_dtypes(found):
+        raise TensorError(mixed, ONE_DTYPE, CAST_ALL)
+    return found
+
+
+ONE_DTYPE = "one dtype for all that one tensor is made of"
+CAST_ALL = "give --dtype bf16, fp16 or fp32: each part is cast once"
+
+
+def joint_dtype(dtypes: Sequence[str]) -> str:
+    """The dtype of what is made of parts in these dtypes: theirs, or of several floating-point
+    ones all, as in "F32+BF16"; such a whole can be read and compared, and written when it is cast.
+    "" if they cannot be one tensor.
+    """
+    parts = {part for dtype in dtypes for part in dtype.split("+")}
+    if len(parts) == 1:
+        return dtypes[0]
+    return "+".join(dtypes) if parts <= FLOATS else ""
+
+
+def widest(dtype: str) -> str:
+    """The dtype of most bytes in a joint one."""
+    return max(dtype.split("+"), key=lambda part: ITEM_SIZE[part])
+
+
+def mixed_dtypes(wholes: Mapping[Key, Whole]) -> str:
+    """Which wholes are of several dtypes, in words; "" if none is."""
+    mixed = [(key.name(), whole.dtype) for key, whole in wholes.items() if "+" in whole.dtype]
+    if not mixed:
+        return ""
+    name, dtype = mixed[0]
+    made = f"{number(mixed, 'tensor')} made of parts in several dtypes"
+    return f"{made}, such as {name} of {' and '.join(dict.fromkeys(dtype.split('+')))}"
+
+
+def cast_dtype(old: str, new: str) -> str:
+    """What a tensor of dtype ``old`` becomes when ``new`` is asked for ("": nothing is)."""
+    return new if new and FLOATS.issuperset(old.split("+")) else old
+
+
+def build(src: Side, dst: Side, notes: Sequence[str] = (), cast: str = "") -> Plan:
+    """The plan that makes ``dst`` of ``src``.
+
+    Args:
+        cast: the dtype that floating-point tensors of ``src`` have in ``dst``; "" is each its own.
+
+    Raises:
+        TensorError: the sides do not hold the same wholes, in the same shapes and dtypes.
+    """
+    check_same_wholes(replace(src, wholes=in_dtype(src.wholes, cast)), dst)
+    plan = Plan(src.stored, dst.targets, [], [], list(notes), cast=cast)
+    for key, whole in src.wholes.items():
+        original, *others = whole.copies
+        for blocks in dst.wholes[key].copies:
+            plan.copies += join(original, blocks)
+            plan.fills += zeros_of(key, whole, blocks)
+        for blocks in others:
+            plan.replicas += [Comparison(key, copy) for copy in join(original, blocks)]
+        for blocks in whole.copies:
+            plan.zeros += zeros_of(key, dst.wholes[key], blocks)
+    return plan
+
+
+def zeros_of(key: Key, other: Whole, blocks: Sequence[Block]) -> list[Zeros]:
+    """The rectangles of a side's blocks that are zeros on the other side."""
+    return [
+        Zeros(key, b.tensor, b.row + first - b.whole_row, b.col, last - first, b.cols)
+        for row, rows in other.zeros
+        for b in blocks
+        if (first := max(row, b.whole_row)) < (last := min(row + rows, b.whole_row + b.rows))
+    ]
+
+
+def carry(plan: Plan, tensors: Sequence[StoredTensor]) -> Plan:
+    """The plan with tensors that are copied as they are."""
+    sources, targets = list(plan.sources), list(plan.targets)
+    copies = list(plan.copies)
+    for tensor in tensors:
+        rows, cols = matrix(tensor.shape)
+        copies.append(Copy(len(sources), 0, 0, len(targets), 0, 0, rows, cols))
+        sources.append(tensor)
+        targets.append(Target(tensor.name, cast_dtype(tensor.dtype, plan.cast), tensor.shape))
+    return replace(plan, sources=sources, targets=targets, copies=copies)
+
+
+class Pairs(NamedTuple):
+    """What must hold for two checkpoints to be the same model, every copy included."""
+
+    equal: list[Comparison]
+    zeros_a: list[Zeros]
+    zeros_b: list[Zeros]
+
+
+def build_comparison(a: Side, b: Side) -> Pairs:
+    """What must hold for two checkpoints to be the same model.
+
+    Raises:
+        TensorError: they do not hold the same wholes, in the same shapes and dtypes.
+    """
+    check_same_wholes(a, b)
+    pairs = Pairs([], [], [])
+    for key, whole in a.wholes.items():
+        other = b.wholes[key]
+        joined = [(blocks, other.copies[0]) for blocks in whole.copies]
+        joined += [(whole.copies[0], blocks) for blocks in other.copies[1:]]
+        for one, two in joined:
+            pairs.equal.extend(Comparison(key, copy) for copy in join(one, two))
+        for blocks in whole.copies:
+            pairs.zeros_a.extend(zeros_of(key, other, blocks))
+        for blocks in other.copies:
+            pairs.zeros_b.extend(zeros_of(key, whole, blocks))
+    return pairs
+
+
+def check_same_wholes(src: Side, dst: Side) -> None:
+    """Raises TensorError unless both sides hold the same wholes in the same shapes and dtypes."""
+    for key in [*src.wholes, *dst.wholes]:
+        if key not in src.wholes or key not in dst.wholes:
+            where = "source" if key not in src.wholes else "destination"
+            raise TensorError(f"{key.name()} is not in the {where}", "the same tensors in both")
+    for key, a in src.wholes.items():
+        b = dst.wholes[key]
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            raise TensorError(
+                f"{key.name()} is {a.dtype} {list(a.shape)} in the source and {b.dtype} "
+                f"{list(b.shape)} in the destination",
+                "the same shape and dtype in both",
+                "give the hf_dir from which this checkpoint was made",
+            )
