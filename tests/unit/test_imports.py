@@ -220,6 +220,11 @@ ALLOWED: dict[str, set[str]] = {
     "runtime.datajson": {"modeljson", "runtime.prepare", "runtime.samples"},
     "runtime.inferencejson": {"modeljson"},
     "runtime.prepare": set(),
+    "runtime.pictures": set(),
+    "runtime.films": set(),
+    "runtime.sounds": {"runtime.films"},
+    "runtime.tiles": {"runtime.prepare"},
+    "runtime.template": {"runtime.batch", "runtime.families"},
     "runtime.samples": set(),
     "runtime.needs": set(),
     "runtime.launch": {"runtime.device"},
@@ -307,7 +312,8 @@ ALLOWED: dict[str, set[str]] = {
 # Libraries beside the standard library: who may import them at all.
 LIBRARIES: dict[str, set[str]] = {
     "numpy": {"executor.measure", "executor.values"},
-    "PIL": {"runtime.media"},
+    "PIL": {"runtime.films", "runtime.media", "runtime.pictures", "runtime.tiles"},
+    "av": {"runtime.films"},
     "rich": {"cli.screen", "cli.tools.*", "report.picture"},
     "tyro": {"cli.arguments", "cli.tools.*"},
     "yaml": {"cli.arguments"},
