@@ -36,7 +36,7 @@ ASK = ("--image", CAT, "--prompt", QUESTION, "--max_new_tokens", "24")
 # Title and words of each command, in the order of the story.
 STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
-        "2. to MM format: TP2 PP2, the vision tower on the first stage",
+        "2. to MM format: TP2 PP2, the vision encoder on the first stage",
         ("Qwen2VLConverter", "hf_to_mm", "--cfg.hf_config.hf_dir", "hf", "--cfg.mm_dir", "mm",
          "--cfg.parallel_config.llm_pp_layers", "[1,3]",
          "--cfg.parallel_config.vit_pp_layers", "[4,0]",
@@ -230,17 +230,17 @@ def compared(work: Path) -> bool:
     before = runtime_says(work / "mm", work / "hf")
     after = runtime_says(work / "trained", work / "hf")
     theirs = transformers_says(work / "hf_trained", work / "pictures")
-    wanted = list(CAPTIONS.values())
+    expected = list(CAPTIONS.values())
     print(f"{'picture':<11}{'before the training':<28}after it")
     for name, old, new in zip(CAPTIONS, before, after, strict=True):
         print(f"{name:<11}{old.replace(chr(10), ' ')[:25]:<28}{new}")
-    right = sum(a == b for a, b in zip(after, wanted, strict=True))
+    right = sum(a == b for a, b in zip(after, expected, strict=True))
     same = sum(a == b for a, b in zip(after, theirs, strict=True))
-    wrong = sum(a != b for a, b in zip(before, wanted, strict=True))
-    print(f"\nwrong before the training                         {wrong} of {len(wanted)}")
-    print(f"right after it                                    {right} of {len(wanted)}")
-    print(f"word for word the same in transformers            {same} of {len(wanted)}")
-    return wrong == right == same == len(wanted)
+    wrong = sum(a != b for a, b in zip(before, expected, strict=True))
+    print(f"\nwrong before the training                         {wrong} of {len(expected)}")
+    print(f"right after it                                    {right} of {len(expected)}")
+    print(f"word for word the same in transformers            {same} of {len(expected)}")
+    return wrong == right == same == len(expected)
 
 
 def emptied(work: Path) -> Path:

@@ -18,8 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmconvert import convert, converters, inspection, lazy
-from mmconvert.comparison import verification
+from mmconvert import convert, converters, lazy
 from mmconvert.config import (
     CommonModelConfig,
     HFConfig,
@@ -33,10 +32,12 @@ from mmconvert.config import (
 from mmconvert.converters.family import Family
 from mmconvert.errors import LayoutError
 from mmconvert.events import Events
+from mmconvert.formats import recognise
 from mmconvert.lazy import Tensors
 from mmconvert.result import Result
 from mmconvert.sharding.stages import parse_grid
-from mmconvert.sources import recognise
+from mmconvert.tools import inspection
+from mmconvert.tools.comparison import verification
 
 if TYPE_CHECKING:
     from torch import Tensor

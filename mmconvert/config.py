@@ -137,6 +137,9 @@ class CommonOptions:
     """Plan and prove everything, write nothing."""
     overwrite: bool = False
     """Replace an existing checkpoint at the target."""
+    no_sync: bool = False
+    """Do not wait until the output is on the disk: for benchmarks and scratch disks. A loss of
+    power may then leave zeros in a checkpoint that is finished."""
     workers: int = 0
     """Number of threads; 0 takes one for each core."""
     drop: Patterns = NO_PATTERNS

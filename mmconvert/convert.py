@@ -10,18 +10,13 @@ from mmconvert.config import HFToMM, MMToHF, Options, Resplit
 from mmconvert.converters.family import Family
 from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.events import Events
-from mmconvert.names import summarise
-from mmconvert.output import check_apart
-from mmconvert.plan import Side, build, carry, in_dtype
-from mmconvert.result import Result
-from mmconvert.run import Run
-from mmconvert.sides.hf import hf_side, hf_target
-from mmconvert.sides.mm_source import mm_source
-from mmconvert.sides.mm_target import mm_target
-from mmconvert.sides.reorder import reorder
-from mmconvert.sources.hf import config_model, hf_model
-from mmconvert.sources.mm import mm_model
-from mmconvert.sources.model import (
+from mmconvert.executor.apart import check_apart
+from mmconvert.formats.hf.model import config_model, hf_model
+from mmconvert.formats.hf.side import hf_side, hf_target
+from mmconvert.formats.mm.model import mm_model
+from mmconvert.formats.mm.source import mm_source
+from mmconvert.formats.mm.target import mm_target
+from mmconvert.formats.model import (
     Model,
     check_reading_options,
     check_writing_options,
@@ -29,8 +24,15 @@ from mmconvert.sources.model import (
     target_layout,
     unchecked_units,
 )
+from mmconvert.formats.reading import watched
+from mmconvert.names import summarise
+from mmconvert.plan.plan import Side, build, carry, in_dtype
+from mmconvert.plan.reorder import reorder
+from mmconvert.result import Result
+from mmconvert.run import Run
 
 
+@watched
 def hf_to_mm(
     family: Family, cfg: HFToMM, options: Options | None = None, events: Events | None = None
 ) -> Result:
@@ -39,7 +41,7 @@ def hf_to_mm(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = Run("hf_to_mm", options, events)
+    run = Run("hf_to_mm", cfg, options, events)
     check_apart(cfg.mm_dir, [cfg.hf_config.hf_dir])
     check_reading_options(run.options)
     source = hf_model(
@@ -60,6 +62,7 @@ def hf_to_mm(
     return run.write_mm(plan, dst, source, layout, cfg.mm_dir, inputs)
 
 
+@watched
 def mm_to_hf(
     family: Family, cfg: MMToHF, options: Options | None = None, events: Events | None = None
 ) -> Result:
@@ -68,7 +71,7 @@ def mm_to_hf(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = Run("mm_to_hf", options, events)
+    run = Run("mm_to_hf", cfg, options, events)
     check_apart(cfg.save_hf_dir, [cfg.hf_config.hf_dir, cfg.mm_dir])
     model = hf_model(family, cfg.hf_config.hf_dir, run.options)
     source, layout, parts = mm_model(
@@ -86,6 +89,7 @@ def mm_to_hf(
     return run.write_hf(plan, dst, model, source, layout, cfg.save_hf_dir, inputs)
 
 
+@watched
 def reshard(
     family: Family, cfg: Resplit, options: Options | None = None, events: Events | None = None
 ) -> Result:
@@ -94,7 +98,7 @@ def reshard(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = Run("resplit", options, events)
+    run = Run("resplit", cfg, options, events)
     check_writing_options(run.options)
     check_apart(cfg.target_dir, [cfg.source_dir])
     hf_dir = cfg.hf_config.hf_dir

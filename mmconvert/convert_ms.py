@@ -10,34 +10,36 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from mmconvert.config import CommonOptions, Options
-from mmconvert.config_ms import DeviceConfig, DType, HFToMS, MSOptions, MSResplit, MSToHF
+from mmconvert.config_ms import DeviceConfig, HFToMS, MSOptions, MSResplit, MSToHF
 from mmconvert.convert import dtype_notes
 from mmconvert.converters.family import Dims
 from mmconvert.converters.mindspore import MSFamily
 from mmconvert.errors import LayoutError, RequestError, TensorError
 from mmconvert.events import Events
-from mmconvert.formats.mindspore_folder import read_strategies
-from mmconvert.formats.strategy import Strategy
-from mmconvert.output import check_apart
-from mmconvert.plan import Key, Side, Whole, build, in_dtype
-from mmconvert.result import Described, Result
-from mmconvert.run import Run
-from mmconvert.run_ms import Destination, write_ms
-from mmconvert.sharding.devices import DeviceLayout
-from mmconvert.sides.devices import Spread, device_target, whole_spread
-from mmconvert.sides.hf import hf_side, hf_target
-from mmconvert.sides.sizes import check_agreement
-from mmconvert.sources.hf import config_model, hf_model
-from mmconvert.sources.mindspore import (
+from mmconvert.executor.apart import check_apart
+from mmconvert.formats.hf.model import config_model, hf_model
+from mmconvert.formats.hf.side import hf_side, hf_target
+from mmconvert.formats.mindspore.folder import read_strategies
+from mmconvert.formats.mindspore.model import (
     MSModel,
     check_complete,
     family_spread,
     in_order,
     ms_model,
 )
-from mmconvert.sources.model import check_writing_options
+from mmconvert.formats.mindspore.side import Spread, device_target, whole_spread
+from mmconvert.formats.mindspore.strategy import Strategy
+from mmconvert.formats.model import check_writing_options
+from mmconvert.formats.reading import watched
+from mmconvert.plan.plan import Key, Side, Whole, build, in_dtype
+from mmconvert.plan.sizes import check_agreement
+from mmconvert.result import Described, Result
+from mmconvert.run import Run
+from mmconvert.run_ms import Destination, write_ms
+from mmconvert.sharding.devices import DeviceLayout
 
 
+@watched
 def hf_to_ms(
     family: MSFamily, cfg: HFToMS, options: MSOptions | None = None, events: Events | None = None
 ) -> Result:
@@ -46,11 +48,11 @@ def hf_to_ms(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = _run("hf_to_ms", options, cfg.dtype, events)
+    run = _run("hf_to_ms", cfg, options, events)
     check_writing_options(run.options)
     check_apart(cfg.ms_path, [cfg.hf_config.hf_dir])
     source = hf_model(family, cfg.hf_config.hf_dir, run.options)
-    src = hf_side(source.modules, source.dims, source.hf_tensors, turned=True)
+    src = hf_side(source.modules, source.dims, source.hf_tensors, transposed=True)
     wholes = in_dtype(src.wholes, run.cast)
     layout = device_layout(cfg.parallel_config, source.dims["llm.layers"], "--cfg.parallel_config.")
     layers = {module.key: source.dims[f"{module.key}.layers"] for module in source.modules}
@@ -64,6 +66,7 @@ def hf_to_ms(
     return write_ms(run, result, dst, held, spread, to, about, [cfg.hf_config.hf_dir])
 
 
+@watched
 def ms_to_hf(
     family: MSFamily, cfg: MSToHF, options: MSOptions | None = None, events: Events | None = None
 ) -> Result:
@@ -72,7 +75,7 @@ def ms_to_hf(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = _run("ms_to_hf", options, cfg.dtype, events)
+    run = _run("ms_to_hf", cfg, options, events)
     if _crc(options):
         raise RequestError("--crc adds a checksum to .ckpt files; none is written here")
     check_apart(cfg.save_hf_dir, [cfg.hf_config.hf_dir, cfg.ms_path])
@@ -80,7 +83,7 @@ def ms_to_hf(
     source = ms_model(cfg.ms_path, cfg.strategy, run.options, model.modules, name=family.name)
     check_complete(_keys(source), model.modules, model.dims, cfg.ms_path)
     rows = [row for module in model.modules for row in module.all_rows()]
-    src = source.side(frozenset(row.mm for row in rows if row.turned))
+    src = source.side(frozenset(row.mm for row in rows if row.transposed))
     headers = hf_side(model.modules, model.dims, model.hf_tensors)
     _check_shapes(src, headers, cfg)
     dst = hf_target(headers, in_dtype(src.wholes, run.cast))
@@ -95,6 +98,7 @@ def ms_to_hf(
     return run.write_hf(plan, dst, result_model, result_model, layout, cfg.save_hf_dir, inputs)
 
 
+@watched
 def reshard_ms(
     family: MSFamily, cfg: MSResplit, options: MSOptions | None = None, events: Events | None = None
 ) -> Result:
@@ -103,7 +107,7 @@ def reshard_ms(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = _run("resplit", options, cfg.dtype, events)
+    run = _run("resplit", cfg, options, events)
     check_writing_options(run.options)
     check_apart(cfg.target_dir, [cfg.source_dir])
     by_family = cfg.target_parallel_config != DeviceConfig()
@@ -150,11 +154,11 @@ def reshard_ms(
 def _check_shapes(src: Side, headers: Side, cfg: MSToHF) -> None:
     """Raises TensorError for wholes of other shapes than ``hf_dir`` has: often a lone slice."""
     for key, whole in src.wholes.items():
-        wanted = headers.wholes[key].shape
-        if whole.shape != wanted:
+        expected = headers.wholes[key].shape
+        if whole.shape != expected:
             raise TensorError(
                 f"{cfg.ms_path}: {key.name()} is {list(whole.shape)} in all; "
-                f"{cfg.hf_config.hf_dir} makes it {list(wanted)}",
+                f"{cfg.hf_config.hf_dir} makes it {list(expected)}",
                 "the whole checkpoint, with its own strategy files, and the hf_dir of its model",
                 "give the folder above rank_0, not the file of one rank; or the right hf_dir",
             )
@@ -261,15 +265,20 @@ def _unchecked_heads(family: MSFamily, dims: Dims, layout: DeviceLayout) -> list
 # ------------------------------------------------------------------------------------- options
 
 
-def _run(command: str, options: MSOptions | None, dtype: DType, events: Events | None) -> Run:
+def _run(
+    command: str,
+    cfg: HFToMS | MSToHF | MSResplit,
+    options: MSOptions | None,
+    events: Events | None,
+) -> Run:
     """A run with the options that it knows, and the dtype that either flag gives."""
-    given = options or MSOptions()
+    given, dtype = options or MSOptions(), cfg.dtype
     if dtype != "keep" and given.dtype not in ("keep", dtype):
         raise RequestError(f"--cfg.dtype {dtype} and --dtype {given.dtype} differ", "one of them")
     values = {f.name: getattr(given, f.name) for f in fields(CommonOptions)}
     if dtype != "keep":
         values["dtype"] = dtype
-    return Run(command, Options(**values), events)
+    return Run(command, cfg, Options(**values), events)
 
 
 def _crc(options: MSOptions | None) -> bool:

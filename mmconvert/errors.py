@@ -23,30 +23,30 @@ from os import PathLike
 
 
 class MMConvertError(Exception):
-    """What was wrong and where; what was wanted; what to do about it.
+    """What was wrong and where; what was expected; what to do about it.
 
     Args:
         what: one line that names the file, tensor, flag or number at fault.
-        wanted: one line, what would have been right.
+        expected: one line, what would have been right.
         fix: one line, the way out.
     """
 
     exit_code = 2
 
-    def __init__(self, what: str, wanted: str = "", fix: str = "") -> None:
+    def __init__(self, what: str, expected: str = "", fix: str = "") -> None:
         super().__init__(what)
         self.what = what
-        self.wanted = wanted
+        self.expected = expected
         self.fix = fix
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
     def lines(self) -> list[str]:
-        """The message as one to three lines: what, wanted, fix."""
+        """The message as one to three lines: what, expected, fix."""
         lines = [self.what]
-        if self.wanted:
-            lines.append(f"wanted: {self.wanted}")
+        if self.expected:
+            lines.append(f"expected: {self.expected}")
         if self.fix:
             lines.append(f"to fix: {self.fix}")
         return lines
@@ -56,7 +56,7 @@ class MMConvertError(Exception):
         return {
             "error": type(self).__name__,
             "what": self.what,
-            "wanted": self.wanted,
+            "expected": self.expected,
             "fix": self.fix,
             "exit_code": self.exit_code,
         }
@@ -114,12 +114,26 @@ class ReplicaError(CheckpointError):
     """Copies of one tensor that should be equal differ between ranks."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """An interruption of which it is known what it has left.
+
+    Args:
+        what: one line, the state that is true now.
+        fix: one line, how to go on; "" if there is nothing to do.
+    """
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+
+
 def cannot_write(path: str | PathLike[str], error: OSError) -> OutputError:
     """What to say when the system refuses to write ``path``: a full disk, or anything else."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutputError(
             f"{path}: the disk takes no more ({error.strerror})",
-            "room for the whole checkpoint; nothing is left under the final name",
+            "room for all of it; an output gets its name only when it is complete",
             "free some space, write to another disk or raise the limit, and run the command again",
         )
     reason = error.strerror or error

@@ -15,8 +15,8 @@ from mmconvert.errors import MMConvertError
 from mmconvert.executor.execute import jobs_of
 from mmconvert.executor.fileio import BAND
 from mmconvert.executor.jobs import Job, run_jobs
-from mmconvert.output import free_bytes
-from mmconvert.plan import Plan
+from mmconvert.executor.staging import free_bytes
+from mmconvert.plan.plan import Plan
 from mmconvert.stored import StoredTensor
 
 PROBE_SECONDS = 0.4

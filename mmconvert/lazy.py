@@ -11,13 +11,13 @@ from mmconvert.config import Options, ParallelConfig
 from mmconvert.errors import CheckpointError
 from mmconvert.executor.blockio import Region, Window, read_region
 from mmconvert.executor.fileio import open_files
-from mmconvert.formats.hf import open_hf
-from mmconvert.formats.megatron import rank_file_parts
+from mmconvert.formats.hf.folder import open_hf
+from mmconvert.formats.mm.folder import rank_file_parts
+from mmconvert.formats.mm.model import mm_model
+from mmconvert.formats.mm.source import mm_source
+from mmconvert.formats.recognise import family_of, is_hf
 from mmconvert.loading import torch_tensor
-from mmconvert.plan import Block, Whole, matrix
-from mmconvert.sides.mm_source import mm_source
-from mmconvert.sources.mm import mm_model
-from mmconvert.sources.recognise import family_of, is_hf
+from mmconvert.plan.plan import Block, Whole, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 if TYPE_CHECKING:

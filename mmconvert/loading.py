@@ -11,13 +11,13 @@ from mmconvert.converters.family import Family
 from mmconvert.errors import LayoutError, TensorError
 from mmconvert.executor.blockio import Region, Window, read_region, row_bytes
 from mmconvert.executor.fileio import open_files
-from mmconvert.plan import build, in_dtype
-from mmconvert.proof import prove
+from mmconvert.formats.hf.model import hf_model
+from mmconvert.formats.hf.side import hf_side
+from mmconvert.formats.mm.target import mm_target
+from mmconvert.formats.model import target_layout
+from mmconvert.plan.plan import build, in_dtype
+from mmconvert.plan.proof import prove
 from mmconvert.sharding.layout import Chunk, Rank
-from mmconvert.sides.hf import hf_side
-from mmconvert.sides.mm_target import mm_target
-from mmconvert.sources.hf import hf_model
-from mmconvert.sources.model import target_layout
 from mmconvert.stored import ITEM_SIZE
 
 if TYPE_CHECKING:
@@ -71,17 +71,17 @@ def load_rank(
     plan = build(src, mm_target(source.modules, source.dims, layout, wholes))
     prove(plan)
     chunk = Chunk(Rank(tp, pp), virtual)
-    wanted = {i: t for i, t in enumerate(plan.targets) if t.chunk == chunk}
-    plan = replace(plan, copies=[c for c in plan.copies if c.dst in wanted])
-    data = {i: bytearray(t.nbytes) for i, t in wanted.items()}
+    expected = {i: t for i, t in enumerate(plan.targets) if t.chunk == chunk}
+    plan = replace(plan, copies=[c for c in plan.copies if c.dst in expected])
+    data = {i: bytearray(t.nbytes) for i, t in expected.items()}
     with open_files() as files:
         for c in plan.copies:
-            line, item = row_bytes(wanted[c.dst]), ITEM_SIZE[wanted[c.dst].dtype]
+            line, item = row_bytes(expected[c.dst]), ITEM_SIZE[expected[c.dst].dtype]
             window = Window(memoryview(data[c.dst]), c.dst_row * line + c.dst_col * item, line)
             region = Region(c.src_row, c.src_col, c.rows, c.cols)
             read_region(files, plan.sources[c.src], region, window)
 
-    return {t.name: torch_tensor(data[i], t.dtype, t.shape) for i, t in wanted.items()}
+    return {t.name: torch_tensor(data[i], t.dtype, t.shape) for i, t in expected.items()}
 
 
 def torch_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:

@@ -134,11 +134,13 @@ def read_model_json(path: Path) -> ModelJson:
     Raises:
         RequestError: it is missing, no JSON object, or describes no text decoder.
     """
-    wanted = "MindSpeed-MM's model.json"
+    expected = "MindSpeed-MM's model.json"
     content = read_object(path, "model.json")
     found = ModelJson(path, content)
     if found.part("text_decoder") is None:
-        raise RequestError(f"{path} has no text_decoder", f"{wanted}: image_encoder, text_decoder")
+        raise RequestError(
+            f"{path} has no text_decoder", f"{expected}: image_encoder, text_decoder"
+        )
     return found
 
 

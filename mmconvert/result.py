@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 from mmconvert.estimate import Estimate
 from mmconvert.executor.moving import Moved
-from mmconvert.plan import Plan
+from mmconvert.plan.plan import Plan
 
 
 class Described(Protocol):

@@ -12,25 +12,27 @@ from mmconvert.config import Options
 from mmconvert.errors import CheckpointError, OutputError, ReplicaError, RequestError
 from mmconvert.estimate import estimate
 from mmconvert.events import Events
-from mmconvert.executor import compare, group, journal
+from mmconvert.executor import agreement, compare, group, journal
 from mmconvert.executor.casts import DTYPES
 from mmconvert.executor.differences import Difference, in_words
 from mmconvert.executor.digests import ALGORITHM, digests
 from mmconvert.executor.jobs import default_workers
 from mmconvert.executor.moving import Moved, Staged, move
-from mmconvert.formats import hf_output, megatron
-from mmconvert.formats.hf_sides import copy_side_files, side_files
-from mmconvert.formats.safetensors import Entry
-from mmconvert.output import Output
-from mmconvert.plan import Plan, Side
-from mmconvert.proof import prove
+from mmconvert.executor.output import Output
+from mmconvert.formats import manifest, reading
+from mmconvert.formats.containers.safetensors import Entry
+from mmconvert.formats.hf import output as hf_output
+from mmconvert.formats.hf.sides import copy_side_files, side_files
+from mmconvert.formats.mm import folder as megatron
+from mmconvert.formats.model import Model
+from mmconvert.formats.reading import State
+from mmconvert.plan.plan import Plan, Side
+from mmconvert.plan.proof import prove
 from mmconvert.result import Described, OutputFile, Result
 from mmconvert.sharding.layout import Layout
-from mmconvert.sources import manifest
-from mmconvert.sources.model import Model
 from mmconvert.stored import StoredTensor
 
-SIDE_ROOM = 64 << 20  # bytes of free disk wanted beside the tensors, for everything small
+SIDE_ROOM = 64 << 20  # bytes of free disk expected beside the tensors, for everything small
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 Create = Callable[[Path], Sequence[StoredTensor]]  # makes the files in a staging folder
@@ -44,7 +46,15 @@ class Run:
         file_limit: bytes of a weight file by ``--max-shard-size``; 0 for none.
     """
 
-    def __init__(self, command: str, options: Options | None, events: Events | None) -> None:
+    def __init__(
+        self, command: str, cfg: object, options: Options | None, events: Events | None
+    ) -> None:
+        """Begins a conversion.
+
+        Raises:
+            RequestError: options that make no sense; or the processes of the run want different
+                things.
+        """
         self.command = command
         self.options = options or Options()
         if self.options.workers < 0:
@@ -55,7 +65,9 @@ class Run:
         limit = self.options.max_shard_size
         self.file_limit = hf_output.parse_size(limit) if limit else 0
         self.group = group.current()
+        self.watch = reading.current()
         self.began = time.monotonic()
+        self.group.agree(agreement.of_request(command, cfg, self.options))
 
     # ------------------------------------------------------------------------------- proving
 
@@ -64,6 +76,8 @@ class Run:
         for note in plan.notes:
             self.events.note(note)
         prove(plan)
+        if self.group.size > 1:
+            self.group.agree(agreement.of_plan(plan, self.watch.states))
         self._check_replicas(plan)
         return plan
 
@@ -82,7 +96,7 @@ class Run:
         found = compare.not_zero(plan.zeros, plan.sources)
         self._settle(found, "values that HF does not store are not zero", "zeros, as converted")
 
-    def _settle(self, found: list[Difference], what: str, wanted: str) -> None:
+    def _settle(self, found: list[Difference], what: str, expected: str) -> None:
         """Raises ReplicaError for differences, or warns if the user has chosen."""
         if not found:
             return
@@ -93,7 +107,7 @@ class Run:
             return
         raise ReplicaError(
             words,
-            wanted,
+            expected,
             "find out which values training used, or give --replicas first to go on with a warning",
         )
 
@@ -149,6 +163,7 @@ class Run:
         sides = side_files(original.folder, original.read)
         for note in sides.notes():
             self.events.note(note)
+        reading.note(original.folder / path for path in sides.copied)
         listing += [OutputFile(str(p), (original.folder / p).stat().st_size) for p in sides.copied]
 
         def create(folder: Path) -> Sequence[StoredTensor]:
@@ -185,8 +200,8 @@ class Run:
         """
         plan = result.plan
         boots = set(self.group.gather(journal.boot_id()))
-        before = _states(plan)
-        request = journal.request_of(plan, (about, result.files))
+        size = sum(file.nbytes for file in result.files)
+        request = journal.request_of(plan, (about, result.files, self._sources(plan)))
         about.pop("weight_files", None)  # the files themselves tell
         written = {file.path: file.nbytes for file in result.files if file.tensors}
 
@@ -198,11 +213,12 @@ class Run:
             inputs,
             overwrite=self.options.overwrite,
             keeps=lambda folder: bool(finished(folder)),
+            read=self.watch.identities(),
+            sync=not self.options.no_sync,
         )
         # Only once: a process that comes late would miss what the first one has taken already.
-        self.group.lead(lambda: self._check_room(output, plan))
+        self.group.lead(lambda: self._check_room(output, size))
         if self.options.dry_run:
-            size = sum(file.nbytes for file in result.files)
             would = estimate(plan, output.final, size, self.workers)
             return replace(result, estimate=would, seconds=self._seconds())
 
@@ -211,21 +227,24 @@ class Run:
             return Staged(output.folder, request, create(output.folder), done)
 
         def commit() -> None:
-            _check_unchanged(before, plan)
             if finish is not None:
                 finish(output.folder)
             journal.remove(output.folder)
             if output.manifest:
                 manifest.write(output.folder, {"command": self.command, **about, **extra})
-            output.commit()
+            for warning in output.commit():
+                self.events.note(warning)
 
         here: AbstractContextManager[object] = output if self.group.leads else nullcontext()
         with here:
             staged = self.group.lead(stage)
-            moved = move(plan, staged, self.workers, self.group, self.events)
+            moved = move(
+                plan, staged, self.workers, self.group, self.events, sync=not self.options.no_sync
+            )
             for note in moved.losses.notes():
                 self.events.note(note)
             extra = self._extra(plan, dst, staged, moved)
+            self.group.together(self.watch.check)
             self.group.lead(commit)
         return replace(result, written=True, moved=moved, seconds=self._seconds())
 
@@ -233,7 +252,10 @@ class Run:
         """What the manifest says of the data that was written."""
         extra: dict[str, object] = {
             "cast": {"dtype": plan.cast or None, **moved.losses.as_dict()},
-            "source": {f"{p.parent.name}/{p.name}": state for p, state in _states(plan).items()},
+            "source": {
+                f"{p.parent.name}/{p.name}": [state.nbytes, state.mtime_ns]
+                for p, state in self._sources(plan).items()
+            },
         }
         if self.options.digests:
             mine = dict(self.group.share(list(dst.wholes.items()), lambda _: 1))
@@ -244,9 +266,13 @@ class Run:
             extra |= {"digest": ALGORITHM, "digests": whole}
         return extra
 
-    def _check_room(self, output: Output, plan: Plan) -> None:
+    def _sources(self, plan: Plan) -> dict[Path, State]:
+        """The files that a plan takes tensors from, in the state of the first look."""
+        return {path: self.watch.states[path] for path in sorted({t.path for t in plan.sources})}
+
+    def _check_room(self, output: Output, nbytes: int) -> None:
         try:
-            output.check_room(plan.nbytes + SIDE_ROOM)
+            output.check_room(nbytes + SIDE_ROOM)
         except OutputError as error:
             if not self.options.dry_run:
                 raise
@@ -254,25 +280,6 @@ class Run:
 
     def _seconds(self) -> float:
         return time.monotonic() - self.began
-
-
-def _states(plan: Plan) -> dict[Path, list[int]]:
-    """Size and time of every source file; raises CheckpointError if one is gone."""
-    try:
-        return {path: manifest.state(path) for path in sorted({t.path for t in plan.sources})}
-    except OSError as error:
-        raise CheckpointError(f"{error.filename}: {error.strerror}", "a readable file") from error
-
-
-def _check_unchanged(before: dict[Path, list[int]], plan: Plan) -> None:
-    """Raises CheckpointError if a source was written to meanwhile: some of it may be copied."""
-    for path, state in _states(plan).items():
-        if before[path] != state:
-            raise CheckpointError(
-                f"{path} has changed during the conversion",
-                "a file that does not change during the conversion",
-                "wait until whatever writes it has finished, and run the command again",
-            )
 
 
 def _about(source: Model, layout: Described) -> dict[str, object]:

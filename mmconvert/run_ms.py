@@ -8,7 +8,9 @@ from pathlib import Path
 
 from mmconvert.config_ms import Format
 from mmconvert.errors import RequestError
-from mmconvert.formats.mindspore_output import (
+from mmconvert.executor.output import MS_SUFFIXES, FileOutput, Output
+from mmconvert.formats.containers.safetensors import Entry
+from mmconvert.formats.mindspore.output import (
     MERGED,
     create_files,
     plan_file,
@@ -16,14 +18,12 @@ from mmconvert.formats.mindspore_output import (
     seal_files,
     strategy_path,
 )
-from mmconvert.formats.safetensors import Entry
-from mmconvert.formats.strategy import Strategy
-from mmconvert.formats.strategy_writer import encode_strategy
-from mmconvert.output import MS_SUFFIXES, FileOutput, Output
-from mmconvert.plan import Side
+from mmconvert.formats.mindspore.side import Spread
+from mmconvert.formats.mindspore.strategy import Strategy
+from mmconvert.formats.mindspore.strategy_writer import encode_strategy
+from mmconvert.plan.plan import Side
 from mmconvert.result import OutputFile, Result
 from mmconvert.run import Run
-from mmconvert.sides.devices import Spread
 from mmconvert.stored import StoredTensor
 
 

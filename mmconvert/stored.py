@@ -75,7 +75,7 @@ class StoredTensor(NamedTuple):
         return prod(self.shape) * ITEM_SIZE[self.dtype]
 
 
-def transposed(tensor: StoredTensor) -> StoredTensor:
+def transpose(tensor: StoredTensor) -> StoredTensor:
     """A matrix seen the other way round: the same bytes, rows and columns exchanged. Its name
     says so, as places in it are told by row and column.
 

@@ -19,7 +19,7 @@ def run_cli(
 
     Args:
         cwd: the folder to run in.
-        check: the exit code that is wanted; another one fails with what was printed.
+        check: the exit code that is expected; another one fails with what was printed.
         env: environment variables to set besides the present ones.
     """
     command = [sys.executable, "-m", "mmconvert", *map(str, args)]
@@ -35,7 +35,7 @@ def run_cli(
     )
     if check is not None and done.returncode != check:
         raise AssertionError(
-            f"exit code {done.returncode}, wanted {check}: {' '.join(command)}\n"
+            f"exit code {done.returncode}, expected {check}: {' '.join(command)}\n"
             f"{done.stdout}{done.stderr}"
         )
     return done

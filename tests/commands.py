@@ -73,16 +73,16 @@ def same_hf(want: Path, got: Path) -> None:
     none(compare_hf(want, got) + compare_side_files(want, got))
 
 
-def refused(done: Done, code: int, *wanted: str, out: Path | None = None) -> None:
-    """A clear error with the exit code `code` that says all of `wanted`; nothing written.
+def refused(done: Done, code: int, *expected: str, out: Path | None = None) -> None:
+    """A clear error with the exit code `code` that says all of `expected`; nothing written.
 
-    A number in `wanted` must stand alone.
+    A number in `expected` must stand alone.
     """
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
     assert "Traceback" not in done.stderr, done.stderr
     assert done.stdout == "", done.stdout
     plain = " ".join(done.stderr.split())
-    for word in wanted:
+    for word in expected:
         pattern = rf"(?<![\w.]){word}(?!\w)" if word.isdigit() else re.escape(word)
         assert re.search(pattern, plain), f"{word!r} is not in: {done.stderr}"
     if out is not None:

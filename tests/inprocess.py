@@ -44,7 +44,7 @@ def call(*words: str | Path, check: int | None = 0) -> Done:
     """Run one command line.
 
     Args:
-        check: the exit code that is wanted; None takes any but a crash.
+        check: the exit code that is expected; None takes any but a crash.
     """
     out, err = io.StringIO(), io.StringIO()
     args = [str(word) for word in words]
@@ -59,7 +59,7 @@ def call(*words: str | Path, check: int | None = 0) -> Done:
     done = Done(args, code, out.getvalue(), err.getvalue())
     if code == CRASHED or check not in (None, code):
         raise AssertionError(
-            f"exit code {code}, wanted {check}: mm-convert {' '.join(args)}\n"
+            f"exit code {code}, expected {check}: mm-convert {' '.join(args)}\n"
             f"{done.stdout}{done.stderr}"
         )
     return done

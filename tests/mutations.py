@@ -39,7 +39,7 @@ class Base(NamedTuple):
     model: str
     hf: Path
     mm: Path
-    wanted: dict[str, Names]
+    expected: dict[str, Names]
 
 
 class Outcome(NamedTuple):
@@ -69,7 +69,7 @@ def make_base(model: str, folder: Path) -> Base:
     call(*command(model, "hf_to_mm", hf, mm, mm))
     base = Base(model, hf, mm, {"hf_to_mm": mm_names(mm)})
     call(*command(model, "resplit", hf, mm, folder / "other"))
-    base.wanted["resplit"] = mm_names(folder / "other")
+    base.expected["resplit"] = mm_names(folder / "other")
     return base
 
 
@@ -410,9 +410,9 @@ def _judge(base: Base, verb: str, hf: Path, out: Path, done: Done) -> str:
     if done.returncode != 0:
         return f"exit code {done.returncode}: {done.stderr}"
     found = hf_names(out) if verb == "mm_to_hf" else mm_names(out)
-    wanted = hf_names(hf) if verb == "mm_to_hf" else base.wanted[verb]
-    count, right = (sum(map(len, x.values())) for x in (found, wanted))
-    if set().union(*found.values()) != set().union(*wanted.values()) or count != right:
+    expected = hf_names(hf) if verb == "mm_to_hf" else base.expected[verb]
+    count, right = (sum(map(len, x.values())) for x in (found, expected))
+    if set().union(*found.values()) != set().union(*expected.values()) or count != right:
         return f"success, but {count} tensors instead of {right}"
     return ""
 

@@ -50,8 +50,8 @@ def stopped(
         timeout=300,
         check=False,
     )
-    wanted = -9 if number == signal.SIGKILL else 130
-    assert done.returncode == wanted, f"{done.returncode}\n{done.stdout}{done.stderr}"
+    expected = -9 if number == signal.SIGKILL else 130
+    assert done.returncode == expected, f"{done.returncode}\n{done.stdout}{done.stderr}"
     return done
 
 

@@ -52,7 +52,7 @@ def make(kind: str, folder: Path, *, tied: bool = False, **options: Any) -> Path
 
 
 def convert(kind: str, hf: Path, mm: Path, llm: str, vit: str, tp: int = 1, *more: str) -> Path:
-    """The MM form of a folder at a layout; Omni's audio tower lies like its vision tower."""
+    """The MM form of a folder at a layout; Omni's audio encoder lies like its vision encoder."""
     if kind.startswith("omni") and not any(word.startswith("audio_pp") for word in more):
         more = (*more, f"audio_pp_layers={vit}")
     hf_to_mm(hf, mm, *layout_flags(llm, vit, tp, *more), converter=CONVERTERS[kind])

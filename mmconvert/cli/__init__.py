@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from mmconvert.cli import screen
-from mmconvert.errors import MMConvertError, OutputError, RequestError
+from mmconvert.errors import Interrupted, MMConvertError, OutputError, RequestError
 from mmconvert.version import VERSION
 from mmconvert.words import one_line
 
@@ -134,13 +134,10 @@ def _guarded(words: list[str]) -> int:
             error = RequestError("the flags were not understood; stderr says which")
             print(json.dumps(error.as_dict()))
         return stop.code if isinstance(stop.code, int) else RequestError.exit_code
-    except KeyboardInterrupt:
-        # most tools write nothing; finetune tells of its checkpoints itself
-        tool = words[:1] in ([name] for name in TOOLS)
-        what = "interrupted" if tool else "interrupted: nothing was left under the final name"
-        fix = "" if tool else "a conversion goes on when it is run again"
+    except KeyboardInterrupt as stop:  # whoever was writing says what is left, and nobody else
+        what, fix = (stop.what, stop.fix) if isinstance(stop, Interrupted) else ("interrupted", "")
         if _asked(words, "--json"):
-            told = {"error": "Interrupted", "what": what, "wanted": "", "fix": fix}
+            told = {"error": "Interrupted", "what": what, "expected": "", "fix": fix}
             print(json.dumps(told | {"exit_code": INTERRUPTED}))
         screen.say(f"{what}; {fix}" if fix else what)
         return INTERRUPTED

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from mmconvert.cli.settings import read_yaml
 from mmconvert.config import CommonOptions, MaybePath, Options, Patterns
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.sharding.stages import StageGrid, parse_grid, show
@@ -208,9 +209,8 @@ def _repeated_joined(words: Sequence[str]) -> list[str]:
 
 
 PATHS = (Path, MaybePath)  # types of flags that name a folder
-MOST_MAPPINGS = 100  # in a --config file; ours have three levels
 
-OWN_FLAGS = ("--overwrite", "--dry_run", "--crc", "--json", "--quiet", "--debug")
+OWN_FLAGS = ("--overwrite", "--dry_run", "--no_sync", "--crc", "--json", "--quiet", "--debug")
 
 
 def _underscored(word: str) -> str:
@@ -238,74 +238,25 @@ def _flags_of(path: Path, flags: Mapping[str, object]) -> list[list[str]]:
     """The flags that a YAML file stands for: its keys, nested, joined with dots.
 
     Raises:
-        RequestError: it cannot be read, holds itself, or has a number where a folder is wanted.
+        RequestError: it cannot be read, or has a number where a folder is expected.
     """
     found: list[list[str]] = []
-    for flag, value in _flatten(path, read_yaml(path, "--config")):
+    for flag, value in _flatten(read_yaml(path, "--config")):
         if flags.get(flag) in PATHS and not isinstance(value, str):
             raise RequestError(
                 f"--config {path}: {flag} is {value!r}, no text",  # 0123 is the number 83 in YAML
                 "a folder",
                 "put the name in quotes",
             )
-        found.append([flag, json.dumps(value) if isinstance(value, list) else str(value)])
+        word = json.dumps(value, default=str) if isinstance(value, list) else str(value)
+        found.append([flag, word])
     return found
 
 
-def read_yaml(path: Path, flag: str) -> dict[object, object]:
-    """The keys of a YAML file that was given with a flag.
-
-    Raises:
-        RequestError: it cannot be read, or holds no keys.
-    """
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        if twice := _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader)):
-            raise RequestError(f"{flag} {path}: the key {twice} occurs twice", "every key once")
-        content = yaml.safe_load(text)
-    except OSError as error:
-        raise RequestError(f"{flag} {path}: {error.strerror}", "a readable file") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RequestError(f"{flag} {path}: not valid YAML: {reason}") from None
-    if not isinstance(content, dict):
-        raise RequestError(f"{flag} {path}: no keys", "keys such as cfg:, nested as the flags")
-    return content
-
-
-def _repeated_key(node: object) -> str:
-    """A key that occurs twice in one mapping, of which YAML would take the last; "" if none."""
-    import yaml
-
-    waiting, seen = [node], set[int]()
-    while waiting:
-        node = waiting.pop()
-        if id(node) in seen:  # an anchor
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            waiting += node.value
-        elif isinstance(node, yaml.MappingNode):
-            keys = [str(key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            for key in keys:
-                if keys.count(key) > 1 and key != "<<":
-                    return key
-            waiting += [value for _, value in node.value]
-    return ""
-
-
-def _flatten(path: Path, content: Mapping[object, object]) -> Iterator[tuple[str, object]]:
-    """Each flag of nested keys with its value; a repeatable flag's values one by one.
-
-    Raises:
-        RequestError: more mappings than anyone writes, such as one that holds itself.
-    """
+def _flatten(content: Mapping[object, object]) -> Iterator[tuple[str, object]]:
+    """Each flag of nested keys with its value; a repeatable flag's values one by one."""
     waiting = [("-", content)]
-    for number, (prefix, content) in enumerate(waiting):  # grows while it is read
-        if number == MOST_MAPPINGS:
-            raise RequestError(f"--config {path}: too many keys", "keys as the flags, nested once")
+    for prefix, content in waiting:  # grows while it is read
         for key, value in content.items():
             flag = _underscored(f"--{key}" if prefix == "-" else f"{prefix}.{key}")
             if isinstance(value, dict):

@@ -44,7 +44,7 @@ def _run(converter: str, verb: str, command: Command) -> Result:
     from mmconvert import convert as directions
     from mmconvert import converters
     from mmconvert.executor import group
-    from mmconvert.sources.recognise import family_of
+    from mmconvert.formats.recognise import family_of
 
     direction = {
         "hf_to_mm": directions.hf_to_mm,

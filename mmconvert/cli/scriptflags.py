@@ -163,8 +163,8 @@ def _choose(flag: str, value: str, known: tuple[str, ...], fix: str) -> None:
 def _refuse(flag: str, name: str, own: Sequence[str]) -> None:
     """Says why a flag is not taken."""
     if name in REFUSED:
-        _, wanted, fix = REFUSED[name]
-        raise RequestError(f"{flag} cannot be honoured", wanted, fix)
+        _, expected, fix = REFUSED[name]
+        raise RequestError(f"{flag} cannot be honoured", expected, fix)
     if name in OF_THE_LAUNCHER:
         raise RequestError(
             f"{flag} belongs to torchrun",

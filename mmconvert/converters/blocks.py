@@ -160,7 +160,7 @@ def vision_qkv(hf: str, variant: Variant) -> tuple[Row, ...]:
     Megatron's SelfAttention reads it per head; the canonical attention reads each rank's rows
     as q, k, v; the reference 2.2.0 to 2.3.0 wrote it unchanged and cut it by plain rows.
     """
-    fuse, shard = Interleave("vit.heads", thirds=True), heads("vit.heads")
+    fuse, shard = Interleave("vit.heads", packed_qkv=True), heads("vit.heads")
     if variant.vit_qkv == "concatenated":
         fuse = CONCAT
     elif variant.canonical:

@@ -33,7 +33,7 @@ class Row:
         shard: how the whole is divided over tp ranks; None copies it to every rank.
         tied_to: MM name of the row whose tensor this one repeats (tied embeddings). Such a row
             stands only on another model chunk than its original's, and may be absent in HF.
-        turned: the one HF tensor, a matrix, is stored the other way round.
+        transposed: the one HF tensor, a matrix, is stored the other way round.
     """
 
     mm: str
@@ -43,7 +43,7 @@ class Row:
     fuse: Fuse = CONCAT
     shard: Split | None = None
     tied_to: str = ""
-    turned: bool = False
+    transposed: bool = False
 
 
 def row(
@@ -54,10 +54,10 @@ def row(
     fuse: Fuse = CONCAT,
     shard: Split | None = None,
     tied_to: str = "",
-    turned: bool = False,
+    transposed: bool = False,
 ) -> Row:
     """A :class:`Row`, with ``rows`` as words: ``rows="llm.q llm.kv llm.kv"``."""
-    return Row(mm, hf, tuple(rows.split()), cols, fuse, shard, tied_to, turned)
+    return Row(mm, hf, tuple(rows.split()), cols, fuse, shard, tied_to, transposed)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Left:
+class Dropped:
     """Tensors of an HF checkpoint that have no place in MM format, and why."""
 
     template: NameTemplate
@@ -131,7 +131,7 @@ class Family:
         converter: the name of its command.
         model_types: values of ``model_type`` in config.json that it serves.
         dims: sizes from config.json.
-        modules: the table, towers first (their order is the order of the pipeline).
+        modules: the table, encoders first (their order is the order of the pipeline).
         spellings: (prefix, prefix on the hub): other spellings of HF names.
         dropped: tensors that are left out knowingly, in hub spelling.
         carried: tensors that stay in ``hf_dir``, in hub spelling.
@@ -153,7 +153,7 @@ class Family:
     text_config: Callable[[Mapping[str, object]], Mapping[str, object]]
     module_keys: tuple[str, ...] = ("vit", "llm")
     spellings: tuple[tuple[str, str], ...] = ()
-    dropped: tuple[Left, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
     carried: tuple[Carried, ...] = ()
     traits: Callable[[Mapping[str, object]], frozenset[str]] = no_traits
     variants: tuple[Variant, ...] = (Variant(), Variant(canonical=True))
@@ -258,6 +258,16 @@ def section(config: Mapping[str, object], key: str) -> Mapping[str, object]:
         found = "is missing" if value is None else "is not an object"
         raise CheckpointError(f"config.json: {key} {found}", f"an object {key} with its sizes")
     return value
+
+
+def section_or_defaults(config: Mapping[str, object], key: str) -> Mapping[str, object]:
+    """A nested part of config.json that transformers makes of its class's defaults where it is
+    absent or null: nothing of it is said then.
+
+    Raises:
+        CheckpointError: something that is not an object.
+    """
+    return {} if config.get(key) is None else section(config, key)
 
 
 def flag(configs: tuple[Mapping[str, object], ...], key: str) -> bool | None:

@@ -16,8 +16,8 @@ from mmconvert.converters.blocks import (
 )
 from mmconvert.converters.family import (
     Dims,
+    Dropped,
     Family,
-    Left,
     Module,
     Row,
     Variant,
@@ -207,11 +207,11 @@ FAMILY = Family(
     modules=modules,
     text_config=text_config,
     dropped=(
-        Left(
+        Dropped(
             NameTemplate("language_model.model.layers.{}.self_attn.rotary_emb.inv_freq"),
             "a buffer that the model computes",
         ),
-        Left(
+        Dropped(
             NameTemplate("language_model.model.layers.{}.attention.rotary_emb.inv_freq"),
             "a buffer that the model computes",
         ),

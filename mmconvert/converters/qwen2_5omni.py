@@ -20,15 +20,15 @@ from mmconvert.converters.family import (
     ZEROS,
     Carried,
     Dims,
+    Dropped,
     Family,
-    Left,
     Module,
     Row,
     Variant,
     need,
     read_dims,
     row,
-    section,
+    section_or_defaults,
 )
 from mmconvert.names import NameTemplate
 from mmconvert.sharding.spans import Interleave, heads
@@ -54,14 +54,33 @@ AUDIO_DEFAULTS = {
 }
 
 
+# Class defaults of Qwen2_5OmniTextConfig.
+TEXT_DEFAULTS = {
+    "llm.layers": 28,
+    "llm.heads": 28,
+    "llm.query_groups": 4,
+    "llm.hidden": 3584,
+    "llm.ffn": 18944,
+    "llm.vocab": 152064,
+}
+THINKER = "qwen2_5_omni_thinker"  # model_type of the thinker saved alone
+
+
+def thinker_config(config: Mapping[str, object]) -> Mapping[str, object]:
+    """The thinker's part; of a thinker that was saved alone, all."""
+    if config.get("model_type") == THINKER:
+        return config
+    return section_or_defaults(config, "thinker_config")
+
+
 def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
     """The thinker's text part."""
-    return section(section(config, "thinker_config"), "text_config")
+    return section_or_defaults(thinker_config(config), "text_config")
 
 
 def dims(config: Mapping[str, object]) -> Dims:
     """Sizes from config.json: vision, audio and text of the thinker."""
-    thinker = section(config, "thinker_config")
+    thinker = thinker_config(config)
     vision_keys = {
         "vit.layers": ("depth",),
         "vit.heads": ("num_heads",),
@@ -69,12 +88,14 @@ def dims(config: Mapping[str, object]) -> Dims:
         "vit.ffn": ("intermediate_size",),
         "vit.merge": ("spatial_merge_size",),
     }
-    vision = section(thinker, "vision_config")
+    vision = section_or_defaults(thinker, "vision_config")
     found = vision_dims(vision, "thinker_config.vision_config", vision_keys, VISION_DEFAULTS)
     where = "thinker_config.audio_config"
-    audio = read_dims(section(thinker, "audio_config"), where, AUDIO_KEYS, AUDIO_DEFAULTS)
+    heard = section_or_defaults(thinker, "audio_config")
+    audio = read_dims(heard, where, AUDIO_KEYS, AUDIO_DEFAULTS)
     need(audio, where, AUDIO_KEYS)
-    return found | audio | text_dims(text_config(config), "thinker_config.text_config")
+    text = text_dims(text_config(config), "thinker_config.text_config", TEXT_DEFAULTS)
+    return found | audio | text
 
 
 def separate_qkv(mm: str, hf: str, width: str, unit: str, bias: tuple[str, ...]) -> tuple[Row, ...]:
@@ -159,27 +180,34 @@ def modules(variant: Variant) -> tuple[Module, ...]:
 FAMILY = Family(
     name="Qwen2.5-Omni",
     converter="Qwen2_5_OmniConverter",
-    model_types=frozenset({"qwen2_5_omni"}),
+    model_types=frozenset({"qwen2_5_omni", THINKER}),
     dims=dims,
     modules=modules,
     text_config=text_config,
     module_keys=("vit", "audio", "llm"),
-    # As transformers 5 names the thinker's parts; the hub has the second of each pair.
+    # As transformers 5 names the thinker's parts; the hub has the second of each pair. A thinker
+    # that was saved alone has no prefix.
     spellings=(
         ("thinker.model.visual.", "thinker.visual."),
         ("thinker.model.audio_tower.", "thinker.audio_tower."),
         ("thinker.model.language_model.", "thinker.model."),
+        ("model.visual.", "thinker.visual."),
+        ("model.audio_tower.", "thinker.audio_tower."),
+        ("model.language_model.", "thinker.model."),
+        *((name, f"thinker.{name}") for name in ("visual.", "audio_tower.", "model.", "lm_head.")),
     ),
     dropped=(
-        Left(
+        Dropped(
             NameTemplate("thinker.audio_tower.positional_embedding.positional_embedding"),
             "a buffer that the model computes",
         ),
-        Left(
+        Dropped(
             NameTemplate("thinker.visual.rotary_pos_emb.inv_freq"),
             "a buffer that the model computes",
         ),
-        Left(NameTemplate("thinker.model.rotary_emb.inv_freq"), "a buffer that the model computes"),
+        Dropped(
+            NameTemplate("thinker.model.rotary_emb.inv_freq"), "a buffer that the model computes"
+        ),
     ),
     carried=(
         Carried("talker.", "the talker is not trained in MM"),

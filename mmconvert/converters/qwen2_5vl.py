@@ -16,7 +16,7 @@ from mmconvert.converters.blocks import (
     vision_dims,
     vision_qkv,
 )
-from mmconvert.converters.family import Dims, Family, Module, Variant, section
+from mmconvert.converters.family import Dims, Family, Module, Variant, section_or_defaults
 from mmconvert.converters.qwen2vl import (
     BUFFERS,
     SPELLINGS,
@@ -38,7 +38,7 @@ def dims(config: Mapping[str, object]) -> Dims:
         "vit.ffn": ("intermediate_size",),
         "vit.merge": ("spatial_merge_size",),
     }
-    vision = section(config, "vision_config")
+    vision = section_or_defaults(config, "vision_config")
     vit = vision_dims(vision, "vision_config", names, VISION_DEFAULTS)
     return vit | text_dims(text_config(config), "text model", TEXT_DEFAULTS)
 

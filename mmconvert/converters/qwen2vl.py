@@ -16,7 +16,15 @@ from mmconvert.converters.blocks import (
     vision_dims,
     vision_qkv,
 )
-from mmconvert.converters.family import Dims, Family, Left, Module, Variant, section
+from mmconvert.converters.family import (
+    Dims,
+    Dropped,
+    Family,
+    Module,
+    Variant,
+    section,
+    section_or_defaults,
+)
 from mmconvert.names import NameTemplate
 
 B = "visual.blocks.{}"
@@ -25,12 +33,12 @@ BOTH = ("weight", "bias")
 # transformers 4.52 and later may write the second and third prefix; the hub has the first.
 SPELLINGS = (("model.visual.", "visual."), ("model.language_model.", "model."))
 BUFFERS = (
-    Left(
+    Dropped(
         NameTemplate("model.layers.{}.self_attn.rotary_emb.inv_freq"),
         "a buffer that the model computes",
     ),
-    Left(NameTemplate("model.rotary_emb.inv_freq"), "a buffer that the model computes"),
-    Left(NameTemplate("visual.rotary_pos_emb.inv_freq"), "a buffer that the model computes"),
+    Dropped(NameTemplate("model.rotary_emb.inv_freq"), "a buffer that the model computes"),
+    Dropped(NameTemplate("visual.rotary_pos_emb.inv_freq"), "a buffer that the model computes"),
 )
 
 
@@ -41,12 +49,12 @@ TEXT_DEFAULTS = {"llm.layers": 80, "llm.heads": 64, "llm.query_groups": 8, "llm.
 
 def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
     """The text part: nested (transformers 4.52 and later) or the whole config (hub)."""
-    return section(config, "text_config") if "text_config" in config else config
+    return config if config.get("text_config") is None else section(config, "text_config")
 
 
 def dims(config: Mapping[str, object]) -> Dims:
     """Sizes from config.json."""
-    vision = section(config, "vision_config")
+    vision = section_or_defaults(config, "vision_config")
     names = {
         "vit.layers": ("depth",),
         "vit.heads": ("num_heads",),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from mmconvert.converters.family import (
     Dims,
-    Left,
+    Dropped,
     Module,
     Row,
     Variant,
@@ -64,7 +64,7 @@ def dims(config: Mapping[str, object]) -> Dims:
     return found
 
 
-def _thirds(mm: str, names: str, hf: str, kind: str, size: str, cols: str, heads: str) -> list[Row]:
+def _packed(mm: str, names: str, hf: str, kind: str, size: str, cols: str, heads: str) -> list[Row]:
     """The three linears that one packed HF tensor holds.
 
     Args:
@@ -90,7 +90,7 @@ def _projection(mm: str, hf: str, size: str) -> tuple[Row, ...]:
     """An attention's output, which MindFormers stores as [in, out]."""
     weight = f"{hf}.out_proj.weight"
     return (
-        row(f"{mm}.projection.weight", weight, rows=size, cols=size, shard=COLUMN, turned=True),
+        row(f"{mm}.projection.weight", weight, rows=size, cols=size, shard=COLUMN, transposed=True),
         row(f"{mm}.projection.bias", f"{hf}.out_proj.bias", rows=size),
     )
 
@@ -104,8 +104,8 @@ def _text() -> Module:
         before=(row(EMBEDDING, "transformer.wte.weight", rows="llm.vocab", cols=w, shard=COLUMN),),
         layer=(
             row(f"{T}.attention_norm.weight", f"{H}.ln_1.weight", rows=w),
-            *_thirds(attention, "wq wk wv", f"{packed}.weight", "weight", "llm.qkv", w, ""),
-            *_thirds(attention, "wq wk wv", f"{packed}.bias", "bias", "llm.qkv", "", ""),
+            *_packed(attention, "wq wk wv", f"{packed}.weight", "weight", "llm.qkv", w, ""),
+            *_packed(attention, "wq wk wv", f"{packed}.bias", "bias", "llm.qkv", "", ""),
             row(
                 f"{attention}.wo.weight", f"{H}.attn.c_proj.weight", rows=w, cols="llm.q", shard=ROW
             ),
@@ -133,8 +133,8 @@ def _block() -> tuple[Row, ...]:
     return (
         *_norm(f"{B}.ln_1", f"{HB}.ln_1", w),
         *_norm(f"{B}.ln_2", f"{HB}.ln_2", w),
-        *_thirds(attn, dense, f"{packed}.weight", "weight", "vit.qkv", w, "vit.heads"),
-        *_thirds(attn, dense, f"{packed}.bias", "bias", "vit.qkv", "", "vit.heads"),
+        *_packed(attn, dense, f"{packed}.weight", "weight", "vit.qkv", w, "vit.heads"),
+        *_packed(attn, dense, f"{packed}.bias", "bias", "vit.qkv", "", "vit.heads"),
         *_projection(attn, f"{HB}.attn", w),
         row(f"{B}.mlp.c_fc.weight", f"{HB}.mlp.c_fc.weight", rows=ffn, cols=w, shard=COLUMN),
         row(f"{B}.mlp.c_fc.bias", f"{HB}.mlp.c_fc.bias", rows=ffn, shard=COLUMN),
@@ -157,8 +157,8 @@ def _resampler() -> tuple[Row, ...]:
             cols="vit.width",
             shard=COLUMN,
         ),
-        *_thirds(f"{pool}.attn", dense, f"{packed}_weight", "weight", "vit.pool_qkv", w, ""),
-        *_thirds(f"{pool}.attn", dense, f"{packed}_bias", "bias", "vit.pool_qkv", "", ""),
+        *_packed(f"{pool}.attn", dense, f"{packed}_weight", "weight", "vit.pool_qkv", w, ""),
+        *_packed(f"{pool}.attn", dense, f"{packed}_bias", "bias", "vit.pool_qkv", "", ""),
         *_projection(f"{pool}.attn", f"{HV}.attn_pool.attn", w),
         *_norm(f"{pool}.ln_q", f"{HV}.attn_pool.ln_q", w),
         *_norm(f"{pool}.ln_kv", f"{HV}.attn_pool.ln_kv", w),
@@ -202,9 +202,9 @@ FAMILY = MSFamily(
     text_config=_text_config,
     module_keys=("vit", "llm", "head"),
     dropped=(
-        Left(NameTemplate("transformer.rotary_emb.inv_freq"), BUFFER),
-        Left(NameTemplate("transformer.h.{}.attn.rotary_emb.inv_freq"), BUFFER),
-        Left(NameTemplate("transformer.h.{}.attn.masked_bias"), BUFFER),
+        Dropped(NameTemplate("transformer.rotary_emb.inv_freq"), BUFFER),
+        Dropped(NameTemplate("transformer.h.{}.attn.rotary_emb.inv_freq"), BUFFER),
+        Dropped(NameTemplate("transformer.h.{}.attn.masked_bias"), BUFFER),
     ),
     variants=(Variant(),),
     canonical=False,

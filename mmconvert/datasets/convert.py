@@ -75,7 +75,7 @@ def convert_file(
                 if made is not None:
                     writer.add(made, index)
             except DatasetError as error:
-                raise DatasetError(f"{source}: {error.what}", error.wanted, error.fix) from None
+                raise DatasetError(f"{source}: {error.what}", error.expected, error.fix) from None
         if report.counts["missing"] and not report.counts["images"] and not none_found_is_ok:
             raise DatasetError(
                 f"{source}: none of the images of {report.counts['missing']} items is there, "

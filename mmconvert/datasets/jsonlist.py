@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from mmconvert import durable
 from mmconvert.errors import DatasetError, OutputError, cannot_write
 
 try:
@@ -268,10 +269,14 @@ class ListWriter:
         try:
             if self._keep_mode and self._fd is not None and self.final.exists():
                 os.fchmod(self._fd, self.final.stat().st_mode & 0o7777)
-            os.replace(self.partial, self.final)
+            if self._fd is not None:
+                durable.sync_fd(self._fd)
+            durable.replace(self.partial, self.final)
+            made, self._new_parents = self._new_parents, []
+            for parent in made:
+                durable.sync_folder(parent.parent)
         except OSError as error:
             raise cannot_write(self.final, error) from error
-        self._new_parents = []
         self._close()
 
     def _close(self) -> None:

@@ -104,9 +104,9 @@ class Converter:
         """
         raise NotImplementedError
 
-    def fail(self, index: int, what: str, wanted: str, fix: str = "") -> NoReturn:
+    def fail(self, index: int, what: str, expected: str, fix: str = "") -> NoReturn:
         """Raises DatasetError for an item."""
-        raise DatasetError(f"item {index}{what}", wanted, fix)
+        raise DatasetError(f"item {index}{what}", expected, fix)
 
     def noticed(self, kind: str, index: int, example: str) -> None:
         """Counts something that is worth a warning. Raises DatasetError if strict."""

@@ -10,11 +10,11 @@ from typing import Literal, NamedTuple
 
 from mmconvert.errors import CheckpointError
 from mmconvert.executor.fileio import BUFFERS, Files, read_pieces
-from mmconvert.plan import matrix
+from mmconvert.plan.plan import matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor, Target
 
 DIRECT_ROW = 64 << 10  # bytes; row pieces at least this long are read on their own
-MOST_SKIPPED = 16  # times the bytes wanted that are read along with them rather than seeked over
+MOST_SKIPPED = 16  # times the bytes expected that are read along with them rather than seeked over
 # The memoryview format that holds the bits of one element, by its size.
 INTEGER: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 

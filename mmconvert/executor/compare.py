@@ -13,7 +13,7 @@ from mmconvert.executor.blockio import Region, read_compact
 from mmconvert.executor.differences import Difference
 from mmconvert.executor.fileio import BAND, Files, open_files
 from mmconvert.executor.jobs import JOB_SIZE, Job, run_jobs
-from mmconvert.plan import Comparison, Zeros, matrix
+from mmconvert.plan.plan import Comparison, Zeros, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 

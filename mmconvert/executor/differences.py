@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mmconvert.plan import Key
+from mmconvert.plan.plan import Key
 from mmconvert.stored import StoredTensor
 
 

@@ -13,7 +13,7 @@ from mmconvert.events import Events
 from mmconvert.executor.blockio import Region, Window, read_region
 from mmconvert.executor.fileio import BAND, BUFFERS, Files
 from mmconvert.executor.jobs import Job, run_jobs
-from mmconvert.plan import Block, Key, Whole, matrix
+from mmconvert.plan.plan import Block, Key, Whole, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 ALGORITHM = "sha256 of dtype, shape and row-major bytes of the whole MM tensor"

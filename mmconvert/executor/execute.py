@@ -30,7 +30,7 @@ from mmconvert.executor.casts import Loss
 from mmconvert.executor.differences import place
 from mmconvert.executor.fileio import BAND, BUFFERS, Files, Span, copy_range, write_pieces
 from mmconvert.executor.jobs import JOB_SIZE, Job, Losses
-from mmconvert.plan import Copy, Plan, matrix
+from mmconvert.plan.plan import Copy, Plan, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 STREAM_MIN = 64 << 10  # bytes; shorter runs are gathered

@@ -10,7 +10,7 @@ several machines that see the same folders.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -68,6 +68,28 @@ class Group:
         """Lets the first process alone do something; all get its result, or its error."""
         answers: list[Any] = self.together(work if self.leads else _nothing)
         return answers[0]
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Makes sure that all processes want the same, before one of them writes anything.
+
+        Args:
+            facts: what decides the output, by what to call it in a message.
+
+        Raises:
+            RequestError: they differ; in all processes.
+        """
+        first, *others = self.gather(dict(facts))
+        for rank, other in enumerate(others, 1):
+            for name in first | other:
+                if first.get(name) != other.get(name):
+                    raise RequestError(
+                        f"the processes of this run disagree: {name} is "
+                        f"{first.get(name, 'not there')} on process 0 and "
+                        f"{other.get(name, 'not there')} on process {rank}",
+                        "one and the same request, over the same files, in all of them",
+                        "give every process the same command line, and the same version of "
+                        "mmconvert",
+                    )
 
     def share(self, items: Sequence[T], weight: Callable[[T], int]) -> list[T]:
         """The part of a sequence for this process: neighbours, about equally heavy."""
@@ -138,15 +160,15 @@ def _told(error: BaseException | None) -> tuple[tuple[str, str, str, str], None]
     if error is None:
         return None
     if isinstance(error, MMConvertError):
-        return (type(error).__name__, error.what, error.wanted, error.fix), None
+        return (type(error).__name__, error.what, error.expected, error.fix), None
     return (type(error).__name__, f"{type(error).__name__}: {error}", "", ""), None
 
 
 def _rebuilt(said: tuple[str, str, str, str], rank: int) -> MMConvertError:
-    name, what, wanted, fix = said
+    name, what, expected, fix = said
     kind = getattr(errors, name, MMConvertError)
     known = isinstance(kind, type) and issubclass(kind, MMConvertError)
-    return (kind if known else MMConvertError)(f"process {rank}: {what}", wanted, fix)
+    return (kind if known else MMConvertError)(f"process {rank}: {what}", expected, fix)
 
 
 _current = Group()

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from mmconvert.executor.casts import Loss
 from mmconvert.executor.jobs import Job, Losses
-from mmconvert.plan import Plan
+from mmconvert.plan.plan import Plan
 from mmconvert.version import VERSION
 
 PREFIX = ".mmconvert-journal"  # then number and machine: each process of a run keeps its own
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # Linux, proc(5)
 
 # What reading a damaged journal may raise.
@@ -40,20 +41,11 @@ def request_of(plan: Plan, extra: object) -> str:
     """A digest of all that decides which bytes are written where.
 
     Args:
-        extra: what beside the plan decides it, such as weight files and their headers.
-
-    Raises:
-        OSError: a source file is gone.
+        extra: what beside the plan decides it, such as weight files and their headers, and the
+            state of the files that are read.
     """
-    sources = {str(p): _state(p) for p in sorted({t.path for t in plan.sources})}
-    parts = (VERSION, sources, plan.sources, plan.targets, plan.copies, plan.fills, extra)
+    parts = (VERSION, plan.sources, plan.targets, plan.copies, plan.fills, extra)
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-
-
-def _state(path: Path) -> tuple[int, ...]:
-    """Changes whenever the file may have: its own time can be set back, that of its inode not."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def job_key(job: Job, folder: Path) -> str:
@@ -121,7 +113,7 @@ class Journal:
         # number that one of another machine had, and its jobs must not pass for that machine's.
         path = folder / f"{PREFIX}.{number}.{boot_id()}"
         new = not path.exists()
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        self._fd = os.open(path, _APPEND, 0o600)
         if new:
             os.write(self._fd, _head(request, boot_id()) + b"\n")
         elif torn := _torn(path):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mmconvert.durable import EarlySync
+from mmconvert.errors import cannot_write
 from mmconvert.events import Events
 from mmconvert.executor import journal
 from mmconvert.executor.casts import Losses
@@ -13,7 +16,7 @@ from mmconvert.executor.execute import jobs_of
 from mmconvert.executor.group import Group
 from mmconvert.executor.jobs import Job, run_jobs
 from mmconvert.executor.pieces import in_pieces
-from mmconvert.plan import Plan
+from mmconvert.plan.plan import Plan
 from mmconvert.stored import StoredTensor
 
 
@@ -47,8 +50,13 @@ class Staged:
     finished: journal.Finished
 
 
-def move(plan: Plan, staged: Staged, workers: int, group: Group, events: Events) -> Moved:
+def move(
+    plan: Plan, staged: Staged, workers: int, group: Group, events: Events, *, sync: bool
+) -> Moved:
     """Moves every byte of a plan that is not in place already; returns when all processes have.
+
+    Args:
+        sync: whether each process brings what it has written to the disk.
 
     Raises:
         MMConvertError: a file that cannot be read or written, in any process.
@@ -69,24 +77,33 @@ def move(plan: Plan, staged: Staged, workers: int, group: Group, events: Events)
         sorted((j for j in jobs if id(j) in left), key=lambda j: (j.writes, j.place)),
         lambda job: job.nbytes,
     )
-    for losses in group.together(lambda: _run(mine, staged, workers, group, events)):
+    for losses in group.together(lambda: _run(mine, staged, workers, group, events, sync=sync)):
         moved.losses.merge(losses)
     return moved
 
 
-def _run(jobs: Sequence[Job], staged: Staged, workers: int, group: Group, events: Events) -> Losses:
+def _run(
+    jobs: Sequence[Job], staged: Staged, workers: int, group: Group, events: Events, *, sync: bool
+) -> Losses:
     """Runs the jobs of this process; returns what they lost."""
     events.start("converting", sum(job.nbytes for job in jobs))
     losses = Losses()
     notes = journal.Journal(staged.folder, staged.request, group.rank)
 
+    early = EarlySync() if sync else None
+
     def finished(job: Job, lost: journal.Losses) -> None:
+        if early is not None:
+            early.wrote(job.writes)
         notes.add(job, lost)
         losses.add(lost)
         events.advance(job.nbytes)
 
     try:
-        run_jobs(jobs, workers, finished)
+        with early or nullcontext():
+            run_jobs(jobs, workers, finished)
+    except OSError as error:  # of a sync; the others have their own words
+        raise cannot_write(error.filename or staged.folder, error) from error
     finally:
         notes.close()
     return losses

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from mmconvert.formats.mindspore_layout import Rectangle, rectangles
-from mmconvert.plan import Copy, Plan, Zeros, matrix
-from mmconvert.proof import prove
+from mmconvert.formats.containers.ckpt_layout import Rectangle, rectangles
+from mmconvert.plan.plan import Copy, Plan, Zeros, matrix
+from mmconvert.plan.proof import prove
 from mmconvert.stored import StoredTensor, Target
 
 
@@ -55,7 +55,7 @@ def in_pieces(plan: Plan, places: Sequence[StoredTensor]) -> Pieces:
 
 
 def _meet(
-    cuts: Sequence[tuple[int, Rectangle]], wanted: Sequence[int]
+    cuts: Sequence[tuple[int, Rectangle]], expected: Sequence[int]
 ) -> list[tuple[int, int, int, int, int, int, int]]:
     """Where a rectangle of a target meets its pieces.
 
@@ -63,7 +63,7 @@ def _meet(
         for each piece met: its number, row and column in it, rows, columns, and how far down and
         right of the rectangle's own corner that is.
     """
-    row, col, rows, cols = wanted
+    row, col, rows, cols = expected
     found: list[tuple[int, int, int, int, int, int, int]] = []
     for number, piece in cuts:
         height, width = matrix(piece.stored.shape)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from mmconvert.comparison.diffresult import At, Diff, Facts, Group, TensorDistance
 from mmconvert.executor.distance import Totals
+from mmconvert.tools.comparison.diffresult import At, Diff, Facts, Group, TensorDistance
 
 
 def diff_dict(found: Diff, top: int) -> dict[str, object]:

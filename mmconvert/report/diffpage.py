@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mmconvert.comparison.diffresult import Diff, Group, TensorDistance
 from mmconvert.report import page
 from mmconvert.report.chart import EDGE, WHOLE, Bar, bar_chart
 from mmconvert.report.style import module_class
 from mmconvert.report.svg import Drawing
 from mmconvert.report.text import facts, figure, headline, percent
+from mmconvert.tools.comparison.diffresult import Diff, Group, TensorDistance
 
 COLORS = {"image_encoder": "vit", "audio_encoder": "audio", "text_decoder": "llm"}
 QUANTITY = "relative L2 of each layer, ||A - B|| / ||A||"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mmconvert import durable
 from mmconvert.errors import OutputError, RequestError, cannot_write
 
 HEADS = (b"<!doctype html", b"<svg")  # how our reports begin; only such files are replaced
@@ -16,12 +17,12 @@ def check_reports(*paths: Path | None, overwrite: bool) -> list[Path]:
     Raises:
         RequestError: one file for two reports; OutputError: see :func:`check_report`.
     """
-    wanted = [path for path in paths if path is not None]
-    if len({os.path.realpath(path) for path in wanted}) < len(wanted):
-        raise RequestError(f"--html and --svg are both {wanted[0]}", "two files")
-    for path in wanted:
+    expected = [path for path in paths if path is not None]
+    if len({os.path.realpath(path) for path in expected}) < len(expected):
+        raise RequestError(f"--html and --svg are both {expected[0]}", "two files")
+    for path in expected:
         check_report(path, overwrite=overwrite)
-    return wanted
+    return expected
 
 
 def check_report(path: Path, *, overwrite: bool) -> None:
@@ -75,7 +76,9 @@ def write_report(path: Path, text: str, *, overwrite: bool) -> None:
     try:
         with partial.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
-        partial.replace(final)
+            file.flush()
+            durable.sync_fd(file.fileno())
+        durable.replace(partial, final)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mmconvert.contents import Box
 from mmconvert.report.style import SHADES
 from mmconvert.report.svg import Drawing, width_of
 from mmconvert.sharding.layout import TP_FLAG, Chunk, Layout
+from mmconvert.tools.contents import Box
 from mmconvert.words import amount
 
 EDGE, GAP, PAD = 20, 3, 8  # pixels: around the picture, between cells, inside cells
@@ -33,7 +33,7 @@ class GridPicture:
         self._drawing = Drawing()
 
     def _words(self, chunk: Chunk) -> list[str]:
-        """The lines of a cell: its modules, each with its part where towers differ in tp."""
+        """The lines of a cell: its modules, each with its part where encoders differ in tp."""
         lines: list[str] = []
         for holding in self._boxes[chunk].holdings:
             size = self._layout.tp.get(holding.module)

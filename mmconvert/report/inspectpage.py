@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmconvert.inspection import KINDS, UNITS, Inspection
 from mmconvert.report import page
 from mmconvert.report.grid import layout_drawing
 from mmconvert.report.stacks import stacks_drawing
@@ -12,6 +11,7 @@ from mmconvert.report.svg import Drawing
 from mmconvert.sharding.layout import GRID_FLAG
 from mmconvert.sharding.stages import show
 from mmconvert.stored import StoredTensor
+from mmconvert.tools.inspection import KINDS, UNITS, Inspection
 from mmconvert.words import amount
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mmconvert.comparison.diffresult import Diff, Facts, Group, TensorDistance
 from mmconvert.report.chart import Axis, axis_for
+from mmconvert.tools.comparison.diffresult import Diff, Facts, Group, TensorDistance
 from mmconvert.words import amount, printable
 
 BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "12345678"

@@ -1,4 +1,4 @@
-"""The audio tower of Qwen2.5-Omni, cut for one model chunk as the vision tower is."""
+"""The audio encoder of Qwen2.5-Omni, cut for one model chunk as the vision encoder is."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from mmconvert.runtime.attention import head_qkv
-from mmconvert.runtime.bind import Tower
-from mmconvert.runtime.towers import Point, Span, kept, layer_points
+from mmconvert.runtime.bind import Binder
+from mmconvert.runtime.encoders import Point, Span, kept, layer_points
 
 AUDIO = "audio_encoder.encoder"
 
 
 class Silent(nn.Module):
-    """Stands for a convolution of the audio tower that another stage has: zeros of its shape."""
+    """Stands for a convolution of the audio encoder that another stage has: zeros of its shape."""
 
     def __init__(self, conv: nn.Conv1d, dtype: torch.dtype) -> None:
         super().__init__()
@@ -29,29 +29,29 @@ class Silent(nn.Module):
 
 
 class QwenAudio(nn.Module):
-    """Audio tower of Qwen2.5-Omni. MM format has a k bias that transformers has not: zeros."""
+    """Audio encoder of Qwen2.5-Omni. MM format has a k bias that transformers has not: zeros."""
 
-    def __init__(self, tower: Tower, audio: Any, span: Span, dtype: torch.dtype) -> None:  # noqa: ANN401 - HF's model
+    def __init__(self, binder: Binder, audio: Any, span: Span, dtype: torch.dtype) -> None:  # noqa: ANN401 - HF's model
         super().__init__()
         self.width, self.span = audio.conv2.out_channels, span
         self.points: list[Point] = []
         if span.first:
             for name in ("conv1", "conv2", "audio_bos_eos_token"):
-                tower.replicated(getattr(audio, name), f"{AUDIO}.{name}", name)
+                binder.replicated(getattr(audio, name), f"{AUDIO}.{name}", name)
             self.points.append(Point("audio_encoder conv2", ("audio", "conv2"), audio.conv2))
         else:
             audio.conv1, audio.conv2 = Silent(audio.conv1, dtype), Silent(audio.conv2, dtype)
             audio.audio_bos_eos_token = nn.Identity()
         audio.layers = kept(audio.layers, span)
         for i, layer in enumerate(audio.layers):
-            self._layer(tower, layer, i, span.start + i)
+            self._layer(binder, layer, i, span.start + i)
         self._received: Tensor | None = None
         self._sent: Tensor | None = None
         if not span.first:
             audio.layers[0].register_forward_pre_hook(self._receive)
         if span.last:
             for name in ("ln_post", "proj"):
-                tower.replicated(getattr(audio, name), f"{AUDIO}.{name}", name)
+                binder.replicated(getattr(audio, name), f"{AUDIO}.{name}", name)
                 self.points.append(
                     Point(f"audio_encoder {name}", ("audio", name), getattr(audio, name))
                 )
@@ -60,21 +60,21 @@ class QwenAudio(nn.Module):
             audio.layers[-1].register_forward_hook(self._send)
         self.audio = audio
 
-    def _layer(self, tower: Tower, layer: Any, i: int, number: int) -> None:  # noqa: ANN401 - HF's layer
+    def _layer(self, binder: Binder, layer: Any, i: int, number: int) -> None:  # noqa: ANN401 - HF's layer
         mm, hf = f"{AUDIO}.blocks.layers.{i}", f"layers.{number}"
         attn, mm_attn = layer.self_attn, f"{mm}.self_attention"
-        tower.replicated(
+        binder.replicated(
             layer.self_attn_layer_norm, f"{mm}.input_layernorm", f"{hf}.self_attn_layer_norm"
         )
         head_qkv(
-            tower, attn, ("q_proj", "k_proj", "v_proj"), f"{mm_attn}.linear_qkv", f"{hf}.self_attn"
+            binder, attn, ("q_proj", "k_proj", "v_proj"), f"{mm_attn}.linear_qkv", f"{hf}.self_attn"
         )
-        tower.row(attn, "out_proj", f"{mm_attn}.linear_proj", f"{hf}.self_attn.out_proj")
-        tower.replicated(
+        binder.row(attn, "out_proj", f"{mm_attn}.linear_proj", f"{hf}.self_attn.out_proj")
+        binder.replicated(
             layer.final_layer_norm, f"{mm}.pre_mlp_layernorm", f"{hf}.final_layer_norm"
         )
-        tower.column(layer, "fc1", f"{mm}.mlp.linear_fc1", f"{hf}.fc1")
-        tower.row(layer, "fc2", f"{mm}.mlp.linear_fc2", f"{hf}.fc2")
+        binder.column(layer, "fc1", f"{mm}.mlp.linear_fc1", f"{hf}.fc1")
+        binder.row(layer, "fc2", f"{mm}.mlp.linear_fc2", f"{hf}.fc2")
         names = {"self_attn_layer_norm": "input_layernorm", "self_attn": "self_attention"}
         names |= {"final_layer_norm": "pre_mlp_layernorm", "fc2": "mlp"}
         self.points += layer_points(f"audio_encoder layer {number}", "audio", hf, layer, names)

@@ -23,7 +23,7 @@ class Batch:
         positions: (3, batch, time) for m-RoPE, (batch, time) else.
         pixels: (patches, values of a patch) of images, then of videos; InternVL: (tiles, 3, h, w).
         grid: (images + videos, 3) time, height, width in patches; InternVL: (tiles, 3).
-        image_rows: how many of the rows that the vision tower gives belong to images.
+        image_rows: how many of the rows that the vision encoder gives belong to images.
         features: (mel bins, frames) of all sounds, one after the other.
         lengths: (sounds,) frames of each.
     """
@@ -48,12 +48,12 @@ class Batch:
 
     @property
     def patches(self) -> int:
-        """Rows or tiles that the vision tower takes."""
+        """Rows or tiles that the vision encoder takes."""
         return self.pixels.shape[0]
 
     @property
     def sound_rows(self) -> int:
-        """Hidden states of the audio tower before pooling: half of the frames, rounded up."""
+        """Hidden states of the audio encoder before pooling: half of the frames, rounded up."""
         return int(((self.lengths + 1) // 2).sum())
 
     @property

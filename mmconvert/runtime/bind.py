@@ -28,8 +28,8 @@ from mmconvert.runtime.parallel import (
 from mmconvert.runtime.shard import Binding, Shard
 
 
-class Tower:
-    """Binds the modules of one tower (vision, audio or text) in one chunk.
+class Binder:
+    """Binds the modules of one module (vision, audio or text) in one chunk.
 
     Args:
         key: ``vit``, ``audio`` or ``llm``.

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mmconvert.errors import OutputError, RequestError
-from mmconvert.formats.megatron import TRACKER
+from mmconvert.formats.mm.folder import TRACKER
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import inputs
 from mmconvert.runtime.batch import Batch
@@ -70,7 +70,7 @@ def _question(
         speaker = Speaker(arch, hf_dir)
         pictures: list[object] = [*images] or [drawn_picture()]
         heard: list[object] = [*sounds]
-        if arch.kind == "qwen2_5_omni" and not heard:  # a tower that is not run is not checked
+        if arch.kind == "qwen2_5_omni" and not heard:  # an encoder that is not run is not checked
             heard = [drawn_sound()]
         batch = speaker.batch(prompt(words or PROMPT, pictures, heard), answer=True)
     except RequestError as error:

@@ -114,7 +114,7 @@ class Speaker:
             answer: end with the start of an answer, as for generating; else with what was said.
 
         Raises:
-            RequestError: files and places do not match, or the model has no such tower.
+            RequestError: files and places do not match, or the model has no such encoder.
         """
         sample, media, tokens = self._media(sample)
         rows = sum(sum(each) for each in tokens.values())

@@ -110,7 +110,7 @@ class Feed:
         try:
             return self._speaker.batch(sample, answer=False)
         except RequestError as error:
-            raise DatasetError(f"{sample.name}: {error.what}", error.wanted, error.fix) from None
+            raise DatasetError(f"{sample.name}: {error.what}", error.expected, error.fix) from None
 
     def _permutation(self, epoch: int) -> list[int]:
         if self._seed is None:

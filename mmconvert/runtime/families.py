@@ -1,4 +1,4 @@
-"""Transformers' model of each family: its class, its config, and where its towers are."""
+"""Transformers' model of each family: its class, its config, and where its modules are."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ CLASSES = {
     "qwen2_5_omni": ("Qwen2_5OmniThinkerConfig", "Qwen2_5OmniThinkerForConditionalGeneration"),
     "internvl_chat": ("InternVLConfig", "InternVLForConditionalGeneration"),
 }
+THINKER = "qwen2_5_omni_thinker"  # model_type of Omni's thinker saved alone
 TEXT_CONFIGS = {
     "InternLM2ForCausalLM": "LlamaConfig",  # computes the same: RMS norm, rotary GQA, gated SiLU
     "LlamaForCausalLM": "LlamaConfig",
@@ -29,11 +30,11 @@ TEXT_CONFIGS = {
 
 @dataclass(frozen=True)
 class Parts:
-    """The towers of a model of transformers.
+    """The modules of a model of transformers.
 
     Attributes:
-        visual: vision tower; for InternVL the model that has tower and projector.
-        audio: audio tower, or None.
+        visual: vision encoder; for InternVL the model that has encoder and projector.
+        audio: audio encoder, or None.
         text: text model without its output layer.
         owner: the module that has ``lm_head``.
         positions: the module that has ``get_rope_index``, or None.
@@ -45,10 +46,10 @@ class Parts:
     owner: Any
     positions: Any
 
-    def find(self, tower: str, name: str) -> Any:  # noqa: ANN401 - a module or parameter
-        """A module or parameter by tower (``vit``, ``audio``, ``llm``) and name in it."""
-        root = {"vit": self.visual, "audio": self.audio, "llm": self.text}[tower]
-        if tower == "llm" and name.split(".")[0] == "lm_head":
+    def find(self, module: str, name: str) -> Any:  # noqa: ANN401 - a module or parameter
+        """A module or parameter by module (``vit``, ``audio``, ``llm``) and name in it."""
+        root = {"vit": self.visual, "audio": self.audio, "llm": self.text}[module]
+        if module == "llm" and name.split(".")[0] == "lm_head":
             root = self.owner
         for word in name.split("."):
             root = getattr(root, word) if not word.isdigit() else root[int(word)]
@@ -104,8 +105,8 @@ class Architecture:
             return self.model_class()(deepcopy(self.config)).eval()
 
     def parts(self, model: Any) -> Parts:  # noqa: ANN401 - transformers' model
-        """The towers of a model made from this architecture."""
-        # The thinker's towers are its own in transformers 4, in `model.model` in 5.
+        """The modules of a model made from this architecture."""
+        # The thinker's modules are its own in transformers 4, in `model.model` in 5.
         inner = model.model if hasattr(model.model, "language_model") else model
         if self.intern:
             return Parts(inner, None, inner.language_model, model, None)
@@ -144,6 +145,8 @@ def architecture(hf_dir: Path) -> Architecture:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     kind = content.get("model_type")
+    if kind == THINKER:  # saved alone
+        kind, content = "qwen2_5_omni", {"thinker_config": content}
     if kind not in CLASSES:
         raise CheckpointError(
             f"{hf_dir / 'config.json'}: model_type is {kind!r}", f"one of {', '.join(CLASSES)}"
@@ -168,14 +171,14 @@ def _config(kind: str, content: dict[str, Any]) -> Any:  # noqa: ANN401 - transf
     if kind == "internvl_chat":
         return _intern_config(content)
     if kind == "qwen2_5_omni":
-        content = content.get("thinker_config", {})
+        content = content.get("thinker_config") or {}
     made = getattr(transformers, CLASSES[kind][0])
     return made.from_dict({k: v for k, v in content.items() if k != "auto_map"})
 
 
 def _tied(content: dict[str, Any], config: Any) -> object:  # noqa: ANN401 - as above
     """What config.json says at the top or of the text model, else the class's own default."""
-    top = content.get("thinker_config", content)
+    top = content.get("thinker_config") or content
     places = (top, top.get("text_config"), top.get("llm_config")) if isinstance(top, dict) else ()
     for place in places:
         if isinstance(place, dict) and isinstance(place.get("tie_word_embeddings"), bool):

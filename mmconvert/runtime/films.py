@@ -100,12 +100,12 @@ def sampled(count: int, seconds: float, rate: float, most: int) -> list[int]:
     """Numbers of frames, evenly spread from the first to the last: LLaMA-Factory's rule.
 
     Args:
-        rate: frames a second that are wanted.
+        rate: frames a second that are taken.
         most: frames at most.
     """
-    wanted = max(1, min(count, most, max(1, math.floor(seconds * rate))))
-    step = (count - 1) / (wanted - 1) if wanted > 1 else 0.0
-    return [int(i * step) for i in range(wanted)]
+    taken = max(1, min(count, most, max(1, math.floor(seconds * rate))))
+    step = (count - 1) / (taken - 1) if taken > 1 else 0.0
+    return [int(i * step) for i in range(taken)]
 
 
 def middles(count: int, parts: int, first: int = 0) -> list[int]:

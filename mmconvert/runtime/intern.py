@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmconvert.runtime.attention import thirds_qkv
-from mmconvert.runtime.bind import Tower
+from mmconvert.runtime.attention import per_head_qkv
+from mmconvert.runtime.bind import Binder
+from mmconvert.runtime.encoders import Point, Span, kept, layer_points
 from mmconvert.runtime.parallel import SlicedNorm, share
-from mmconvert.runtime.towers import Point, Span, kept, layer_points
 from mmconvert.runtime.vision import PROJECTOR
 
 ENCODER = "image_encoder.encoder"
@@ -41,24 +41,24 @@ def _gives_pair(embeddings: Any) -> bool:  # noqa: ANN401 - HF's module
 
 
 class InternVision(nn.Module):
-    """Vision tower of InternVL.
+    """Vision encoder of InternVL.
 
     Args:
-        inner: transformers' InternVLModel, which has tower and projector.
+        inner: transformers' InternVLModel, which has encoder and projector.
     """
 
-    def __init__(self, tower: Tower, inner: Any, span: Span) -> None:  # noqa: ANN401 - HF's model
+    def __init__(self, binder: Binder, inner: Any, span: Span) -> None:  # noqa: ANN401 - HF's model
         super().__init__()
         vision, self.span = inner.vision_tower, span
         self.width = vision.config.hidden_size
         self.points: list[Point] = []
         if span.first:
-            self._embeddings(tower, vision.embeddings)
+            self._embeddings(binder, vision.embeddings)
         else:
             vision.embeddings = Unembedded(paired=_gives_pair(vision.embeddings))
         vision.encoder.layer = kept(vision.encoder.layer, span)
         for i, layer in enumerate(vision.encoder.layer):
-            self._layer(tower, layer, i, span.start + i)
+            self._layer(binder, layer, i, span.start + i)
         if span.last:
             projector = inner.multi_modal_projector
             for name, mm in (
@@ -67,7 +67,7 @@ class InternVision(nn.Module):
                 ("linear_2", "linear_fc2"),
             ):
                 hf = f"multi_modal_projector.{name}"
-                tower.replicated(getattr(projector, name), f"{PROJECTOR}.{mm}", hf)
+                binder.replicated(getattr(projector, name), f"{PROJECTOR}.{mm}", hf)
             self.points.append(
                 Point("image_encoder projector", ("vit", "multi_modal_projector"), projector)
             )
@@ -76,47 +76,47 @@ class InternVision(nn.Module):
         inner.language_model = nn.Identity()
         self.inner = inner
 
-    def _embeddings(self, tower: Tower, embeddings: Any) -> None:  # noqa: ANN401 - HF's module
+    def _embeddings(self, binder: Binder, embeddings: Any) -> None:  # noqa: ANN401 - HF's module
         mm, hf = f"{ENCODER}.embeddings", "vision_tower.embeddings"
-        tower.own(embeddings, "cls_token", f"{mm}.class_embedding", f"{hf}.cls_token")
-        tower.own(
+        binder.own(embeddings, "cls_token", f"{mm}.class_embedding", f"{hf}.cls_token")
+        binder.own(
             embeddings,
             "position_embeddings",
             f"{mm}.position_embedding",
             f"{hf}.position_embeddings",
         )
         projection = embeddings.patch_embeddings.projection
-        tower.replicated(projection, f"{mm}.patch_embedding", f"{hf}.patch_embeddings.projection")
+        binder.replicated(projection, f"{mm}.patch_embedding", f"{hf}.patch_embeddings.projection")
         self.points.append(Point("image_encoder embeddings", ("vit", hf), embeddings))
 
-    def _layer(self, tower: Tower, layer: Any, i: int, number: int) -> None:  # noqa: ANN401 - HF's layer
+    def _layer(self, binder: Binder, layer: Any, i: int, number: int) -> None:  # noqa: ANN401 - HF's layer
         mm, hf = f"{ENCODER}.encoder.layers.{i}", f"vision_tower.encoder.layer.{number}"
         attn, mm_attn = layer.attention, f"{mm}.self_attention"
-        tower.replicated(layer.layernorm_before, f"{mm}.input_layernorm", f"{hf}.layernorm_before")
+        binder.replicated(layer.layernorm_before, f"{mm}.input_layernorm", f"{hf}.layernorm_before")
         heads, size = attn.num_heads, attn.head_dim
-        thirds_qkv(tower, attn, f"{mm_attn}.linear_qkv", f"{hf}.attention")
-        some = share(heads, tower.group)
+        per_head_qkv(binder, attn, f"{mm_attn}.linear_qkv", f"{hf}.attention")
+        some = share(heads, binder.group)
         for name in ("q_norm", "k_norm"):
             norm = getattr(attn, name)
             if isinstance(norm, nn.Identity):
                 continue
-            tower.replicated(norm, f"{mm_attn}.{name[0]}_layernorm", f"{hf}.attention.{name}")
-            if tower.group.size > 1:
+            binder.replicated(norm, f"{mm_attn}.{name[0]}_layernorm", f"{hf}.attention.{name}")
+            if binder.group.size > 1:
                 features = slice(some.start * size, some.stop * size)
-                sliced = SlicedNorm(norm.weight, norm.variance_epsilon, features, tower.group)
+                sliced = SlicedNorm(norm.weight, norm.variance_epsilon, features, binder.group)
                 setattr(attn, name, sliced)
-        tower.row(
+        binder.row(
             attn,
             "projection_layer",
             f"{mm_attn}.linear_proj",
             f"{hf}.attention.projection_layer",
             heads,
         )
-        tower.replicated(layer.layernorm_after, f"{mm}.pre_mlp_layernorm", f"{hf}.layernorm_after")
-        tower.column(layer.mlp, "fc1", f"{mm}.mlp.linear_fc1", f"{hf}.mlp.fc1")
-        tower.row(layer.mlp, "fc2", f"{mm}.mlp.linear_fc2", f"{hf}.mlp.fc2")
-        tower.own(layer, "lambda_1", f"{mm}.ls1", f"{hf}.lambda_1")
-        tower.own(layer, "lambda_2", f"{mm}.ls2", f"{hf}.lambda_2")
+        binder.replicated(layer.layernorm_after, f"{mm}.pre_mlp_layernorm", f"{hf}.layernorm_after")
+        binder.column(layer.mlp, "fc1", f"{mm}.mlp.linear_fc1", f"{hf}.mlp.fc1")
+        binder.row(layer.mlp, "fc2", f"{mm}.mlp.linear_fc2", f"{hf}.mlp.fc2")
+        binder.own(layer, "lambda_1", f"{mm}.ls1", f"{hf}.lambda_1")
+        binder.own(layer, "lambda_2", f"{mm}.ls2", f"{hf}.lambda_2")
         names = {"layernorm_before": "input_layernorm", "attention": "self_attention"}
         names |= {"layernorm_after": "pre_mlp_layernorm", "mlp": "mlp"}
         self.points += layer_points(f"image_encoder layer {number}", "vit", hf, layer, names)
@@ -125,7 +125,7 @@ class InternVision(nn.Module):
         """Pixels or hidden states of all tiles -> hidden states, or one row per image token.
 
         Args:
-            x: (tiles, 3, height, width) or (tiles * positions, width of the tower).
+            x: (tiles, 3, height, width) or (tiles * positions, width of the binder).
             grid: (tiles, 3); only its length counts.
         """
         if not self.span.first:

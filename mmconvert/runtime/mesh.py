@@ -22,7 +22,7 @@ class Mesh:
         rank: its coordinates; process number = pp rank * tp folders + tp rank.
         pipe: the processes of its pipeline.
         line: the processes with its pp rank.
-        towers: by module key, the processes that share that tower with it.
+        tp_groups: by module key, the processes that share that module with it.
         tied: the processes of the first and the last text stage with its tp rank, if they are two.
         device: what it computes on.
     """
@@ -31,7 +31,7 @@ class Mesh:
     rank: Rank
     pipe: dist.ProcessGroup
     line: dist.ProcessGroup
-    towers: dict[str, TensorGroup]
+    tp_groups: dict[str, TensorGroup]
     tied: dist.ProcessGroup | None
     device: torch.device
 
@@ -54,7 +54,7 @@ class Mesh:
 def build(layout: Layout, device: torch.device) -> Mesh:
     """Makes the groups of a layout; every process calls this.
 
-    A tower with a smaller tp size than the widest one is held several times: tp rank r has its
+    A module with a smaller tp size than the widest one is held several times: tp rank r has its
     piece r % size, and the ranks of one copy follow each other.
     """
     folders, pp = layout.tp_folders, layout.pp_size
@@ -69,11 +69,11 @@ def build(layout: Layout, device: torch.device) -> Mesh:
             group: Any = dist.new_group(list(range(start, start + size)))
             if start <= dist.get_rank() < start + size:
                 groups[size] = TensorGroup(size, t % size, group)
-    towers = {key: groups[size] for key, size in layout.tp.items()}
+    tp_groups = {key: groups[size] for key, size in layout.tp.items()}
     ends = [end(layout.grids["llm"]) % pp for end in (first_stage, last_stage)]
     tied: Any = None  # torch types a group that this process is not in as a number
     if ends[0] != ends[1]:
         for tp in range(folders):
             group = dist.new_group([rank * folders + tp for rank in ends])
             tied = group if tp == t and p in ends else tied
-    return Mesh(layout, Rank(t, p), pipe, line, towers, tied, device)
+    return Mesh(layout, Rank(t, p), pipe, line, tp_groups, tied, device)

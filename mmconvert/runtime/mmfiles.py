@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmconvert import durable
 from mmconvert.errors import CheckpointError, FormatError, cannot_write
-from mmconvert.formats.megatron import EXTRA_STATE, RANK_FILE, TRACKER, MMCheckpoint, open_mm
+from mmconvert.formats.mm.folder import EXTRA_STATE, RANK_FILE, TRACKER, MMCheckpoint, open_mm
 from mmconvert.runtime.families import Architecture
 from mmconvert.sharding.layout import Layout, Rank
 from mmconvert.sharding.stages import StageGrid, show, total
@@ -86,7 +87,7 @@ def find(mm_dir: Path, arch: Architecture) -> Stored:
     return Stored(checkpoint.folder, number, layout)
 
 
-def _layers(visual: Any) -> list[Any]:  # noqa: ANN401 - a tower of any model
+def _layers(visual: Any) -> list[Any]:  # noqa: ANN401 - an encoder of any model
     return list(visual.blocks if hasattr(visual, "blocks") else visual.vision_tower.encoder.layer)
 
 
@@ -168,14 +169,22 @@ def staging_folder(save: Path, iteration: int) -> Path:
     return save / f".iter_{iteration:07d}.part"
 
 
+def _former(save: Path, iteration: int) -> Path:
+    """Where an iteration that is written once more waits until the new one is safe."""
+    return save / f".iter_{iteration:07d}.old"
+
+
 def begin(save: Path, iteration: int) -> None:
     """Makes an empty staging folder. One process calls this, before the others write."""
-    folder = staging_folder(save, iteration)
+    folder, staging = iteration_folder(save, iteration), staging_folder(save, iteration)
+    former = _former(save, iteration)
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        if former.is_dir():  # a run was killed between its renames, or after
+            shutil.rmtree(former) if folder.exists() else former.rename(folder)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
     except OSError as error:
-        raise cannot_write(folder, error) from None
+        raise cannot_write(staging, error) from None
 
 
 def write_rank(
@@ -202,16 +211,25 @@ def write_rank(
 def finish(save: Path, iteration: int) -> None:
     """Gives the staging folder its name, then the tracker file its number.
 
-    One process calls this, after all have written: the checkpoint is whole or not there.
+    One process calls this, after all have written: the checkpoint is whole or not there. It is on
+    the disk before the tracker file names it, and only then is one of the same name removed.
     """
     folder, staging = iteration_folder(save, iteration), staging_folder(save, iteration)
-    tracker = save / TRACKER
+    former = _former(save, iteration)
     try:
+        durable.sync_tree(staging)
         if folder.exists():
-            shutil.rmtree(folder)
-        staging.rename(folder)
-        new = tracker.with_name(f".{TRACKER}")
-        new.write_text(str(iteration))
-        new.replace(tracker)
+            folder.rename(former)
+        durable.replace(staging, folder)
+        durable.replace_file(save / TRACKER, str(iteration).encode())
     except OSError as error:
         raise cannot_write(folder, error) from None
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def last_saved(save: Path) -> int | None:
+    """The iteration of the newest checkpoint in a folder; None if there is none."""
+    try:
+        return int((save / TRACKER).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from mmconvert.errors import RequestError
 
 # torch 2.7 has torch.accelerator and pipelining's static shapes; transformers 4.57 the module
-# tree (model.visual, model.language_model) that the towers are cut from.
+# tree (model.visual, model.language_model) that the modules are cut from.
 NEEDED = {"torch": (2, 7), "transformers": (4, 57), "safetensors": (0, 4), "pillow": (10, 0)}
 INSTALL = "pip install 'mmconvert[runtime]'"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
@@ -31,13 +31,13 @@ def require(device: str = "auto") -> None:
         RequestError: one is missing or too old, or there is no NPU where one is asked for.
     """
     for name, least in NEEDED.items():
-        wanted = f"{name} {'.'.join(map(str, least))} or later"
+        expected = f"{name} {'.'.join(map(str, least))} or later"
         try:
             found = version(name)
         except PackageNotFoundError:
-            raise RequestError(f"{name} is not installed", wanted, INSTALL) from None
+            raise RequestError(f"{name} is not installed", expected, INSTALL) from None
         if _numbers(found) < least:
-            raise RequestError(f"{name} {found} is too old", wanted, f"{INSTALL} --upgrade")
+            raise RequestError(f"{name} {found} is too old", expected, f"{INSTALL} --upgrade")
     os.environ[DEVICE] = device
     if device == "npu":
         _require_npu()

@@ -24,10 +24,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 class TensorGroup(NamedTuple):
-    """The tensor-parallel ranks that share one tower.
+    """The tensor-parallel ranks that share one module.
 
     Attributes:
-        size: how many pieces the tower is in.
+        size: how many pieces the module is in.
         rank: which piece this process holds.
         group: the processes that hold the pieces; None for a size of 1.
     """

@@ -53,7 +53,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _sampled(bindings: Sequence[Binding], last: dict[str, int]) -> list[Binding]:
-    """Bindings in the first and the last layer of each tower, and outside of layers."""
+    """Bindings in the first and the last layer of each module, and outside of layers."""
     out: list[Binding] = []
     for b in bindings:
         number = LAYER.search(b.hf[1])

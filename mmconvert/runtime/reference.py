@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 
 from mmconvert.errors import CheckpointError, FormatError, MMConvertError, TensorError
-from mmconvert.formats.hf import open_hf
+from mmconvert.formats.hf.folder import open_hf
 from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.families import Architecture
 
@@ -157,9 +157,9 @@ def _native_intern(arch: Architecture, hf_dir: Path, dtype: torch.dtype) -> Any:
         state.setdefault(
             "lm_head.weight", state.get("model.language_model.embed_tokens.weight", torch.empty(0))
         )
-    wanted = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    wrong = [n for n in wanted if n not in state or tuple(state[n].shape) != wanted[n]]
-    wrong += [n for n in state if n not in wanted]
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    wrong = [n for n in expected if n not in state or tuple(state[n].shape) != expected[n]]
+    wrong += [n for n in state if n not in expected]
     if wrong:
         raise TensorError(
             f"{hf_dir}: {wrong[0]} does not fit config.json", "the model's own weights"

@@ -171,7 +171,7 @@ def read_source(source: Source, *, strict: bool = False) -> Found:
         raise DatasetError(
             "there are no conversations in the data"
             + (f" that can be used: {first.what}, and so on" if first else ""),
-            first.wanted if first else "at least one",
+            first.expected if first else "at least one",
         )
     return found
 

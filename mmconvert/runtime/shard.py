@@ -23,7 +23,7 @@ class Binding(NamedTuple):
 
     Attributes:
         mm: the MM name.
-        hf: tower and name in transformers' whole model: ``("vit", "blocks.3.norm1.weight")``.
+        hf: module and name in transformers' whole model: ``("vit", "blocks.3.norm1.weight")``.
         parameter: the tensor of the shard, which may be packed.
         part: takes this parameter out of the packed tensor.
         mine: takes this rank's share out of the whole parameter of transformers; both have one
@@ -77,8 +77,8 @@ class Shard:
         self.bindings: list[Binding] = []
         # Parts of packed biases that transformers' layer has not: they must be and stay zero.
         self.void: list[tuple[str, nn.Parameter, View]] = []
-        self.divided: set[str] = set()  # MM names of which each rank of a tower has its own part
-        self.group_of: dict[str, TensorGroup] = {}  # MM name -> the group of its tower
+        self.divided: set[str] = set()  # MM names of which each rank of a module has its own part
+        self.group_of: dict[str, TensorGroup] = {}  # MM name -> the group of its module
         self.canonical = any(".self_attention.q_proj." in name for name in tensors)
         self._dtype, self._device = dtype, device
 

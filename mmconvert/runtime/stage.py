@@ -1,4 +1,4 @@
-"""One stage of the pipeline: the towers' parts in one model chunk, and what crosses its borders."""
+"""One stage of the pipeline: each module in one model chunk, and what crosses its borders."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from mmconvert.errors import LayoutError
 from mmconvert.runtime.audio import QwenAudio
 from mmconvert.runtime.batch import Batch
-from mmconvert.runtime.bind import Tower
+from mmconvert.runtime.bind import Binder
+from mmconvert.runtime.encoders import Point, Span
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.intern import InternVision
 from mmconvert.runtime.mesh import Mesh
 from mmconvert.runtime.shard import Shard
 from mmconvert.runtime.text import Text
-from mmconvert.runtime.towers import Point, Span
 from mmconvert.runtime.vision import QwenVision
 from mmconvert.sharding.layout import Layout
 from mmconvert.sharding.stages import StageGrid, first_stage, flat, last_stage
@@ -55,7 +55,7 @@ class Border:
         self._vocab = arch.text_config.vocab_size
 
     def keys(self, stage: int) -> list[str]:
-        """Which towers' values cross the border behind a stage.
+        """Which encoders' values cross the border behind a stage.
 
         Raises:
             LayoutError: nothing does.
@@ -94,12 +94,12 @@ class Border:
 
 
 def pooled(batch: Batch) -> int:
-    """Rows that the audio tower gives: its states are pooled in pairs, sound by sound."""
+    """Rows that the audio encoder gives: its states are pooled in pairs, sound by sound."""
     return int((((batch.lengths + 1) // 2 - 2) // 2 + 1).sum())
 
 
 class Stage(nn.Module):
-    """A model chunk that computes: a part of each tower that has layers here.
+    """A model chunk that computes: a part of each module that has layers here.
 
     Args:
         tensors: the chunk's tensors by MM name.
@@ -130,13 +130,13 @@ class Stage(nn.Module):
         self.vit = self.audio = self.llm = None
         if (span := spans["vit"]) is not None:
             made = InternVision if arch.intern else QwenVision
-            self.vit = made(Tower(shard, "vit", mesh.towers["vit"]), parts.visual, span)
+            self.vit = made(Binder(shard, "vit", mesh.tp_groups["vit"]), parts.visual, span)
         if (span := spans.get("audio")) is not None:
-            tower = Tower(shard, "audio", mesh.towers["audio"])
-            self.audio = QwenAudio(tower, parts.audio, span, dtype)
+            binder = Binder(shard, "audio", mesh.tp_groups["audio"])
+            self.audio = QwenAudio(binder, parts.audio, span, dtype)
         if (span := spans["llm"]) is not None:
-            tower = Tower(shard, "llm", mesh.towers["llm"])
-            self.llm = Text(tower, parts.text, parts.owner, span, arch.tied)
+            binder = Binder(shard, "llm", mesh.tp_groups["llm"])
+            self.llm = Text(binder, parts.text, parts.owner, span, arch.tied)
         shard.finish(self)
         self.to(mesh.device)
         self.shard, self.number, self.arch = shard, number, arch
@@ -148,8 +148,8 @@ class Stage(nn.Module):
     @property
     def points(self) -> list[Point]:
         """Places to compare hidden states at, in the order of computing."""
-        towers: list[Any] = [t for t in (self.vit, self.audio, self.llm) if t is not None]
-        return [point for tower in towers for point in tower.points]
+        modules: list[Any] = [t for t in (self.vit, self.audio, self.llm) if t is not None]
+        return [point for module in modules for point in module.points]
 
     def forward(self, *received: Tensor, mb: Tensor) -> Any:  # noqa: ANN401 - one tensor or several
         """What the stage before sent -> what the next one gets; logits on the last.
@@ -192,7 +192,7 @@ class Stage(nn.Module):
         return self.audio(x, batch.features.to(self._dtype), batch.lengths)
 
     def _embed(self, batch: Batch, held: Mapping[str, Tensor]) -> Tensor:
-        """Word embeddings with the towers' rows at the placeholders."""
+        """Word embeddings with the encoders' rows at the placeholders."""
         assert self.llm is not None  # noqa: S101 - the caller has looked
         hidden = self.llm.embed(batch.ids)
         rows = held["vit"]

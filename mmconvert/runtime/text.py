@@ -1,4 +1,4 @@
-"""The text decoder of every family, cut for one model chunk as the towers are."""
+"""The text decoder of every family, cut for one model chunk as the encoders are."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmconvert.runtime.attention import separate_qkv
-from mmconvert.runtime.bind import Tower
-from mmconvert.runtime.towers import Point, Span, kept, layer_points
+from mmconvert.runtime.bind import Binder
+from mmconvert.runtime.encoders import Point, Span, kept, layer_points
 
 TEXT = "text_decoder.decoder"
 
@@ -22,27 +22,27 @@ class Text(nn.Module):
         tied: whether config.json ties the output layer to the embedding.
     """
 
-    def __init__(self, tower: Tower, model: Any, owner: Any, span: Span, tied: bool) -> None:  # noqa: ANN401 - HF's
+    def __init__(self, binder: Binder, model: Any, owner: Any, span: Span, tied: bool) -> None:  # noqa: ANN401 - HF's
         super().__init__()
         self.width, self.span = model.norm.weight.shape[0], span
         self.points: list[Point] = []
         self.embedding = self.head_weight = None
         name = "text_decoder.embedding.word_embeddings.weight"
         if span.first:
-            self.embedding = tower.embedding(model, "embed_tokens", name, "embed_tokens.weight")
+            self.embedding = binder.embedding(model, "embed_tokens", name, "embed_tokens.weight")
             self.points.append(
                 Point("text_decoder embedding", ("llm", "embed_tokens"), model.embed_tokens)
             )
         else:
             model.embed_tokens = nn.Identity()
-        self._layers(tower, model)
+        self._layers(binder, model)
         self.lm_head = nn.Identity()
         if span.last:
-            tower.replicated(model.norm, f"{TEXT}.final_layernorm", "norm")
+            binder.replicated(model.norm, f"{TEXT}.final_layernorm", "norm")
             head = "text_decoder.output_layer.weight"
             near = self.embedding if tied else None
             hf = "embed_tokens.weight" if tied else "lm_head.weight"
-            self.head_weight = tower.head(owner, "lm_head", head, hf, near)
+            self.head_weight = binder.head(owner, "lm_head", head, hf, near)
             self.lm_head = owner.lm_head
             self.points.append(Point("text_decoder final_layernorm", ("llm", "norm"), model.norm))
             self.points.append(
@@ -52,7 +52,7 @@ class Text(nn.Module):
             model.norm = nn.Identity()
         self.model = model
 
-    def _layers(self, tower: Tower, model: Any) -> None:  # noqa: ANN401 - HF's model
+    def _layers(self, binder: Binder, model: Any) -> None:  # noqa: ANN401 - HF's model
         span, config = self.span, model.config
         model.layers = kept(model.layers, span)
         types = getattr(config, "layer_types", None)
@@ -65,15 +65,15 @@ class Text(nn.Module):
             mm, hf = f"{TEXT}.layers.{i}", f"layers.{number}"
             attn, mm_attn = layer.self_attn, f"{mm}.self_attention"
             attn.layer_idx = i  # counts in this chunk's own cache
-            tower.replicated(
+            binder.replicated(
                 layer.input_layernorm, f"{mm}.input_layernorm", f"{hf}.input_layernorm"
             )
-            separate_qkv(tower, attn, config.num_key_value_heads, mm_attn, f"{hf}.self_attn")
-            tower.row(attn, "o_proj", f"{mm_attn}.linear_proj", f"{hf}.self_attn.o_proj")
+            separate_qkv(binder, attn, config.num_key_value_heads, mm_attn, f"{hf}.self_attn")
+            binder.row(attn, "o_proj", f"{mm_attn}.linear_proj", f"{hf}.self_attn.o_proj")
             norm = "post_attention_layernorm"
-            tower.replicated(getattr(layer, norm), f"{mm}.pre_mlp_layernorm", f"{hf}.{norm}")
-            tower.glu(layer.mlp, f"{mm}.mlp", f"{hf}.mlp")
-            tower.row(layer.mlp, "down_proj", f"{mm}.mlp.linear_fc2", f"{hf}.mlp.down_proj")
+            binder.replicated(getattr(layer, norm), f"{mm}.pre_mlp_layernorm", f"{hf}.{norm}")
+            binder.glu(layer.mlp, f"{mm}.mlp", f"{hf}.mlp")
+            binder.row(layer.mlp, "down_proj", f"{mm}.mlp.linear_fc2", f"{hf}.mlp.down_proj")
             names = {"input_layernorm": "input_layernorm", "self_attn": "self_attention"}
             names |= {norm: "pre_mlp_layernorm", "mlp": "mlp"}
             self.points += layer_points(f"text_decoder layer {number}", "llm", hf, layer, names)

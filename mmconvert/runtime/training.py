@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mmconvert import durable
 from mmconvert.errors import RequestError, cannot_write
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import mmfiles
@@ -146,6 +147,8 @@ class Training:
                 if journal is not None:
                     journal.add(line)
             if number == plan.steps or (plan.save_every and number % plan.save_every == 0):
+                if journal is not None:
+                    journal.sync()
                 self._save(run, optimizer, number)
                 emit(f"saved {mmfiles.iteration_folder(plan.save, number)}")
         if journal is not None:
@@ -237,7 +240,8 @@ class Journal:
                     line = json.loads(text)
                     if line["iteration"] <= start:
                         self._lines.append(line)
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
+            text = "".join(json.dumps(line) + "\n" for line in self._lines)
+            durable.replace_file(self._path, text.encode())
         except OSError as error:
             raise cannot_write(self._path, error) from None
         except (ValueError, TypeError, KeyError):
@@ -253,6 +257,13 @@ class Journal:
         except OSError as error:
             raise cannot_write(self._path, error) from None
 
+    def sync(self) -> None:
+        """Brings the lines to the disk: a checkpoint has no less of a curve than it was."""
+        try:
+            durable.sync_file(self._path)
+        except OSError as error:
+            raise cannot_write(self._path, error) from None
+
     def picture(self) -> None:
         """Draws the loss."""
         lines: dict[str, Series] = {
@@ -263,6 +274,6 @@ class Journal:
         }
         path = self._save / PICTURE
         try:
-            path.write_text(draw("loss", lines), encoding="utf-8")
+            durable.replace_file(path, draw("loss", lines).encode())
         except OSError as error:
             raise cannot_write(path, error) from None

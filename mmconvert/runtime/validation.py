@@ -80,13 +80,13 @@ class Validation:
         tokens: list[int],
     ) -> list[Check]:
         """Logits, loss and tokens, on process 0. Leaves gradients in the model."""
-        wanted = reference.forward(self.arch, model, batch)
-        wanted_loss = loss_sum(wanted, batch.labels) / max(1, batch.learnt)
-        wanted_loss.backward()
-        expected = float(wanted_loss.detach())
+        their_logits = reference.forward(self.arch, model, batch)
+        reference_loss = loss_sum(their_logits, batch.labels) / max(1, batch.learnt)
+        reference_loss.backward()
+        expected = float(reference_loss.detach())
         limit = self._limit()
-        difference = (logits.float() - wanted.detach().float()).abs()
-        scale = max(1.0, float(wanted.detach().abs().max()))
+        difference = (logits.float() - their_logits.detach().float()).abs()
+        scale = max(1.0, float(their_logits.detach().abs().max()))
         place = int(difference.amax(-1).argmax())
         checks = [
             Check("logits", float(difference.max()) / scale, limit,
@@ -180,13 +180,13 @@ def find_parting(
         shape = from_lead(tuple(theirs[hf].shape) if hf in theirs else None)
         if shape is None:
             continue
-        wanted = theirs.get(hf, torch.empty(shape, device=run.mesh.device))
-        dist.broadcast(wanted, src=0)
-        size, apart = float(wanted.abs().max()), 0.0
+        expected = theirs.get(hf, torch.empty(shape, device=run.mesh.device))
+        dist.broadcast(expected, src=0)
+        size, apart = float(expected.abs().max()), 0.0
         if hf in held:
             ours = held[hf].reshape(-1)
-            same = ours.numel() == wanted.numel()
-            apart = float((ours - wanted.reshape(-1)).abs().max()) if same else float("inf")
+            same = ours.numel() == expected.numel()
+            apart = float((ours - expected.reshape(-1)).abs().max()) if same else float("inf")
         apart = apart if apart == apart else float("inf")
         found = gather((apart, run.mesh.rank.tp))
         most = max(a for a, _ in found)

@@ -1,6 +1,6 @@
-"""The vision tower of the Qwen families, cut for one model chunk.
+"""The vision encoder of the Qwen families, cut for one model chunk.
 
-It takes transformers' own tower, keeps the layers of this chunk, binds every parameter to its MM
+It takes transformers' own binder, keeps the layers of this chunk, binds every parameter to its MM
 name, and makes the ends that lie on other stages pass hidden states through. MM names:
 docs/formats.md.
 """
@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmconvert.runtime.attention import head_qkv, packed_qkv
-from mmconvert.runtime.bind import Tower
-from mmconvert.runtime.towers import Point, Rows, Span, kept, layer_points
+from mmconvert.runtime.bind import Binder
+from mmconvert.runtime.encoders import Point, Rows, Span, kept, layer_points
 
 VIT = "image_encoder.encoder.blocks.layers"
 PROJECTOR = "image_encoder.projector"
@@ -26,7 +26,7 @@ class QwenVision(nn.Module):
     its start and back at its end, on both sides of a border.
     """
 
-    def __init__(self, tower: Tower, visual: Any, span: Span) -> None:  # noqa: ANN401 - HF's model
+    def __init__(self, binder: Binder, visual: Any, span: Span) -> None:  # noqa: ANN401 - HF's model
         super().__init__()
         unit = visual.spatial_merge_size**2
         width = visual.blocks[0].norm1.weight.shape[0]
@@ -34,7 +34,7 @@ class QwenVision(nn.Module):
         self.points: list[Point] = []
         if span.first:
             proj, name = visual.patch_embed.proj, "patch_embed.proj"
-            tower.replicated(proj, f"image_encoder.encoder.{name}", name)
+            binder.replicated(proj, f"image_encoder.encoder.{name}", name)
             self.points.append(
                 Point("image_encoder patch_embed", ("vit", "patch_embed"), visual.patch_embed)
             )
@@ -42,36 +42,36 @@ class QwenVision(nn.Module):
             visual.patch_embed = Rows(width)
         visual.blocks = kept(visual.blocks, span)
         for i, block in enumerate(visual.blocks):
-            self._block(tower, block, i, span.start + i)
+            self._block(binder, block, i, span.start + i)
         if hasattr(visual, "fullatt_block_indexes"):
             full = [i - span.start for i in visual.fullatt_block_indexes]
             visual.fullatt_block_indexes = [i for i in full if i >= 0]
         if span.last:
             merger = visual.merger
-            tower.replicated(merger.ln_q, f"{PROJECTOR}.layernorm", "merger.ln_q")
-            tower.column(merger.mlp, "0", f"{PROJECTOR}.encoder.linear_fc1", "merger.mlp.0")
-            tower.row(merger.mlp, "2", f"{PROJECTOR}.encoder.linear_fc2", "merger.mlp.2")
+            binder.replicated(merger.ln_q, f"{PROJECTOR}.layernorm", "merger.ln_q")
+            binder.column(merger.mlp, "0", f"{PROJECTOR}.encoder.linear_fc1", "merger.mlp.0")
+            binder.row(merger.mlp, "2", f"{PROJECTOR}.encoder.linear_fc2", "merger.mlp.2")
             self.points.append(Point("image_encoder projector", ("vit", "merger"), merger))
         else:
             visual.merger = Rows(width * unit)
         self.visual = visual
 
-    def _block(self, tower: Tower, block: Any, i: int, number: int) -> None:  # noqa: ANN401 - HF's layer
+    def _block(self, binder: Binder, block: Any, i: int, number: int) -> None:  # noqa: ANN401 - HF's layer
         mm, hf = f"{VIT}.{i}", f"blocks.{number}"
-        tower.replicated(block.norm1, f"{mm}.input_layernorm", f"{hf}.norm1")
+        binder.replicated(block.norm1, f"{mm}.input_layernorm", f"{hf}.norm1")
         attn, mm_attn = block.attn, f"{mm}.self_attention"
         if hasattr(attn, "qkv"):
-            packed_qkv(tower, attn, f"{mm_attn}.linear_qkv", f"{hf}.attn.qkv")
+            packed_qkv(binder, attn, f"{mm_attn}.linear_qkv", f"{hf}.attn.qkv")
         else:
-            head_qkv(tower, attn, ("q", "k", "v"), f"{mm_attn}.linear_qkv", f"{hf}.attn")
-        tower.row(attn, "proj", f"{mm_attn}.linear_proj", f"{hf}.attn.proj")
-        tower.replicated(block.norm2, f"{mm}.pre_mlp_layernorm", f"{hf}.norm2")
+            head_qkv(binder, attn, ("q", "k", "v"), f"{mm_attn}.linear_qkv", f"{hf}.attn")
+        binder.row(attn, "proj", f"{mm_attn}.linear_proj", f"{hf}.attn.proj")
+        binder.replicated(block.norm2, f"{mm}.pre_mlp_layernorm", f"{hf}.norm2")
         if hasattr(block.mlp, "gate_proj"):
-            tower.glu(block.mlp, f"{mm}.mlp", f"{hf}.mlp")
-            tower.row(block.mlp, "down_proj", f"{mm}.mlp.linear_fc2", f"{hf}.mlp.down_proj")
+            binder.glu(block.mlp, f"{mm}.mlp", f"{hf}.mlp")
+            binder.row(block.mlp, "down_proj", f"{mm}.mlp.linear_fc2", f"{hf}.mlp.down_proj")
         else:
-            tower.column(block.mlp, "fc1", f"{mm}.mlp.linear_fc1", f"{hf}.mlp.fc1")
-            tower.row(block.mlp, "fc2", f"{mm}.mlp.linear_fc2", f"{hf}.mlp.fc2")
+            binder.column(block.mlp, "fc1", f"{mm}.mlp.linear_fc1", f"{hf}.mlp.fc1")
+            binder.row(block.mlp, "fc2", f"{mm}.mlp.linear_fc2", f"{hf}.mlp.fc2")
         names = {"norm1": "input_layernorm", "attn": "self_attention"}
         names |= {"norm2": "pre_mlp_layernorm", "mlp": "mlp"}
         self.points += layer_points(f"image_encoder layer {number}", "vit", hf, block, names)

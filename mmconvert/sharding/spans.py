@@ -37,13 +37,13 @@ class Interleave:
 
     Attributes:
         groups: name of the dimension that counts the groups (query groups, or heads).
-        thirds: the one source is q, k and v below each other; its thirds alternate.
+        packed_qkv: the one source is q, k and v below each other; its thirds alternate.
 
     Source: Megatron's ``SelfAttention`` reads ``linear_qkv`` per query group as q, k, v.
     """
 
     groups: str
-    thirds: bool = False
+    packed_qkv: bool = False
 
     def maps(self, lengths: Sequence[int], dims: dict[str, int]) -> list[list[Span]]:
         """One list of spans per source.
@@ -52,7 +52,7 @@ class Interleave:
             TensorError: rows that do not divide into the groups.
         """
         groups = dims[self.groups]
-        if self.thirds:
+        if self.packed_qkv:
             (length,) = lengths
             if length % 3:
                 raise TensorError(f"{length} rows are not q, k and v of equal size")

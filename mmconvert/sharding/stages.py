@@ -19,18 +19,18 @@ def parse_grid(value: object, flag: str) -> StageGrid:
     Raises:
         LayoutError: not such a list, rows of different lengths, or a negative number.
     """
-    wanted = "a list of layer counts such as [1,10,10,7], or one list per virtual stage"
+    expected = "a list of layer counts such as [1,10,10,7], or one list per virtual stage"
     if not isinstance(value, (list, tuple)) or not value:
-        raise LayoutError(f"{flag} is {value!r}", wanted)
+        raise LayoutError(f"{flag} is {value!r}", expected)
     nested = any(isinstance(row, (list, tuple)) for row in value)
     rows: Sequence[object] = value if nested else [value]
     grid: list[tuple[int, ...]] = []
     for row in rows:
         if not isinstance(row, (list, tuple)) or not row:
-            raise LayoutError(f"{flag} is {value!r}: {row!r} is not a list of numbers", wanted)
+            raise LayoutError(f"{flag} is {value!r}: {row!r} is not a list of numbers", expected)
         for count in row:
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-                raise LayoutError(f"{flag} is {value!r}: {count!r} is not a layer count", wanted)
+                raise LayoutError(f"{flag} is {value!r}: {count!r} is not a layer count", expected)
         grid.append(tuple(row))
     if len({len(row) for row in grid}) > 1:
         lengths = [len(row) for row in grid]
@@ -74,7 +74,7 @@ def show(grid: StageGrid) -> str:
 
 
 def check_grids(grids: Mapping[str, StageGrid], flags: Mapping[str, str]) -> None:
-    """All modules use the same pipeline, and no text layer stands before a tower ends.
+    """All modules use the same pipeline, and no text layer stands before an encoder ends.
 
     Args:
         grids: stage grid by module key; ``llm`` is the text decoder.
@@ -104,6 +104,6 @@ def check_grids(grids: Mapping[str, StageGrid], flags: Mapping[str, str]) -> Non
             raise LayoutError(
                 f"{flags['llm']} {show(grids['llm'])} has a text layer on stage {text}, before "
                 f"{flags[key]} {show(grid)} ends on stage {last_stage(grid)}",
-                "no text layer on an earlier stage than the last layer of a tower",
+                "no text layer on an earlier stage than the last layer of an encoder",
                 f"move the first text layers to stage {last_stage(grid)} or later",
             )

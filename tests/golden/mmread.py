@@ -158,8 +158,8 @@ def compare_record(step: Step, folder: Path) -> list[str]:
     if text != step["latest"]:
         lines.append(f"{TRACKER} holds {text!r}, want {step['latest']!r}")
     for kind, have in zip(("dirs", "files"), modes(folder), strict=True):
-        wanted = step["modes"][kind]
-        lines += [f"{p} has mode {m}, want {wanted}" for p, m in have.items() if m not in wanted]
+        allowed = step["modes"][kind]
+        lines += [f"{p} has mode {m}, want {allowed}" for p, m in have.items() if m not in allowed]
     return lines + list(_checkpoint_differences(expected, found))
 
 

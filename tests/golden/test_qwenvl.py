@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mmconvert.formats.mindspore import DTYPES, read_ckpt
+from mmconvert.formats.containers.ckpt import DTYPES, read_ckpt
 from qwenvl import hf_to_ms, make_qwenvl
 
 RECORD = json.loads(Path(__file__).with_name("qwenvl-small.json").read_text())

@@ -116,11 +116,11 @@ GRIDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         layout("[[1,1],[1,2]]", "[[2,0],[0,0]]"),
         ("llm_pp_layers", "[[1,1],[1,2]]", "5", "4"),
     ),
-    "a text layer before a tower ends": (
+    "a text layer before an encoder ends": (
         layout("[1,3]", "[1,1]"),
         ("llm_pp_layers", "[1,3]", "vit_pp_layers", "[1,1]", "stage 1"),
     ),
-    "a text layer before a tower begins": (
+    "a text layer before an encoder begins": (
         layout("[4,0]", "[0,2]"),
         ("[4,0]", "[0,2]", "stage 1"),
     ),
@@ -157,7 +157,7 @@ def test_impossible_layouts(
     refused(done, 2, *words, out=out)
 
 
-RESPLIT_TOO = ("text sum too small", "a text layer before a tower ends", "ep size 2")
+RESPLIT_TOO = ("text sum too small", "a text layer before an encoder ends", "ep size 2")
 RESPLIT_TOO += ("an audio list", "tp size 0", "only the text list")
 
 
@@ -206,10 +206,10 @@ def test_save_vit_only(tied_hf: Path, out: Path, tmp_path: Path) -> None:
     """The encoder's tensors as in the whole checkpoint, and nothing else."""
     hf_to_mm(tied_hf, out, "--cfg.save_vit_only", "True", "--cfg.parallel_config.tp_size", "2")
     hf_to_mm(tied_hf, tmp_path / "whole", *layout("[4]", "[2]", 2))
-    wanted = rank_files(tmp_path / "whole")
+    expected = rank_files(tmp_path / "whole")
     for rank, path in rank_files(out).items():
         tensors = torch.load(path)["model"]
-        whole = torch.load(wanted[rank])["model"]
+        whole = torch.load(expected[rank])["model"]
         assert set(tensors) == {name for name in whole if name.startswith("image_encoder.")}
         assert all(torch.equal(tensors[name], whole[name]) for name in tensors)
     assert list(rank_files(out)) == ["mp_rank_00", "mp_rank_01"]

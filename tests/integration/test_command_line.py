@@ -98,9 +98,9 @@ HF_TO_MM = {
 
 
 @pytest.fixture(scope="session")
-def wanted(tied_hf: Path) -> Path:
+def expected(tied_hf: Path) -> Path:
     """What all spellings of hf_to_mm are to write."""
-    out = tied_hf.with_name("wanted")
+    out = tied_hf.with_name("expected")
     hf_to_mm(tied_hf, out, *layout("[2,2]", "[2,0]"))
     return out
 
@@ -114,13 +114,13 @@ def spelt(text: str, **paths: Path) -> str:
 
 @pytest.mark.parametrize("text", HF_TO_MM.values(), ids=HF_TO_MM.keys())
 def test_hf_to_mm_spellings(
-    text: str, tied_hf: Path, wanted: Path, out: Path, bash: Bash, tmp_path: Path
+    text: str, tied_hf: Path, expected: Path, out: Path, bash: Bash, tmp_path: Path
 ) -> None:
     bash(f"mm-convert {QWEN2VL} hf_to_mm {spelt(text, OUT=out, HF=tied_hf)}", tmp_path)
-    none(compare_mm(wanted, out))
+    none(compare_mm(expected, out))
 
 
-def test_paths_with_spaces(tied_hf: Path, wanted: Path, tmp_path: Path, bash: Bash) -> None:
+def test_paths_with_spaces(tied_hf: Path, expected: Path, tmp_path: Path, bash: Bash) -> None:
     """Quoted, relative, and with what shells and formats find special."""
     shutil.copytree(tied_hf, tmp_path / "a model [v1]" / "hf = 'x'")
     flags = "--cfg.parallel_config.llm_pp_layers [2,2] --cfg.parallel_config.vit_pp_layers [2,0]"
@@ -129,7 +129,7 @@ def test_paths_with_spaces(tied_hf: Path, wanted: Path, tmp_path: Path, bash: Ba
         f"--cfg.hf_config.hf_dir=\"a model [v1]/hf = 'x'\" {flags}",
         tmp_path,
     )
-    none(compare_mm(wanted, tmp_path / "out {} %s" / "mm \u00e9"))
+    none(compare_mm(expected, tmp_path / "out {} %s" / "mm \u00e9"))
 
 
 LISTS = {
@@ -150,7 +150,7 @@ def test_lists_in_mm_to_hf(
 
 @pytest.mark.parametrize("lists", LISTS.values(), ids=LISTS.keys())
 def test_lists_in_resplit(
-    lists: tuple[str, str] | None, tied_mm22: Path, wanted: Path, out: Path
+    lists: tuple[str, str] | None, tied_mm22: Path, expected: Path, out: Path
 ) -> None:
     """Each kind on both sides; a target without lists is one stage."""
     flags: list[str] = []
@@ -158,7 +158,7 @@ def test_lists_in_resplit(
         flags = layout(*lists, tp=2, prefix="--cfg.source_parallel_config.") + target(*lists)
     resplit(tied_mm22, out, *flags)
     if lists:
-        none(compare_mm(wanted, out))
+        none(compare_mm(expected, out))
     else:
         assert list(rank_files(out)) == ["mp_rank_00"]
 
@@ -224,11 +224,11 @@ def config_file(folder: Path, text: str = CONFIG, **words: object) -> Path:
 
 
 @pytest.mark.parametrize("form", ["--config", "--config="])
-def test_config_file(form: str, tied_hf: Path, wanted: Path, out: Path, tmp_path: Path) -> None:
+def test_config_file(form: str, tied_hf: Path, expected: Path, out: Path, tmp_path: Path) -> None:
     path = config_file(tmp_path, OUT=out, HF=tied_hf, TP=1)
     words = [f"{form}{path}"] if form.endswith("=") else [form, str(path)]
     run_cli(QWEN2VL, "hf_to_mm", *words, check=0)
-    none(compare_mm(wanted, out))
+    none(compare_mm(expected, out))
 
 
 @pytest.mark.parametrize(
@@ -236,13 +236,13 @@ def test_config_file(form: str, tied_hf: Path, wanted: Path, out: Path, tmp_path
     [("--cfg.parallel_config.tp_size", True), ("--cfg.parallel-config.tp-size", False)],
 )
 def test_the_command_line_wins(
-    word: str, first: bool, tied_hf: Path, wanted: Path, out: Path, tmp_path: Path
+    word: str, first: bool, tied_hf: Path, expected: Path, out: Path, tmp_path: Path
 ) -> None:
     path = config_file(tmp_path, OUT=tmp_path / "not here", HF=tied_hf, TP=2)
     words = [word, "1", "--cfg.mm_dir", str(out)]
     config = ["--config", str(path)]
     run_cli(QWEN2VL, "hf_to_mm", *(words + config if first else config + words), check=0)
-    none(compare_mm(wanted, out))
+    none(compare_mm(expected, out))
     assert not (tmp_path / "not here").exists()
 
 
@@ -254,6 +254,19 @@ def test_our_flags_in_a_config_file(tied_hf: Path, out: Path, tmp_path: Path) ->
     assert not out.exists()
 
 
+def bomb(form: str, levels: int = 9) -> str:
+    """Anchors that each stand for nine of the one before."""
+    lines = [f"a0: &a0 {form.format('') if '<<' not in form else '{x: 1}'}"]
+    for level in range(1, levels + 1):
+        inner = ", ".join([f"*a{level - 1}"] * 9)
+        if "k" in form:
+            inner = ", ".join(f"k{i}: *a{level - 1}" for i in range(9))
+            lines.append(f"a{level}: &a{level} {{{inner}}}")
+        else:
+            lines.append(f"a{level}: &a{level} {form.format(inner)}")
+    return "\n".join(lines) + "\n"
+
+
 BAD_CONFIGS = {
     "unknown key": (CONFIG.replace("mm_dir", "mm_dirr"), ("mm_dirr",)),
     "unknown top key": (CONFIG + "colour: red\n", ("colour",)),
@@ -263,6 +276,21 @@ BAD_CONFIGS = {
     "a bad list": (CONFIG.replace("[2, 2]", "[2, two]"), ("llm_pp_layers", "two")),
     "code": ("cfg: !!python/object/apply:os.system ['exit 3']\n", ("run 1.yaml",)),
     "a mapping that holds itself": ("cfg: &a\n  hf_config: *a\n", ("run 1.yaml", "too many")),
+    "a list that holds itself": ("drop: &a [x, *a]\n", ("run 1.yaml", "too many")),
+    "a key that holds itself": ("? &a [*a]\n: 1\n", ("run 1.yaml", "too many")),
+    "a bomb of lists": (bomb("[{}]"), ("run 1.yaml", "too many")),
+    "a bomb of mappings": (bomb("{{k{}}}"), ("run 1.yaml", "too many")),
+    "a bomb of merges": (bomb("{{<<: [{}]}}"), ("run 1.yaml", "too many")),
+    "a file of many pages": ("# x\n" * 20_000 + CONFIG, ("run 1.yaml", "bytes")),
+    "a long list": (CONFIG + f"drop: {list(range(12_000))}\n", ("run 1.yaml",)),
+    "a deep one": ("[" * 2000, ("run 1.yaml",)),
+    "a long number": (CONFIG.replace("tp_size: TP", f"tp_size: {'9' * 5000}"), ("run 1.yaml",)),
+    "a date in a list": (CONFIG.replace("[2, 2]", "[2001-01-01]"), ("llm_pp_layers", "2001")),
+    "no date": ("cfg: !!timestamp x\n", ("run 1.yaml",)),
+    "no truth": ("overwrite: !!bool x\n", ("run 1.yaml",)),
+    "a set": ("drop: !!set {a, b}\n", ()),
+    "a NUL": (CONFIG.replace("mm_dir: OUT", 'mm_dir: "a\\0b"'), ("run 1.yaml", "no text")),
+    "half a pair": (CONFIG.replace("mm_dir: OUT", 'mm_dir: "\\uD83D"'), ("run 1.yaml", "no text")),
     "a key twice": (CONFIG + "  mm_dir: elsewhere\n", ("run 1.yaml", "mm_dir", "twice")),
     "an octal number for a folder": (  # YAML reads 0123 as 83
         CONFIG.replace("mm_dir: OUT", "mm_dir: 0123"),
@@ -544,7 +572,7 @@ def test_an_error_as_json(
     )
     assert done.returncode == code if code else done.returncode in (2, 3)
     error = json.loads(done.stdout)
-    assert set(error) >= {"error", "what", "wanted", "fix", "exit_code"}
+    assert set(error) >= {"error", "what", "expected", "fix", "exit_code"}
     assert error["exit_code"] == done.returncode
     assert error["what"]
     assert "Traceback" not in done.stderr

@@ -144,9 +144,9 @@ def test_qwenvl_is_what_the_script_writes(folder: Path) -> None:
     source = given(folder, [*USUAL, odd])
     names = ["--user_role_name", "Nutzer", "--assistant_role_name", "bot"]
     qwenvl(source, *names, "--compat")
-    wanted = script_qwenvl([*USUAL, odd], folder, "Nutzer", "bot")
-    assert (folder / "out.json").read_bytes() == wanted
-    assert b"f\\u00fcr ein Hund?Picture 1: <img>" in wanted
+    expected = script_qwenvl([*USUAL, odd], folder, "Nutzer", "bot")
+    assert (folder / "out.json").read_bytes() == expected
+    assert b"f\\u00fcr ein Hund?Picture 1: <img>" in expected
     assert mode(folder / "out.json") == 0o750
     os.chmod(folder / "out.json", 0o666)
     qwenvl(source, "--compat")
@@ -188,9 +188,9 @@ def test_qwenvl_keeps_questions_apart_and_text_only_items(folder: Path) -> None:
 def test_mllm_counts_tags_that_do_not_fit(folder: Path) -> None:
     done = mllm(given(folder, [*USUAL, TEXT]), "--json")
     found = json.loads(done.stdout)
-    wanted = {"read": 6, "written": 5, "images": 4, "text_only": 1, "mended": 0, "missing": 1}
-    wanted |= {"unused": 0, "untouched": 0, "tags": 1, "roles": 0}
-    assert {k: v for k, v in found.items() if isinstance(v, int)} == wanted
+    expected = {"read": 6, "written": 5, "images": 4, "text_only": 1, "mended": 0, "missing": 1}
+    expected |= {"unused": 0, "untouched": 0, "tags": 1, "roles": 0}
+    assert {k: v for k, v in found.items() if isinstance(v, int)} == expected
     assert found["examples"]["tags"] == ["item 3: 3 <image>, 1 images"]
     assert output(folder)[0]["images"] == ["./data/COCO2017/train2017/a.jpg"]
     assert (folder / "out.json").read_bytes() == script_mllm([*USUAL, TEXT], folder)

@@ -32,8 +32,8 @@ from commands import (
     snapshot,
 )
 from hfgen import NEW_NAMES, make_hf, nested_config
-from mmconvert.doctor.mm import EXPLAINED
-from mmconvert.doctor.report import SEVERITY
+from mmconvert.tools.doctor.mm import EXPLAINED
+from mmconvert.tools.doctor.report import SEVERITY
 from mmread import INDEX, TRACKER
 
 ROOT = Path(__file__).parents[2]
@@ -503,9 +503,9 @@ def test_one_command_for_all_that_resplit_mends(mm: Path, tied_hf: Path, shim: P
     for damage in (concatenated(tied_hf), drifted, unknown, no_head):
         damage(mm)
     report = doctor(mm, "--hf_dir", tied_hf)
-    wanted = {"vit-qkv-concatenated", "replicas-differ", "unknown-tensor", "tied-head-missing"}
-    assert set(ids(report)) == wanted | {STALE}
-    commands = {f["command"] for f in report["findings"] if f["id"] in wanted}
+    expected = {"vit-qkv-concatenated", "replicas-differ", "unknown-tensor", "tied-head-missing"}
+    assert set(ids(report)) == expected | {STALE}
+    commands = {f["command"] for f in report["findings"] if f["id"] in expected}
     assert len(commands) == 1
     mend(commands.pop(), shim, mm.parent)
     assert doctor(mm.with_name("mm_mended"), "--hf_dir", tied_hf)["findings"] == []
@@ -903,7 +903,7 @@ def test_single_files(mm: Path, tied_hf: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from mmconvert.output import Output
+from mmconvert.executor.output import Output
 target = Path(sys.argv[1])
 output = Output(target, [], overwrite=True)
 output.__enter__()

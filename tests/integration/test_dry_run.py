@@ -188,8 +188,8 @@ def test_fills_casts_and_carried(cases: dict[str, Case], tmp_path: Path) -> None
     would = case.json(tmp_path / "out", "--dry-run", "--dtype", "fp16")
     # The audio encoder's k has no bias: 40 zeros in each layer, whatever the tp size.
     biases = {n: f"audio_encoder.encoder.blocks.layers.{n}" for n in range(2)}
-    wanted = {f"{b}.self_attention.linear_qkv.bias": 40 for b in biases.values()}
-    assert would["fills"] == wanted
+    expected = {f"{b}.self_attention.linear_qkv.bias": 40 for b in biases.values()}
+    assert would["fills"] == expected
     assert would["cast"] == {"dtype": "F16", "overflowed": {}, "underflowed": {}}
     assert would["carried"] and all("talker" in n or "token2wav" in n for n in would["carried"])
     assert "filled with zeros: 80 elements of 2 tensors" in plain

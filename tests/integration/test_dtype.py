@@ -87,10 +87,10 @@ def weights(folder: Path) -> dict[str, Tensors]:
 
 def check_cast(plain: Path, cast: Path, dtype: torch.dtype) -> int:
     """`cast` holds the tensors of `plain` as torch casts them; returns how many changed."""
-    wanted, found = weights(plain), weights(cast)
-    assert found.keys() == wanted.keys()
+    before, found = weights(plain), weights(cast)
+    assert found.keys() == before.keys()
     changed = 0
-    for file, tensors in wanted.items():
+    for file, tensors in before.items():
         assert found[file].keys() == tensors.keys()
         for name, tensor in tensors.items():
             kind = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -198,13 +198,13 @@ def losses(done: Done) -> dict[str, dict[str, int]]:
     return found
 
 
-def matches(found: dict[str, int], wanted: dict[str, int]) -> bool:
-    """Each wanted part of a name stands in one tensor's, with its count."""
+def matches(found: dict[str, int], expected: dict[str, int]) -> bool:
+    """Each expected part of a name stands in one tensor's, with its count."""
     counts = {
         part: sum(count for name, count in found.items() if name.endswith((part, part + ".weight")))
-        for part in wanted
+        for part in expected
     }
-    return counts == wanted and sum(found.values()) == sum(wanted.values())
+    return counts == expected and sum(found.values()) == sum(expected.values())
 
 
 @pytest.mark.parametrize("shape", QWEN_LAYOUTS.values(), ids=QWEN_LAYOUTS.keys())
@@ -435,8 +435,8 @@ def test_nan_and_infinity_pass(tmp_path: Path) -> None:
     special = 0
     for tensors, others in zip(weights(plain).values(), weights(cast).values(), strict=True):
         for name, tensor in tensors.items():
-            wanted = tensor.half()
-            assert torch.equal(others[name].isnan(), wanted.isnan())
-            assert torch.equal(others[name].nan_to_num(), wanted.nan_to_num())
-            special += int((~wanted.isfinite()).sum())
+            expected = tensor.half()
+            assert torch.equal(others[name].isnan(), expected.isnan())
+            assert torch.equal(others[name].nan_to_num(), expected.nan_to_num())
+            special += int((~expected.isfinite()).sum())
     assert special == 5

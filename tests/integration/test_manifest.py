@@ -18,7 +18,7 @@ from cli import run_cli
 from commands import QWEN2VL, copied, edit_json, edit_rank, hf_to_mm, layout, rank_files, target
 from hfgen import make_hf
 from inprocess import call, to_hf, to_mm, to_other
-from mmconvert.sources import manifest
+from mmconvert.formats import manifest
 from mmread import MANIFEST, tensor_data
 
 Digests = dict[str, str]
@@ -54,12 +54,12 @@ def mm(hf: Path) -> Path:
 def test_a_digest_is_what_it_says(mm: Path) -> None:
     """SHA-256 of dtype, shape and bytes of each tensor as torch reads it from one rank."""
     tensors = torch.load(rank_files(mm)["mp_rank_00"], weights_only=True)["model"]
-    wanted = {}
+    expected = {}
     for name, tensor in tensors.items():
         head = f"{SHORT[tensor.dtype]} {list(tensor.shape)}\n".encode()
-        wanted[name] = hashlib.sha256(head + tensor_data(tensor)).hexdigest()
-    assert digests(mm) == wanted
-    assert len(set(wanted.values())) == len(wanted)
+        expected[name] = hashlib.sha256(head + tensor_data(tensor)).hexdigest()
+    assert digests(mm) == expected
+    assert len(set(expected.values())) == len(expected)
     assert "sha256" in read(mm)["digest"]
 
 

@@ -74,7 +74,7 @@ class Oracle(NamedTuple):
     """Outcomes by plan and rank, and the logits of transformers by kind and tied."""
 
     outcomes: dict[str, list[Outcome]]
-    wanted: dict[tuple[str, bool], torch.Tensor]
+    expected: dict[tuple[str, bool], torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     folder = tmp_path_factory.mktemp("oracle")
     ids, positions = text_inputs()
     torch.save({"ids": ids, "positions": positions}, folder / "inputs.pt")
-    wanted: dict[tuple[str, bool], torch.Tensor] = {}
+    expected: dict[tuple[str, bool], torch.Tensor] = {}
     cases: list[Case] = []
     text: dict[str, Any] = {}
     for number, plan in enumerate(PLANS):
@@ -94,7 +94,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
         mm = folder / f"mm{number}"
         to_mm(CONVERTERS[plan.kind], source, mm, plan.shape)
         with torch.no_grad():
-            wanted[plan.kind, plan.tied] = model(input_ids=ids, position_ids=positions).logits
+            expected[plan.kind, plan.tied] = model(input_ids=ids, position_ids=positions).logits
         stages = list(plan.shape.llm[0])
         joined = plan.pp == 1 and len(stages) > 1
         tied = plan.tied and not joined  # a second stage has an output layer of its own
@@ -107,7 +107,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
         ]
         for case in cases
     }
-    return Oracle(outcomes, wanted)
+    return Oracle(outcomes, expected)
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def test_megatron_loads_the_text_decoder(oracle: Oracle, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS, ids=NAMES)
 def test_megatron_gives_the_same_logits(oracle: Oracle, plan: Plan) -> None:
-    want = oracle.wanted[plan.kind, plan.tied]
+    want = oracle.expected[plan.kind, plan.tied]
     assert want.std() > 0.3
     found = [o.logits for o in oracle.outcomes[plan.name] if o.logits is not None]
     assert len(found) == (1 if plan.pp == 2 else WORLD)

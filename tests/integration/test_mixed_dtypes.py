@@ -106,10 +106,10 @@ def test_they_come_back(tmp_path: Path) -> None:
     to_mm("qwen2vl-2b", hf, tmp_path / "mm", "--dtype", "bf16")
     to_hf("qwen2vl-2b", tmp_path / "mm", hf, tmp_path / "back")
     assert (tmp_path / "back/model.safetensors").stat().st_size
-    wanted, found = (load_file(f / "model.safetensors") for f in (want, tmp_path / "back"))
-    assert wanted.keys() == found.keys()
+    expected, found = (load_file(f / "model.safetensors") for f in (want, tmp_path / "back"))
+    assert expected.keys() == found.keys()
     assert all(
-        torch.equal(wanted[n], found[n]) and wanted[n].dtype == found[n].dtype for n in found
+        torch.equal(expected[n], found[n]) and expected[n].dtype == found[n].dtype for n in found
     )
 
 
@@ -157,8 +157,8 @@ def test_a_tied_head_of_the_last_stage(tmp_path: Path) -> None:
     edit_rank(mm, "mp_rank_00_001", lambda c: c["model"].update({name: c["model"][name].float()}))
     refused(to_hf("qwen2vl-2b", mm, hf, tmp_path / "back", check=None), 3, "--dtype")
     to_hf("qwen2vl-2b", mm, hf, tmp_path / "back", "--dtype", "bf16")
-    wanted, found = (load_file(f / "model.safetensors") for f in (hf, tmp_path / "back"))
-    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    expected, found = (load_file(f / "model.safetensors") for f in (hf, tmp_path / "back"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
     flags = ("--cfg.hf_config.hf_dir", str(hf))
     refused(to_other("qwen2vl-2b", mm, tmp_path / "mm2", *flags, check=None), 3, "--dtype")
     to_other("qwen2vl-2b", mm, tmp_path / "mm2", *flags, "--dtype", "fp32")

@@ -36,7 +36,7 @@ from commands import (
 from filesystems import file_system
 from hfgen import make_hf
 from mmconvert.errors import OutputError
-from mmconvert.output import Output
+from mmconvert.executor.output import Output
 from mmread import compare_mm, modes
 
 Convert = Callable[..., Done]

@@ -17,8 +17,8 @@ import mscodec
 from cli import run_cli
 from commands import litter, none, refused
 from hfgen import make_hf
-from mmconvert.formats.mindspore import read_ckpt
-from mmconvert.formats.strategy import read_strategy
+from mmconvert.formats.containers.ckpt import read_ckpt
+from mmconvert.formats.mindspore.strategy import read_strategy
 from mmread import compare_hf, compare_side_files
 from qwenvl import Sizes, Tensors, devices, hf_to_ms, make_qwenvl, ms_to_hf, resplit_ms
 from stopping import noted, stopped

@@ -125,12 +125,12 @@ def mm_tensors(mm: Path, rank: str, part: str = "model") -> Tensors:
     return torch.load(rank_files(mm)[rank], weights_only=True)[part]
 
 
-def refused(done: Done, code: int, *wanted: str, out: Path | None = None) -> None:
-    """An error with that exit code that says all of `wanted`, and nothing written."""
+def refused(done: Done, code: int, *expected: str, out: Path | None = None) -> None:
+    """An error with that exit code that says all of `expected`, and nothing written."""
     said = " ".join(done.stderr.split())
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
     assert re.search("^error: ", done.stderr, re.MULTILINE), said
-    for word in wanted:
+    for word in expected:
         assert word in said, f"{word!r} is not in: {said}"
     if out is not None:
         assert not out.exists() and not list(out.parent.glob(f".{out.name}*"))
@@ -262,7 +262,7 @@ def _stages(counts: list[int]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("case", DEEP.values(), ids=DEEP.keys())
-def test_line_02_towers_that_start_late_are_placed_by_the_lists(
+def test_line_02_encoders_that_start_late_are_placed_by_the_lists(
     case: tuple[str, dict[str, Any], list[int], list[int], int], tmp_path: Path
 ) -> None:
     """Every tensor is stored once, on its stage; the first and last weights on theirs."""
@@ -452,9 +452,9 @@ def test_line_08_canonical_vision_qkv_is_cut_by_heads_of_each(
         whole = tensors[f"visual.blocks.1.attn.qkv.{kind}"]
         q, k, v = whole.chunk(3)
         for rank in range(tp):
-            wanted = torch.cat([x.chunk(tp)[rank] for x in (q, k, v)])
+            expected = torch.cat([x.chunk(tp)[rank] for x in (q, k, v)])
             found = mm_tensors(mm, f"mp_rank_{rank:02d}")
-            assert same(found[f"{V}.1.self_attention.linear_qkv.{kind}"], wanted)
+            assert same(found[f"{V}.1.self_attention.linear_qkv.{kind}"], expected)
     to_hf(model, mm, hf, tmp_path / "back")
     same_hf(hf, tmp_path / "back")
 
@@ -497,11 +497,11 @@ def test_line_09_resplit_of_a_canonical_checkpoint(
 ) -> None:
     hf, canonical = hf_of(model), (CANONICAL, "True")
     to_mm(model, hf, tmp_path / "mm", *layout_of(source, model), *canonical)
-    to_mm(model, hf, tmp_path / "wanted", *layout_of(target, model), *canonical)
+    to_mm(model, hf, tmp_path / "expected", *layout_of(target, model), *canonical)
     if not manifest:
         (tmp_path / "mm" / MANIFEST).unlink()
     to_other(model, tmp_path / "mm", tmp_path / "out", *layout_of(target, model, "target_"))
-    none(compare_mm(tmp_path / "wanted", tmp_path / "out"))
+    none(compare_mm(tmp_path / "expected", tmp_path / "out"))
 
 
 @pytest.mark.parametrize("model", TIED)
@@ -632,12 +632,12 @@ def test_line_11_only_the_talker_and_token2wav_come_from_the_original(
     other = small(model, tmp_path / "other", seed="other", shards=2)
     done = to_hf(model, mm_of(model, "tp1"), other, tmp_path / "back", *flags("[4]", "[2]"))
     assert "copied from hf_dir" in done.stderr
-    wanted, plain = hf_tensors(small(model, tmp_path / "hf")), hf_tensors(other)
+    expected, plain = hf_tensors(small(model, tmp_path / "hf")), hf_tensors(other)
     found = hf_tensors(tmp_path / "back")
     assert found.keys() == plain.keys()
     for name, tensor in found.items():
         carried = name.startswith(("talker.", "token2wav."))
-        assert same(tensor, plain[name] if carried else wanted[name]), name
+        assert same(tensor, plain[name] if carried else expected[name]), name
     assert sum(name.startswith("talker.") for name in found) > 20
     assert sum(name.startswith("token2wav.") for name in found) > 10
 
@@ -679,10 +679,10 @@ def test_line_15_save_vit_only(
             found = torch.load(rank_files(made)[rank], weights_only=True)
             assert found.keys() == full.keys()
             for part in (key for key in full if key.startswith("model")):
-                wanted = {n for n in full[part] if n.startswith(encoders)}
-                assert set(found[part]) == wanted
-                assert all(same(found[part][name], full[part][name]) for name in wanted)
-                total += len(wanted)
+                expected = {n for n in full[part] if n.startswith(encoders)}
+                assert set(found[part]) == expected
+                assert all(same(found[part][name], full[part][name]) for name in expected)
+                total += len(expected)
     assert total > 40
     assert rank_files(out).keys() == rank_files(mm_of(model, layout)).keys()
 

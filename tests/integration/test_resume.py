@@ -70,7 +70,7 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Work]:
     }
 
 
-class Wanted(NamedTuple):
+class Goal(NamedTuple):
     """What an undisturbed run writes and reports."""
 
     files: dict[str, bytes]
@@ -90,35 +90,35 @@ def report(done: Done) -> dict[str, object]:
     return json.loads(done.stdout)
 
 
-Ask = Callable[[str, str], Wanted]
+Ask = Callable[[str, str], Goal]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(works: dict[str, Work], tmp_path_factory: pytest.TempPathFactory) -> Ask:
     """What a verb writes with a dtype; made when first asked for."""
-    known: dict[tuple[str, str], Wanted] = {}
+    known: dict[tuple[str, str], Goal] = {}
 
-    def ask(verb: str, dtype: str) -> Wanted:
+    def ask(verb: str, dtype: str) -> Goal:
         if (verb, dtype) not in known:
             out = tmp_path_factory.mktemp("undisturbed") / "out"
             done = works[verb].run(out, "--dtype", dtype, "--json")
-            known[verb, dtype] = Wanted(files_of(out), report(done))
+            known[verb, dtype] = Goal(files_of(out), report(done))
             shutil.rmtree(out)
         return known[verb, dtype]
 
     return ask
 
 
-def check(out: Path, wanted: Wanted, done: Done | None = None) -> None:
+def check(out: Path, expected: Goal, done: Done | None = None) -> None:
     """`out` is what an undisturbed run writes, nothing stands beside it, the report is the same."""
     found = files_of(out)
-    assert found.keys() == wanted.files.keys()
-    assert [name for name in found if found[name] != wanted.files[name]] == []
+    assert found.keys() == expected.files.keys()
+    assert [name for name in found if found[name] != expected.files[name]] == []
     assert litter(out) == []
     if done is not None:
         got = report(done)
         for key in ("cast", "bytes", "tensors", "copies", "files"):
-            assert got[key] == wanted.report[key], key
+            assert got[key] == expected.report[key], key
 
 
 # ------------------------------------------------------------------------- kills
@@ -150,12 +150,12 @@ def test_a_killed_run_goes_on(
     assert not out.exists()
     assert noted(out) == count
     done = works[verb].run(out, *flags, "--json")
-    wanted = undisturbed(verb, dtype)
-    check(out, wanted, done)
+    expected = undisturbed(verb, dtype)
+    check(out, expected, done)
     moved, whole = report(done)["resumed_bytes"], report(done)["bytes"]
     assert isinstance(moved, int) and isinstance(whole, int)
     assert 0 < moved < whole
-    assert wanted.report["resumed_bytes"] == 0
+    assert expected.report["resumed_bytes"] == 0
     share = f"({100 * moved / whole:.0f} %)"
     assert "note: an interrupted run of the same request left" in done.stderr
     assert share in done.stderr and f"{moved / 1e9:.2f} GB" in done.stderr
@@ -175,23 +175,23 @@ def test_the_report_counts_what_was_lost_before(
     works: dict[str, Work], undisturbed: Ask, out: Path
 ) -> None:
     """Not vacuous: this cast does lose values, in jobs before and after the kill."""
-    wanted = undisturbed("hf_to_mm", "fp16").report["cast"]
-    assert isinstance(wanted, dict)
-    assert len(wanted["overflowed"]) > 10
+    expected = undisturbed("hf_to_mm", "fp16").report["cast"]
+    assert isinstance(expected, dict)
+    assert len(expected["overflowed"]) > 10
     work = works["hf_to_mm"]
     stopped(*work.words(out, "--dtype", "fp16", "--workers", "1"), count=3)
     journal = b"".join(p.read_bytes() for p in staging(out).glob(f"{PREFIX}.*"))
     assert journal.count(b"norm1.weight") or journal.count(b"layernorm.weight")
     plain = work.run(out, "--dtype", "fp16")
-    total = sum(wanted["overflowed"].values())
+    total = sum(expected["overflowed"].values())
     assert f"{total} values overflowed" in plain.stderr
-    assert json.loads((out / "mmconvert.json").read_text())["cast"] == wanted
+    assert json.loads((out / "mmconvert.json").read_text())["cast"] == expected
 
 
 def test_killed_again_and_again(works: dict[str, Work], undisturbed: Ask, out: Path) -> None:
     """Each run keeps what the ones before have done; a line cut off costs its own job only."""
     work = works["hf_to_mm"]
-    wanted = undisturbed("hf_to_mm", "fp16")
+    expected = undisturbed("hf_to_mm", "fp16")
     last = 0
     for round_ in range(3):
         stopped(*work.words(out, "--dtype", "fp16", "--workers", "1"))
@@ -201,7 +201,7 @@ def test_killed_again_and_again(works: dict[str, Work], undisturbed: Ask, out: P
         with journal.open("ab") as file:
             file.write([b"0123456789ab", b'0123456789abcdef01234567 {"a": [1,', b""][round_])
     done = work.run(out, "--dtype", "fp16", "--json")
-    check(out, wanted, done)
+    check(out, expected, done)
 
 
 def test_a_kill_from_outside(works: dict[str, Work], undisturbed: Ask, out: Path) -> None:

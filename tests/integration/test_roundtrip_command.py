@@ -14,10 +14,10 @@ from hfgen import make_hf
 from mmconvert.config import Options
 from mmconvert.converters import load
 from mmconvert.errors import MMConvertError
-from mmconvert.plan import Copy, Plan
-from mmconvert.roundtrip import join_plans, representative
-from mmconvert.sources.hf import hf_model
+from mmconvert.formats.hf.model import hf_model
+from mmconvert.plan.plan import Copy, Plan
 from mmconvert.stored import StoredTensor, Target
+from mmconvert.tools.roundtrip import join_plans, representative
 
 MODELS = {
     "qwen2vl-2b": "Qwen2VLConverter",

@@ -157,7 +157,7 @@ def test_a_tied_head_that_no_copy_needs_is_counted_once(tmp_path: Path, hf_of: A
     assert suggest(hf, "--pp", "2")["ranks"][1]["parameters"] == tied + embedding
 
 
-def test_more_image_tokens_move_text_away_from_the_tower(hf_of: Any) -> None:
+def test_more_image_tokens_move_text_away_from_the_encoder(hf_of: Any) -> None:
     hf = hf_of("qwen2vl-2b")
     few, many = (
         suggest(hf, "--pp", "2", "--image-tokens", n)["parallel_config"] for n in ("16", "4000")
@@ -166,7 +166,7 @@ def test_more_image_tokens_move_text_away_from_the_tower(hf_of: Any) -> None:
     assert few["llm_pp_layers"][0] > many["llm_pp_layers"][0]
 
 
-def test_a_frozen_tower_leaves_room_for_text(hf_of: Any) -> None:
+def test_a_frozen_encoder_leaves_room_for_text(hf_of: Any) -> None:
     hf = hf_of("qwen2vl-2b")
     trained = suggest(hf, "--pp", "2")
     frozen = suggest(hf, "--pp", "2", "--freeze", "image_encoder")

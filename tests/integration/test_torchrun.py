@@ -83,13 +83,13 @@ def launch(
 
 def check(out: Path, work: Work) -> None:
     """`out` is, byte for byte, what one process writes; its manifest but for times too."""
-    wanted, found = (
+    expected, found = (
         {p.relative_to(f).as_posix(): p.read_bytes() for p in f.rglob("*") if p.is_file()}
         for f in (work.alone, out)
     )
-    manifests = [json.loads(files.pop("mmconvert.json")) for files in (wanted, found)]
-    assert wanted.keys() == found.keys()
-    assert [name for name in wanted if wanted[name] != found[name]] == []
+    manifests = [json.loads(files.pop("mmconvert.json")) for files in (expected, found)]
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if expected[name] != found[name]] == []
     for content in manifests:
         content["files"] = {name: size for name, (size, _) in content["files"].items()}
     assert manifests[0] == manifests[1]

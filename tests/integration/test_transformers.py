@@ -16,7 +16,7 @@ from hfgen import NEW_NAMES, renamed
 from mmread import MANIFEST, files_in
 from tinymodels import CONVERTERS, inputs, save, tiny_model
 
-# TP 2, PP 2, VPP 2: the tower crosses a virtual stage, the text decoder two.
+# TP 2, PP 2, VPP 2: the encoder crosses a virtual stage, the text decoder two.
 LAYOUT = Shape(vit=[[1, 2], [0, 0]], llm=[[0, 1], [2, 1]], tp=2)
 FOLDERS = {"mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"}
 

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import assume, event, example, given, settings
 from hypothesis import strategies as st
 
-from mmconvert.balance.chains import Chain, Problem, level, rank_loads
-from mmconvert.balance.optimum import Balance, balance
 from mmconvert.errors import LayoutError
 from mmconvert.sharding.stages import check_grids, flat
+from mmconvert.tools.suggest.chains import Chain, Problem, level, rank_loads
+from mmconvert.tools.suggest.optimum import Balance, balance
 
 SLOW = settings(max_examples=150)
 NAMES = ("vit", "audio")
-MOST_STAGES = {0: 12, 1: 12, 2: 6}  # by number of towers: more than these take too long
+MOST_STAGES = {0: 12, 1: 12, 2: 6}  # by number of encoders: more than these take too long
 MOST_TRIED = 60_000
 
 
@@ -28,11 +28,11 @@ def cuts(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
 
 
 def allowed(placed: tuple[tuple[int, ...], ...]) -> bool:
-    """A layer on every stage, no text layer (the last row) before a tower's last."""
-    *towers, text = placed
+    """A layer on every stage, no text layer (the last row) before an encoder's last."""
+    *encoders, text = placed
     first = next(stage for stage, count in enumerate(text) if count)
     return all(map(any, zip(*placed, strict=True))) and not any(
-        any(tower[first + 1 :]) for tower in towers
+        any(encoder[first + 1 :]) for encoder in encoders
     )
 
 
@@ -56,8 +56,8 @@ def number_of_layouts(problem: Problem) -> int:
 
 
 @st.composite
-def problems(draw: st.DrawFn, towers: st.SearchStrategy[int]) -> Problem:
-    number = draw(towers)
+def problems(draw: st.DrawFn, encoders: st.SearchStrategy[int]) -> Problem:
+    number = draw(encoders)
     cost = st.integers(0, draw(st.sampled_from([3, 30, 1000])))
     size = {0: 9, 1: 7, 2: 4}[number]
     chains = [
@@ -85,9 +85,9 @@ def check(problem: Problem, found: Balance) -> None:
 
 @SLOW
 @given(problems(st.sampled_from([0, 1, 1, 1])))
-# with virtual stages, having placed more of the tower is not always better: 147, not 148
+# with virtual stages, having placed more of the encoder is not always better: 147, not 148
 @example(Problem((Chain("vit", 3, 42, 39, 43),), Chain("llm", 6, 83, 22, 1), 3, 2))
-def test_one_tower_is_balanced_as_well_as_can_be(problem: Problem) -> None:
+def test_one_encoder_is_balanced_as_well_as_can_be(problem: Problem) -> None:
     want, found = best_of_all(problem), balance(problem)
     event(f"vpp {problem.vpp}")
     assert want is not None
@@ -98,11 +98,11 @@ def test_one_tower_is_balanced_as_well_as_can_be(problem: Problem) -> None:
 
 @SLOW
 @given(problems(st.just(2)))
-# the whole of either tower fits one stage, and the text starts in the second model chunk
+# the whole of either encoder fits one stage, and the text starts in the second model chunk
 @example(
     Problem((Chain("vit", 3, 1, 5, 2), Chain("audio", 2, 0, 4, 1)), Chain("llm", 3, 0, 3, 2), 2, 2)
 )
-def test_two_towers_are_optimal_where_it_is_said(problem: Problem) -> None:
+def test_two_encoders_are_optimal_where_it_is_said(problem: Problem) -> None:
     want = best_of_all(problem)
     assert want is not None
     try:
@@ -122,7 +122,7 @@ def test_two_towers_are_optimal_where_it_is_said(problem: Problem) -> None:
 @SLOW
 @given(problems(st.sampled_from([1, 2])))
 def test_without_virtual_stages_the_ranks_are_as_even_as_can_be(problem: Problem) -> None:
-    problem = Problem(problem.towers, problem.text, problem.stages)
+    problem = Problem(problem.encoders, problem.text, problem.stages)
     loads = balance(problem).loads
     assert (max(loads), sum(load * load for load in loads)) == best_of_all(problem)
 

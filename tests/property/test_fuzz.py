@@ -57,10 +57,10 @@ def test_undamaged_checkpoints_succeed(
         outcome = try_one(Random(number), bases, work)
         assert (outcome.code, outcome.fault) == (0, ""), outcome
     one = {verb: {"x": {"y"}} for verb in mutations.VERBS}
-    wanted = {model: base._replace(wanted=one) for model, base in bases.items()}
+    expected = {model: base._replace(expected=one) for model, base in bases.items()}
     monkeypatch.setattr(mutations, "VERBS", ("resplit",))
     (tmp_path / "work").mkdir()
-    assert "instead of 1" in try_one(Random(0), wanted, tmp_path / "work").fault
+    assert "instead of 1" in try_one(Random(0), expected, tmp_path / "work").fault
 
 
 def _nothing(random: Random, hf: Path, mm: Path) -> None:

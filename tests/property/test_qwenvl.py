@@ -8,11 +8,11 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmconvert.comparison.verification import verify
 from mmconvert.config import HFConfig, Options
 from mmconvert.config_ms import DeviceConfig, HFToMS, MSResplit, MSToHF
 from mmconvert.convert_ms import hf_to_ms, ms_to_hf, reshard_ms
 from mmconvert.converters.qwenvl import FAMILY
+from mmconvert.tools.comparison.verification import verify
 from mmread import compare_hf
 from qwenvl import Sizes, make_qwenvl
 

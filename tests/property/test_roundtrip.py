@@ -22,8 +22,8 @@ from api import Shape, to_hf, to_mm, to_other
 from hfgen import NEW_NAMES, make_hf, nested_config
 from mmconvert.config import Options
 from mmconvert.errors import LayoutError, MMConvertError
-from mmconvert.plan import Copy, Plan, matrix
-from mmconvert.proof import prove
+from mmconvert.plan.plan import Copy, Plan, matrix
+from mmconvert.plan.proof import prove
 from mmread import MANIFEST, compare_mm, files_in
 
 CONVERTERS = {"qwen2vl-7b": "Qwen2VLConverter", "qwen2.5vl-7b": "Qwen2_5_VLConverter"}
@@ -79,7 +79,7 @@ def _grid(stages: list[int], pp: int, vpp: int, allowed: list[int]) -> list[list
 
 @st.composite
 def shapes(draw: st.DrawFn, vit_layers: int, layers: int, tp_sizes: tuple[int, ...]) -> Shape:
-    """A valid layout: zeros anywhere, no text layer before the stage on which the tower ends."""
+    """A valid layout: zeros anywhere, no text layer before the stage on which the encoder ends."""
     pp, vpp = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     border = draw(st.integers(0, pp * vpp - 1))
     before, after = list(range(border + 1)), list(range(border, pp * vpp))

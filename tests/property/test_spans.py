@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mmconvert.errors import LayoutError, TensorError
 from mmconvert.names import NO_LAYER, NameTemplate, TemplateIndex
-from mmconvert.proof import Rect, covers
+from mmconvert.plan.proof import Rect, covers
 from mmconvert.sharding.spans import Concat, Interleave, Span, Split, divisors, share
 from mmconvert.sharding.stages import (
     StageGrid,
@@ -82,13 +82,13 @@ FLAGS = {"vit": "vit_pp_layers", "audio": "audio_pp_layers", "llm": "llm_pp_laye
 @FAST
 @given(st.integers(1, 4), st.integers(1, 3), st.data())
 def test_grids_that_do_not_fit_each_other(pp: int, vpp: int, data: st.DataObject) -> None:
-    """Accepted if and only if no text layer stands on an earlier stage than a tower's layer."""
+    """Accepted if and only if no text layer stands on an earlier stage than an encoder's layer."""
     row = st.lists(st.integers(0, 1), min_size=pp, max_size=pp).map(tuple)
     grid = st.lists(row, min_size=vpp, max_size=vpp).map(tuple)
     found: dict[str, StageGrid] = {key: data.draw(grid, key) for key in FLAGS}
     stages = {key: [s for s, n in enumerate(flat(g)) if n] for key, g in found.items()}
-    towers = [s for key in ("vit", "audio") for s in stages[key]]
-    good = all(stages.values()) and all(s >= t for s in stages["llm"] for t in towers)
+    encoders = [s for key in ("vit", "audio") for s in stages[key]]
+    good = all(stages.values()) and all(s >= t for s in stages["llm"] for t in encoders)
     if good:
         check_grids(found, FLAGS)
     else:
@@ -178,9 +178,9 @@ def test_split_gives_each_rank_its_units_of_every_part(division: Division, size:
 @given(divisions, st.integers(1, 8))
 def test_observed_is_what_spans_gave(division: Division, size: int) -> None:
     assume(division.units % size == 0 or (division.split.uneven and division.units >= size))
-    wanted = division.spans(size)
-    lengths = [sum(s.length for s in spans) for spans in wanted]
-    assert division.split.observed(lengths) == wanted
+    expected = division.spans(size)
+    lengths = [sum(s.length for s in spans) for spans in expected]
+    assert division.split.observed(lengths) == expected
 
 
 @FAST
@@ -219,13 +219,13 @@ def test_interleave_is_a_bijection_in_the_right_order(steps: list[int], groups: 
     names = np.arange(sum(lengths))  # a number for each row of each source
     cuts = np.cumsum(lengths)[:-1]
     sources = [part.reshape(groups, -1) for part in np.split(names, cuts)]
-    wanted = np.concatenate(sources, axis=1).ravel().tolist()
+    expected = np.concatenate(sources, axis=1).ravel().tolist()
     whole = [-1] * sum(lengths)
     for first, spans in zip([0, *cuts.tolist()], maps, strict=True):
         for row, place in enumerate(rows_of(spans)):
             assert whole[place] == -1, "two rows for one place"
             whole[place] = first + row
-    assert whole == wanted
+    assert whole == expected
 
 
 @FAST
@@ -233,7 +233,7 @@ def test_interleave_is_a_bijection_in_the_right_order(steps: list[int], groups: 
 def test_interleaved_thirds(step: int, groups: int) -> None:
     """One source that is q, k, v below each other: as if they were three sources."""
     third = step * groups
-    (spans,) = Interleave("groups", thirds=True).maps([3 * third], {"groups": groups})
+    (spans,) = Interleave("groups", packed_qkv=True).maps([3 * third], {"groups": groups})
     three = Interleave("groups").maps([third] * 3, {"groups": groups})
     assert rows_of(spans) == [row for part in three for row in rows_of(part)]
     assert sorted(rows_of(spans)) == list(range(3 * third))
@@ -253,7 +253,7 @@ def test_interleave_refuses_rows_that_are_no_groups(lengths: list[int], groups: 
     with pytest.raises(TensorError):
         Interleave("groups").maps(lengths, {"groups": groups})
     with pytest.raises(TensorError):
-        Interleave("groups", thirds=True).maps([3 * groups + 1], {"groups": groups})
+        Interleave("groups", packed_qkv=True).maps([3 * groups + 1], {"groups": groups})
 
 
 # ---------------------------------------------------------------------------------- names

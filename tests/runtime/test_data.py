@@ -114,7 +114,7 @@ def test_a_mark_of_byte_order_is_no_part_of_the_file(tmp_path: Path) -> None:
         ("[1,3]", "[3,0]", 1),
         ("[4]", "[3]", 2, "vit_tp_size=1", "audio_tp_size=1"),
     ],
-    ids=["pp 2, towers alone", "pp 2", "tp 2, encoders at tp 1"],
+    ids=["pp 2, encoders alone", "pp 2", "tp 2, encoders at tp 1"],
 )
 def test_omni_learns_from_all_kinds_at_once(layout: Any, tmp_path: Path) -> None:
     hf = talking.make("omni", tmp_path / "hf")
@@ -223,29 +223,29 @@ BROKEN: dict[str, tuple[Break, str]] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_entry_is_named(name: str, tmp_path: Path) -> None:
     talking.write_data(tmp_path)
-    spoil, wanted = BROKEN[name]
+    spoil, expected = BROKEN[name]
     items = [talking.talk("<image>Which?", "red", images=["red.png"]) for _ in range(20)]
     spoil(items)
     (tmp_path / "data.json").write_text(json.dumps(items))
-    with pytest.raises(DatasetError, match=wanted):
+    with pytest.raises(DatasetError, match=expected):
         read_samples([tmp_path / "data.json"], 0)
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [("[{}, {", "is no JSON"), ('{"messages": []}', "line 1 has no messages"),
      ("3", "holds no list"), ("[]", "at least one"),
      ("[" * 100000, "is no JSON"), ("\x00\xff", "is no JSON")],
     ids=["cut off", "an object", "a number", "empty", "deep", "binary"],
 )  # fmt: skip
-def test_a_broken_file_is_named(text: str, wanted: str, tmp_path: Path) -> None:
+def test_a_broken_file_is_named(text: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "data.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(DatasetError, match=wanted):
+    with pytest.raises(DatasetError, match=expected):
         read_samples([tmp_path / "data.json"], 0)
 
 
 @pytest.mark.parametrize(
-    ("item", "wanted"),
+    ("item", "expected"),
     [
         (talking.talk("<image><image>?", "a", images=["red.png"]), "more <image> places than"),
         (talking.talk("<image>?", "a", images=["red.png", "blue.png"]), "1 more files than places"),
@@ -260,17 +260,17 @@ def test_a_broken_file_is_named(text: str, wanted: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_sample_that_cannot_be_encoded_is_named(
-    item: dict[str, object], wanted: str, speaker: Speaker, tmp_path: Path
+    item: dict[str, object], expected: str, speaker: Speaker, tmp_path: Path
 ) -> None:
     talking.write_data(tmp_path)
     Image.new("RGB", (900, 4)).save(tmp_path / "wide.png")
     Image.new("I;16", (56, 56), 40000).save(tmp_path / "deep.png")  # white, if it were cut off
     (tmp_path / "data.json").write_text(json.dumps([item]))
-    if not wanted:  # InternVL's word means nothing to Omni
+    if not expected:  # InternVL's word means nothing to Omni
         feed = Feed(speaker, read_samples([tmp_path / "data.json"], 0), 1, 1, None)
         assert torch.is_tensor(feed.step(0)[0].ids)
         return
-    with pytest.raises(DatasetError, match=wanted) as caught:
+    with pytest.raises(DatasetError, match=expected) as caught:
         Feed(speaker, read_samples([tmp_path / "data.json"], 0), 1, 1, None).step(0)
     assert "entry 0" in caught.value.what
 

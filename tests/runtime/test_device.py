@@ -1,4 +1,4 @@
-"""Which device is taken, and that torch_npu is imported only where an NPU is wanted.
+"""Which device is taken, and that torch_npu is imported only where an NPU is expected.
 
 No NPU has a part in this. A stand-in for torch_npu is found by torch as the real one is, through
 the entry point group ``torch.backends``; without CANN it fails as the real one does. Where it may

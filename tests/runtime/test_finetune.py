@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 class Work:
-    """A model, its MM form with the vision tower alone on stage 0, and data."""
+    """A model, its MM form with the vision encoder alone on stage 0, and data."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

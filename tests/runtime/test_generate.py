@@ -123,7 +123,7 @@ def test_greedy_tokens_are_those_of_transformers(case: Case, tmp_path: Path) -> 
             **inputs, max_new_tokens=MOST, do_sample=False, eos_token_id=stop,
             repetition_penalty=case.penalty,
         )  # fmt: skip
-    wanted = out[0, inputs["input_ids"].shape[1] :].tolist()
+    expected = out[0, inputs["input_ids"].shape[1] :].tolist()
 
     arch, stored = load_folder(hf, mm)
     speaker = Speaker(arch, hf)
@@ -134,9 +134,9 @@ def test_greedy_tokens_are_those_of_transformers(case: Case, tmp_path: Path) -> 
         arch, stored, batch, MOST, frozenset(speaker.stop), "fp32", case.penalty
     )
     got = launch(job, stored.world, heard.append)
-    assert got == wanted
-    assert heard == wanted  # as they came
-    assert len(set(wanted)) > 3  # each token depends on those before
+    assert got == expected
+    assert heard == expected  # as they came
+    assert len(set(expected)) > 3  # each token depends on those before
 
 
 @pytest.mark.slow

@@ -107,10 +107,10 @@ def test_gradients_are_those_of_one_process(name: str, study: Study) -> None:
     assert len(alone) > 70
     largest = max(float(g.abs().max()) for g in alone.values())
     worst = 0.0
-    for key, wanted in alone.items():
+    for key, expected in alone.items():
         assert torch.isfinite(divided[key]).all(), key  # every part came from some process
-        scale = max(float(wanted.abs().max()), 1e-4 * largest)
-        worst = max(worst, float((divided[key] - wanted).abs().max()) / scale)
+        scale = max(float(expected.abs().max()), 1e-4 * largest)
+        worst = max(worst, float((divided[key] - expected).abs().max()) / scale)
     print(f"gradients, {name}: {worst:.1e}")
     assert worst <= (GRADIENT if LAYOUTS[name][2] > 1 else 1e-6)
 

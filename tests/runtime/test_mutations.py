@@ -159,7 +159,7 @@ def test_what_the_inputs_do_not_touch_is_compared_too(name: str, tmp_path: Path)
     assert where in wrong[0].note
 
 
-def test_the_audio_tower_is_run_without_a_sound_of_the_users(tmp_path: Path) -> None:
+def test_the_audio_encoder_is_run_without_a_sound_of_the_users(tmp_path: Path) -> None:
     hf = talking.make("omni", tmp_path / "hf")
     mm = models.convert("omni", hf, tmp_path / "mm", "[4]", "[3]")
 

@@ -41,11 +41,11 @@ def shown() -> str:
 
 def test_the_page_shows_the_commands_that_run() -> None:
     tutorial = script()
-    wanted = [f"$ {tutorial.shown(words)}\n" for _, words in tutorial.STEPS]
-    places = [shown().find(command) for command in wanted]
+    expected = [f"$ {tutorial.shown(words)}\n" for _, words in tutorial.STEPS]
+    places = [shown().find(command) for command in expected]
     assert -1 not in places
     assert places == sorted(places)
-    assert shown().count("$ mm-convert") == len(wanted)
+    assert shown().count("$ mm-convert") == len(expected)
     assert all(caption in shown() for caption in tutorial.CAPTIONS.values())
     assert (PAGE.parent / "images" / "tutorial-loss.svg").is_file()
 
@@ -89,9 +89,9 @@ def test_the_tutorial_does_what_its_page_says(tmp_path: Path) -> None:
         command, env=ENV, capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    got, wanted = same_lines(done.stdout), same_lines(shown())
+    got, expected = same_lines(done.stdout), same_lines(shown())
     assert [line for line in got if "loss curve" not in line] == [
-        line for line in wanted if "loss curve" not in line
+        line for line in expected if "loss curve" not in line
     ]
     captions = script().CAPTIONS
     table = done.stdout.rpartition("--- 8.")[2]

@@ -10,16 +10,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hfgen import make_hf
-from mmconvert.balance.cost import Costs, module_costs
-from mmconvert.balance.shapes import config_shapes, stored_shapes
-from mmconvert.balance.workload import Workload, flows, patch_sizes
-from mmconvert.formats.hf import read_config
-from mmconvert.sources.hf import config_model
-from mmconvert.sources.recognise import family_of
+from mmconvert.formats.hf.folder import read_config
+from mmconvert.formats.hf.model import config_model
+from mmconvert.formats.recognise import family_of
+from mmconvert.tools.suggest.cost import Costs, module_costs
+from mmconvert.tools.suggest.shapes import config_shapes, stored_shapes
+from mmconvert.tools.suggest.workload import Workload, flows, patch_sizes
 from tinymodels import CONVERTERS, inputs, save, tiny_model
 
-TOWER, TEXT = "image_encoder", "text_decoder"
-FREEZE = {"nothing": set(), "tower": {"vit"}, "text": {"llm"}}
+ENCODER, TEXT = "image_encoder", "text_decoder"
+FREEZE = {"nothing": set(), "encoder": {"vit"}, "text": {"llm"}}
 
 
 @pytest.fixture(scope="module", params=sorted(CONVERTERS))
@@ -74,7 +74,7 @@ def test_a_step_costs_what_torch_counts(tiny: Any, freeze: str) -> None:
 def test_frozen_parts_cost_less(tiny: Any) -> None:
     _, folder = tiny
     cost = {name: total(costs_of(folder, f), f) for name, f in FREEZE.items()}
-    assert cost["text"] < cost["nothing"] and cost["tower"] < cost["nothing"]
+    assert cost["text"] < cost["nothing"] and cost["encoder"] < cost["nothing"]
 
 
 def test_config_alone_tells_the_same_as_the_headers(tiny: Any) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mmconvert.executor.casts import DTYPES, Loss, Losses
 from mmconvert.executor.values import Cast, cast
-from mmconvert.plan import cast_dtype
+from mmconvert.plan.plan import cast_dtype
 from mmconvert.stored import FLOATS, ITEM_SIZE
 
 TORCH = {
@@ -54,9 +54,9 @@ def as_torch(data: bytes, old: str, new: str) -> Cast:
 
 def same(data: bytes, old: str, new: str) -> Cast:
     """The cast, once it is known to be torch's."""
-    found, wanted = cast(memoryview(data), old, new), as_torch(data, old, new)
-    assert bits(tensor(found.bits, new)) == bits(tensor(wanted.bits, new))
-    assert (found.overflowed, found.underflowed) == (wanted.overflowed, wanted.underflowed)
+    found, expected = cast(memoryview(data), old, new), as_torch(data, old, new)
+    assert bits(tensor(found.bits, new)) == bits(tensor(expected.bits, new))
+    assert (found.overflowed, found.underflowed) == (expected.overflowed, expected.underflowed)
     return found
 
 
@@ -147,10 +147,10 @@ def test_f64(patterns: list[int]) -> None:
     same(data, "F64", "F32")
     for new in ("F16", "BF16"):
         found = cast(memoryview(data), "F64", new)
-        wanted = [nearest(value, new) for value in values]
-        exact = torch.tensor(wanted, dtype=torch.float64)
+        expected = [nearest(value, new) for value in values]
+        exact = torch.tensor(expected, dtype=torch.float64)
         assert bits(tensor(found.bits, new).double()) == bits(exact)
-        pairs = list(zip(values, wanted, strict=True))
+        pairs = list(zip(values, expected, strict=True))
         assert found.overflowed == sum(np.isfinite(v) and np.isinf(w) for v, w in pairs)
         assert found.underflowed == sum(v != 0 and w == 0 for v, w in pairs)
 
@@ -159,10 +159,10 @@ def test_f64(patterns: list[int]) -> None:
 def test_the_judge(value: float) -> None:
     """`nearest` agrees with Python's own half floats, which are rounded once."""
     try:
-        wanted = struct.unpack("<e", struct.pack("<e", value))[0]
+        expected = struct.unpack("<e", struct.pack("<e", value))[0]
     except OverflowError:
-        wanted = float("inf") if value > 0 else float("-inf")
-    assert nearest(value, "F16") == wanted
+        expected = float("inf") if value > 0 else float("-inf")
+    assert nearest(value, "F16") == expected
 
 
 TINY = 2.0**-45  # lost on the way to float32
@@ -183,9 +183,9 @@ TWICE = {  # dtype -> values that two roundings bring to the wrong side of a tie
 def test_f64_is_rounded_once(new: str, sign: int) -> None:
     values = torch.tensor([sign * v for v in TWICE[new]], dtype=torch.float64)
     found = tensor(cast(memoryview(values.numpy().tobytes()), "F64", new).bits, new).double()
-    wanted = torch.tensor([nearest(v, new) for v in values.tolist()], dtype=torch.float64)
-    assert found.tolist() == wanted.tolist()
-    assert (values.float().to(TORCH[new]).double() != wanted).all()  # each case is one
+    expected = torch.tensor([nearest(v, new) for v in values.tolist()], dtype=torch.float64)
+    assert found.tolist() == expected.tolist()
+    assert (values.float().to(TORCH[new]).double() != expected).all()  # each case is one
 
 
 # ---------------------------------------------------------------------------------- counts

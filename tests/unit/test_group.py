@@ -102,8 +102,8 @@ def test_one_fails_all_fail(failing: set[int]) -> None:
     for rank, error in enumerate(everywhere(4, work)):
         assert isinstance(error, OutputError)
         first = min(failing)
-        wanted = f"disk {rank}" if rank in failing else f"process {first}: disk {first}"
-        assert error.lines() == [wanted, "wanted: room", "to fix: buy one"]
+        expected = f"disk {rank}" if rank in failing else f"process {first}: disk {first}"
+        assert error.lines() == [expected, "expected: room", "to fix: buy one"]
 
 
 def test_kinds_of_errors_are_kept() -> None:

@@ -16,10 +16,10 @@ from hfgen import make_hf, nested_config
 from mmconvert import converters
 from mmconvert.config import Options
 from mmconvert.errors import CheckpointError, FormatError, MMConvertError
-from mmconvert.formats.hf import INDEX, open_hf, read_config
-from mmconvert.formats.hf_output import create_hf, plan_weights
-from mmconvert.formats.safetensors import Entry
-from mmconvert.sources.hf import config_model, hf_model
+from mmconvert.formats.containers.safetensors import Entry
+from mmconvert.formats.hf.folder import INDEX, open_hf, read_config
+from mmconvert.formats.hf.model import config_model, hf_model
+from mmconvert.formats.hf.output import create_hf, plan_weights
 
 Json = dict[str, Any]
 MODELS = {

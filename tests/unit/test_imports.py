@@ -1,6 +1,6 @@
 """Imports point one way, and starting costs little. See ALLOWED for the direction.
 
-A new module must be listed here; that is the moment to think about where it belongs.
+A new room must be listed here; that is the moment to think about where it belongs.
 """
 
 from __future__ import annotations
@@ -19,294 +19,48 @@ import mmconvert
 PACKAGE = Path(mmconvert.__file__).parent
 
 # Everyone may import these: errors, the version, numbers and names in words.
-ANYONE = {"errors", "version", "words"}
+ANYONE = {"durable", "errors", "version", "words", "events", "disks", "names"}
 
-# Module -> what else of the package it may import, also inside functions. `room.*` stands for
-# every module of a sub-package. Keys with `*` hold for modules that have no line of their own.
+# Room -> the rooms it may import from, also inside functions; a room may always import itself. A
+# room is a folder of the package, or one file beside them. The lines go from the bottom to the top.
+FILES_ROOM = {
+    "modeljson",
+    "formats",
+    "executor",
+    "stored",
+    "plan",
+    "converters",
+    "sharding",
+    "config",
+}
+STORY = {*FILES_ROOM, "result", "estimate", "convert", "convert_ms", "run", "run_ms", "config_ms"}
 ALLOWED: dict[str, set[str]] = {
-    # the bottom: integers, names, nothing of files
-    "errors": set(),
-    "version": set(),
-    "disks": set(),
-    "events": set(),
-    "names": set(),
-    "words": set(),
-    "sharding.stages": set(),
-    "sharding.spans": set(),
-    "sharding.layout": {"sharding.stages"},
-    "sharding.devices": set(),
-    "sharding.slices": {"sharding.spans"},
-    "stored": {"sharding.layout"},
-    # files
-    "formats.*": {"formats.*", "stored"},
-    "formats.allocate": {"disks"},
-    "formats.megatron": {"formats.*", "sharding.layout", "stored"},
-    "formats.strategy": {"formats.*", "sharding.slices"},
-    "formats.strategy_writer": {"formats.*", "sharding.slices"},
-    "formats.mindspore_folder": {"formats.*", "names", "stored"},
-    "formats.hf_choice": {"formats.hf_bin", "names"},
-    "formats.hf_sides": {"formats.hf", "formats.hf_choice", "names"},
-    # tables
-    "converters.*": {"converters.*", "names", "sharding.*"},
-    # the plan, and its sides made from a table
-    "plan": {"converters.family", "names", "sharding.*", "stored"},
-    "proof": {"plan"},
-    "sides.*": {"converters.family", "names", "plan", "sharding.*", "sides.*", "stored"},
-    # MindSpeed-MM's own files
-    "modeljson": {"sharding.*"},
-    # what a request is
-    "config": {"sharding.*"},
+    **{name: set[str]() for name in ANYONE},
+    "sharding": set(),
+    "stored": {"sharding"},
+    "converters": {"sharding"},
+    "plan": {"converters", "sharding", "stored"},
+    "config": {"sharding"},
+    "modeljson": {"sharding"},
     "config_ms": {"config"},
-    # moving and comparing bytes
-    "executor.fileio": {"disks"},
-    "executor.blockio": {"executor.fileio", "plan", "stored"},
-    "executor.casts": set(),
-    "executor.jobs": {"executor.casts", "executor.fileio"},
-    "executor.execute": {
-        *("executor.blockio", "executor.casts", "executor.differences", "executor.fileio"),
-        *("executor.jobs", "executor.values", "plan", "stored"),
-    },
-    "executor.journal": {"executor.casts", "executor.jobs", "plan"},
-    "executor.group": set(),
-    "executor.pieces": {"formats.mindspore_layout", "plan", "proof", "stored"},
-    "executor.moving": {
-        *("events", "executor.casts", "executor.execute", "executor.group", "executor.jobs"),
-        *("executor.journal", "executor.pieces", "plan", "stored"),
-    },
-    "executor.digests": {
-        *("events", "executor.blockio", "executor.fileio", "executor.jobs", "plan", "stored"),
-    },
-    "estimate": {
-        *("executor.execute", "executor.fileio", "executor.jobs", "output", "plan", "stored"),
-    },
-    "result": {"estimate", "executor.moving", "plan", "sharding.layout"},
-    "executor.differences": {"plan", "stored"},
-    "executor.values": {"stored"},
-    "executor.measure": {"executor.values", "stored"},
-    "executor.distance": {
-        *("executor.blockio", "executor.fileio", "executor.jobs", "executor.measure", "plan"),
-        "stored",
-    },
-    "comparison.diffresult": {"executor.distance"},
-    "executor.compare": {
-        *("executor.blockio", "executor.differences", "executor.fileio", "executor.jobs"),
-        *("executor.values", "plan", "stored"),
-    },
-    "output": {"names", "sharding.layout"},
-    # opening checkpoints
-    "sources.manifest": {"converters.family", "formats.*"},
-    "sources.recognise": {"converters.*", "formats.*", "sources.manifest"},
-    "sources.detect": {"converters.family", "formats.*", "names", "plan", "sharding.*", "stored"},
-    "sources.*": {
-        *("config", "converters.*", "executor.compare", "formats.*", "names", "sharding.*"),
-        *("sides.*", "sources.*", "stored"),
-    },
-    "sources.mindspore": {
-        *("config", "converters.*", "formats.*", "names", "plan", "sharding.*", "sides.*"),
-        *("sources.model", "stored"),
-    },
-    # proving, then writing
-    "run": {
-        *("config", "estimate", "events", "executor.casts", "executor.compare"),
-        *("executor.differences", "executor.digests", "executor.group", "executor.jobs"),
-        *("executor.journal", "executor.moving", "formats.*", "output", "plan", "proof", "result"),
-        *("sharding.layout", "sources.manifest", "sources.model", "stored"),
-    },
-    # the story
-    "convert": {
-        *("config", "converters.family", "events", "names", "output", "plan", "result", "run"),
-        *("sharding.*", "sides.*", "sources.*"),
-    },
-    "run_ms": {
-        *("config_ms", "formats.*", "output", "plan", "result", "run", "sides.devices", "stored"),
-    },
-    "convert_ms": {
-        *("config", "config_ms", "convert", "converters.*", "events", "formats.*", "names"),
-        *("output", "plan", "result", "run", "run_ms", "sharding.devices", "sides.*", "sources.*"),
-    },
-    "comparison.opened": {"plan", "sharding.layout", "sources.model"},
-    "comparison.pairing_ms": {
-        *("comparison.opened", "config", "converters.*", "formats.mindspore_folder", "sides.hf"),
-        "sources.*",
-    },
-    "comparison.pairing": {
-        *("comparison.opened", "comparison.pairing_ms", "config", "sharding.layout", "sides.*"),
-        "sources.*",
-    },
-    "comparison.verification": {
-        *("comparison.pairing", "config", "events", "executor.compare", "executor.differences"),
-        *("executor.jobs", "names", "plan", "sources.manifest"),
-    },
-    "comparison.diff": {
-        *("comparison.diffresult", "comparison.opened", "comparison.pairing", "config"),
-        *("converters.family", "events", "executor.differences", "executor.distance"),
-        *("executor.jobs", "formats.*", "names", "plan", "sources.model", "sources.recognise"),
-        "stored",
-    },
-    "contents": {"converters.family", "formats.hf", "names", "sharding.*", "stored", "words"},
-    "inspection": {
-        *("config", "contents", "converters.*", "formats.*", "sharding.layout", "sides.*"),
-        *("sources.*", "stored"),
-    },
-    # balancing a pipeline
-    "balance.effort": set(),
-    "balance.chains": {"sharding.stages"},
-    "balance.narrow": {"balance.chains", "balance.effort"},
-    "balance.wide": {"balance.chains", "balance.effort", "balance.narrow"},
-    "balance.optimum": {"balance.*", "sharding.stages"},
-    "balance.workload": {"converters.family", "sources.model"},
-    "balance.cost": {
-        *("balance.chains", "balance.workload", "converters.family", "names", "plan"),
-        *("sharding.layout", "sides.*", "sources.model", "stored"),
-    },
-    "balance.shapes": {"config", "converters.family", "plan", "sides.*", "sources.*"},
-    "balance.frozen": {"sharding.stages", "sources.model"},
-    "balance.suggestion": {
-        *("balance.*", "converters.family", "formats.hf", "sharding.*", "sources.*"),
-        "sources.recognise",
-    },
-    "doctor.report": set(),
-    "doctor.leftovers": {"doctor.report", "doctor.shell"},
-    "doctor.shell": {"sharding.*"},
-    "doctor.asked": {
-        *("config", "doctor.report", "doctor.shell", "formats.hf", "plan", "sides.hf"),
-        *("sources.hf", "sources.model", "sources.recognise"),
-    },
-    "doctor.folder": {"doctor.report", "doctor.shell", "formats.megatron", "sharding.layout"},
-    "doctor.rankfiles": {
-        *("doctor.folder", "doctor.report", "doctor.shell", "formats.*", "sharding.layout"),
-        "stored",
-    },
-    "doctor.chart": {
-        *("converters.family", "doctor.folder", "doctor.report", "formats.megatron", "names"),
-        *("sharding.*", "sources.*", "stored"),
-    },
-    "doctor.tensors": {
-        *("converters.family", "doctor.chart", "doctor.folder", "doctor.report", "doctor.shell"),
-        *("names", "sharding.stages", "stored"),
-    },
-    "doctor.shapes": {
-        *("doctor.chart", "doctor.folder", "doctor.report", "executor.compare", "plan"),
-        *("sharding.layout", "sides.mm_source", "sources.detect"),
-    },
-    "doctor.values": {
-        *("converters.family", "doctor.chart", "doctor.report", "events", "executor.blockio"),
-        *("executor.compare", "executor.differences", "executor.fileio", "executor.jobs"),
-        *("executor.values", "plan", "sharding.layout", "sides.*", "stored"),
-    },
-    "doctor.hf_files": {"doctor.rankfiles", "doctor.report", "doctor.shell", "formats.*", "names"},
-    "doctor.single": {"doctor.*", "events", "formats.*", "sharding.layout", "stored"},
-    "doctor.mm": {
-        *("config", "doctor.*", "events", "formats.*", "sharding.layout", "sides.mm_source"),
-        *("sources.manifest", "sources.mm"),
-    },
-    "doctor.hf": {
-        *("config", "converters.*", "doctor.*", "events", "formats.safetensors", "names"),
-        *("sides.*", "sources.hf", "stored"),
-        "plan",
-    },
-    "doctor.examine": {"doctor.*", "events", "formats.*"},
-    "loading": {
-        *("config", "converters.family", "executor.blockio", "executor.fileio", "plan", "proof"),
-        *("sharding.layout", "sides.*", "sources.*", "stored"),
-    },
-    "roundtrip": {
-        *("config", "converters.family", "events", "executor.compare", "executor.digests"),
-        *("executor.jobs", "names", "plan", "proof", "sharding.*", "sides.*", "sources.*"),
-        "stored",
-    },
-    # running checkpoints, with torch
-    "runtime.*": {"formats.*", "runtime.*", "sharding.*"},
-    "runtime.datajson": {"modeljson", "runtime.prepare", "runtime.samples"},
-    "runtime.inferencejson": {"modeljson"},
-    "runtime.prepare": set(),
-    "runtime.pictures": set(),
-    "runtime.films": set(),
-    "runtime.sounds": {"runtime.films"},
-    "runtime.tiles": {"runtime.prepare"},
-    "runtime.template": {"runtime.batch", "runtime.families"},
-    "runtime.samples": set(),
-    "runtime.needs": set(),
-    "runtime.launch": {"runtime.device"},
-    "runtime.device": {"runtime.needs"},
-    "runtime.curve": set(),
-    "runtime.verdict": set(),
-    "runtime.parallel": set(),
-    "runtime.shard": {"runtime.parallel"},
-    "runtime.bind": {"runtime.parallel", "runtime.shard"},
-    "runtime.attention": {"runtime.bind", "runtime.parallel"},
-    "runtime.families": {"runtime.shard"},
-    "runtime.towers": set(),
-    "runtime.vision": {"runtime.attention", "runtime.bind", "runtime.towers"},
-    "runtime.audio": {"runtime.attention", "runtime.bind", "runtime.towers"},
-    "runtime.text": {"runtime.attention", "runtime.bind", "runtime.towers"},
-    "runtime.batch": set(),
-    "lazy": {
-        *("config", "executor.blockio", "executor.fileio", "formats.*", "loading", "plan"),
-        *("sides.*", "sources.*", "stored"),
-    },
-    "api": {
-        *("comparison.verification", "config", "convert", "converters.*", "events", "inspection"),
-        *("lazy", "loading", "result", "sharding.stages", "sources.recognise"),
-    },
-    # what was found, as text, pictures and pages
-    "report.data": {"comparison.diffresult", "executor.distance"},
-    "report.text": {"comparison.diffresult", "report.chart", "words"},
-    "report.files": set(),
-    "report.style": set(),
-    "report.svg": {"report.style", "words"},
-    "report.grid": {"contents", "report.*", "sharding.*", "words"},
-    "report.stacks": {"contents", "report.*", "words"},
-    "report.chart": {"report.svg"},
-    "report.page": {"report.style", "report.svg"},
-    "report.diffpage": {"comparison.diffresult", "report.*"},
-    "report.inspectpage": {"inspection", "report.*", "sharding.*", "stored", "words"},
-    # datasets
-    "datasets.*": {"datasets.*"},
-    "datasets.convert": {"datasets.*", "events"},
-    # the shell
-    "cli": {"cli.*", "config", "converters.*", "executor.group"},
-    "cli.arguments": {"config", "sharding.*"},
-    "cli.screen": {"events", "words"},
-    "cli.conversions": {
-        *("cli", "cli.*", "config", "convert", "converters.*", "executor.group", "result"),
-        "sources.recognise",
-    },
-    "cli.mindspore": {"cli", "cli.*", "config_ms", "convert_ms", "converters.*", "executor.group"},
-    "cli.dry_run": {"cli.*", "names", "result"},
-    "cli.tools.verify": {"cli.*", "comparison.verification", "config", "executor.differences"},
-    "cli.tools.roundtrip": {"api", "cli.*", "config", "roundtrip", "sources.recognise"},
-    "cli.tools.junit": set(),
-    "cli.tools.completion": {"cli", "converters.*"},
-    "cli.tools.suggest": {"balance.*", "cli.*"},
-    "report.picture": {"contents", "sharding.*", "words"},
-    "cli.tools.diff": {
-        *("cli.*", "comparison.diff", "comparison.diffresult", "config", "report.*", "words"),
-    },
-    "cli.tools.inspect": {"cli.*", "config", "inspection", "report.*", "words"},
-    "cli.tools.doctor": {"cli.*", "config", "doctor.*", "executor.jobs"},
-    "cli.tools.convert_weight": {"cli.*", "config", "config_ms"},
-    "cli.tools.data": {"cli.*", "datasets.*"},
-    "cli.tools.validate": {
-        *("cli.arguments", "runtime.commands", "runtime.launch", "runtime.needs"),
-        "runtime.verdict",
-    },
-    "cli.tools.generate": {
-        *("cli.arguments", "cli.scriptflags", "cli.tools.finetune", "config", "runtime.commands"),
-        "sharding.layout",
-        *("runtime.inferencejson", "runtime.launch", "runtime.needs", "runtime.prepare"),
-    },
-    "cli.scripttable": set(),
-    "cli.scriptflags": {"cli.scripttable", "modeljson", "sharding.layout"},
-    "cli.tools.finetune": {
-        *("cli.arguments", "cli.scriptflags", "cli.scripttable", "config", "modeljson"),
-        "runtime.commands",
-        *("runtime.datajson", "runtime.dataset", "runtime.launch", "runtime.needs"),
-        *("runtime.optimizer", "runtime.prepare", "runtime.samples", "runtime.training"),
-        "sharding.layout",
-    },
-    "__main__": {"cli"},
+    "executor": {"formats", "plan", "sharding", "stored"},
+    "formats": {"config", "converters", "executor", "plan", "sharding", "stored"},
+    "estimate": {"executor", "plan", "stored"},
+    "result": {"estimate", "executor", "plan", "sharding"},
+    "run": STORY - {"convert", "convert_ms", "run_ms"},
+    "run_ms": STORY - {"convert", "convert_ms"},
+    "convert": STORY - {"convert_ms", "run_ms"},
+    "convert_ms": STORY,
+    "loading": FILES_ROOM,
+    "lazy": {*FILES_ROOM, "loading"},
+    "datasets": set(),
+    "tools": STORY,
+    "api": {*STORY, "lazy", "loading", "tools"},
+    "report": {"executor", "sharding", "stored", "tools"},
+    "runtime": {"formats", "modeljson", "sharding"},
+    "cli": {*STORY, "api", "datasets", "report", "runtime", "tools"},
     "__init__": {"api", "config"},
+    "__main__": {"cli"},
 }
 
 # Libraries beside the standard library: who may import them at all.
@@ -316,7 +70,7 @@ LIBRARIES: dict[str, set[str]] = {
     "av": {"runtime.films"},
     "rich": {"cli.screen", "cli.tools.*", "report.picture"},
     "tyro": {"cli.arguments", "cli.tools.*"},
-    "yaml": {"cli.arguments"},
+    "yaml": {"cli.settings"},
 }
 HEAVY = {"torch", "torch_npu", "transformers", "safetensors", "megatron"}
 # These may import them: the first inside functions, the second also at their top, for which no
@@ -402,29 +156,16 @@ def _fits(name: str, pattern: str) -> bool:
     return name == pattern or (pattern.endswith(".*") and (name + ".").startswith(room + "."))
 
 
-def allowed_for(module: str) -> set[str] | None:
-    """What a module may import, or None if the table does not list it."""
-    if module in ALLOWED:
-        return ALLOWED[module]
-    for pattern, allowed in ALLOWED.items():
-        if pattern.endswith(".*") and _fits(module, pattern):
-            return allowed
-    if (FILES[module].parent / "__init__.py") == FILES[module] and not imports_of(module):
-        return set()  # an empty __init__.py
-    return None
-
-
 def complaints(module: str, imports: list[Import]) -> list[str]:
     """The imports of a module that the table does not allow."""
-    allowed = allowed_for(module)
-    if allowed is None:
-        return [f"{module} is new: add it to ALLOWED in {Path(__file__).name}"]
+    room = module.partition(".")[0]
+    if room not in ALLOWED:
+        return [f"{room} is new: add it to ALLOWED in {Path(__file__).name}"]
+    allowed = {room, *ANYONE, *ALLOWED[room]}
     return [
-        f"{module}, line {i.line}, imports {i.target}; it may import {sorted(allowed | ANYONE)}"
+        f"{module}, line {i.line}, imports {i.target}; {room} may import {sorted(allowed)}"
         for i in imports
-        if i.inside
-        and i.target not in ANYONE
-        and not any(_fits(i.target, pattern) for pattern in allowed)
+        if i.inside and i.target.partition(".")[0] not in allowed
     ]
 
 
@@ -434,7 +175,7 @@ def test_imports_point_one_way(module: str) -> None:
 
 
 def test_the_table_lists_only_modules_that_are_there() -> None:
-    stale = [key for key in ALLOWED if not any(_fits(name, key) for name in FILES)]
+    stale = [key for key in ALLOWED if not any(_fits(name, f"{key}.*") for name in FILES)]
     assert stale == [], "take these out of ALLOWED"
 
 
@@ -488,7 +229,7 @@ def test_the_parser_of_imports_sees_all_forms() -> None:
     source = """
 import torch.nn as nn, os
 import mmconvert.cli
-from mmconvert import plan, __version__
+from mmconvert import api, __version__
 from mmconvert.formats import hf
 from . import spans
 from .stages import flat
@@ -508,7 +249,7 @@ class Lazy:
     found = imports_in(source, "sharding.layout", PACKAGE / "sharding" / "layout.py")
     inside = [i.target for i in found if i.inside]
     assert inside == [
-        *("cli", "plan", "__init__", "formats.hf", "sharding.spans", "sharding.stages"),
+        *("cli", "api", "__init__", "formats.hf", "sharding.spans", "sharding.stages"),
         *("plan", "errors"),
     ]
     outside = [(i.target, i.top) for i in found if not i.inside]
@@ -518,7 +259,7 @@ class Lazy:
     ]
     lines = complaints("sharding.layout", found)
     assert [line.split(" imports ")[1].split(";")[0] for line in lines] == [
-        *("cli", "plan", "__init__", "formats.hf", "sharding.spans", "plan")
+        *("cli", "api", "__init__", "formats.hf", "plan")
     ]
 
 

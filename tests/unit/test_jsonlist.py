@@ -56,8 +56,8 @@ def test_what_json_refuses_we_refuse(data: st.DataObject) -> None:
             found = read(bytes(text), Path(folder))
         except DatasetError:
             return
-        wanted = json.loads(bytes(text).decode("utf-8-sig"))
-        assert repr(found) == repr(wanted)
+        expected = json.loads(bytes(text).decode("utf-8-sig"))
+        assert repr(found) == repr(expected)
 
 
 @pytest.mark.parametrize(

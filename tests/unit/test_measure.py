@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mmconvert.executor.distance import cut
 from mmconvert.executor.measure import STEP, Measured, add, measure
 from mmconvert.executor.values import as_floats
-from mmconvert.plan import Copy
+from mmconvert.plan.plan import Copy
 from mmconvert.stored import ITEM_SIZE
 
 TORCH = {

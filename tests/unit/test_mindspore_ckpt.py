@@ -15,11 +15,11 @@ import mscodec
 from mmconvert.errors import CheckpointError, FormatError, OutputError, RequestError
 from mmconvert.executor.blockio import Region, read_compact
 from mmconvert.executor.fileio import open_files
-from mmconvert.formats import mindspore
-from mmconvert.formats.mindspore import DTYPES, CkptFile, Leftover, check_crc, read_ckpt
-from mmconvert.formats.mindspore_layout import create_ckpt, layout_ckpt, rectangles, seal
-from mmconvert.formats.safetensors import Entry
-from mmconvert.plan import matrix
+from mmconvert.formats.containers import ckpt as mindspore
+from mmconvert.formats.containers.ckpt import DTYPES, CkptFile, Leftover, check_crc, read_ckpt
+from mmconvert.formats.containers.ckpt_layout import create_ckpt, layout_ckpt, rectangles, seal
+from mmconvert.formats.containers.safetensors import Entry
+from mmconvert.plan.plan import matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 from mscodec import Named, blob, ckpt, num, record, tensor
 
@@ -54,11 +54,11 @@ def data_of(t: StoredTensor) -> bytes:
         return bytes(read_compact(files, t, Region(0, 0, rows, cols), "test"))
 
 
-def same(found: CkptFile, wanted: Sequence[Named]) -> None:
+def same(found: CkptFile, expected: Sequence[Named]) -> None:
     assert [(t.name, t.dtype, t.shape) for t in found.tensors] == [
-        (t.tag, DTYPES[t.kind], t.shape) for t in wanted
+        (t.tag, DTYPES[t.kind], t.shape) for t in expected
     ]
-    for got, t in zip(found.tensors, wanted, strict=True):
+    for got, t in zip(found.tensors, expected, strict=True):
         assert data_of(got) == t.data
 
 
@@ -105,10 +105,10 @@ def test_a_hash_table_is_left_over(tmp_path: Path) -> None:
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.sampled_from(range(5)))
 def test_pieces_of_any_size_are_joined(sizes: list[int], number: int) -> None:
     """Also pieces that end inside a row, or inside an element."""
-    wanted = [SMALL[number], tensor("after", "Float32", (2, 2))]
+    expected = [SMALL[number], tensor("after", "Float32", (2, 2))]
     with tempfile.TemporaryDirectory() as folder:
-        found = scanned(ckpt(wanted, sizes), Path(folder))
-        same(found, wanted)
+        found = scanned(ckpt(expected, sizes), Path(folder))
+        same(found, expected)
 
 
 def test_columns_of_a_tensor_in_pieces(tmp_path: Path) -> None:

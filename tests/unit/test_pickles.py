@@ -24,8 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmconvert.errors import FormatError, RequestError
-from mmconvert.formats.pickles import Global, Inert, StorageRef, TensorRef, load_pickle
-from mmconvert.formats.ptwriter import TensorSlot, emit_state
+from mmconvert.formats.containers.pickles import Global, Inert, StorageRef, TensorRef, load_pickle
+from mmconvert.formats.containers.ptwriter import TensorSlot, emit_state
 
 
 def load(data: bytes) -> Any:
@@ -272,8 +272,36 @@ def test_memo_index_costs_nothing() -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize(
+    "part",
+    [b"\x8f", b"(\x91", b"}\x94", b"\x8fK\x01\x90", b"}NNs", b"]", b"N\x85", b"h\x00)RNNs"],
+    ids=repr,
+)
+def test_objects_that_take_more_memory_than_any_pickle_of_this_size(
+    part: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty set is one byte in a pickle and 216 in memory."""
+    monkeypatch.setattr("mmconvert.formats.containers.pickles.FREE_MEMORY", 1 << 20)
+    fill = part * (300_000 // len(part))
+    made = b"\x80\x04(cx\ny\nq\x00" + fill.replace(b"\x8fK", b"\x8f(K") + b"l."
+    with pytest.raises(FormatError, match="MiB of memory"):
+        load(made)
+
+
+def test_many_tensors_take_no_more_memory_than_they_may() -> None:
+    tensors = {
+        f"model.layers.{i}.mlp.experts.7.up_proj.weight": torch.zeros(2, 2) for i in range(5000)
+    }
+    moments = {
+        i: {"exp_avg": t, "exp_avg_sq": torch.zeros(3), "step": 1}
+        for i, t in enumerate(tensors.values())
+    }
+    got = load(saved({"model": tensors, "optimizer": {"state": moments}}, 2))
+    assert len(got["model"]) == len(got["optimizer"]["state"]) == 5000
+
+
 def test_too_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmconvert.formats.pickles.MAX_STEPS", 1000)
+    monkeypatch.setattr("mmconvert.formats.containers.pickles.MAX_STEPS", 1000)
     with pytest.raises(FormatError, match="1000 steps"):
         load(b"N0" * 1000 + b"N.")
     # A list that is written once may be copied by each call.

@@ -15,16 +15,16 @@ from mmconvert.errors import LayoutError, TensorError
 from mmconvert.executor.execute import jobs_of
 from mmconvert.executor.jobs import run_jobs
 from mmconvert.executor.pieces import in_pieces
-from mmconvert.formats.mindspore import read_ckpt
-from mmconvert.formats.mindspore_layout import create_ckpt, layout_ckpt
-from mmconvert.formats.safetensors import Entry
+from mmconvert.formats.containers.ckpt import read_ckpt
+from mmconvert.formats.containers.ckpt_layout import create_ckpt, layout_ckpt
+from mmconvert.formats.containers.safetensors import Entry
+from mmconvert.formats.mindspore.side import Spread, device_source, device_target, whole_spread
 from mmconvert.names import NO_LAYER
-from mmconvert.plan import Copy, Key, Plan, Whole, build, matrix
-from mmconvert.proof import prove
+from mmconvert.plan.plan import Copy, Key, Plan, Whole, build, matrix
+from mmconvert.plan.proof import prove
 from mmconvert.sharding.slices import Slicing
 from mmconvert.sharding.spans import Part, Span
-from mmconvert.sides.devices import Spread, device_source, device_target, whole_spread
-from mmconvert.stored import StoredTensor, Target, transposed
+from mmconvert.stored import StoredTensor, Target, transpose
 
 
 def read(path: Path) -> np.ndarray:
@@ -45,7 +45,7 @@ def read(path: Path) -> np.ndarray:
     st.booleans(),
 )
 def test_a_plan_into_chunks_writes_every_byte(
-    rows: int, cols: int, chunk: int, seam: int, turned: bool
+    rows: int, cols: int, chunk: int, seam: int, transposed: bool
 ) -> None:
     """Two sources, side by side, one maybe transposed, into a file cut at any element."""
     seam = min(seam, cols - 1)
@@ -60,10 +60,10 @@ def test_a_plan_into_chunks_writes_every_byte(
                 continue
             block = whole[:, left:right]
             path = folder / f"source{i}"
-            path.write_bytes((block.T if turned and i else block).tobytes())
-            shape = (right - left, rows) if turned and i else (rows, right - left)
+            path.write_bytes((block.T if transposed and i else block).tobytes())
+            shape = (right - left, rows) if transposed and i else (rows, right - left)
             source = StoredTensor(f"s{i}", "F32", shape, path, 0)
-            sources.append(transposed(source) if turned and i else source)
+            sources.append(transpose(source) if transposed and i else source)
             copies.append(Copy(len(sources) - 1, 0, 0, 0, 0, left, rows, right - left))
         plan = Plan(sources, [Target("w", "F32", (rows, cols))], copies, [])
         prove(plan)
@@ -104,7 +104,7 @@ def test_rows_that_are_no_parts() -> None:
 
 def test_only_a_matrix_can_be_transposed() -> None:
     with pytest.raises(TensorError, match=r"\[2, 3, 4\]"):
-        transposed(StoredTensor("w", "F32", (2, 3, 4), Path("x"), 0))
+        transpose(StoredTensor("w", "F32", (2, 3, 4), Path("x"), 0))
 
 
 # ---------------------------------------------------------------------------------- any slicing
@@ -178,7 +178,7 @@ def test_a_large_transpose(tmp_path: Path) -> None:
     rows, cols = 1500, 3001
     data = np.frombuffer(rng.randbytes(rows * cols * 4), "<u4").reshape(rows, cols)
     (tmp_path / "s").write_bytes(data.tobytes())
-    source = transposed(StoredTensor("s", "F32", (rows, cols), tmp_path / "s", 0))
+    source = transpose(StoredTensor("s", "F32", (rows, cols), tmp_path / "s", 0))
     target = Target("t", "F32", (cols, rows))
     plan = Plan([source], [target], [Copy(0, 0, 0, 0, 0, 0, *matrix(target.shape))], [])
     (tmp_path / "t").write_bytes(bytes(rows * cols * 4))

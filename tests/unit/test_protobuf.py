@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import mscodec
 from mmconvert.errors import FormatError
-from mmconvert.formats import protobuf
-from mmconvert.formats.protobuf import GROUP, LENGTH, VARINT, WireFile, signed
+from mmconvert.formats.containers import protobuf
+from mmconvert.formats.containers.protobuf import GROUP, LENGTH, VARINT, WireFile, signed
 
 
 def fields_of(content: bytes, folder: Path) -> list[tuple[int, int, object]]:

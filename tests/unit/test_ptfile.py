@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmconvert.errors import CheckpointError, FormatError, RequestError
-from mmconvert.formats.pickles import Inert, StorageRef
-from mmconvert.formats.ptfile import PtFile, Slot, layout_pt, read_pt, write_skeleton
+from mmconvert.formats.containers.pickles import Inert, StorageRef
+from mmconvert.formats.containers.ptfile import PtFile, Slot, layout_pt, read_pt, write_skeleton
 from mmconvert.stored import StoredTensor
 
 TORCH = {
@@ -388,7 +388,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def refused(path: Path, match: str) -> None:
     with pytest.raises(FormatError, match=match) as caught:
         read_pt(path)
-    assert str(path) in caught.value.what and caught.value.wanted and caught.value.fix
+    assert str(path) in caught.value.what and caught.value.expected and caught.value.fix
 
 
 def repack(

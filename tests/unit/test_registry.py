@@ -136,7 +136,7 @@ def test_no_two_families_claim_one_model_type() -> None:
 def test_an_unknown_converter_is_refused_by_name() -> None:
     with pytest.raises(RequestError, match="NoConverter") as caught:
         converters.load("NoConverter")
-    assert all(name in caught.value.wanted for name in FAMILIES)
+    assert all(name in caught.value.expected for name in FAMILIES)
 
 
 # ---------------------------------------------------------------------------------- tables
@@ -175,7 +175,7 @@ def test_rows_are_whole(table: Table) -> None:
     """Sizes for each source or for none; one source where its thirds are rearranged."""
     for _, row in all_rows(table.modules):
         assert len(row.rows) in (0, len(row.hf)), row.mm
-        if isinstance(row.fuse, Interleave) and row.fuse.thirds:
+        if isinstance(row.fuse, Interleave) and row.fuse.packed_qkv:
             assert len(row.hf) == 1, row.mm
         if row.mm.endswith(".bias"):
             assert row.cols == "", row.mm
@@ -184,7 +184,7 @@ def test_rows_are_whole(table: Table) -> None:
 
 @each_table
 def test_modules_are_in_the_order_of_the_pipeline(table: Table) -> None:
-    """Towers first, the text decoder last, each with its own names and known flags."""
+    """Encoders first, the text decoder last, each with its own names and known flags."""
     family, modules = FAMILIES[table.name], table.modules
     keys = tuple(m.key for m in modules)
     assert keys == family.module_keys
@@ -220,12 +220,12 @@ def test_every_size_that_a_table_names_is_known(table: Table) -> None:
     assert all(type(size) is int and size > 0 for size in dims.values())
     assert all(f"{module.key}.layers" in dims for module in modules)
     for _, row in all_rows(modules):
-        wanted = {*row.rows, *([row.cols] if row.cols else [])}
+        expected = {*row.rows, *([row.cols] if row.cols else [])}
         if isinstance(row.fuse, Interleave):
-            wanted.add(row.fuse.groups)
+            expected.add(row.fuse.groups)
         if row.shard and row.shard.unit:
-            wanted.add(row.shard.unit)
-        assert wanted <= dims.keys(), row.mm
+            expected.add(row.shard.unit)
+        assert expected <= dims.keys(), row.mm
 
 
 def claims(family: Family, modules: tuple[Module, ...], name: str) -> list[tuple[str, int]]:
@@ -277,7 +277,7 @@ def test_every_tensor_is_claimed_once(
 
 
 def split_in_two(count: int, first: bool) -> list[int]:
-    """A tower's layers end on the first stage of two, the text decoder's on the second."""
+    """An encoder's layers end on the first stage of two, the text decoder's on the second."""
     return [count, 0] if first else [1, count - 1]
 
 

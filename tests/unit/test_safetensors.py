@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from mmconvert.errors import CheckpointError, FormatError
-from mmconvert.formats.safetensors import (
+from mmconvert.formats.containers.safetensors import (
     MAX_HEADER,
     Entry,
     layout_weight_file,
@@ -133,9 +133,9 @@ def test_we_read_the_librarys(file: Path) -> None:
     assert {t.name for t in found.tensors} == tensors.keys()
     raw = file.read_bytes()
     for t in found.tensors:
-        wanted = tensors[t.name]
-        assert TORCH[t.dtype] == wanted.dtype and t.shape == tuple(wanted.shape)
-        stored = wanted.reshape(-1).view(torch.uint8).numpy().tobytes()
+        expected = tensors[t.name]
+        assert TORCH[t.dtype] == expected.dtype and t.shape == tuple(expected.shape)
+        stored = expected.reshape(-1).view(torch.uint8).numpy().tobytes()
         assert raw[t.offset : t.offset + t.nbytes] == stored
 
 
@@ -159,21 +159,21 @@ def test_we_read_the_librarys_from_numpy(file: Path) -> None:
     )
 )
 def test_any_file_of_ours_is_one_of_the_librarys(
-    tmp_path_factory: pytest.TempPathFactory, wanted: dict[str, tuple[str, list[int]]]
+    tmp_path_factory: pytest.TempPathFactory, expected: dict[str, tuple[str, list[int]]]
 ) -> None:
-    entries = [Entry(name, dtype, tuple(shape)) for name, (dtype, shape) in wanted.items()]
+    entries = [Entry(name, dtype, tuple(shape)) for name, (dtype, shape) in expected.items()]
     head, _, size = layout_weight_file(entries, {"format": "pt"})
     content = head.ljust(size, b"\0")
     try:
         loaded = safetensors.torch.load(content)
     except SafetensorError as error:
         # the library wants a string that JSON can hold and that is no lone surrogate
-        raise AssertionError(f"{error}: {wanted}") from error
+        raise AssertionError(f"{error}: {expected}") from error
     assert {n: (t.dtype, list(t.shape)) for n, t in loaded.items()} == {
-        n: (TORCH[dtype], shape) for n, (dtype, shape) in wanted.items()
+        n: (TORCH[dtype], shape) for n, (dtype, shape) in expected.items()
     }
     path = written(tmp_path_factory.mktemp("any") / "x.safetensors", content)
-    assert {t.name for t in read_weight_file(path).tensors} == wanted.keys()
+    assert {t.name for t in read_weight_file(path).tensors} == expected.keys()
 
 
 def test_a_file_without_tensors(file: Path) -> None:
@@ -280,7 +280,7 @@ READ_SOON = """
 import resource, sys
 from pathlib import Path
 from mmconvert.errors import FormatError
-from mmconvert.formats.safetensors import read_weight_file
+from mmconvert.formats.containers.safetensors import read_weight_file
 resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
 try:
     read_weight_file(Path(sys.argv[1]))
@@ -395,7 +395,7 @@ def test_any_order_of_entries(file: Path) -> None:
     assert [t.name for t in found.tensors] == ["b", "a", "empty", "c"]
 
 
-METADATA = [[], "pt", 1, None, True, {"a": 1}, {"a": None}, {"a": ["x"]}, {"a": {"b": "c"}}]
+METADATA = [[], "pt", 1, True, {"a": 1}, {"a": None}, {"a": ["x"]}, {"a": {"b": "c"}}]
 
 
 @pytest.mark.parametrize("value", METADATA, ids=repr)

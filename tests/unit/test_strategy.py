@@ -15,9 +15,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mmconvert.errors import CheckpointError, FormatError, LayoutError, MMConvertError
-from mmconvert.formats.mindspore_folder import read_strategies
-from mmconvert.formats.strategy import Strategy, read_strategy
-from mmconvert.formats.strategy_writer import encode_strategy, merge_strategies, strategy_json
+from mmconvert.formats.mindspore.folder import read_strategies
+from mmconvert.formats.mindspore.strategy import Strategy, read_strategy
+from mmconvert.formats.mindspore.strategy_writer import (
+    encode_strategy,
+    merge_strategies,
+    strategy_json,
+)
 from mmconvert.sharding.slices import Slicing, slice_parts
 from mscodec import blob, num
 
@@ -92,8 +96,8 @@ def slicings(draw: st.DrawFn, dims: int) -> Slicing:
         if dim >= 0:
             axes[dim].append(axis)
     plain = Slicing(devices, tuple(map(tuple, axes)))
-    wanted = [0, -1, *(n for n in range(1, 9) if plain.repeated % n == 0)]
-    return Slicing(devices, plain.axes, draw(st.sampled_from(wanted)))
+    expected = [0, -1, *(n for n in range(1, 9) if plain.repeated % n == 0)]
+    return Slicing(devices, plain.axes, draw(st.sampled_from(expected)))
 
 
 @settings(max_examples=300, deadline=None)
@@ -142,7 +146,7 @@ def test_slices_that_cannot_be(slicing: Slicing, shape: Sequence[int], words: st
 # -------------------------------------------------------------------------------------- files
 def test_a_file_as_mindspore_writes_it(tmp_path: Path) -> None:
     """The bytes of ParallelStrategyMap.SerializeToString, spelled out."""
-    wanted = (
+    expected = (
         num(1, 1)
         + blob(2, blob(1, b"mmconvert"), blob(2, num(1, 3)))
         + layout_item(
@@ -152,8 +156,8 @@ def test_a_file_as_mindspore_writes_it(tmp_path: Path) -> None:
         )
     )
     strategy = Strategy({3: {"wq": SLICINGS["wq"]}})
-    assert encode_strategy(strategy) == wanted
-    assert read(wanted, tmp_path) == strategy
+    assert encode_strategy(strategy) == expected
+    assert read(expected, tmp_path) == strategy
 
 
 @pytest.mark.parametrize("as_json", [False, True])

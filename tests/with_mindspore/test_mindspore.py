@@ -17,11 +17,15 @@ import numpy as np
 import pytest
 
 from mmconvert.errors import FormatError
-from mmconvert.formats.mindspore import DTYPES, check_crc, read_ckpt
-from mmconvert.formats.mindspore_layout import create_ckpt, layout_ckpt, rectangles, seal
-from mmconvert.formats.safetensors import Entry
-from mmconvert.formats.strategy import Strategy, read_strategy
-from mmconvert.formats.strategy_writer import encode_strategy, merge_strategies, strategy_json
+from mmconvert.formats.containers.ckpt import DTYPES, check_crc, read_ckpt
+from mmconvert.formats.containers.ckpt_layout import create_ckpt, layout_ckpt, rectangles, seal
+from mmconvert.formats.containers.safetensors import Entry
+from mmconvert.formats.mindspore.strategy import Strategy, read_strategy
+from mmconvert.formats.mindspore.strategy_writer import (
+    encode_strategy,
+    merge_strategies,
+    strategy_json,
+)
 from mmconvert.sharding.slices import Slicing
 from msask import MARKS, ask
 from mscodec import KINDS, Named, ckpt, tensor, with_crc
@@ -91,16 +95,16 @@ def test_pieces_of_odd_sizes_are_read_alike(tmp_path: Path) -> None:
 def test_a_file_above_512_mib(tmp_path: Path) -> None:
     """Two pieces; the second ends inside a row. The data are holes, but for a mark in each."""
     shape = (70_001, 4_099)
-    wanted = [Named("big", "Float16", shape, b""), tensor("after", "Float32", (5,))]
-    layout = layout_ckpt(entries(wanted))
-    big, after = create_ckpt(tmp_path / "x.ckpt", layout, entries(wanted))
+    expected = [Named("big", "Float16", shape, b""), tensor("after", "Float32", (5,))]
+    layout = layout_ckpt(entries(expected))
+    big, after = create_ckpt(tmp_path / "x.ckpt", layout, entries(expected))
     assert [e.nbytes for e in big.extents] == [2**29, 2 * 70_001 * 4_099 - 2**29]
     with (tmp_path / "x.ckpt").open("r+b") as file:
         for extent, mark in zip(big.extents, (b"\1\2", b"\3\4"), strict=True):
             file.seek(extent.offset)
             file.write(mark)
         file.seek(after.offset)
-        file.write(wanted[1].data)
+        file.write(expected[1].data)
     found = ask("load", tmp_path / "x.ckpt", "")
     data = np.zeros(shape, "<u2").reshape(-1)
     data[0], data[2**28] = 0x0201, 0x0403
@@ -109,7 +113,7 @@ def test_a_file_above_512_mib(tmp_path: Path) -> None:
         list(shape),
         hashlib.sha256(data.data).hexdigest()[:16],
     ]
-    assert found["after"] == described(wanted[1:])["after"]
+    assert found["after"] == described(expected[1:])["after"]
     (tmp_path / "theirs").mkdir()
     ask("save", tmp_path / "x.ckpt", tmp_path / "theirs")
     done = subprocess.run(["cmp", tmp_path / "x.ckpt", tmp_path / "theirs" / "plain.ckpt"])
@@ -218,11 +222,11 @@ def test_transform_checkpoints_both_ways(layout: str, tmp_path: Path) -> None:
     assert bytes.fromhex(again) == encode_strategy(strategy)
     (tmp_path / "full" / "rank_0").mkdir(parents=True)
     write(tmp_path / "full" / "rank_0" / "full.ckpt", whole())
-    wanted = {f"rank_{r}": described(sliced(layouts, r)) for r in range(strategy.devices())}
+    expected = {f"rank_{r}": described(sliced(layouts, r)) for r in range(strategy.devices())}
     for suffix in ("ckpt", "json"):
         out = tmp_path / f"slices_{suffix}"
         got = ask("transform", tmp_path / "full", out, "-", tmp_path / f"s.{suffix}")
-        assert got == wanted
+        assert got == expected
     write_ranks(tmp_path / "ours", [layouts])
     got = ask("transform", tmp_path / "ours", tmp_path / "back", tmp_path / "s.ckpt", "-")
     assert got == {"rank_0": described(whole())}

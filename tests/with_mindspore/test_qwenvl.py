@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mmconvert.formats.mindspore import DTYPES, read_ckpt
-from mmconvert.formats.strategy import read_strategy
+from mmconvert.formats.containers.ckpt import DTYPES, read_ckpt
+from mmconvert.formats.mindspore.strategy import read_strategy
 from msask import MARKS, ask
 from qwenvl import devices, hf_to_ms, make_qwenvl, resplit_ms
 
@@ -83,8 +83,8 @@ def test_transform_checkpoints_both_ways(layout: str, hf: Path, tmp_path: Path) 
     got = ask("transform", ours, tmp_path / "back", strategy, "-")
     assert got == {"rank_0": held(full)}
     got = ask("transform", tmp_path / "full", tmp_path / "slices", "-", strategy)
-    wanted = {path.parent.name: held(path) for path in ours.glob("rank_*/*.ckpt")}
-    assert got == wanted
+    expected = {path.parent.name: held(path) for path in ours.glob("rank_*/*.ckpt")}
+    assert got == expected
     # What MindSpore has sliced comes back through us.
     given = ["--cfg.source_strategy", str(strategy)]
     resplit_ms(tmp_path / "slices", tmp_path / "again.ckpt", *given)

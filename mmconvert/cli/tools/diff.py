@@ -17,7 +17,7 @@ from mmconvert.report.files import check_reports
 from mmconvert.words import printable
 
 if TYPE_CHECKING:
-    from mmconvert.comparison.diffresult import Diff
+    from mmconvert.tools.comparison.diffresult import Diff
 
 LONG = 2000  # characters of a note
 DIFFERENT = 1
@@ -66,9 +66,9 @@ def run(words: list[str]) -> int:
     pair = read_plain(Pair, words, prog, f"{ABOUT}\n\nexample:\n  {example}")
     if pair.top < 0:
         raise RequestError(f"--top is {pair.top}", "a number of tensors, or 0 for all")
-    from mmconvert.comparison.diff import diff
     from mmconvert.report.data import diff_dict
     from mmconvert.report.text import lines_of
+    from mmconvert.tools.comparison.diff import diff
 
     reports = check_reports(pair.html, pair.svg, overwrite=pair.overwrite)
     with screen_events(quiet=pair.quiet) as events:

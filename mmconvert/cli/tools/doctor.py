@@ -14,7 +14,7 @@ from mmconvert.cli.screen import screen_events
 from mmconvert.config import MaybePath
 
 if TYPE_CHECKING:
-    from mmconvert.doctor.report import Finding, Report
+    from mmconvert.tools.doctor.report import Finding, Report
 
 UNHEALTHY = 3
 KINDS = {
@@ -53,10 +53,10 @@ def run(words: list[str]) -> int:
     text += "Writes nothing. Exit code 0 if it is healthy (warnings do not count), 3 if not."
     prog = "mm-convert doctor"
     asked = read_plain(Patient, words, prog, f"{text}\n\nexample:\n  {prog} MM_DIR --hf_dir HF_DIR")
-    from mmconvert.doctor.asked import Asked
-    from mmconvert.doctor.examine import examine, is_mindspore
     from mmconvert.errors import RequestError
     from mmconvert.executor.jobs import default_workers
+    from mmconvert.tools.doctor.asked import Asked
+    from mmconvert.tools.doctor.examine import examine, is_mindspore
 
     if asked.workers < 0:
         raise RequestError(f"--workers is {asked.workers}", "a number of threads, or 0")
@@ -66,9 +66,9 @@ def run(words: list[str]) -> int:
             "a Hugging Face or MM checkpoint",
             "mm-convert inspect reads it, and mm-convert verify compares it with another",
         )
-    wanted = Asked(asked.hf_dir, asked.quick, asked.values, asked.workers or default_workers())
+    expected = Asked(asked.hf_dir, asked.quick, asked.values, asked.workers or default_workers())
     with screen_events(quiet=asked.quiet) as events:
-        report = examine(asked.path, wanted, events)
+        report = examine(asked.path, expected, events)
     if asked.json:
         print(json.dumps(report.as_dict()))
     elif not asked.quiet:
@@ -77,7 +77,7 @@ def run(words: list[str]) -> int:
 
 
 def _show(report: Report) -> None:
-    from mmconvert.doctor.report import plain
+    from mmconvert.tools.doctor.report import plain
 
     for finding in [*report.errors(), *report.warnings()]:
         print("\n".join(_lines(finding)))

@@ -205,10 +205,18 @@ def _data(asked: Finetuned) -> tuple[Path, Data, tuple[str, ...]]:
 
 
 def _interrupted(asked: Finetuned) -> int:
-    what = f"interrupted: the checkpoints in {asked.save} are whole"
+    from mmconvert.runtime.mmfiles import last_saved
+
+    last = None if asked.save is None else last_saved(asked.save)
+    if last is None:
+        what, fix = "interrupted: no checkpoint was saved yet", ""
+    else:
+        what = f"interrupted: the newest checkpoint in {asked.save} is that of iteration {last}"
+        fix = "--resume goes on from it"
     if asked.json:
-        print(json.dumps({"error": "Interrupted", "what": what, "exit_code": INTERRUPTED}))
-    print(f"{what}; --resume goes on from the last one", file=sys.stderr)
+        told = {"error": "Interrupted", "what": what, "expected": "", "fix": fix}
+        print(json.dumps(told | {"exit_code": INTERRUPTED}))
+    print(f"{what}; {fix}" if fix else what, file=sys.stderr)
     return INTERRUPTED
 
 

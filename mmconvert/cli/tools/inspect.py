@@ -16,7 +16,7 @@ from mmconvert.report.files import check_reports
 from mmconvert.words import amount, printable
 
 if TYPE_CHECKING:
-    from mmconvert.inspection import Inspection
+    from mmconvert.tools.inspection import Inspection
 
 LONG = 2000  # characters of a note
 
@@ -47,7 +47,7 @@ def run(words: list[str]) -> int:
     prog = "mm-convert inspect"
     example = f"{prog} MM_DIR --html report.html --svg layout.svg"
     asked = read_plain(Inspected, words, prog, f"{text}\n\nexample:\n  {example}")
-    from mmconvert import inspection
+    from mmconvert.tools import inspection
 
     reports = check_reports(asked.html, asked.svg, overwrite=asked.overwrite)
     found = inspection.inspect(asked.path)
@@ -81,8 +81,8 @@ def _show(found: Inspection, asked: Inspected) -> None:
     """The facts, the picture and, if asked for, the tensors on the terminal."""
     from rich.console import Console
 
-    from mmconvert.inspection import KINDS, UNITS
     from mmconvert.report.picture import boxes_table, layout_table
+    from mmconvert.tools.inspection import KINDS, UNITS
 
     family = found.family or "unknown family"
     print(f"{printable(str(asked.path), LONG)}: {KINDS[found.kind]}, {family}")

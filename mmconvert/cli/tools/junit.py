@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+from mmconvert.durable import replace_file
 from mmconvert.errors import cannot_write
 
 
@@ -57,12 +57,9 @@ def write_junit(path: Path, suite: str, cases: Sequence[Case]) -> None:
             failure.text = _plain(case.failure)
         if case.skipped:
             ElementTree.SubElement(node, "skipped", message=_plain(case.skipped))
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        ElementTree.ElementTree(root).write(staged, encoding="utf-8", xml_declaration=True)
-        staged.replace(path)
+        replace_file(path, ElementTree.tostring(root, encoding="utf-8", xml_declaration=True))
     except OSError as error:
-        staged.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
 
 

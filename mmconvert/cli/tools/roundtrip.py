@@ -9,8 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from mmconvert.cli.arguments import read_plain, read_yaml
+from mmconvert.cli.arguments import read_plain
 from mmconvert.cli.screen import screen_events
+from mmconvert.cli.settings import read_yaml
 from mmconvert.cli.tools.junit import Case, write_junit
 from mmconvert.config import NO_PATTERNS, MaybePath, Options, ParallelConfig, Patterns
 from mmconvert.errors import RequestError
@@ -49,8 +50,8 @@ def run(words: list[str]) -> int:
     )
     prog = "mm-convert roundtrip"
     asked = read_plain(Trip, words, prog, f"{text}\n\nexample:\n  {prog} HF_DIR --junit trip.xml")
-    from mmconvert.roundtrip import roundtrip
-    from mmconvert.sources.recognise import family_of
+    from mmconvert.formats.recognise import family_of
+    from mmconvert.tools.roundtrip import roundtrip
 
     layouts = [(Path(name).stem, _layout(Path(name))) for name in asked.layout]
     with screen_events(quiet=asked.quiet) as events:

@@ -15,7 +15,7 @@ from mmconvert.cli.screen import screen_events
 from mmconvert.words import amount
 
 if TYPE_CHECKING:
-    from mmconvert.balance.suggestion import Suggestion
+    from mmconvert.tools.suggest.suggestion import Suggestion
 
 TEXT = """Balanced *_pp_layers for a model: the layout whose slowest pipeline rank has the least to
 do; says whether that is proven. Cost: floating-point operations of a training step, from the
@@ -67,10 +67,10 @@ class Asked:
 def run(words: list[str]) -> int:
     """Balances, and shows."""
     asked = read_plain(Asked, freeze_joined(words), "mm-convert suggest", TEXT)
-    from mmconvert.balance.suggestion import Wanted, suggest
-    from mmconvert.balance.workload import Workload
+    from mmconvert.tools.suggest.suggestion import Goal, suggest
+    from mmconvert.tools.suggest.workload import Workload
 
-    wanted = Wanted(
+    expected = Goal(
         asked.pp,
         asked.vpp,
         {"llm": asked.tp, "vit": asked.vit_tp, "audio": asked.audio_tp},
@@ -79,7 +79,7 @@ def run(words: list[str]) -> int:
         Workload(asked.seq_length, asked.image_tokens, asked.images, asked.audio_tokens),
         asked.config_only,
     )
-    found = suggest(asked.path, wanted)
+    found = suggest(asked.path, expected)
     mm_dir = Path(asked.mm_dir) if asked.mm_dir else _folder_name(asked)
     if asked.json:
         print(json.dumps(found.as_dict(asked.path, mm_dir)))
@@ -138,5 +138,5 @@ def show(found: Suggestion) -> None:
     if not found.balance.optimal:
         proof = f"not proven optimal: at most {found.balance.gap:.2%} above the best"
     print(f"imbalance {found.imbalance:.2%} (slowest rank over the mean); {proof}")
-    if found.wanted.vpp > 1:
+    if found.expected.vpp > 1:
         print(f"the largest model chunk is {found.chunk_imbalance:.0%} above the mean chunk")

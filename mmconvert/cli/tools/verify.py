@@ -47,8 +47,8 @@ def run(words: list[str]) -> int:
     text = "Are two checkpoints the same model? Exit code 0 if so, 1 if not."
     prog = "mm-convert verify"
     pair = read_plain(Pair, words, prog, f"{text}\n\nexample:\n  {prog} HF_DIR MM_DIR")
-    from mmconvert.comparison import verification
     from mmconvert.executor.differences import as_dict, in_words
+    from mmconvert.tools.comparison import verification
 
     with screen_events(quiet=pair.quiet) as events:
         options = Options(workers=pair.workers, drop=pair.drop, vit_qkv=pair.vit_qkv)

@@ -1,0 +1,1 @@
+"""Kinds of files: bytes and offsets, no knowledge of models."""

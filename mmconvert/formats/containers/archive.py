@@ -1,0 +1,161 @@
+"""The zip archive that a ``.pt`` file is: its records, proved to be plain bytes that lie apart.
+
+Rules: the zip specification (PKWARE APPNOTE 4.3, 4.4, 4.5).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from mmconvert.errors import FormatError
+
+USUAL_EXTRA = 192  # bytes: room for the padding that torch writes behind a record name
+_COPY_AGAIN = "copy the file again from where it was made"
+
+
+class Record(NamedTuple):
+    """The data of one record: absolute offset and bytes."""
+
+    start: int
+    size: int
+
+
+class Archive:
+    """An open archive.
+
+    Args:
+        path: its name, for messages.
+        file: open for reading; must stay open.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
+        self.file = file
+        self.size = os.fstat(file.fileno()).st_size
+
+    def error(self, what: str, expected: str = "", fix: str = _COPY_AGAIN) -> FormatError:
+        """What is wrong with the file."""
+        return FormatError(
+            f"{self.path}: {what}", expected or "a .pt file as torch.save writes it", fix
+        )
+
+    def pread(self, count: int, offset: int) -> bytes:
+        """Bytes at a place. Raises FormatError when the file ends before."""
+        data = os.pread(self.file.fileno(), count, offset)
+        while len(data) < count:  # Linux returns at most 2 GiB, network mounts sometimes less
+            more = os.pread(self.file.fileno(), count - len(data), offset + len(data))
+            if not more:
+                raise self.error("the file became shorter while it was read")
+            data += more
+        return data
+
+    def check_start(self) -> None:
+        """Tell what the file is when it is not a zip archive."""
+        head = os.pread(self.file.fileno(), 512, 0)
+        if not head:
+            raise self.error("the file is empty")
+        if head[:4] in (b"PK\3\4", b"PK\5\6"):
+            return
+        if head[:1] == b"\x80":
+            raise self.error(
+                "a pickle without an archive: the format of torch before 1.6",
+                expected="the zip format",
+                fix="re-save it: torch.save(torch.load(f, weights_only=True), f)",
+            )
+        kind = "a tar archive" if head[257:262] == b"ustar" else "not a zip archive"
+        raise self.error(f"{kind} (begins with {head[:4]!r})")
+
+    def read_directory(self) -> dict[str, Record]:
+        """The records by name, proved to be plain bytes that lie apart inside the file."""
+        try:
+            # Only the directory at the end is read here.
+            with zipfile.ZipFile(self.file) as archive:
+                infos, end = archive.infolist(), archive.start_dir
+        except (
+            # How zipfile and struct report a broken directory: wrong signatures and sizes,
+            # versions from the future, undecodable names, seeks to absurd positions.
+            zipfile.BadZipFile,
+            NotImplementedError,
+            struct.error,
+            ValueError,
+            OverflowError,
+            EOFError,
+            MemoryError,
+            OSError,
+        ) as error:
+            raise self.error(
+                f"no readable zip directory at the end of its {self.size} bytes ({error}); "
+                "the file may be truncated"
+            ) from error
+        records: dict[str, Record] = {}
+        before = 0
+        for info in sorted(infos, key=lambda info: info.header_offset):
+            name = info.orig_filename
+            if name in records:
+                raise self.error(f"record {name!r} occurs twice")
+            if not before <= info.header_offset <= end:
+                raise self.error(f"record {name!r} overlaps another one or lies outside the file")
+            self._check_gap(before, info.header_offset)
+            records[name] = self._check_record(info, end)
+            before = sum(records[name])
+        self._check_gap(before, end)
+        return records
+
+    def _check_gap(self, start: int, end: int) -> None:
+        """Between a record's data and what follows lies nothing, or a data descriptor.
+
+        Anything else means that the local header has a wrong length: the data lie elsewhere.
+        """
+        if end == start:
+            return
+        if end - start not in (16, 24) or self.pread(4, start) != b"PK\7\x08":
+            raise self.error(f"{end - start} bytes of no record at byte {start}")
+
+    def _check_record(self, info: zipfile.ZipInfo, end: int) -> Record:
+        """Where a record's data lies, from its local header.
+
+        The sizes of the local header are not looked at: torch leaves them zero and writes a data
+        descriptor behind the data; readers take those of the directory.
+        """
+        name = info.orig_filename
+        if info.flag_bits & 0x2041:  # encrypted, strongly encrypted, masked headers
+            raise self.error(f"record {name!r} is encrypted")
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise self.error(f"record {name!r} is compressed", expected="stored records")
+        raw = name.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
+        start = info.header_offset
+        if start > end - 30 - len(raw):
+            raise self.error(f"record {name!r} lies outside the file")
+        header = self.pread(min(30 + len(raw) + USUAL_EXTRA, end - start), start)
+        signature, flags, method, name_length, extra_length = struct.unpack_from(
+            "<4s2x2H16x2H", header
+        )
+        named = header[30 : 30 + len(raw)]
+        if signature != b"PK\3\4" or name_length != len(raw) or named != raw:
+            raise self.error(f"record {name!r} has no local header at byte {start}")
+        if flags & 0x2041 or method != zipfile.ZIP_STORED:
+            raise self.error(f"record {name!r} is compressed or encrypted, by its local header")
+        record = Record(start + 30 + name_length + extra_length, info.file_size)
+        if sum(record) > end:
+            raise self.error(f"record {name!r} leaves the file")
+        extra = header[30 + len(raw) :][:extra_length]
+        if len(extra) < extra_length:
+            extra = self.pread(extra_length, start + 30 + name_length)
+        if not _is_tiled(extra):
+            raise self.error(f"record {name!r} has a local header with a broken extra field")
+        return record
+
+
+def _is_tiled(extra: bytes) -> bool:
+    """Whether an extra field is what the zip specification wants: blocks of id, size, data.
+
+    torch pads records with such a block, so a changed length would shift the data unseen.
+    """
+    at = 0
+    while at + 4 <= len(extra):
+        at += 4 + int.from_bytes(extra[at + 2 : at + 4], "little")
+    return at == len(extra)

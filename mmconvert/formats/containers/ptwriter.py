@@ -1,0 +1,283 @@
+"""The layout of a new ``.pt`` file: everything but the tensor data.
+
+A ``.pt`` file is a zip archive of stored records: ``data.pkl`` describes the tensors, and
+``data/<key>`` holds the bytes of one storage.  All sizes are known beforehand, so the file is
+laid out first (sparse) and the data copied into it in place.  Rules: ``_save`` in
+``torch/serialization.py``, and the zip specification (PKWARE APPNOTE 4.3, 4.4, 4.5.3).
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+from mmconvert.errors import RequestError
+from mmconvert.formats.containers.allocate import opened, write_all
+from mmconvert.formats.containers.torch_objects import STORAGE_DTYPE
+from mmconvert.stored import ITEM_SIZE
+
+# torch aligns storages to 64 bytes so that they can be mapped into memory (storage_alignment).
+ALIGNMENT = 64
+_U16, _U32 = 0xFFFF, 0xFFFFFFFF  # from these values on, zip fields need their ZIP64 form
+_FLAGS = 0x800  # names are UTF-8
+_DATE = 0x21  # 1980-01-01, the first date there is: equal input gives equal bytes
+_STORAGE_NAME = {dtype: name for name, dtype in STORAGE_DTYPE.items() if name != "UntypedStorage"}
+
+
+class Slot(NamedTuple):
+    """A tensor to be written: safetensors dtype and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class TensorSlot(NamedTuple):
+    """A tensor in a pickle: its storage's key, safetensors dtype and shape."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+Scalar = float | int | str  # bool is an int
+SlotTree = Mapping[str, "SlotTree | Slot | Scalar"]
+StateTree = Mapping[str, "StateTree | TensorSlot | Scalar"]
+
+
+@dataclass(frozen=True, slots=True)
+class PtLayout:
+    """A whole file without its tensor data.
+
+    Attributes:
+        chunks: (absolute offset, bytes) of everything else, ascending.
+        offsets: path of keys in the tree -> absolute offset of the tensor's data.
+        size: bytes of the whole file.
+    """
+
+    chunks: list[tuple[int, bytes]]
+    offsets: dict[tuple[str, ...], int]
+    size: int
+
+
+def emit_state(tree: StateTree) -> bytes:
+    """Pickle (protocol 2) a nested dict of scalars and tensors as torch.save would.
+
+    Each tensor is contiguous, alone in its storage and on the CPU, without gradient.
+
+    Raises:
+        RequestError: a dtype that has no typed torch storage, or a value of another type.
+    """
+    emitter = _Emitter()
+    emitter.value(tree)
+    return bytes(emitter.out + b".")
+
+
+class _Emitter:
+    def __init__(self) -> None:
+        self.out = bytearray(b"\x80\x02")
+        self.memo: dict[bytes, int] = {}
+
+    def shared(self, code: bytes) -> None:
+        """Code whose object is used again and again: globals and the strings in each tensor."""
+        if code in self.memo:
+            self.out += b"h" + bytes([self.memo[code]])
+        else:
+            # At most 14: two functions, ten storage types, two strings.
+            self.memo[code] = len(self.memo)
+            self.out += code + b"q" + bytes([self.memo[code]])
+
+    def integer(self, value: int) -> None:
+        if 0 <= value < 2**8:
+            self.out += struct.pack("<cB", b"K", value)
+        elif 0 <= value < 2**16:
+            self.out += struct.pack("<cH", b"M", value)
+        elif -(2**31) <= value < 2**31:
+            self.out += struct.pack("<ci", b"J", value)
+        elif -(2**63) <= value < 2**63:
+            size = value.bit_length() // 8 + 1
+            self.out += b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True)
+        else:
+            raise RequestError(f"an integer of {value.bit_length()} bits does not fit in 64")
+
+    def sizes(self, values: tuple[int, ...]) -> None:
+        """A tuple of integers."""
+        self.out += b"(" if len(values) > 3 else b""
+        for value in values:
+            self.integer(value)
+        self.out += {0: b")", 1: b"\x85", 2: b"\x86", 3: b"\x87"}.get(len(values), b"t")
+
+    def value(self, value: object) -> None:
+        if isinstance(value, TensorSlot):
+            self.tensor(value)
+        elif isinstance(value, Mapping):
+            self.out += b"}" + b"(" * (len(value) > 1)
+            for key, item in value.items():
+                self.out += _text(key)
+                self.value(item)
+            self.out += (b"", b"s", b"u")[min(len(value), 2)]
+        elif isinstance(value, bool):
+            self.out += b"\x88" if value else b"\x89"
+        elif isinstance(value, int):
+            self.integer(value)
+        elif isinstance(value, float):
+            self.out += struct.pack(">cd", b"G", value)
+        elif isinstance(value, str):
+            self.out += _text(value)
+        else:
+            raise RequestError(
+                f"a {type(value).__name__} cannot be written to a .pt file",
+                expected="dicts with text keys, tensors, numbers and text",
+            )
+
+    def tensor(self, slot: TensorSlot) -> None:
+        if slot.dtype not in _STORAGE_NAME:
+            raise RequestError(
+                f"a tensor of dtype {slot.dtype} cannot be written to a .pt file",
+                expected=f"one of {', '.join(_STORAGE_NAME)}",
+                fix="convert it to another dtype",
+            )
+        if any(n < 0 for n in slot.shape):
+            raise RequestError(f"a tensor of shape {slot.shape} cannot be written")
+        strides = tuple(
+            prod(max(n, 1) for n in slot.shape[i + 1 :]) for i in range(len(slot.shape))
+        )
+        self.shared(b"ctorch._utils\n_rebuild_tensor_v2\n")
+        self.out += b"(("
+        self.shared(_text("storage"))
+        self.shared(f"ctorch\n{_STORAGE_NAME[slot.dtype]}\n".encode())
+        self.out += _text(slot.key)
+        self.shared(_text("cpu"))
+        self.integer(prod(slot.shape))
+        self.out += b"tQ"
+        self.integer(0)
+        self.sizes(slot.shape)
+        self.sizes(strides)
+        self.out += b"\x89"
+        self.shared(b"ccollections\nOrderedDict\n")
+        self.out += b")RtR"
+
+
+def _text(text: object) -> bytes:
+    if not isinstance(text, str):
+        raise RequestError(
+            f"a {type(text).__name__} cannot be a key in a .pt file", expected="text"
+        )
+    data = text.encode("utf-8", "surrogatepass")
+    return struct.pack("<cI", b"X", len(data)) + data
+
+
+def layout_pt(tree: SlotTree, stem: str = "archive") -> PtLayout:
+    """Lay out a ``.pt`` file; the same tree gives the same bytes.
+
+    The records ``.format_version`` and ``.storage_alignment`` of newer torch versions are left
+    out: they promise the exact paddings and data descriptors of torch's own zip writer, from
+    which a reader may then compute offsets.  Without them every torch version looks the offsets
+    up, as it does in files of torch 2.1.
+
+    Args:
+        tree: nested dict; each :class:`Slot` becomes a tensor with a storage of its own.
+        stem: name of the folder in the archive (torch.save takes the file's stem).
+
+    Raises:
+        RequestError: as :func:`emit_state`.
+    """
+    slots: dict[tuple[str, ...], Slot] = {}
+    pickle = emit_state(_number(tree, (), slots))
+    archive = _Archive(stem)
+    archive.add("data.pkl", pickle)
+    archive.add("byteorder", b"little")
+    offsets = {
+        path: archive.reserve(f"data/{number}", prod(slot.shape) * ITEM_SIZE[slot.dtype])
+        for number, (path, slot) in enumerate(slots.items())
+    }
+    archive.add("version", b"3\n")
+    archive.finish()
+    return PtLayout(archive.chunks, offsets, archive.position)
+
+
+def write_skeleton(path: Path, layout: PtLayout) -> None:
+    """Give a file its size and everything but the tensor data, which reads as zeros at first.
+
+    Raises:
+        OSError: the file system refuses (space, quota, largest file size).
+    """
+    with opened(path, layout.size) as fd:
+        for offset, data in layout.chunks:
+            write_all(fd, data, offset)
+
+
+def _number(tree: SlotTree, path: tuple[str, ...], slots: dict[tuple[str, ...], Slot]) -> StateTree:
+    """The tree with numbered storages, as torch numbers them: in order of appearance."""
+    state: dict[str, StateTree | TensorSlot | Scalar] = {}
+    for key, value in tree.items():
+        if isinstance(value, Slot):
+            state[key] = TensorSlot(str(len(slots)), *value)
+            slots[(*path, key)] = value
+        elif isinstance(value, Mapping):
+            state[key] = _number(value, (*path, key), slots)
+        else:
+            state[key] = value
+    return state
+
+
+class _Archive:
+    """Records of a zip archive, each aligned, and the directory at the end."""
+
+    def __init__(self, stem: str) -> None:
+        self.stem = stem
+        self.position = 0
+        self.chunks: list[tuple[int, bytes]] = []
+        self.directory = bytearray()
+        self.count = 0
+
+    def chunk(self, data: bytes) -> None:
+        self.chunks.append((self.position, data))
+        self.position += len(data)
+
+    def add(self, name: str, data: bytes) -> None:
+        self.header(name, len(data), zlib.crc32(data))
+        self.chunk(data)
+
+    def reserve(self, name: str, size: int) -> int:
+        # No checksum: the data comes later and is copied inside the kernel, so that nobody sees
+        # the bytes.  torch writes 0 as well when it skips data, and never checks.
+        self.header(name, size, 0)
+        start = self.position
+        self.position += size
+        return start
+
+    def header(self, name: str, size: int, crc: int) -> None:
+        """A local header, padded so that the data begins aligned; and the directory's entry."""
+        path = f"{self.stem}/{name}".encode()
+        start = self.position
+        big, far = size >= _U32, start >= _U32
+        need = 45 if big or far else 20
+        size32, start32 = (_U32 if big else size), (_U32 if far else start)
+        common = struct.pack("<4H3I", _FLAGS, 0, 0, _DATE, crc, size32, size32)
+
+        extra = struct.pack("<2H2Q", 1, 16, size, size) if big else b""
+        padding = -(start + 30 + len(path) + len(extra) + 4) % ALIGNMENT
+        extra += struct.pack("<2s H", b"FB", padding) + bytes(padding)  # torch's id for padding
+        lengths = struct.pack("<2H", len(path), len(extra))
+        self.chunk(b"PK\3\4" + struct.pack("<H", need) + common + lengths + path + extra)
+
+        wide = [size, size] * big + [start] * far
+        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        lengths = struct.pack("<5H2I", len(path), len(extra), 0, 0, 0, 0, start32)
+        self.directory += b"PK\1\2" + struct.pack("<2H", need, need) + common + lengths
+        self.directory += path + extra
+        self.count += 1
+
+    def finish(self) -> None:
+        start, size, count = self.position, len(self.directory), self.count
+        end = bytes(self.directory)
+        if max(start, size) >= _U32 or count >= _U16:
+            end += b"PK\6\6" + struct.pack("<Q2H2I4Q", 44, 45, 45, 0, 0, count, count, size, start)
+            end += b"PK\6\7" + struct.pack("<IQI", 0, start + size, 1)
+        n, size, start = min(count, _U16), min(size, _U32), min(start, _U32)
+        self.chunk(end + b"PK\5\6" + struct.pack("<4H2IH", 0, 0, n, n, size, start, 0))

@@ -1,0 +1,198 @@
+"""safetensors files: headers read and checked, headers written. Data is never touched here.
+
+A file is 8 bytes of little-endian header length, a JSON header, then the data; each header
+entry is ``{"dtype", "shape", "data_offsets": [begin, end]}`` with offsets into the data, which
+the tensors fill without holes. Source: the safetensors format documentation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.formats.reading import opened
+from mmconvert.stored import ITEM_SIZE, StoredTensor
+
+MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+MAX_DIM = 1 << 48  # no tensor is longer; keeps products of lying shapes small
+
+
+class WeightFile(NamedTuple):
+    """One safetensors file.
+
+    Attributes:
+        path: the file.
+        header: its header, byte for byte.
+        metadata: the ``__metadata__`` entry.
+        tensors: its tensors in the order of their data.
+    """
+
+    path: Path
+    header: bytes
+    metadata: dict[str, str]
+    tensors: list[StoredTensor]
+
+
+def read_weight_file(path: Path) -> WeightFile:
+    """Reads and checks the header of a safetensors file.
+
+    Raises:
+        FormatError: the file or its header breaks the format.
+        CheckpointError: the file cannot be opened.
+    """
+    try:
+        with opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise _damaged(path, f"{size} bytes are no safetensors file")
+            length = struct.unpack("<Q", prefix)[0]
+            if not 0 < length <= min(size - 8, MAX_HEADER):
+                raise _damaged(path, f"header length {length} in a file of {size} bytes")
+            header = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}", "a readable file") from error
+    if len(header) != length:
+        raise _damaged(path, "the header is cut off")
+    entries = _parse(path, header)
+    metadata = _metadata(path, entries.pop("__metadata__", {}))
+    tensors = [_tensor(path, name, entry, 8 + length, size) for name, entry in entries.items()]
+    tensors.sort(key=lambda t: (t.offset, t.nbytes))
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.offset != end:
+            kind = "overlaps the tensor before it" if tensor.offset < end else "leaves a hole"
+            raise _damaged(path, f"the data of {tensor.name} {kind} (byte {tensor.offset})")
+        end = tensor.offset + tensor.nbytes
+    if end != size:
+        raise _damaged(path, f"tensors end at byte {end}, the file has {size} bytes")
+    return WeightFile(path, header, metadata, tensors)
+
+
+def expected_size(path: Path) -> int | None:
+    """The size that a file's header asks for; None where the header itself is cut or damaged.
+
+    Raises:
+        CheckpointError: the file cannot be opened.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(min(length, MAX_HEADER))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}", "a readable file") from error
+    try:
+        entries = _parse(path, header)
+        entries.pop("__metadata__", None)
+        sizes = [e["data_offsets"][1] for e in entries.values() if isinstance(e, dict)]
+    except (FormatError, LookupError, TypeError):
+        return None
+    return 8 + length + max(sizes, default=0) if all(map(_is_size, sizes)) else None
+
+
+def _damaged(path: Path, what: str) -> FormatError:
+    return FormatError(
+        f"{path}: {what}", "an undamaged safetensors file", "download or copy the file again"
+    )
+
+
+def parse_json(text: bytes, where: Path) -> object:
+    """JSON from a stranger: no duplicate keys, no endless nesting.
+
+    Raises:
+        FormatError: not JSON, or not JSON that means one thing.
+    """
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+            raise ValueError(f"the key {twice!r} occurs twice")
+        return found
+
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise FormatError(f"{where}: not valid JSON: {reason[:200]}", "a JSON object") from None
+
+
+def _parse(path: Path, header: bytes) -> dict[str, object]:
+    entries = parse_json(header, path)
+    if not isinstance(entries, dict):
+        raise _damaged(path, "the header is not a JSON object")
+    return entries
+
+
+def _metadata(path: Path, value: object) -> dict[str, str]:
+    if value is None:  # null is no metadata, to the safetensors library too
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise _damaged(path, "__metadata__ is not an object of strings")
+    return value
+
+
+def _tensor(path: Path, name: str, entry: object, start: int, size: int) -> StoredTensor:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(path, f"the entry of {name!r} is not dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
+        raise _damaged(path, f"{name} has the unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(_is_size(n) for n in shape) or len(shape) > 8:
+        raise _damaged(path, f"{name} has the shape {shape!r:.80}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise _damaged(path, f"{name} has the data_offsets {offsets!r:.80}")
+    begin, end = offsets
+    tensor = StoredTensor(name, dtype, tuple(shape), path, start + begin)
+    if end - begin != tensor.nbytes:
+        raise _damaged(path, f"{name} {dtype} {shape} has {end - begin} bytes of data")
+    if start + end > size:
+        raise _damaged(path, f"{name} ends at byte {start + end} of a file of {size} bytes")
+    return tensor
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_DIM
+
+
+class Entry(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+def layout_weight_file(
+    entries: list[Entry], metadata: Mapping[str, str]
+) -> tuple[bytes, list[int], int]:
+    """The header of a file with these tensors, their absolute offsets, and the file's size.
+
+    The header is padded with spaces so that the data starts at a multiple of 8 bytes.
+    """
+    table: dict[str, object] = {}
+    if metadata:
+        table["__metadata__"] = dict(metadata)
+    begin, starts = 0, []
+    for entry in entries:
+        end = begin + entry.nbytes
+        shape = list(entry.shape)
+        table[entry.name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [begin, end]}
+        starts.append(begin)
+        begin = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, [data + s for s in starts], data + begin

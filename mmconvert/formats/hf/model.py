@@ -1,0 +1,230 @@
+"""Opens HF checkpoints: spelling normalised, every tensor claimed or left out by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from mmconvert import converters
+from mmconvert.config import Options
+from mmconvert.converters.family import (
+    OUTPUT_LAYER,
+    Family,
+    Module,
+    Variant,
+    flag,
+    hf_templates,
+)
+from mmconvert.errors import CheckpointError, RequestError, TensorError
+from mmconvert.formats.hf.folder import HFCheckpoint, open_hf, read_config
+from mmconvert.formats.model import ENCODERS, Model, Notes, dropped_by, drops_too_much
+from mmconvert.names import number, summarise
+from mmconvert.stored import StoredTensor
+
+# What stands in the place of a linear's weight in GPTQ and AWQ checkpoints.
+QUANTISED = frozenset({"qweight", "qzeros", "scales", "g_idx"})
+
+
+def check_family(family: Family, config: Mapping[str, object], folder: Path) -> None:
+    """Raises CheckpointError if config.json is of another family; says which converter fits."""
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind in family.model_types:
+        return
+    fitting = [
+        name
+        for name, other in {**converters.registry(), **converters.ms_registry()}.items()
+        if isinstance(kind, str) and kind in other.model_types
+    ]
+    raise CheckpointError(
+        f"{folder / 'config.json'} is of model_type {kind!r}",
+        f"{' or '.join(sorted(family.model_types))} for {family.converter}",
+        f"use {fitting[0]}" if fitting else "no converter here serves this model_type",
+    )
+
+
+def config_model(family: Family, folder: Path) -> Model:
+    """Sizes from a folder's config.json alone, without any weights."""
+    config = read_config(folder)
+    check_family(family, config, folder)
+    said = _said_tied(family, config)
+    variant = Variant(tied=bool(said), traits=family.traits(config))
+    dims = family.dims(config)
+    return Model(family, variant, family.modules(variant), dims, tied_known=said is not None)
+
+
+def hf_model(
+    family: Family,
+    folder: Path,
+    options: Options,
+    *,
+    canonical: bool = False,
+    vit_only: bool = False,
+    llm_dir: Path | None = None,
+) -> Model:
+    """Opens an HF checkpoint; every tensor is claimed by a row or named as left out.
+
+    Raises:
+        TensorError: tensors that nothing claims.
+    """
+    checkpoint = open_hf(folder)
+    config = checkpoint.config
+    check_family(family, config, folder)
+    _check_choices(family, canonical, llm_dir)
+    traits = family.traits(config)
+    table = family.modules(Variant(traits=traits))
+    tensors = _by_hub_name(family, checkpoint)
+    notes = Notes(checkpoint.notes)
+    if llm_dir is not None:
+        config, tensors = _with_text_of(llm_dir, family, table, config, tensors, notes)
+    everything = list(tensors.values())
+    carried = {name: t for name, t in tensors.items() if family.why_carried(name)}
+    tensors = {name: t for name, t in tensors.items() if name not in carried}
+    tensors = _claimed(family, table, tensors, options, notes)
+    variant = Variant(
+        tied=is_tied(family, table, config, tensors),
+        canonical=canonical,
+        vit_qkv=options.vit_qkv,
+        traits=traits,
+    )
+    modules = family.modules(variant)
+    if vit_only:
+        modules = tuple(m for m in modules if m.key in ENCODERS)
+        kept = hf_templates(modules)
+        left = [name for name in tensors if not kept.find(name)]
+        tensors = {name: t for name, t in tensors.items() if kept.find(name)}
+        notes.drop("save_vit_only: outside the encoders", left)
+    return Model(
+        family,
+        variant,
+        modules,
+        family.dims(config),
+        checkpoint,
+        tensors,
+        tuple(notes.words),
+        tuple(carried.values()),
+        frozenset(p for p in options.drop if any(dropped_by((t.name,), (p,)) for t in everything)),
+        dropped=notes.dropped,
+    )
+
+
+def _check_choices(family: Family, canonical: bool, llm_dir: Path | None) -> None:
+    if canonical and not family.canonical:
+        raise RequestError(
+            f"enable_canonical_hf_struct is not possible for {family.name}",
+            "the flag False: there is no canonical structure for this family",
+        )
+    if llm_dir is not None and not family.plain_text:
+        raise RequestError(
+            f"llm_hf_dir is not possible for {family.name}",
+            "no --cfg.common_model_config.llm_hf_dir: its text decoder comes from hf_dir",
+        )
+
+
+def _by_hub_name(family: Family, checkpoint: HFCheckpoint) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
+    for file in checkpoint.files:
+        for tensor in file.tensors:
+            name = family.hub_name(tensor.name)
+            if name in found:
+                raise TensorError(
+                    f"{file.path}: {tensor.name} and {found[name].name} are the same tensor",
+                    "one spelling of each name",
+                )
+            found[name] = tensor
+    return found
+
+
+def _claimed(
+    family: Family,
+    table: tuple[Module, ...],
+    tensors: Mapping[str, StoredTensor],
+    options: Options,
+    notes: Notes,
+) -> dict[str, StoredTensor]:
+    """The tensors that have a row; the others are named in notes, or are an error."""
+    _check_plain(tensors.values())
+    index = hf_templates(table)
+    kept: dict[str, StoredTensor] = {}
+    lost: list[str] = []
+    reasons: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        pattern = dropped_by((name, tensor.name), options.drop)
+        why = f"--drop {pattern}" if pattern else family.why_dropped(name)
+        if pattern and (hit := index.find(name)) and hit[0].mm != OUTPUT_LAYER:
+            raise drops_too_much(pattern, tensor.name)
+        if why:
+            reasons.setdefault(why, []).append(tensor.name)
+        elif index.find(name):
+            kept[name] = tensor
+        else:
+            closest = index.closest(name)
+            lost.append(tensor.name + (f" (closest known name: {closest})" if closest else ""))
+    if lost:
+        raise TensorError(
+            f"{number(lost, 'tensor')} with no place in {family.form}: {summarise(lost)}",
+            f"only tensors of {family.name}",
+            "leave them out with --drop 'NAME' (a pattern; may be repeated)",
+        )
+    for why, names in reasons.items():
+        notes.drop(why, names)
+    return kept
+
+
+def _check_plain(tensors: Iterable[StoredTensor]) -> None:
+    """Raises TensorError for a checkpoint whose weights are packed into few bits."""
+    packed = [t.name for t in tensors if t.name.rpartition(".")[2] in QUANTISED]
+    if packed:
+        raise TensorError(
+            f"{number(packed, 'tensor')} of a quantised checkpoint (GPTQ, AWQ): "
+            f"{summarise(packed)}",
+            "weights in fp32, fp16 or bf16",
+            "take the model's unquantised checkpoint",
+        )
+
+
+def _said_tied(family: Family, config: Mapping[str, object]) -> bool | None:
+    """What config.json says of tied embeddings; None if nothing, or two different things."""
+    said = {
+        value
+        for part in (config, family.text_config(config))
+        if (value := flag((part,), "tie_word_embeddings")) is not None
+    }
+    return said.pop() if len(said) == 1 else None
+
+
+def is_tied(
+    family: Family,
+    table: tuple[Module, ...],
+    config: Mapping[str, object],
+    tensors: Mapping[str, StoredTensor],
+) -> bool:
+    """Whether the output layer is the embedding: as config.json says, else as the tensors say."""
+    said = _said_tied(family, config)
+    if said is not None:
+        return said
+    heads = [r.hf[0] for m in table for r in m.all_rows() if r.mm == OUTPUT_LAYER]
+    return not any(head in tensors for head in heads)
+
+
+def _with_text_of(
+    folder: Path,
+    family: Family,
+    table: tuple[Module, ...],
+    config: Mapping[str, object],
+    tensors: Mapping[str, StoredTensor],
+    notes: Notes,
+) -> tuple[dict[str, object], dict[str, StoredTensor]]:
+    """The model with the text decoder of a plain language model in place of its own."""
+    text = tuple(m for m in table if m.key == "llm")
+    index = hf_templates(text)
+    other = open_hf(folder)
+    if "vision_config" in other.config:
+        raise CheckpointError(
+            f"llm_hf_dir {folder} is a multimodal checkpoint", "a plain language model"
+        )
+    own = [name for name in tensors if index.find(name)]
+    merged = {name: t for name, t in tensors.items() if not index.find(name)}
+    merged |= _by_hub_name(family, other)
+    notes.drop(f"llm_hf_dir {folder} replaces the text decoder of hf_dir", own)
+    top = {k: v for k, v in config.items() if k != "tie_word_embeddings"}
+    return {**top, "text_config": dict(other.config)}, merged

@@ -1,0 +1,99 @@
+"""``mmconvert.json``: what a checkpoint was made of, and how. It never overrules the data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmconvert.converters.family import Dims
+from mmconvert.errors import MMConvertError
+from mmconvert.formats.containers.allocate import write_file
+from mmconvert.formats.hf.folder import read_json_file
+from mmconvert.version import VERSION
+
+NAME = "mmconvert.json"
+WEIGHTS = ("*.pt", "*.safetensors", "*.ckpt")  # the files whose sizes and times it notes
+
+
+def write(folder: Path, content: Mapping[str, object]) -> None:
+    """Writes the manifest of a finished checkpoint, with size and time of its weight files."""
+    files = {str(path.relative_to(folder)): state(path) for path in _weight_files(folder)}
+    whole = {"mmconvert": VERSION, **content, "files": files}
+    text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+    # A file name that is no UTF-8 has lone surrogates in it; JSON's escape is Python's.
+    write_file(folder / NAME, text.encode(errors="backslashreplace"))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(path for pattern in WEIGHTS for path in folder.rglob(pattern))
+
+
+def state(path: Path) -> list[int]:
+    """A file's size in bytes and the time of its last change in nanoseconds."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def read(folder: Path) -> tuple[dict[str, object] | None, str]:
+    """The manifest of a checkpoint that is still the one it was written for, and a note.
+
+    A manifest that is damaged, or whose weight files have other sizes now, is ignored: the note
+    then says so. Times are no matter here, as a copy of a checkpoint has others.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return None, ""
+    try:
+        content = read_json_file(path)
+    except MMConvertError as error:
+        return None, f"{path} is ignored: {error.what}"
+    changed = _changed(folder, content, times=False)
+    return (None, f"{path} is ignored: {changed}") if changed else (content, "")
+
+
+def digests(folder: Path) -> tuple[dict[str, str] | None, str]:
+    """The digests of a checkpoint whose weight files are untouched since, or None and why not."""
+    content, note = read(folder)
+    if content is None:
+        return None, note or f"{folder} has no {NAME}"
+    found = content.get("digests")
+    if not isinstance(found, dict) or not all(isinstance(d, str) for d in found.values()):
+        return None, f"{folder / NAME} holds no digests (a conversion writes them with --digests)"
+    changed = _changed(folder, content, times=True) or _added(folder, content)
+    return (None, f"{folder / NAME} is not relied on: {changed}") if changed else (found, "")
+
+
+def _changed(folder: Path, content: Mapping[str, object], *, times: bool) -> str:
+    """What does not fit the files that are there; "" if all does."""
+    files = content.get("files")
+    if not isinstance(files, dict) or not files:
+        return "it lists no files"
+    for name, noted in files.items():
+        size, time = noted if isinstance(noted, list) and len(noted) == 2 else (noted, None)
+        file = folder / str(name)
+        if not file.is_file() or file.stat().st_size != size:
+            return f"{name} has changed since it was written"
+        if times and file.stat().st_mtime_ns != time:
+            return f"{name} has another time than when it was written"
+    return ""
+
+
+def _added(folder: Path, content: Mapping[str, object]) -> str:
+    """A weight file that is not listed; "" if there is none. Training may have gone on here."""
+    listed = content.get("files")
+    names = (str(path.relative_to(folder)) for path in _weight_files(folder))
+    new = [name for name in names if not (isinstance(listed, dict) and name in listed)]
+    return f"{new[0]} has come since it was written" if new else ""
+
+
+def sizes(content: Mapping[str, object]) -> Dims:
+    """The model's sizes from a manifest; whatever is no plain number is left out."""
+    found = content.get("dims")
+    if not isinstance(found, dict):
+        return {}
+    return {
+        str(name): value
+        for name, value in found.items()
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+    }

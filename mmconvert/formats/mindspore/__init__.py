@@ -1,0 +1,1 @@
+"""MindSpore checkpoints, and the strategy files that say how they are sliced."""

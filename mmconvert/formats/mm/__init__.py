@@ -1,0 +1,1 @@
+"""MM checkpoints: rank folders of MindSpeed-MM."""

@@ -1,0 +1,231 @@
+"""Reads the layout of an MM checkpoint off its folders, model chunks, layer numbers and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from mmconvert.converters.family import Dims, Module, Row, mm_index
+from mmconvert.errors import CheckpointError, TensorError
+from mmconvert.formats.mm.folder import MMCheckpoint
+from mmconvert.names import NO_LAYER
+from mmconvert.plan.plan import matrix
+from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Chunk, Layout, Rank
+from mmconvert.sharding.stages import StageGrid, show, total
+from mmconvert.stored import StoredTensor
+
+# Whether two stored tensors hold the same bytes; None if a tensor is one repeated byte, so that
+# equality says nothing.
+SameBytes = Callable[[StoredTensor, StoredTensor], bool | None]
+
+
+def detect_layout(
+    modules: Sequence[Module], checkpoint: MMCheckpoint, dims: Dims, same: SameBytes
+) -> Layout:
+    """The layout of an MM checkpoint.
+
+    Args:
+        dims: sizes of the whole model as far as they are known.
+        same: compares data; asked only where shapes cannot tell a tp size.
+
+    Raises:
+        TensorError: layers with holes, or ranks that differ in their names.
+        CheckpointError: shapes that no tp size explains.
+    """
+    index = mm_index(tuple(modules))
+    grids: dict[str, list[list[int]]] = {
+        m.key: [[0] * checkpoint.pp_size for _ in range(checkpoint.vpp_size)] for m in modules
+    }
+    for chunk, tensors in checkpoint.parts.items():
+        layers: dict[str, set[int]] = {m.key: set() for m in modules}
+        for name in tensors:
+            found = index.find(name)
+            if found and found[1] != NO_LAYER:
+                layers[found[0][0].key].add(found[1])
+        for module in modules:
+            numbers = layers[module.key]
+            if numbers != set(range(len(numbers))):
+                gap = min(set(range(max(numbers))) - numbers)
+                raise TensorError(
+                    f"{module.label}: layer {gap} is missing in {_where(checkpoint, chunk)}, "
+                    f"which holds {len(numbers)} layers up to number {max(numbers)}",
+                    "local layers numbered from 0 without a gap",
+                )
+            row = grids[module.key][chunk.virtual]
+            if chunk.rank.tp == 0:
+                row[chunk.rank.pp] = len(numbers)
+            elif row[chunk.rank.pp] != len(numbers):
+                raise TensorError(
+                    f"{module.label}: {len(numbers)} layers in {_where(checkpoint, chunk)}, "
+                    f"{row[chunk.rank.pp]} on tp rank 0",
+                    "the same layers on all tp ranks",
+                )
+    tp = {m.key: tp_size(m, checkpoint, dims, same) for m in modules}
+    return Layout(tp, {key: tuple(tuple(row) for row in grid) for key, grid in grids.items()})
+
+
+def _where(checkpoint: MMCheckpoint, chunk: Chunk) -> str:
+    part = f", model{chunk.virtual}" if checkpoint.vpp_size > 1 else ""
+    return f"{checkpoint.folder} tp {chunk.rank.tp} pp {chunk.rank.pp}{part}"
+
+
+Shards = list[StoredTensor]
+
+
+def tp_size(module: Module, checkpoint: MMCheckpoint, dims: Dims, same: SameBytes) -> int:
+    """The tensor-parallel size of one module.
+
+    Raises:
+        CheckpointError: shapes that no size explains.
+    """
+    folders = checkpoint.tp_folders
+    if folders == 1:
+        return 1
+    divided = [(r, s) for r, s in _first_layer(module, checkpoint) if r.shard]
+    rows = divided + [(r, s) for r, s in _first_layer(module, checkpoint) if not r.shard]
+    sizes = [d for d in range(1, folders + 1) if folders % d == 0]
+    fitting = [size for size in sizes if _explains(rows, size, dims)]
+    if not fitting:
+        _, shards = divided[0] if divided else rows[0]
+        raise CheckpointError(
+            f"{module.label}: no tp size from {sizes} explains the shapes; {shards[0].name} is "
+            f"{[list(t.shape) for t in shards][:4]} on the first ranks",
+            "a checkpoint and a config.json of one model",
+            "give the hf_dir of the model that this checkpoint was made from",
+        )
+    if len(fitting) == 1 or not divided:
+        return fitting[0]
+    # Shapes alone fit several sizes: ranks that hold the same shard hold the same bytes.
+    for _, shards in sorted(divided, key=lambda item: -item[1][0].nbytes):
+        if same(shards[0], shards[0]) is None:
+            continue
+        for size in fitting:
+            if all(same(shards[r % size], t) is not False for r, t in enumerate(shards)):
+                return size
+    return folders
+
+
+def likely_tp_size(module: Module, checkpoint: MMCheckpoint, dims: Dims) -> int:
+    """The size that explains most tensors, each by itself, where :func:`tp_size` finds none."""
+    folders = checkpoint.tp_folders
+    rows = _first_layer(module, checkpoint)
+    sizes = [d for d in range(1, folders + 1) if folders % d == 0]
+    return max(sizes, key=lambda size: (sum(_explains([r], size, dims) for r in rows), size))
+
+
+def fits(module: Module, checkpoint: MMCheckpoint, size: int, dims: Dims) -> bool:
+    """Whether a tensor-parallel size explains the shapes; :func:`tp_size` takes 1 of 1 as given."""
+    return _explains(_first_layer(module, checkpoint), size, dims)
+
+
+def whole_tp_size(module: Module, checkpoint: MMCheckpoint, dims: Dims) -> int:
+    """How many shards like those of tp rank 0 make the tensors that ``dims`` asks for.
+
+    1 if the tensors do not agree on a number. Larger than the number of rank folders where
+    folders are missing.
+    """
+    counts: set[float] = set()
+    for row, shards in _first_layer(module, checkpoint):
+        names = (row.cols,) if row.shard and row.shard.axis else row.rows
+        if row.shard and names and all(name in dims for name in names):
+            length = matrix(shards[0].shape)[row.shard.axis]
+            counts.add(sum(dims[name] for name in names) / length if length else 0)
+    count = counts.pop() if len(counts) == 1 else 1.0
+    return int(count) if count.is_integer() and count > 0 else 1
+
+
+def _first_layer(module: Module, checkpoint: MMCheckpoint) -> list[tuple[Row, Shards]]:
+    """Rows of the module's outer parts and of one layer, with their shards by tp rank."""
+    found: dict[str, tuple[Row, Shards]] = {}
+    for chunk, tensors in checkpoint.parts.items():
+        if chunk.rank.tp:
+            continue
+        for r in module.all_rows():
+            name = r.mm.replace("{}", "0")
+            if r.mm in found or name not in tensors or r.tied_to:
+                continue
+            places = [
+                Chunk(Rank(tp, chunk.rank.pp), chunk.virtual) for tp in range(checkpoint.tp_folders)
+            ]
+            shards = [checkpoint.parts[p][name] for p in places if name in checkpoint.parts[p]]
+            if len(shards) == checkpoint.tp_folders:
+                found[r.mm] = (r, shards)
+    return list(found.values())
+
+
+def _explains(rows: Sequence[tuple[Row, Shards]], size: int, dims: Dims) -> bool:
+    """Whether a tp size gives every dimension one value throughout a module."""
+    known = dict(dims)
+    for row, shards in rows:
+        group = shards[:size]
+        if any(t.shape != group[i % size].shape for i, t in enumerate(shards)):
+            return False
+        height, width = matrix(group[0].shape)
+        if row.shard:
+            length = sum(matrix(t.shape)[row.shard.axis] for t in group)
+            height, width = (length, width) if row.shard.axis == 0 else (height, length)
+        expected = [(row.cols, width)] if row.cols else []
+        names = set(row.rows)
+        if len(names) == 1 and height % len(row.rows) == 0:
+            expected.append((row.rows[0], height // len(row.rows)))
+        elif names and names <= known.keys() and sum(known[n] for n in row.rows) != height:
+            return False
+        for dim, value in expected:
+            if known.setdefault(dim, value) != value:
+                return False
+    return True
+
+
+def assert_layout(
+    found: Layout, grids: Mapping[str, StageGrid], tp: Mapping[str, int], prefix: str
+) -> None:
+    """Compares what the user said of a checkpoint with what it is.
+
+    Args:
+        grids, tp: what was said, by module key; absent keys assert nothing.
+        prefix: how the flags begin, for messages.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    absent = [GRID_FLAG[k] for k in grids if k not in found.grids]
+    absent += [TP_FLAG[k] for k in tp if k not in found.tp]
+    if absent:
+        raise CheckpointError(
+            f"{prefix}{absent[0]} is given, but the checkpoint has no such module",
+            "flags for " + ", ".join(GRID_FLAG[key] for key in found.grids),
+            "leave the flag out",
+        )
+    for key, grid in grids.items():
+        if found.grids[key] != grid:
+            raise CheckpointError(
+                f"{prefix}{GRID_FLAG[key]} says {show(grid)}, the checkpoint holds "
+                f"{show(found.grids[key])}",
+                "the layout that the checkpoint has",
+                "leave the flag out: the layout is read off the checkpoint",
+            )
+    for key, size in tp.items():
+        if found.tp[key] != size:
+            raise CheckpointError(
+                f"{prefix}{TP_FLAG[key]} says {size}, the checkpoint holds {found.tp[key]}",
+                "the layout that the checkpoint has",
+                "leave the flag out: the layout is read off the checkpoint",
+            )
+
+
+def check_layers(layout: Layout, dims: Dims) -> None:
+    """Layer counts of an existing checkpoint against those of config.json.
+
+    Raises:
+        CheckpointError: naming both numbers.
+    """
+    wrong = [
+        f"{total(grid)} by {GRID_FLAG[key]} {show(grid)}, the model {dims[f'{key}.layers']}"
+        for key, grid in layout.grids.items()
+        if dims.get(f"{key}.layers", total(grid)) != total(grid)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"the checkpoint holds other numbers of layers than the model: {'; '.join(wrong)}",
+            "all layers, and the hf_dir of the checkpoint's own model",
+            "copy all rank folders again, or give the hf_dir that the checkpoint came from",
+        )

@@ -1,0 +1,301 @@
+"""MM checkpoint folders: ``[release|iter_N]/mp_rank_TT[_PPP[_EEE]]/model_optim_rng.pt``.
+
+Source: mm-checkpoints section 1, Megatron-LM's checkpoint naming.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.formats.containers.allocate import write_file
+from mmconvert.formats.containers.pickles import Inert
+from mmconvert.formats.containers.ptfile import (
+    PtFile,
+    PtLayout,
+    Slot,
+    layout_pt,
+    read_pt,
+    write_skeleton,
+)
+from mmconvert.formats.reading import opened
+from mmconvert.sharding.layout import Chunk, Layout, Rank, parse_folder
+from mmconvert.stored import StoredTensor, Target
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RANK_FILE = "model_optim_rng.pt"
+_PART = re.compile(r"model(0|[1-9]\d{0,3})?")
+EXTRA_STATE = "_extra_state"  # Transformer Engine's per-layer state; None in MM checkpoints
+
+
+@dataclass(frozen=True)
+class MMCheckpoint:
+    """An MM checkpoint's metadata.
+
+    Attributes:
+        root: the folder that was given.
+        folder: the folder that holds the rank folders.
+        iteration: ``release``, or the iteration number as text.
+        tp_folders, pp_size, vpp_size: what its folders and files say.
+        parts: tensors by name, by chunk.
+        notes: what beside the weights was found and left alone, in words.
+    """
+
+    root: Path
+    folder: Path
+    iteration: str
+    tp_folders: int
+    pp_size: int
+    vpp_size: int
+    parts: Mapping[Chunk, Mapping[str, StoredTensor]]
+    notes: list[str] = field(default_factory=list)
+
+
+def find_weights(root: Path) -> tuple[Path, str]:
+    """The folder of rank folders, and the iteration that it holds (``release`` or a number).
+
+    ``root`` is a checkpoint with a tracker file, or itself holds rank folders.
+
+    Raises:
+        CheckpointError: no checkpoint here; FormatError: a tracker file that makes no sense.
+    """
+    if not root.is_dir():
+        raise CheckpointError(
+            f"{root} is not a folder",
+            f"an MM checkpoint: {TRACKER} with release/ or iter_N/",
+            "check the path; training writes below its --save folder",
+        )
+    tracker = root / TRACKER
+    if tracker.is_file():
+        text = _tracker_text(tracker)
+        name = "release" if text == "release" else f"iter_{int(text):07d}"
+        if not (root / name).is_dir():
+            raise CheckpointError(
+                f"{tracker} says {text!r}, but {root / name} is not there",
+                f"the folder {name} beside the tracker file",
+                "write the number of an iteration that exists into the tracker file",
+            )
+        return root / name, text
+    if any(parse_folder(path.name) for path in root.iterdir()):
+        number = re.fullmatch(r"iter_(\d{7,12})", root.resolve().name)
+        return root, str(int(number[1])) if number else "release"
+    raise CheckpointError(
+        f"{root} has neither {TRACKER} nor mp_rank_* folders",
+        f"an MM checkpoint: {TRACKER} with release/ or iter_N/",
+        "check the path; training writes below its --save folder",
+    )
+
+
+def _tracker_text(tracker: Path) -> str:
+    try:
+        with opened(tracker) as file:
+            text = file.read(64).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{tracker}: unreadable ({error})", "release, or a number") from None
+    if text != "release" and not (text.isdigit() and len(text) <= 12):
+        raise FormatError(f"{tracker} holds {text!r}", "release, or an iteration number")
+    return text
+
+
+def open_mm(root: Path) -> MMCheckpoint:
+    """Reads the metadata of every rank file of an MM checkpoint.
+
+    Raises:
+        CheckpointError: folders missing or mixed; FormatError: a damaged file.
+    """
+    folder, iteration = find_weights(root)
+    ranks = _rank_folders(folder)
+    parts: dict[Chunk, Mapping[str, StoredTensor]] = {}
+    keys: dict[Path, list[str]] = {}
+    notes: dict[str, int] = {}
+    for rank, path in ranks.items():
+        file = path / RANK_FILE
+        if not file.is_file():
+            raise CheckpointError(f"{path} has no {RANK_FILE}", "the weights of every rank")
+        found = rank_parts(read_pt(file), notes)
+        keys[file] = sorted(found)
+        for virtual, name in enumerate(part_names(file, found)):
+            parts[Chunk(rank, virtual)] = found[name]
+    first, *others = keys
+    for file in others:
+        if keys[file] != keys[first]:
+            raise CheckpointError(
+                f"{file} holds {', '.join(keys[file])}; {first} {', '.join(keys[first])}",
+                "rank files of one checkpoint, with the same model chunks",
+                "keep one checkpoint in this folder",
+            )
+    tp = max(rank.tp for rank in ranks) + 1
+    pp = max(rank.pp for rank in ranks) + 1
+    words = [f"{what} ({count} bytes) left out" for what, count in notes.items()]
+    return MMCheckpoint(root, folder, iteration, tp, pp, len(keys[first]), parts, words)
+
+
+def _rank_folders(folder: Path) -> dict[Rank, Path]:
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {error.strerror}", "a readable folder") from error
+    found = {name: parse_folder(name) for name in names}
+    numbers = {name: n for name, n in found.items() if n is not None}
+    if not numbers:
+        raise CheckpointError(f"{folder} has no mp_rank_* folders", "one folder for each rank")
+    forms = {sum(x is not None for x in n): name for name, n in numbers.items()}
+    if len(forms) > 1:
+        raise CheckpointError(
+            f"{folder} mixes folders of different layouts: {', '.join(sorted(forms.values()))}",
+            "the rank folders of one checkpoint",
+            "move the folders of the other checkpoint away",
+        )
+    ranks = {Rank(tp, pp or 0, ep or 0): folder / name for name, (tp, pp, ep) in numbers.items()}
+    if len(ranks) != len(numbers):
+        raise CheckpointError(f"{folder} has two folders for one rank: {', '.join(numbers)}")
+    if any(rank.ep for rank in ranks):
+        raise CheckpointError(
+            f"{folder} has expert-parallel ranks", "a checkpoint of a dense model (ep size 1)"
+        )
+    tp, pp = max(r.tp for r in ranks) + 1, max(r.pp for r in ranks) + 1
+    if len(ranks) != tp * pp:
+        places = (Rank(t, p) for p in range(pp) for t in range(tp))  # may be very many
+        absent = islice((rank for rank in places if rank not in ranks), 5)
+        listed = ", ".join(f"tp {r.tp} pp {r.pp}" for r in absent)
+        raise CheckpointError(
+            f"{folder} has {len(ranks)} rank folders; missing: {listed}",
+            f"{tp} x {pp} folders (tp x pp)",
+            "copy the missing folders from the machines that wrote them",
+        )
+    return dict(sorted(ranks.items()))
+
+
+def rank_file_parts(file: Path) -> dict[str, dict[str, StoredTensor]]:
+    """The model chunks of one rank file, by their key: ``model``, or ``model0``, ``model1``...
+
+    Raises:
+        FormatError: a damaged file, or none of a rank.
+    """
+    found = rank_parts(read_pt(file), {})
+    return {name: found[name] for name in part_names(file, found)}
+
+
+def part_names(file: Path, found: Iterable[str]) -> list[str]:
+    """The keys of a rank file's model chunks, in their order.
+
+    Raises:
+        FormatError: none, or with a gap.
+    """
+    names = sorted(found, key=lambda name: int(name[5:] or 0))
+    if names == ["model"] or names == [f"model{i}" for i in range(len(names))] != []:
+        return names
+    raise FormatError(
+        f"{file} holds {', '.join(names) or 'no model'}",
+        "model, or model0, model1, ... without a gap",
+    )
+
+
+def rank_parts(pt: PtFile, notes: dict[str, int]) -> dict[str, dict[str, StoredTensor]]:
+    """The tensors of a rank file: by name, by key of their model chunk.
+
+    Args:
+        notes: receives the bytes of everything else, by its key.
+
+    Raises:
+        FormatError: something else than tensors among the weights.
+    """
+    file = pt.path
+    found: dict[str, dict[str, StoredTensor]] = {}
+    for key, value in pt.content.items():
+        if not isinstance(key, str) or not _PART.fullmatch(key):
+            if not isinstance(value, (bool, int, float, str, type(None))):
+                notes[str(key)] = notes.get(str(key), 0) + pt.referenced_bytes(value)
+            continue
+        if not isinstance(value, dict):
+            raise FormatError(f"{file}: {key} is not a dictionary", "tensors by name")
+        found[key] = {}
+        for name, tensor in value.items():
+            if str(name).endswith(EXTRA_STATE):
+                if tensor is not None:
+                    notes[EXTRA_STATE] = notes.get(EXTRA_STATE, 0) + pt.referenced_bytes(tensor)
+            elif isinstance(tensor, StoredTensor) and isinstance(name, str):
+                found[key][name] = tensor
+            else:
+                what = (
+                    f"an object of {tensor.function}" if isinstance(tensor, Inert) else "no tensor"
+                )
+                raise FormatError(
+                    f"{file}: {key}[{name!r}] is {what}",
+                    "only tensors among the weights; objects there are never loaded",
+                    "save the model's state_dict() with plain tensors",
+                )
+    return found
+
+
+@dataclass(frozen=True)
+class RankFilePlan:
+    """A rank file to be written.
+
+    Attributes:
+        rank: whose it is.
+        path: below the checkpoint's folder.
+        image: everything but the data.
+    """
+
+    rank: Rank
+    path: Path
+    image: PtLayout
+
+
+def plan_mm(
+    layout: Layout, targets: Iterable[Target], iteration: str = "release"
+) -> list[RankFilePlan]:
+    """The rank files of an MM checkpoint.
+
+    Args:
+        targets: every tensor with its chunk.
+    """
+    names: dict[Rank, dict[str, dict[str, Slot]]] = {
+        rank: {layout.part(v): {} for v in range(layout.vpp_size)} for rank in layout.ranks()
+    }
+    for target in targets:
+        assert target.chunk is not None  # noqa: S101 - narrows the type of an MM target
+        part = layout.part(target.chunk.virtual)
+        names[target.chunk.rank][part][target.name] = Slot(target.dtype, target.shape)
+    base = Path(iteration if iteration == "release" else f"iter_{int(iteration):07d}")
+    return [
+        RankFilePlan(
+            rank,
+            base / layout.folder(rank) / RANK_FILE,
+            layout_pt({**parts, "checkpoint_version": 3.0}),
+        )
+        for rank, parts in names.items()
+    ]
+
+
+def create_mm(
+    folder: Path,
+    layout: Layout,
+    files: Iterable[RankFilePlan],
+    targets: Iterable[Target],
+    iteration: str = "release",
+) -> list[StoredTensor]:
+    """Creates the rank files of an MM checkpoint in ``folder``, with holes for the data.
+
+    Returns:
+        where each target's data is to be written, in their order.
+    """
+    places: dict[tuple[Rank, str, str], tuple[Path, int]] = {}
+    for file in files:
+        path = folder / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_skeleton(path, file.image)
+        for (part, name), offset in file.image.offsets.items():
+            places[file.rank, part, name] = (path, offset)
+    write_file(folder / TRACKER, iteration.encode())
+    created: list[StoredTensor] = []
+    for target in targets:
+        assert target.chunk is not None  # noqa: S101 - as above
+        key = (target.chunk.rank, layout.part(target.chunk.virtual), target.name)
+        created.append(StoredTensor(target.name, target.dtype, target.shape, *places[key]))
+    return created

@@ -1,0 +1,267 @@
+"""Opens MM checkpoints: variant chosen by names, layout read off the folder, all claimed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from mmconvert.config import Options, ParallelConfig
+from mmconvert.converters.family import (
+    OUTPUT_LAYER,
+    Family,
+    Module,
+    Row,
+    Variant,
+    mm_index,
+)
+from mmconvert.errors import CheckpointError, TensorError
+from mmconvert.executor.compare import same_bytes
+from mmconvert.formats import manifest
+from mmconvert.formats.mm.detect import assert_layout, check_layers, detect_layout
+from mmconvert.formats.mm.folder import MMCheckpoint, open_mm
+from mmconvert.formats.mm.source import Parts, claim_mm
+from mmconvert.formats.model import ENCODERS, Model, Notes, dropped_by, drops_too_much
+from mmconvert.formats.recognise import by_names
+from mmconvert.names import TemplateIndex, number, summarise
+from mmconvert.sharding.layout import GRID_FLAG, Chunk, Layout
+from mmconvert.sharding.stages import total
+from mmconvert.stored import StoredTensor
+
+TEXT = "text_decoder."  # how the MM names of every family's text decoder begin
+
+
+def mm_model(
+    family: Family,
+    folder: Path,
+    given: ParallelConfig,
+    model: Model | None,
+    options: Options,
+    *,
+    prefix: str,
+    vit_only: bool = False,
+) -> tuple[Model, Layout, Parts]:
+    """Opens an MM checkpoint: its model, its layout, its tensors by chunk.
+
+    Args:
+        given: what the user says of its layout; compared with what is found.
+        model: the HF checkpoint that it came from, if known: gives sizes.
+        prefix: how the layout's flags begin, for messages.
+
+    Raises:
+        CheckpointError: not a checkpoint of this family, or damaged.
+    """
+    checkpoint = open_mm(folder)
+    notes = Notes(f"{checkpoint.folder}: {note}" for note in checkpoint.notes)
+    content, stale = manifest.read(checkpoint.root)
+    notes.words += [stale] if stale else []
+    _check_converter(family, checkpoint, content)
+    dims = dict(model.dims) if model else manifest.sizes(content or {})
+    parts, used = _without(family, checkpoint, options, notes)
+    names = {name for tensors in parts.values() for name in tensors}
+    # The manifest may say that the text decoder was left out; if it is there, it counts.
+    said = content is not None and content.get("save_vit_only") is True
+    vit_only = vit_only or (said and not any(name.startswith(TEXT) for name in names))
+    variant = variant_of(family, names, checkpoint, model)
+    if model is not None and model.tied_known:
+        tied = model.variant.tied
+    else:
+        tied = vit_only or _looks_tied(family, parts, content, notes)
+    variant = replace(variant, tied=tied, vit_qkv=options.vit_qkv)
+    modules = family.modules(variant)
+    _check_known(family, parts, mm_index(modules), checkpoint)
+    if vit_only:
+        modules = tuple(m for m in modules if m.key in ENCODERS)
+        index = mm_index(modules)
+        parts = {c: {n: t for n, t in p.items() if index.find(n)} for c, p in parts.items()}
+    checkpoint = replace(checkpoint, parts=parts)
+    layout = detect_layout(modules, checkpoint, dims, same_bytes)
+    _check_text(layout, checkpoint)
+    if given.ep_size not in (0, 1):
+        raise CheckpointError(
+            f"{prefix}ep_size says {given.ep_size}, the checkpoint holds 1",
+            f"1: {family.name} has no experts",
+        )
+    # A module that was left out with save_vit_only is no contradiction.
+    full = {m.key for m in modules}
+    grids = {k: g for k, g in given.grids().items() if k in full or k not in family.module_keys}
+    sizes = {k: n for k, n in given.tp().items() if k in full or k not in family.module_keys}
+    assert_layout(layout, grids, sizes, prefix)
+    check_layers(layout, dims)
+    lost = claim_mm(modules, layout, parts)
+    if lost:
+        raise TensorError(
+            f"{len(lost)} tensors have no place in {family.name}: {summarise(lost)}",
+            f"only tensors of {family.name}, each on its stage",
+            "leave them out with --drop 'NAME' (a pattern; may be repeated)",
+        )
+    dims |= {f"{key}.layers": sum(map(sum, grid)) for key, grid in layout.grids.items()}
+    found = Model(
+        family,
+        variant,
+        modules,
+        dims,
+        notes=tuple(notes.words),
+        patterns=used,
+        dropped=notes.dropped,
+    )
+    return found, layout, parts
+
+
+def _check_converter(
+    family: Family, checkpoint: MMCheckpoint, content: Mapping[str, object] | None
+) -> None:
+    converter = content.get("converter") if content else None
+    if isinstance(converter, str) and converter != family.converter:
+        raise CheckpointError(
+            f"{checkpoint.root / manifest.NAME} says that {converter} wrote this checkpoint",
+            f"a checkpoint of {family.name} for {family.converter}",
+            f"use {converter}",
+        )
+
+
+def _check_known(
+    family: Family,
+    parts: Parts,
+    index: TemplateIndex[tuple[Module, Row]],
+    checkpoint: MMCheckpoint,
+) -> None:
+    """Names that no row knows: another family's checkpoint, or tensors to be dropped."""
+    names = {name for part in parts.values() for name in part}
+    unknown = sorted(name for name in names if not index.find(name))
+    if not unknown:
+        return
+    file = next(part[unknown[0]].path for part in parts.values() if unknown[0] in part)
+    other = by_names(names, checkpoint.folder)
+    if other.converter != family.converter:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {len(unknown)} tensors are not of {family.name}, such as "
+            f"{unknown[0]}",
+            f"a checkpoint of {family.name} for {family.converter}",
+            f"use {other.converter}: the names are those of {other.name}",
+        )
+    closest = index.closest(unknown[0])
+    hint = f" (closest known name: {closest})" if closest else ""
+    raise TensorError(
+        f"{file}: {number(unknown, 'tensor')} with no place in {family.name}: "
+        f"{summarise(unknown)}{hint}",
+        f"only tensors of {family.name}",
+        "leave them out with --drop 'NAME' (a pattern; may be repeated)",
+    )
+
+
+def _check_text(layout: Layout, checkpoint: MMCheckpoint) -> None:
+    """Raises CheckpointError for a module without any layer, which no flag has left out."""
+    for key, grid in layout.grids.items():
+        if not total(grid):
+            raise CheckpointError(
+                f"{checkpoint.folder} holds no layer of {GRID_FLAG[key].split('_')[0]}",
+                "all modules of the model",
+                "for encoders alone give --cfg.save_vit_only True (resplit); else copy all ranks",
+            )
+
+
+def _without(
+    family: Family, checkpoint: MMCheckpoint, options: Options, notes: Notes
+) -> tuple[dict[Chunk, dict[str, StoredTensor]], frozenset[str]]:
+    """The tensors that no --drop pattern fits, and the patterns that fit some.
+
+    Raises:
+        RequestError: a pattern that fits a tensor which the model needs.
+    """
+    needed = TemplateIndex(
+        (mm, True)
+        for mm in {
+            r.mm
+            for variant in family.variants
+            for m in family.modules(variant)
+            for r in m.all_rows()
+            if r.mm != OUTPUT_LAYER
+        }
+    )
+    dropped: dict[str, set[str]] = {}
+    kept: dict[Chunk, dict[str, StoredTensor]] = {}
+    for chunk, tensors in checkpoint.parts.items():
+        kept[chunk] = {}
+        for name, tensor in tensors.items():
+            pattern = dropped_by((name,), options.drop)
+            if not pattern:
+                kept[chunk][name] = tensor
+                continue
+            if needed.find(name):
+                raise drops_too_much(pattern, name)
+            dropped.setdefault(pattern, set()).add(name)
+    for pattern, names in dropped.items():
+        notes.drop(f"--drop {pattern}", sorted(names))
+    return kept, frozenset(dropped)
+
+
+def variant_of(
+    family: Family, names: set[str], checkpoint: MMCheckpoint, model: Model | None
+) -> Variant:
+    """The variant whose table knows most of the names, and of these the smallest.
+
+    Raises:
+        CheckpointError: none knows any.
+    """
+    candidates = family.variants
+    if model is not None:
+        choices = {v.canonical for v in candidates}
+        candidates = tuple(Variant(canonical=c, traits=model.variant.traits) for c in choices)
+
+    def fit(variant: Variant) -> tuple[int, int]:
+        modules = family.modules(variant)
+        index = mm_index(modules)
+        known = sum(index.find(name) is not None for name in names)
+        return known, -sum(len(m.all_rows()) for m in modules)
+
+    best = max(candidates, key=fit)
+    if not fit(best)[0]:
+        raise CheckpointError(
+            f"{checkpoint.folder}: no tensor is one of {family.name}; the first is "
+            f"{min(names, default='none at all')}",
+            f"a checkpoint of {family.name}",
+            "use the converter of its family",
+        )
+    return best
+
+
+def _looks_tied(
+    family: Family,
+    parts: Parts,
+    content: Mapping[str, object] | None,
+    notes: Notes,
+) -> bool:
+    """Whether the output layer is the embedding, where config.json is not at hand.
+
+    mmconvert.json says it; else two equal tensors, or one text stage without an output layer.
+
+    Raises:
+        TensorError: several text stages without an output layer: missing, or never written.
+    """
+    variant = content.get("variant") if content else None
+    if isinstance(variant, dict) and isinstance(variant.get("tied"), bool):
+        return bool(variant["tied"])
+    rows = [r for m in family.modules(Variant(tied=True)) for r in m.all_rows() if r.tied_to]
+    heads = [t[r.mm] for t in parts.values() for r in rows if r.mm in t]
+    origins = [t[r.tied_to] for t in parts.values() for r in rows if r.tied_to in t]
+    if heads:
+        return len(origins) == len(heads) and all(
+            same_bytes(a, b) for a, b in zip(origins, heads, strict=True)
+        )
+    text = {
+        (chunk.rank.pp, chunk.virtual)
+        for chunk, part in parts.items()
+        if any(name.startswith(TEXT) for name in part)
+    }
+    if len(text) > 1:
+        raise TensorError(
+            f"there is no {OUTPUT_LAYER} on any stage",
+            "the output layer; with tied embeddings too it stands on the last of several stages "
+            "with text layers",
+            "if the model ties its embeddings, give --cfg.hf_config.hf_dir, whose config.json says "
+            "so; else copy the rank folder of the last stage again",
+        )
+    if origins:
+        notes.words.append("warning: no output layer and no config.json: taken for tied embeddings")
+    return True

@@ -1,0 +1,171 @@
+"""An existing MM checkpoint as a side of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mmconvert.converters.family import Dims, Module, mm_index
+from mmconvert.errors import LayoutError, ReplicaError, TensorError
+from mmconvert.formats.mm.instances import Instance, placements
+from mmconvert.formats.mm.target import shard_blocks, shard_spans
+from mmconvert.names import number, summarise
+from mmconvert.plan.plan import Side, Whole, joint_dtype, matrix
+from mmconvert.sharding.layout import Chunk, Layout
+from mmconvert.sharding.spans import Span
+from mmconvert.stored import StoredTensor
+
+Parts = Mapping[Chunk, Mapping[str, StoredTensor]]
+
+
+def mm_source(modules: Sequence[Module], dims: Dims, layout: Layout, parts: Parts) -> Side:
+    """An existing MM checkpoint as wholes.
+
+    Args:
+        dims: sizes if known; what is known is checked.
+        parts: tensors by name, by chunk; every one must be the place of some row.
+
+    Raises:
+        TensorError: missing tensors, or shards that do not fit together.
+    """
+    side = Side()
+    missing: list[str] = []
+    for item, stage, name in placements(modules, layout, every_tied=True):
+        shards: list[StoredTensor] = []
+        for tp in range(layout.tp_folders):
+            chunk = layout.chunk(tp, stage)
+            tensor = parts.get(chunk, {}).get(name)
+            if tensor is not None:
+                shards.append(tensor)
+            elif not item.row.tied_to:
+                missing.append(f"{name} ({layout.folder(chunk.rank)})")
+        if len(shards) == layout.tp_folders:
+            _add_shards(side, item, layout.tp[item.module.key], shards, dims)
+        elif shards:
+            missing.append(f"{name} (on {len(shards)} of {layout.tp_folders} tp ranks only)")
+    if missing:
+        raise TensorError(
+            f"{number(missing, 'tensor')} missing: {summarise(missing)}",
+            "every tensor of the model on its rank",
+            "copy the checkpoint again, with all its rank folders",
+        )
+    return side
+
+
+def partial_source(
+    modules: Sequence[Module], dims: Dims, layout: Layout, parts: Parts
+) -> tuple[Side, list[tuple[StoredTensor, TensorError | ReplicaError]]]:
+    """What of an MM checkpoint can be read as wholes, and what is wrong with the rest: the
+    first shard of a tensor, and its fault.
+
+    Tensors that are missing on some tp rank are passed over; see :func:`mm_source`.
+    """
+    side = Side()
+    faults: list[tuple[StoredTensor, TensorError | ReplicaError]] = []
+    for item, stage, name in placements(modules, layout, every_tied=True):
+        chunks = [layout.chunk(tp, stage) for tp in range(layout.tp_folders)]
+        shards = [parts[c][name] for c in chunks if name in parts.get(c, {})]
+        if len(shards) < layout.tp_folders:
+            continue
+        try:
+            _add_shards(side, item, layout.tp[item.module.key], shards, dims)
+        except (TensorError, ReplicaError) as error:
+            faults.append((shards[0], error))
+    return side, faults
+
+
+def _add_shards(
+    side: Side, item: Instance, size: int, shards: Sequence[StoredTensor], dims: Dims
+) -> None:
+    split = item.row.shard
+    axis = split.axis if split else 0
+    group = shards[:size]
+    for rank, tensor in enumerate(shards):
+        same_dtype = tensor.dtype == shards[0].dtype
+        like = group[rank % size] if split and same_dtype else shards[0]
+        if tensor.shape != like.shape or not same_dtype:
+            raise ReplicaError(
+                f"{tensor.name}: {tensor.dtype} {list(tensor.shape)} in {tensor.path}, "
+                f"{like.dtype} {list(like.shape)} in {like.path}",
+                "one dtype, and equal shapes on ranks that hold the same shard",
+            )
+    if split is None:
+        shape, spans = group[0].shape, [[Span(0, 0, matrix(group[0].shape)[0])]] * size
+    else:
+        lengths = [matrix(t.shape)[axis] for t in group]
+        try:
+            spans = split.observed(lengths)
+        except TensorError as error:
+            raise TensorError(f"{group[0].name} in {group[0].path}: {error.what}") from None
+        shape = tuple(sum(lengths) if i == axis else n for i, n in enumerate(group[0].shape))
+        _check_division(item, shape, size, spans, dims, group[0])
+    _check_whole(item, shape, dims, group[0])
+    whole = side.wholes.setdefault(item.key, Whole(shape, group[0].dtype))
+    dtype = joint_dtype((whole.dtype, group[0].dtype))
+    if whole.shape != shape or not dtype:
+        raise ReplicaError(
+            f"{group[0].name} in {group[0].path} is {group[0].dtype} {list(shape)}; the tensor "
+            f"that it is tied to is {whole.dtype} {list(whole.shape)}",
+            "equal tensors",
+        )
+    whole.dtype = dtype
+    for rank, tensor in enumerate(shards):
+        if split is None or rank % size == 0:
+            whole.copies.append([])
+        whole.copies[-1] += shard_blocks(len(side.stored), split, shape, spans[rank % size])
+        side.stored.append(tensor)
+
+
+def _check_division(
+    item: Instance,
+    shape: tuple[int, ...],
+    size: int,
+    observed: list[list[Span]],
+    dims: Dims,
+    tensor: StoredTensor,
+) -> None:
+    """The shards' sizes must be those that the rule gives, where the rule's numbers are known."""
+    split = item.row.shard
+    if split is None or (split.uneven and split.unit not in dims):
+        return
+    try:
+        expected = [shard_spans(item, shape, size, rank, dims) for rank in range(size)]
+    except LayoutError as error:
+        raise TensorError(f"{tensor.path}: {error.what}", error.expected) from None
+    if expected != observed:
+        raise TensorError(
+            f"{tensor.name} in {tensor.path.parent.parent}: the shards hold "
+            f"{[sum(s.length for s in spans) for spans in observed]}",
+            f"{[sum(s.length for s in spans) for spans in expected]}",
+        )
+
+
+def _check_whole(item: Instance, shape: tuple[int, ...], dims: Dims, tensor: StoredTensor) -> None:
+    rows, cols = matrix(shape)
+    want_rows = [dims.get(dim, -1) for dim in item.row.rows]
+    want_cols = dims.get(item.row.cols, -1)
+    bad_rows = want_rows and -1 not in want_rows and sum(want_rows) != rows
+    if bad_rows or (want_cols not in (-1, cols)):
+        raise TensorError(
+            f"{tensor.name} in {tensor.path} is a shard of {list(shape)}; config.json makes it "
+            f"{[sum(want_rows) if bad_rows else rows, want_cols if want_cols != -1 else cols]}",
+            "a checkpoint and a config.json of one model",
+            "give the hf_dir of the model that this checkpoint was made from",
+        )
+
+
+def claim_mm(modules: Sequence[Module], layout: Layout, parts: Parts) -> list[str]:
+    """MM names that no row claims, or that stand where they should not; ``name (folder)``."""
+    index = mm_index(tuple(modules))
+    expected: dict[int, set[str]] = {}
+    for _, stage, name in placements(modules, layout, every_tied=True):
+        expected.setdefault(stage, set()).add(name)
+    lost: list[str] = []
+    for chunk, tensors in parts.items():
+        stage = chunk.virtual * layout.pp_size + chunk.rank.pp
+        for name in tensors:
+            if name in expected.get(stage, ()):
+                continue
+            closest = "" if index.find(name) else index.closest(name)
+            hint = f", closest known name {closest}" if closest else ""
+            lost.append(f"{name} ({layout.folder(chunk.rank)}{hint})")
+    return lost

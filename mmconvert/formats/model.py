@@ -1,0 +1,186 @@
+"""A checkpoint's model, and the layout that is asked for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+
+from mmconvert.config import Options, ParallelConfig
+from mmconvert.converters.family import Dims, Family, Module, Variant
+from mmconvert.errors import LayoutError, RequestError
+from mmconvert.formats.hf.folder import HFCheckpoint
+from mmconvert.names import number, summarise
+from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
+from mmconvert.sharding.stages import show, total
+from mmconvert.stored import StoredTensor
+
+ENCODERS = {"vit", "audio"}  # what save_vit_only keeps
+
+
+class Notes:
+    """What is worth knowing of a checkpoint that is opened.
+
+    Attributes:
+        words: for people.
+        dropped: names of tensors that are left out, by the reason.
+    """
+
+    def __init__(self, words: Iterable[str] = ()) -> None:
+        self.words = list(words)
+        self.dropped: dict[str, tuple[str, ...]] = {}
+
+    def drop(self, why: str, names: Iterable[str]) -> None:
+        """Tensors are left out."""
+        self.dropped[why] = tuple(names)
+        count = number(self.dropped[why], "tensor")
+        self.words.append(f"{count} left out ({why}): {summarise(self.dropped[why])}")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint's model: the family's table in the variant that fits, and its sizes.
+
+    Attributes:
+        modules: the table; without the text decoder if only the encoders are expected.
+        dims: sizes as far as they are known.
+        hf: the HF checkpoint, if it is one.
+        hf_tensors: its tensors that have a row, by name in hub spelling.
+        notes: what was left out, in words.
+        carried: tensors of ``hf`` that are not converted and return from it.
+        patterns: the --drop patterns that fit a tensor.
+        tied_known: whether config.json or the tensors tell if the output layer is tied.
+        dropped: names of tensors that are left out, by the reason.
+    """
+
+    family: Family
+    variant: Variant
+    modules: tuple[Module, ...]
+    dims: Dims
+    hf: HFCheckpoint | None = None
+    hf_tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    carried: tuple[StoredTensor, ...] = ()
+    patterns: frozenset[str] = frozenset()
+    tied_known: bool = True
+    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def plain_modules(self) -> tuple[Module, ...]:
+        """The table of what we write: vision q, k and v interleaved."""
+        plain = self.family.modules(replace(self.variant, vit_qkv="interleaved"))
+        keys = {m.key for m in self.modules}
+        return tuple(m for m in plain if m.key in keys)
+
+
+def dropped_by(names: Iterable[str], patterns: Iterable[str]) -> str | None:
+    """The first ``--drop`` pattern that one of the names fits."""
+    names = tuple(names)
+    return next((p for p in patterns if any(fnmatchcase(n, p) for n in names)), None)
+
+
+def drops_too_much(pattern: str, name: str) -> RequestError:
+    """The error for a --drop pattern that fits a tensor which the model needs."""
+    return RequestError(
+        f"--drop {pattern} fits {name}, which the model needs",
+        "a pattern for tensors that have no place in the model",
+        "narrow the pattern",
+    )
+
+
+def idle_patterns(options: Options, *models: Model) -> list[str]:
+    """Warnings for --drop patterns that fit nothing: they may be misspelled."""
+    return [
+        f"warning: --drop {pattern} fits no tensor"
+        for pattern in options.drop
+        if not any(pattern in model.patterns for model in models)
+    ]
+
+
+def target_layout(model: Model, given: ParallelConfig, prefix: str) -> Layout:
+    """The layout to write, checked against the model's layer counts.
+
+    Without any list everything stands on one stage.
+
+    Raises:
+        LayoutError: lists or sizes that are missing, too many, or do not fit.
+    """
+    if given.ep_size not in (0, 1):
+        raise LayoutError(
+            f"{prefix}ep_size is {given.ep_size}", f"1: {model.family.name} has no experts"
+        )
+    grids = given.grids()
+    keys = model.family.module_keys
+    extra = [key for key in grids if key not in keys]
+    if extra:
+        raise LayoutError(
+            f"{prefix}{GRID_FLAG[extra[0]]} is given, but {model.family.name} has no such module",
+            "lists for " + ", ".join(GRID_FLAG[key] for key in keys),
+        )
+    expected = [key for key in keys if any(m.key == key for m in model.modules)]
+    if not grids:
+        grids = {key: ((model.dims[f"{key}.layers"],),) for key in expected}
+    absent = [GRID_FLAG[key] for key in expected if key not in grids]
+    if absent:
+        raise LayoutError(
+            f"{prefix}{absent[0]} is missing",
+            "a list for each of " + ", ".join(GRID_FLAG[key] for key in expected),
+        )
+    sizes = given.tp()
+    for key, size in sizes.items():
+        if key not in keys:
+            raise LayoutError(
+                f"{prefix}{TP_FLAG[key]} is given, but {model.family.name} has no such module",
+                "sizes for " + ", ".join(TP_FLAG[key] for key in keys),
+            )
+        if size < 1:
+            raise LayoutError(f"{prefix}{TP_FLAG[key]} is {size}", "a size of at least 1")
+    if given.tp_size == 0:
+        raise LayoutError(f"{prefix}tp_size is 0", "a size of at least 1")
+    layout = Layout({key: sizes.get(key, sizes.get("llm", 1)) for key in grids}, grids)
+    layout.check()
+    for key, grid in grids.items():
+        want = model.dims.get(f"{key}.layers", total(grid))
+        if total(grid) != want:
+            raise LayoutError(
+                f"{prefix}{GRID_FLAG[key]} {show(grid)} adds up to {total(grid)} layers; the "
+                f"model has {want}",
+                f"layer counts that add up to {want}",
+                "correct the list, or the input folder if it is of another model",
+            )
+    return layout
+
+
+def unchecked_units(model: Model, found: Layout, expected: Layout) -> list[str]:
+    """Warnings where a tp size could cut through heads whose number nobody tells."""
+    notes: list[str] = []
+    for module in model.modules:
+        units = {r.shard.unit for r in module.all_rows() if r.shard and r.shard.unit}
+        unknown = sorted(unit for unit in units if unit not in model.dims)
+        if unknown and found.tp[module.key] % expected.tp[module.key]:
+            notes.append(
+                f"warning: {module.label}: the numbers {', '.join(unknown)} are not known (no "
+                "mmconvert.json, no --cfg.hf_config.hf_dir); not checked that tp size "
+                f"{expected.tp[module.key]} keeps heads whole"
+            )
+    return notes
+
+
+def check_reading_options(options: Options) -> None:
+    """Raises RequestError for options that make no sense when nothing is read from MM."""
+    check_writing_options(options)
+    if options.vit_qkv != "interleaved":
+        raise RequestError(
+            "--vit-qkv says how an MM checkpoint that is read is ordered; hf_to_mm reads none",
+            "--vit-qkv with mm_to_hf or resplit",
+        )
+
+
+def check_writing_options(options: Options) -> None:
+    """Raises RequestError for options that make no sense when no HF checkpoint is written."""
+    if options.max_shard_size:
+        raise RequestError(
+            "--max-shard-size says how large weight files of a Hugging Face checkpoint may be; "
+            "none is written here",
+            "--max-shard-size with mm_to_hf",
+        )

@@ -1,0 +1,137 @@
+"""Opens the files of a checkpoint for reading, and keeps in mind in which state each one was.
+
+A plan is made of what headers say, and the data is copied minutes later. A conversion watches
+what is read, and at its end every file must still be the one that it was at the first look.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, ParamSpec, TypeVar
+
+from mmconvert.errors import CheckpointError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Identity = tuple[int, int]  # device and inode
+
+
+class State(NamedTuple):
+    """What differs after a file was written to, or another one has taken its name.
+
+    A program can set the time of a file back, but not that of its inode.
+    """
+
+    nbytes: int
+    mtime_ns: int
+    ctime_ns: int
+    device: int
+    inode: int
+
+    @staticmethod
+    def of(status: os.stat_result) -> State:
+        """The state that ``os.stat`` tells."""
+        return State(
+            *(status.st_size, status.st_mtime_ns, status.st_ctime_ns),
+            *(status.st_dev, status.st_ino),
+        )
+
+
+class Watch:
+    """The files that were read, each in the state of the first look."""
+
+    def __init__(self) -> None:
+        self.states: dict[Path, State] = {}
+
+    def identities(self) -> dict[Identity, Path]:
+        """What was read, by device and inode."""
+        return {(s.device, s.inode): path for path, s in self.states.items()}
+
+    def check(self) -> None:
+        """Raises CheckpointError if a file is not what it was: a part of it may be copied."""
+        for path, before in self.states.items():
+            try:
+                same = State.of(path.stat()) == before
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path}: {error.strerror}: it is gone since the conversion began",
+                    "a file that does not change during the conversion",
+                ) from error
+            if not same:
+                raise CheckpointError(
+                    f"{path} has changed during the conversion",
+                    "a file that does not change during the conversion",
+                    "wait until whatever writes it has finished, and run the command again",
+                )
+
+
+_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+def current() -> Watch:
+    """The watch of the conversion under way; one of nothing where there is none."""
+    return _watch.get() or Watch()
+
+
+def watched(conversion: Callable[P, R]) -> Callable[P, R]:
+    """Watches what a conversion reads, from its first line on."""
+
+    @wraps(conversion)
+    def watching(*args: P.args, **kwargs: P.kwargs) -> R:
+        token = _watch.set(Watch())
+        try:
+            return conversion(*args, **kwargs)
+        finally:
+            _watch.reset(token)
+
+    return watching
+
+
+def note(paths: Iterable[Path]) -> None:
+    """Files that are to be read later, such as those that are copied as they are.
+
+    Raises:
+        CheckpointError: one is gone.
+    """
+    if (watch := _watch.get()) is None:
+        return
+    for path in paths:
+        try:
+            watch.states.setdefault(path, State.of(path.stat()))
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}", "a readable file") from error
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A file of a checkpoint, open for reading; the conversion under way watches it.
+
+    Raises:
+        CheckpointError: a pipe or a device, which would keep us waiting for ever.
+        OSError: it is not there, or cannot be read.
+    """
+    size_of_file(path)
+    with path.open("rb") as file:
+        if (watch := _watch.get()) is not None:
+            watch.states.setdefault(path, State.of(os.fstat(file.fileno())))
+        yield file
+
+
+def size_of_file(path: Path) -> int:
+    """Bytes of a regular file. A pipe would keep whoever opens it waiting for ever.
+
+    Raises:
+        CheckpointError: it is something else.
+        OSError: it is not there.
+    """
+    status = path.stat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise CheckpointError(f"{path} is a pipe or a device", "a readable file")
+    return status.st_size

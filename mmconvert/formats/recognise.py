@@ -1,0 +1,90 @@
+"""Which family a checkpoint is of: from config.json, mmconvert.json, or its tensors' names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmconvert import converters
+from mmconvert.converters.family import Family, mm_index
+from mmconvert.errors import CheckpointError
+from mmconvert.formats import manifest
+from mmconvert.formats.hf.folder import read_config
+from mmconvert.formats.mm.folder import open_mm
+
+if TYPE_CHECKING:
+    from mmconvert.converters.mindspore import MSFamily
+
+
+def is_hf(folder: Path) -> bool:
+    """Whether a folder is an HF checkpoint (else it is taken for an MM checkpoint)."""
+    return (folder / "config.json").is_file()
+
+
+def ms_family_of(folder: Path) -> MSFamily | None:
+    """The family of an HF checkpoint that has a MindSpore form; None if it has none.
+
+    Raises:
+        CheckpointError: config.json cannot be read.
+    """
+    kind = read_config(folder).get("model_type")
+    families = converters.ms_registry().values()
+    return next((f for f in families if isinstance(kind, str) and kind in f.model_types), None)
+
+
+def knows_all(family: Family, names: Iterable[str]) -> bool:
+    """Whether a family's table knows every one of these MM names."""
+    index = mm_index(family.modules(family.variants[0]))
+    return all(index.find(name) for name in names)
+
+
+def family_of(*folders: Path) -> Family:
+    """The family of checkpoints that belong together: an HF folder among them tells it, else
+    the first MM folder's tensors.
+
+    Raises:
+        CheckpointError: no family here serves them.
+    """
+    families = converters.registry()
+    for folder in folders:
+        if is_hf(folder):
+            kind = read_config(folder).get("model_type")
+            for family in families.values():
+                if isinstance(kind, str) and kind in family.model_types:
+                    return family
+            other = ms_family_of(folder)
+            raise CheckpointError(
+                f"{folder / 'config.json'} is of model_type {kind!r}",
+                "one of " + ", ".join(sorted(t for f in families.values() for t in f.model_types)),
+                f"{other.name} goes to MindSpore: use {other.converter} hf_to_ms" if other else "",
+            )
+    content, _ = manifest.read(folders[0])
+    if content is not None and content.get("converter") in families:
+        return families[str(content["converter"])]
+    parts = open_mm(folders[0]).parts
+    return by_names({name for part in parts.values() for name in part}, folders[0])
+
+
+def by_names(names: set[str], folder: Path) -> Family:
+    """The family one of whose tables knows all MM names, or most, with the fewest rows to spare.
+
+    Raises:
+        CheckpointError: no family knows any.
+    """
+    families = converters.registry()
+    best: tuple[int, int, str] = (0, 0, "")
+    for converter, family in families.items():
+        for variant in family.variants:
+            modules = family.modules(variant)
+            index = mm_index(modules)
+            found = [index.find(name) for name in names]
+            rows = {hit[0][1].mm for hit in found if hit}
+            unused = sum(len(m.all_rows()) for m in modules) - len(rows)
+            best = max(best, (sum(hit is not None for hit in found), -unused, converter))
+    if not best[2]:
+        raise CheckpointError(
+            f"{folder}: no family here knows these tensors, such as {min(names, default='none')}",
+            "a checkpoint of " + ", ".join(sorted(f.name for f in families.values())),
+        )
+    return families[best[2]]

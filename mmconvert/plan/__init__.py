@@ -1,0 +1,1 @@
+"""The plan of a conversion and its proof; integers and names, no files."""

@@ -1,1 +1,0 @@
-"""Opens checkpoints with a family's eyes: names normalised, every tensor claimed or named."""

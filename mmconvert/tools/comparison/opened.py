@@ -1,0 +1,27 @@
+"""One of two checkpoints that are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmconvert.formats.model import Model
+from mmconvert.plan.plan import Side
+from mmconvert.sharding.layout import Layout
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One of the two.
+
+    Attributes:
+        path: as it was given.
+        model: its table and sizes.
+        side: its wholes, vision q, k and v interleaved.
+        layout: of an MM checkpoint; None for HF and MindSpore.
+    """
+
+    path: Path
+    model: Model
+    side: Side
+    layout: Layout | None

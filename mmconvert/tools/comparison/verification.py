@@ -1,0 +1,144 @@
+"""Are two checkpoints the same model? Compared through the plan, streaming, nothing written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mmconvert.config import Options
+from mmconvert.errors import DifferenceError
+from mmconvert.events import Events
+from mmconvert.executor import compare
+from mmconvert.executor.differences import Difference
+from mmconvert.executor.jobs import default_workers
+from mmconvert.formats import manifest
+from mmconvert.names import number, summarise
+from mmconvert.plan.plan import Key, Side, build_comparison
+from mmconvert.tools.comparison.pairing import open_pair
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a comparison.
+
+    Attributes:
+        tensors: number of whole tensors compared.
+        nbytes: bytes of each side that were compared, replicas included.
+        differences: at most one for each pair of stored tensors; empty if the models are equal.
+        unequal: names of whole tensors whose digests differ, where only these were compared.
+        by_digest: whether only the digests of both manifests were compared.
+    """
+
+    tensors: int
+    nbytes: int
+    differences: list[Difference]
+    unequal: tuple[str, ...] = ()
+    by_digest: bool = False
+
+    @property
+    def equal(self) -> bool:
+        """Whether the two are the same model."""
+        return not self.differences and not self.unequal
+
+
+def verify_quickly(
+    a: Path, b: Path, options: Options | None = None, events: Events | None = None
+) -> Verdict:
+    """Compares the digests in both manifests; the tensors where that is not possible.
+
+    Raises:
+        MMConvertError: as :func:`verify`.
+    """
+    events = events or Events()
+    found: list[dict[str, str]] = []
+    for folder in (a, b):
+        digests, why_not = manifest.digests(folder)
+        if digests is None:
+            events.note(f"{why_not}: all tensors are compared")
+            return verify(a, b, options, events)
+        found.append(digests)
+    left, right = found
+    if left.keys() != right.keys():
+        events.note("the manifests are of different forms of the model: all tensors are compared")
+        return verify(a, b, options, events)
+    unequal = tuple(name for name in left if left[name] != right[name])
+    return Verdict(len(left), 0, [], unequal, by_digest=True)
+
+
+def verify(
+    a: Path, b: Path, options: Options | None = None, events: Events | None = None
+) -> Verdict:
+    """Compares every tensor of two checkpoints, HF or MM, in any layouts of one family.
+
+    Raises:
+        DifferenceError: tensors that are missing, or of another shape or dtype, in one of them.
+        MMConvertError: a checkpoint that cannot be read.
+    """
+    options, events = options or Options(), events or Events()
+    left, right = (opened.side for opened in open_pair(a, b, options))
+    _leave_out_text(left, right, events)
+    _check_alike(a, b, left, right)
+    pairs = build_comparison(left, right)
+    nbytes = compare.comparison_bytes(pairs.equal, left.stored)
+    events.start("comparing", nbytes)
+    workers = options.workers or default_workers()
+    found = compare.compare(pairs.equal, left.stored, right.stored, workers, events.advance)
+    found += compare.not_zero(pairs.zeros_a, left.stored)
+    found += compare.not_zero(pairs.zeros_b, right.stored)
+    return Verdict(len(left.wholes), nbytes, found)
+
+
+def _leave_out_text(left: Side, right: Side, events: Events) -> None:
+    """Compares the encoders alone where one checkpoint was written with save_vit_only."""
+
+    def text(side: Side) -> list[Key]:
+        return [key for key in side.wholes if key.mm.startswith("text_decoder.")]
+
+    if bool(text(left)) == bool(text(right)):
+        return
+    events.note("one checkpoint holds the encoders only (save_vit_only): only they are compared")
+    for side in (left, right):
+        for key in text(side):
+            del side.wholes[key]
+
+
+def _check_alike(a: Path, b: Path, left: Side, right: Side) -> None:
+    """Raises DifferenceError where names, shapes or dtypes tell that the models differ."""
+    for one, wholes, other, others in (
+        (a, left.wholes, b, right.wholes),
+        (b, right.wholes, a, left.wholes),
+    ):
+        absent = [key.name() for key in wholes if key not in others]
+        if absent:
+            raise DifferenceError(
+                f"{number(absent, 'tensor')} of {one} not in {other}: {summarise(absent)}",
+                "the same tensors in both",
+            )
+    odd = [
+        (key.name(), one, other)
+        for key, one in left.wholes.items()
+        if ((other := right.wholes[key]).shape, other.dtype) != (one.shape, one.dtype)
+    ]
+    if odd:
+        name, one, other = odd[0]
+        raise DifferenceError(
+            f"{number(odd, 'tensor')} of another shape or dtype, such as {name}: "
+            f"{one.dtype} {list(one.shape)} in {a}, {other.dtype} {list(other.shape)} in {b}",
+            "the same shapes and dtypes in both",
+            f"mm-convert diff {a} {b} compares values across dtypes",
+        )
+
+
+def hint(a: Path, b: Path, verdict: Verdict, options: Options) -> str:
+    """What else would make two checkpoints equal: vision q, k, v left uninterleaved."""
+    keys = {d.key.mm for d in verdict.differences}
+    if not keys or not all("image_encoder" in k and "linear_qkv" in k for k in keys):
+        return ""
+    order = "interleaved" if options.vit_qkv == "concatenated" else "concatenated"
+    if verify(a, b, replace(options, vit_qkv=order)).differences:
+        return ""
+    return (
+        f"equal with --vit_qkv {order}: one of them leaves the vision encoder's q, k and v "
+        "uninterleaved, as the reference tool 2.2.0 to 2.3.0 wrote them; "
+        "mend it with resplit --vit_qkv concatenated"
+    )

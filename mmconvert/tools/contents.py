@@ -1,0 +1,218 @@
+"""What each weight file, model chunk or rank file of a checkpoint holds: modules, layers, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mmconvert.converters.family import ZEROS, Family, Module, Row, Variant
+from mmconvert.formats.hf.folder import HFCheckpoint
+from mmconvert.names import NO_LAYER, TemplateIndex
+from mmconvert.sharding.layout import Chunk, Layout
+from mmconvert.sharding.stages import flat
+from mmconvert.stored import StoredTensor
+from mmconvert.words import ranges
+
+# Module key -> the word for it in pictures.
+WORDS = {"vit": "vision", "audio": "audio", "llm": "text"}
+NOT_CONVERTED, LEFT_OUT, OTHER = "not converted", "left out", "other"
+GROUPS = 6  # of tensors of an unknown family, by the first word of their names
+BEFORE, AFTER = -1, -2  # "layers" of what stands before and after the layers
+UNKNOWN = -3
+
+
+@dataclass(frozen=True)
+class Holding:
+    """The tensors of one module in one place.
+
+    Attributes:
+        module: ``vit``, ``audio``, ``llm``, or what else these tensors are, in words.
+        layers: their numbers in the model; in a single rank file, in its model chunk.
+        before, after: whether it holds tensors that stand before or after the layers.
+        nbytes, tensors: how much.
+    """
+
+    module: str
+    layers: tuple[int, ...]
+    before: bool
+    after: bool
+    nbytes: int
+    tensors: int
+
+    @property
+    def words(self) -> str:
+        """Such as: in, vision 0-11."""
+        name = WORDS.get(self.module, self.module)
+        name += f" {ranges(self.layers)}" if self.layers else ""
+        return ("in, " if self.before else "") + name + (", out" if self.after else "")
+
+
+@dataclass(frozen=True)
+class Box:
+    """One place: a weight file, or a model chunk of one rank (``chunk``)."""
+
+    name: str
+    holdings: tuple[Holding, ...]
+    chunk: Chunk | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(holding.nbytes for holding in self.holdings)
+
+    @property
+    def tensors(self) -> int:
+        """Number of its tensors."""
+        return sum(holding.tensors for holding in self.holdings)
+
+    def as_dict(self) -> dict[str, object]:
+        """The place as JSON."""
+        return {
+            "place": self.name,
+            "bytes": self.nbytes,
+            "tensors": self.tensors,
+            "holds": [
+                {
+                    "module": h.module,
+                    "layers": ranges(h.layers),
+                    "in": h.before,
+                    "out": h.after,
+                    "bytes": h.nbytes,
+                    "tensors": h.tensors,
+                }
+                for h in self.holdings
+            ],
+        }
+
+
+@dataclass
+class _Pile:
+    layers: set[int] = field(default_factory=set)
+    nbytes: int = 0
+    tensors: int = 0
+
+
+def _box(
+    name: str, found: Iterable[tuple[str, int, StoredTensor]], chunk: Chunk | None = None
+) -> Box:
+    """A place from (module, layer, tensor); modules in the order of WORDS, then the others."""
+    piles = {key: _Pile() for key in WORDS}
+    for module, layer, tensor in found:
+        pile = piles.setdefault(module, _Pile())
+        pile.layers.add(layer)
+        pile.nbytes += tensor.nbytes
+        pile.tensors += 1
+    holdings = [
+        Holding(
+            module,
+            tuple(sorted(layer for layer in pile.layers if layer >= 0)),
+            BEFORE in pile.layers,
+            AFTER in pile.layers,
+            pile.nbytes,
+            pile.tensors,
+        )
+        for module, pile in piles.items()
+        if pile.tensors
+    ]
+    return Box(name, tuple(holdings), chunk)
+
+
+def of_mm(
+    modules: Sequence[Module],
+    layout: Layout,
+    parts: Mapping[Chunk, Mapping[str, StoredTensor]],
+) -> list[Box]:
+    """Every model chunk of every rank of an MM checkpoint."""
+    index = TemplateIndex((row.mm, (m.key, section)) for m, section, row in _sections(modules))
+    boxes: list[Box] = []
+    for chunk, tensors in sorted(parts.items()):
+        stage = chunk.virtual * layout.pp_size + chunk.rank.pp
+        first = {key: sum(flat(grid)[:stage]) for key, grid in layout.grids.items()}
+        found: list[tuple[str, int, StoredTensor]] = []
+        for name, tensor in tensors.items():
+            module, layer = _placed(index.find(name))
+            found.append((module, layer + first[module] if layer >= 0 else layer, tensor))
+        name = layout.folder(chunk.rank)
+        name += f" {layout.part(chunk.virtual)}" if layout.vpp_size > 1 else ""
+        boxes.append(_box(name, found, chunk))
+    return boxes
+
+
+def of_rank_file(
+    parts: Mapping[str, Mapping[str, StoredTensor]], families: Iterable[Family]
+) -> list[Box]:
+    """Every model chunk of a single rank file. Layers are numbered as there: from 0.
+
+    Such a file may not tell its family, so any family's table may know a name.
+    """
+    table: dict[str, tuple[str, int]] = {}
+    for family in families:
+        for variant in family.variants:
+            for module, section, row in _sections(family.modules(variant)):
+                table.setdefault(row.mm, (module.key, section))
+    index = TemplateIndex(table.items())
+    return [
+        _box(part, ((*_placed(index.find(name)), tensor) for name, tensor in tensors.items()))
+        for part, tensors in parts.items()
+    ]
+
+
+def _sections(modules: Iterable[Module]) -> Iterator[tuple[Module, int, Row]]:
+    """Every row with BEFORE, AFTER, or 0 for those of the layers."""
+    for module in modules:
+        for section, rows in ((BEFORE, module.before), (0, module.layer), (AFTER, module.after)):
+            for row in rows:
+                yield module, section, row
+
+
+def _placed(hit: tuple[tuple[str, int], int] | None) -> tuple[str, int]:
+    """Module and layer of a name, from what the index says of it."""
+    if hit is None:
+        return OTHER, UNKNOWN
+    (module, section), number = hit
+    return module, section if number == NO_LAYER else number
+
+
+def of_hf(checkpoint: HFCheckpoint, family: Family | None) -> list[Box]:
+    """Every weight file of an HF checkpoint; without a family, by the first word of names."""
+    if family is None:
+        return _by_first_word(checkpoint)
+    modules = family.modules(Variant(traits=family.traits(checkpoint.config)))
+    table: dict[str, tuple[str, int]] = {}
+    for module, section, row in _sections(modules):
+        for name in row.hf:
+            if name != ZEROS:
+                table.setdefault(name, (module.key, section))
+    index = TemplateIndex(table.items())
+
+    def place(name: str) -> tuple[str, int]:
+        hub = family.hub_name(name)
+        hit = index.find(hub)
+        if hit is None and family.why_carried(hub):
+            return NOT_CONVERTED, UNKNOWN
+        if hit is None and family.why_dropped(hub):
+            return LEFT_OUT, UNKNOWN
+        return _placed(hit)
+
+    return [
+        _box(file.path.name, ((*place(t.name), t) for t in file.tensors))
+        for file in checkpoint.files
+    ]
+
+
+def _by_first_word(checkpoint: HFCheckpoint) -> list[Box]:
+    sizes: dict[str, int] = {}
+    for file in checkpoint.files:
+        for tensor in file.tensors:
+            word = tensor.name.partition(".")[0]
+            sizes[word] = sizes.get(word, 0) + tensor.nbytes
+    kept = set(sorted(sizes, key=lambda word: -sizes[word])[:GROUPS])
+
+    def place(name: str) -> tuple[str, int]:
+        word = name.partition(".")[0]
+        return (word if word in kept and word not in WORDS else OTHER), UNKNOWN
+
+    return [
+        _box(file.path.name, ((*place(t.name), t) for t in file.tensors))
+        for file in checkpoint.files
+    ]

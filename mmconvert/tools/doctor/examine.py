@@ -1,0 +1,97 @@
+"""Examines a checkpoint: unlike a conversion, it does not stop at the first fault."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mmconvert.errors import MMConvertError
+from mmconvert.events import Events
+from mmconvert.formats.hf.folder import INDEX
+from mmconvert.formats.mindspore.folder import is_ms
+from mmconvert.formats.mm.folder import TRACKER
+from mmconvert.tools.doctor.asked import Asked
+from mmconvert.tools.doctor.folder import has_ranks, iterations
+from mmconvert.tools.doctor.hf import examine_hf
+from mmconvert.tools.doctor.leftovers import is_locked, look_beside, staged_for
+from mmconvert.tools.doctor.mm import examine_mm
+from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.single import examine_file
+
+
+def examine(path: Path, asked: Asked, events: Events) -> Report:
+    """Everything that is wrong with an HF folder, an MM folder or a single weight file.
+
+    Reads headers, and the data of tensors that have copies (not if ``quick``) and of vision q, k,
+    v (if there is an ``hf_dir``); all data if ``values``. Writes nothing.
+    """
+    report = Report(path)
+    look_beside(path, report)
+    try:
+        _dispatch(path, asked, events, report)
+    except MMConvertError as error:  # from a step that cannot go on
+        report.add_error("refused", error, path=path)
+    except OSError as error:  # a folder that may not be listed, or that vanishes meanwhile
+        where = error.filename or path
+        what = f"{where}: {error.strerror or error}"
+        report.add("cannot-read", what, "make it readable", path=Path(os.fsdecode(where)))
+    return report
+
+
+def is_mindspore(path: Path) -> bool:
+    """Whether a path is a ``.ckpt`` file, or has rank folders and no sign of another checkpoint."""
+    if path.is_file():
+        return path.name.endswith(".ckpt")
+    try:
+        return path.is_dir() and not any(_signs(path)) and is_ms(path)
+    except (MMConvertError, OSError):
+        return False
+
+
+def _dispatch(path: Path, asked: Asked, events: Events, report: Report) -> None:
+    if path.is_file():
+        examine_file(path, asked, events, report)
+        return
+    if not path.is_dir():
+        link = ": it is a link to nowhere" if path.is_symlink() else ""
+        if not report.has(["interrupted-replacement"]):
+            what = f"{path} is not there{link}"
+            report.add("not-there", what, "check the path", path=path)
+        return
+    _staging(path, report)
+    hf, mm = _signs(path)
+    if hf and mm:
+        read = "Hugging Face" if (path / "config.json").is_file() else "MM"
+        report.add(
+            "two-kinds",
+            f"{path} holds signs of two checkpoints: {hf} and {mm}",
+            f"move one of them away; commands that ask for any checkpoint take it for {read}",
+            path=path,
+        )
+    weights = any(path.glob("*.safetensors")) or (path / INDEX).is_file()
+    if hf and (weights or not mm):
+        examine_hf(path, asked, events, report)
+    else:
+        examine_mm(path, asked, events, report)
+
+
+def _signs(path: Path) -> tuple[str, str]:
+    """What speaks for an HF checkpoint, and what for an MM one; "" if nothing does."""
+    hf = next((n for n in ("config.json", INDEX) if (path / n).is_file()), "")
+    hf = hf or next((p.name for p in sorted(path.glob("*.safetensors"))), "")
+    mm = TRACKER if (path / TRACKER).is_file() else ""
+    inner = [name for name in iterations(path) if has_ranks(path / name)]
+    return hf, mm or ("mp_rank_* folders" if has_ranks(path) else inner[0] if inner else "")
+
+
+def _staging(path: Path, report: Report) -> None:
+    """PATH itself may be what a killed or running conversion works in."""
+    final = staged_for(path)
+    if final is None:
+        return
+    if is_locked(path):
+        what = f"{path} belongs to a running conversion into {final}"
+        report.add("running-conversion", what, "wait until it has ended", path=path)
+    else:
+        what = f"{path} is what a killed conversion into {final} left; it may be incomplete"
+        report.add("unfinished-output", what, f"run the conversion again: {final}", path=path)

@@ -1,0 +1,61 @@
+"""A single file: an MM rank file, or a safetensors file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.events import Events
+from mmconvert.formats.containers.safetensors import read_weight_file
+from mmconvert.formats.mm.folder import part_names
+from mmconvert.sharding.layout import Chunk, Rank
+from mmconvert.stored import StoredTensor
+from mmconvert.tools.doctor.asked import Asked
+from mmconvert.tools.doctor.chart import make_chart
+from mmconvert.tools.doctor.folder import Ranks
+from mmconvert.tools.doctor.hf_files import look_at_damage
+from mmconvert.tools.doctor.rankfiles import note_states, read_rank_file
+from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.tensors import look_at_names
+from mmconvert.tools.doctor.values import look_for_nan
+
+
+def examine_file(path: Path, asked: Asked, events: Events, report: Report) -> None:
+    """One file by itself: what only other files can tell is left out."""
+    report.skipped.append("whatever the other files of the checkpoint tell")
+    is_hf = path.suffix == ".safetensors"
+    report.kind = "hf_weight_file" if is_hf else "mm_rank_file"
+    tensors = _weight_file(path, report) if is_hf else _rank_file(path, report)
+    if asked.values:
+        look_for_nan(tensors, asked.workers, events, report)
+
+
+def _weight_file(path: Path, report: Report) -> list[StoredTensor]:
+    try:
+        tensors = read_weight_file(path).tensors
+    except FormatError as error:
+        look_at_damage(path, error, report)
+        return []
+    except CheckpointError as error:
+        report.add_error("cannot-read", error, path=path)
+        return []
+    report.files, report.tensors = 1, len(tensors)
+    return tensors
+
+
+def _rank_file(path: Path, report: Report) -> list[StoredTensor]:
+    states: dict[Path, int] = {}
+    parts = read_rank_file(path, report, states=states)
+    note_states(states, report)
+    if parts is None:
+        return []
+    report.files = 1
+    rank = Rank(0)
+    chunks = {Chunk(rank, v): parts[name] for v, name in enumerate(part_names(path, parts))}
+    # Never whole: a file alone does not tell how many there are.
+    ranks = Ranks(path.parent, {rank: path.parent}, 1, 1, False, False, False)
+    chart = make_chart(path.parent, ranks, chunks, None, report)
+    report.family = ""  # many files fit several families
+    if chart is not None:
+        look_at_names(chart, ranks, report)
+    return [tensor for part in parts.values() for tensor in part.values()]

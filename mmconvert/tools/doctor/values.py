@@ -1,0 +1,211 @@
+"""What only the data can tell: copies that differ, NaN, vision q, k, v in another row order."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from mmconvert.converters.family import Module
+from mmconvert.errors import LayoutError, MMConvertError
+from mmconvert.events import Events
+from mmconvert.executor import compare
+from mmconvert.executor.blockio import Region, read_compact
+from mmconvert.executor.differences import Difference, in_words
+from mmconvert.executor.fileio import BAND, Files
+from mmconvert.executor.jobs import Job, run_jobs
+from mmconvert.formats.mm.source import partial_source
+from mmconvert.plan.plan import (
+    Comparison,
+    Key,
+    Side,
+    Whole,
+    build_comparison,
+    join,
+    matrix,
+    zeros_of,
+)
+from mmconvert.plan.reorder import reorder
+from mmconvert.sharding.layout import Layout
+from mmconvert.stored import ITEM_SIZE, StoredTensor
+from mmconvert.tools.doctor.chart import Chart
+from mmconvert.tools.doctor.report import Report
+
+APART = "find out which values training used; the command takes the first copy of each"
+UNTIED = (
+    "config.json says that both are one tensor (tie_word_embeddings): replace it or the weights "
+    "by those that belong together"
+)
+CLOSER = 4  # times: differences so much smaller in the other row order tell which is right
+
+
+def look_at_replicas(side: Side, mm: bool, workers: int, events: Events, report: Report) -> None:
+    """Copies of one tensor hold the same bytes."""
+    pairs = [
+        Comparison(key, copy)
+        for key, whole in side.wholes.items()
+        for blocks in whole.copies[1:]
+        for copy in join(whole.copies[0], blocks)
+    ]
+    events.start("comparing copies", compare.comparison_bytes(pairs, side.stored))
+    found = compare.compare(pairs, side.stored, side.stored, workers, events.advance)
+    for difference in found:
+        report.add(
+            "replicas-differ",
+            f"copies of one tensor differ: {in_words(difference)}",
+            APART if mm else UNTIED,
+            path=difference.b.path,
+            tensor=difference.b.name,
+            flags=("--replicas", "first") if mm else None,
+        )
+    if pairs:
+        report.checked.append(f"{len(pairs)} pieces of tensors that are stored more than once")
+
+
+def look_at_zeros(mm: Side, hf: Side, report: Report) -> None:
+    """What MM stores and HF does not is zero."""
+    zeros = [
+        zero
+        for key, whole in mm.wholes.items()
+        if key in hf.wholes
+        for blocks in whole.copies
+        for zero in zeros_of(key, hf.wholes[key], blocks)
+    ]
+    for difference in compare.not_zero(zeros, mm.stored):
+        report.add(
+            "not-zero",
+            f"values that Hugging Face does not store are not zero: {in_words(difference)}",
+            "mm_to_hf would lose them: --replicas first goes on with a warning",
+            path=difference.a.path,
+            tensor=difference.a.name,
+        )
+
+
+# ------------------------------------------------------------------- order of vision q, k, v
+def look_at_vit_qkv(
+    chart: Chart, layout: Layout, hf: Side, workers: int, events: Events, report: Report
+) -> None:
+    """Whether the rows of vision q, k, v stand per head, by comparison with the HF checkpoint.
+
+    The reference tool 2.2.0 to 2.3.0 left q, k and v one below the other.
+    Weights that training has changed equal neither order; the right one is much closer.
+    """
+    plain = {r.mm: r for m in chart.modules for r in m.all_rows()}
+    other = _concatenated(chart)
+    keys = {r.mm for m in other for r in m.all_rows() if r != plain.get(r.mm)}
+    if not keys:
+        return
+    expected = _only(hf, keys)
+    per_head = _only(partial_source(chart.modules, chart.dims, layout, chart.parts)[0], keys)
+    try:
+        found, compared = _differences(expected, per_head, workers, events)
+        if not compared:
+            report.skipped.append("the order of vision q, k, v: nothing to compare with hf_dir")
+            return
+        report.checked.append(f"the order of q, k, v in {compared} vision tensors")
+        if not found:
+            return
+        side = _only(partial_source(other, chart.dims, layout, chart.parts)[0], keys)
+        side = reorder(side, other, chart.modules, chart.dims)
+        left, _ = _differences(expected, side, workers, events)
+    except LayoutError as error:
+        report.skipped.append(f"the order of vision q, k, v: {error.what}")
+        return
+    if left and not _size(left) * CLOSER < _size(found):
+        return
+    sure = "are equal" if not left else "come much closer"
+    first = found[0].b
+    report.add(
+        "vit-qkv-concatenated",
+        f"the vision encoder's q, k and v stand one below the other in {len(found)} stored "
+        f"tensors, as the reference tool 2.2.0 to 2.3.0 wrote them; read so "
+        f"they {sure} to those of hf_dir",
+        "resplit with --vit_qkv concatenated writes them per head, as MindSpeed-MM reads them",
+        path=first.path,
+        tensor=first.name,
+        flags=("--vit_qkv", "concatenated"),
+    )
+
+
+def _concatenated(chart: Chart) -> tuple[Module, ...]:
+    keys = {m.key for m in chart.modules}
+    modules = chart.family.modules(replace(chart.variant, vit_qkv="concatenated"))
+    return tuple(m for m in modules if m.key in keys)
+
+
+def _only(side: Side, templates: set[str]) -> Side:
+    return replace(side, wholes={k: w for k, w in side.wholes.items() if k.mm in templates})
+
+
+def _differences(a: Side, b: Side, workers: int, events: Events) -> tuple[list[Difference], int]:
+    """Differences of the wholes that both hold in one shape and dtype, and their number."""
+
+    def common(side: Side, other: Mapping[Key, Whole]) -> Side:
+        kept = {
+            key: whole
+            for key, whole in side.wholes.items()
+            if key in other and (other[key].shape, other[key].dtype) == (whole.shape, whole.dtype)
+        }
+        return replace(side, wholes=kept)
+
+    left, right = common(a, b.wholes), common(b, a.wholes)
+    pairs = build_comparison(left, right)
+    events.start("comparing vision q, k, v", compare.comparison_bytes(pairs.equal, left.stored))
+    found = compare.compare(pairs.equal, left.stored, right.stored, workers, events.advance)
+    return found, len(left.wholes)
+
+
+def _size(found: Sequence[Difference]) -> float:
+    return sum(math.inf if math.isnan(d.largest) else d.largest for d in found)
+
+
+# ------------------------------------------------------------------------------ NaN, infinity
+def look_for_nan(
+    tensors: Iterable[StoredTensor], workers: int, events: Events, report: Report
+) -> None:
+    """Reads every value."""
+    listed = list(tensors)
+    lock = threading.Lock()
+    lines: dict[StoredTensor, str] = {}
+
+    def look(files: Files, tensor: StoredTensor) -> None:
+        try:
+            words = _not_finite(files, tensor)
+        except MMConvertError as error:
+            words = error.what
+        if words:
+            with lock:
+                lines[tensor] = words
+
+    events.start("reading values", sum(t.nbytes for t in listed))
+    jobs = [
+        Job((), (str(t.path), t.offset), t.nbytes, lambda files, t=t: look(files, t))
+        for t in listed
+    ]
+    run_jobs(jobs, workers, lambda job, _: events.advance(job.nbytes))
+    for tensor in sorted(lines):
+        report.add(
+            "not-finite",
+            f"{tensor.name} holds {lines[tensor]}",
+            "go back to an earlier iteration, or find the step that made them",
+            path=tensor.path,
+            tensor=tensor.name,
+        )
+    report.checked.append(f"the values of {len(listed)} tensors")
+
+
+def _not_finite(files: Files, tensor: StoredTensor) -> str:
+    from mmconvert.executor.values import not_finite  # numpy: only where values are asked for
+
+    rows, cols = matrix(tensor.shape)
+    step = max(1, BAND // max(1, cols * ITEM_SIZE[tensor.dtype]))
+    nans = infinities = 0
+    first = ""
+    for row in range(0, rows if cols else 0, step):
+        region = Region(row, 0, min(step, rows - row), cols)
+        found = not_finite(read_compact(files, tensor, region, "left"), tensor.dtype, cols)
+        if found:
+            nans, infinities = nans + found.nans, infinities + found.infinities
+            first = first or str([row + found.row, found.col])
+    return f"{nans} NaN and {infinities} infinite values, the first at {first}" if first else ""

@@ -1,0 +1,278 @@
+"""HF -> MM -> HF through the plans, streaming: what would come back, without writing anything.
+
+Both plans are made and proven as a conversion makes them. Joined in the tensors of the rank files,
+which never exist, they say of every byte that would come back where it was read; those bytes are
+digested, and the digests compared with those of the original tensors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmconvert.config import Options, ParallelConfig
+from mmconvert.converters.family import Family
+from mmconvert.errors import LayoutError, MMConvertError
+from mmconvert.events import Events
+from mmconvert.executor import compare
+from mmconvert.executor.digests import digests
+from mmconvert.executor.jobs import default_workers
+from mmconvert.formats.hf.model import hf_model
+from mmconvert.formats.hf.side import hf_side, hf_target
+from mmconvert.formats.mm.source import Parts, claim_mm, mm_source
+from mmconvert.formats.mm.target import mm_target
+from mmconvert.formats.model import Model, target_layout
+from mmconvert.names import NO_LAYER
+from mmconvert.plan.plan import (
+    Block,
+    Comparison,
+    Copy,
+    Key,
+    Plan,
+    Side,
+    Whole,
+    build,
+    in_dtype,
+    matrix,
+)
+from mmconvert.plan.proof import Rect, covers, prove
+from mmconvert.sharding.layout import GRID_FLAG, Layout
+from mmconvert.sharding.stages import StageGrid
+from mmconvert.stored import StoredTensor
+
+NOWHERE = Path("not written")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one layout gave.
+
+    Attributes:
+        name: of the layout.
+        layout: the layout; None if it is not possible for this model.
+        tensors, nbytes: that came back.
+        unequal: names of tensors that came back with other bytes.
+        skipped: why the layout was left out; "" if it was not.
+        seconds: wall time.
+    """
+
+    name: str
+    layout: Layout | None
+    tensors: int
+    nbytes: int
+    unequal: tuple[str, ...]
+    skipped: str
+    seconds: float
+
+
+def roundtrip(
+    family: Family,
+    hf_dir: Path,
+    layouts: Sequence[tuple[str, ParallelConfig]],
+    options: Options | None = None,
+    events: Events | None = None,
+) -> list[Outcome]:
+    """Sends a checkpoint through layouts and back.
+
+    Args:
+        layouts: names and layouts; none takes a few representative ones, as far as the model
+            allows them.
+
+    Raises:
+        LayoutError: a given layout that is impossible.
+        MMConvertError: a checkpoint that cannot be read.
+    """
+    options, events = options or Options(), events or Events()
+    model = hf_model(family, hf_dir, options)
+    side = hf_side(model.modules, model.dims, model.hf_tensors)
+    planned = [
+        _plan(model, side, name, given, must=bool(layouts))
+        for name, given in layouts or representative(model)
+    ]
+    workers = options.workers or default_workers()
+    original = digests(_straight(side.stored), side.stored, workers, events)
+    outcomes: list[Outcome] = []
+    for name, found in planned:
+        began = time.monotonic()
+        if isinstance(found, MMConvertError):
+            outcomes.append(Outcome(name, None, 0, 0, (), str(found.what), 0.0))
+            continue
+        layout, plan = found
+        differing = compare.compare(plan.replicas, plan.sources, plan.sources, workers)
+        back = digests(_gathered(plan), plan.sources, workers, events)
+        unequal = {n for n, digest in original.items() if back.get(n) != digest}
+        unequal |= {d.a.name for d in differing}
+        seconds = time.monotonic() - began
+        outcomes.append(
+            Outcome(name, layout, len(back), plan.nbytes, tuple(sorted(unequal)), "", seconds)
+        )
+    return outcomes
+
+
+def representative(model: Model) -> list[tuple[str, ParallelConfig]]:
+    """One rank; tensor and pipeline parallel; virtual stages with a encoder over two of them."""
+    counts = {key: model.dims[f"{key}.layers"] for key in model.family.module_keys}
+
+    def config(stages: int, virtual: int, tp: int) -> ParallelConfig:
+        grids: dict[str, Any] = {
+            GRID_FLAG[key]: _grid(_spread(count, stages * virtual, key == "llm"), stages)
+            for key, count in counts.items()
+        }
+        return ParallelConfig(tp_size=tp, **grids)
+
+    return [
+        ("tp1 pp1", config(1, 1, 1)),
+        ("tp2 pp2", config(2, 1, 2)),
+        ("tp1 pp2 vpp2", config(2, 2, 1)),
+    ]
+
+
+def _spread(count: int, stages: int, text: bool) -> list[int]:
+    """Towers on the first two stages, text from the second on: the order rule holds."""
+    first = 1 if text and stages > 1 else 0
+    last = stages if text or stages == 1 else 2
+    width = last - first
+    counts = [0] * stages
+    for i in range(width):
+        counts[first + i] = count * (i + 1) // width - count * i // width
+    return counts
+
+
+def _grid(counts: Sequence[int], stages: int) -> StageGrid:
+    return tuple(tuple(counts[i : i + stages]) for i in range(0, len(counts), stages))
+
+
+def _plan(
+    model: Model, side: Side, name: str, given: ParallelConfig, *, must: bool
+) -> tuple[str, tuple[Layout, Plan] | MMConvertError]:
+    """The joined plan of one layout, or why there is none."""
+    try:
+        layout = target_layout(model, given, prefix="")
+        wholes = in_dtype(side.wholes, "")
+        there = build(side, mm_target(model.modules, model.dims, layout, wholes))
+    except LayoutError as error:
+        if must:
+            raise
+        return name, error
+    prove(there)
+    parts: dict = defaultdict(dict)
+    stored = [
+        StoredTensor(t.name, t.dtype, t.shape, NOWHERE, i) for i, t in enumerate(there.targets)
+    ]
+    for target, tensor in zip(there.targets, stored, strict=True):
+        parts[target.chunk][target.name] = tensor
+    back_side = _read_back(model, layout, parts)
+    back = build(back_side, hf_target(side, back_side.wholes))
+    prove(back)
+    number = [tensor.offset for tensor in back_side.stored]  # of the target that it is
+    return name, (layout, join_plans(there, back, number))
+
+
+def _read_back(model: Model, layout: Layout, parts: Parts) -> Side:
+    lost = claim_mm(model.modules, layout, parts)
+    if lost:
+        raise MMConvertError(f"{lost[0]} would not be read back", "every tensor that is written")
+    return mm_source(model.modules, model.dims, layout, parts)
+
+
+def join_plans(there: Plan, back: Plan, number: Sequence[int]) -> Plan:
+    """What two plans do one after the other, as one plan.
+
+    Args:
+        number: for each source of ``back``, which target of ``there`` it is.
+
+    Raises:
+        MMConvertError: bytes that ``back`` reads and ``there`` does not write.
+    """
+    written: dict[int, list[Copy]] = defaultdict(list)
+    for c in there.copies:
+        written[c.dst].append(c)
+    filled: dict[int, list[Rect]] = defaultdict(list)
+    for fill in there.fills:
+        filled[fill.tensor].append(Rect(*fill[2:]))
+    for zero in back.zeros:
+        inside = [_cut(r, Rect(*zero[2:])) for r in filled[number[zero.tensor]]]
+        if not covers([r for r in inside if r], zero.rows, zero.cols, once=False):
+            raise MMConvertError(f"{zero.key.name()} holds values where zeros are expected")
+    copies = [
+        found
+        for c in back.copies
+        for found in _through(written[number[c.src]], c._replace(src=number[c.src]))
+    ]
+    replicas = [*there.replicas, *_replicas(written, back, number)]
+    plan = Plan(there.sources, back.targets, copies, replicas)
+    prove(plan)
+    return plan
+
+
+def _through(written: Iterable[Copy], read: Copy) -> Iterator[Copy]:
+    """What a read of a written tensor reads in truth."""
+    for w in written:
+        row, col = max(w.dst_row, read.src_row), max(w.dst_col, read.src_col)
+        rows = min(w.dst_row + w.rows, read.src_row + read.rows) - row
+        cols = min(w.dst_col + w.cols, read.src_col + read.cols) - col
+        if rows > 0 and cols > 0:
+            yield Copy(
+                w.src,
+                w.src_row + row - w.dst_row,
+                w.src_col + col - w.dst_col,
+                read.dst,
+                read.dst_row + row - read.src_row,
+                read.dst_col + col - read.src_col,
+                rows,
+                cols,
+            )
+
+
+def _replicas(
+    written: dict[int, list[Copy]], back: Plan, number: Sequence[int]
+) -> Iterator[Comparison]:
+    """The comparisons of replicas that are not of one and the same bytes."""
+    for key, c in back.replicas:
+        for one in _through(written[number[c.src]], c._replace(src=number[c.src])):
+            other = Copy(
+                number[c.dst],
+                one.dst_row,
+                one.dst_col,
+                one.src,
+                one.src_row,
+                one.src_col,
+                one.rows,
+                one.cols,
+            )
+            for both in _through(written[number[c.dst]], other):
+                if both[:3] != both[3:6]:
+                    yield Comparison(key, both)
+
+
+def _cut(rect: Rect, frame: Rect) -> Rect | None:
+    """The part of a rectangle inside a frame, seen from the frame's corner."""
+    row, col = max(rect.row, frame.row), max(rect.col, frame.col)
+    rows = min(rect.row + rect.rows, frame.row + frame.rows) - row
+    cols = min(rect.col + rect.cols, frame.col + frame.cols) - col
+    return Rect(row - frame.row, col - frame.col, rows, cols) if rows > 0 and cols > 0 else None
+
+
+def _straight(stored: Sequence[StoredTensor]) -> dict[Key, Whole]:
+    """Every tensor as it stands."""
+    return {
+        Key(t.name, NO_LAYER): Whole(t.shape, t.dtype, [[Block(i, 0, 0, 0, 0, *matrix(t.shape))]])
+        for i, t in enumerate(stored)
+    }
+
+
+def _gathered(plan: Plan) -> dict[Key, Whole]:
+    """Every target as it would be put together."""
+    blocks: dict[int, list[Block]] = defaultdict(list)
+    for c in plan.copies:
+        blocks[c.dst].append(
+            Block(c.src, c.src_row, c.src_col, c.dst_row, c.dst_col, c.rows, c.cols)
+        )
+    return {
+        Key(t.name, NO_LAYER): Whole(t.shape, t.dtype, [blocks[i]])
+        for i, t in enumerate(plan.targets)
+    }
