@@ -233,8 +233,8 @@ def test_data_files_and_reports(
 ) -> None:
     """Files that tools write are on the disk before they get their name, too."""
     data = out.with_name("llava.json")
-    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
-    data.write_text(json.dumps([{"id": "1", "image": "1.jpg", "conversations": turns}]))
+    turns = [{"from": "human", "value": "What is a cat?"}, {"from": "gpt", "value": "An animal."}]
+    data.write_text(json.dumps([{"id": "1", "conversations": turns}]))
     made = out / "made.json"
     flags = ("--llava_json_path", data, "--output_json_path", made)
     lines: dict[Path, tuple[str | Path, ...]] = {
