@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from mmconvert.agreement import of_plan, of_request
+
 from mmconvert.config import HFConfig, HFToMM, Options
 from mmconvert.errors import LayoutError, MMConvertError, OutputError, RequestError
 from mmconvert.executor.group import Group
