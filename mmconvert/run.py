@@ -12,7 +12,7 @@ from mmconvert.config import Options
 from mmconvert.errors import CheckpointError, OutputError, ReplicaError, RequestError
 from mmconvert.estimate import estimate
 from mmconvert.events import Events
-from mmconvert.executor import agreement, compare, group, journal
+from mmconvert.executor import agreement, compare, group, journal, staging
 from mmconvert.executor.casts import DTYPES
 from mmconvert.executor.differences import Difference, in_words
 from mmconvert.executor.digests import ALGORITHM, digests
@@ -231,6 +231,7 @@ class Run:
                 finish(output.folder)
             journal.remove(output.folder)
             if output.manifest:
+                staging.set_modes(output.folder)  # before the manifest notes the files' times
                 manifest.write(output.folder, {"command": self.command, **about, **extra})
             for warning in output.commit():
                 self.events.note(warning)

@@ -60,8 +60,9 @@ def family_of(*folders: Path) -> Family:
                 f"{other.name} goes to MindSpore: use {other.converter} hf_to_ms" if other else "",
             )
     content, _ = manifest.read(folders[0])
-    if content is not None and content.get("converter") in families:
-        return families[str(content["converter"])]
+    said = content.get("converter") if content else None
+    if isinstance(said, str) and said in families:
+        return families[said]
     parts = open_mm(folders[0]).parts
     return by_names({name for part in parts.values() for name in part}, folders[0])
 

@@ -17,7 +17,7 @@ from mmconvert.errors import CheckpointError
 from mmconvert.formats.hf.model import config_model
 from mmread import compare_mm
 
-SIZES = {"layers": 1, "vit_layers": 1}
+SIZES: dict[str, Any] = {"layers": 1, "vit_layers": 1}
 
 
 def rewrite_header(path: Path, metadata: object) -> None:
@@ -88,7 +88,7 @@ def test_parts_of_the_config(
     """Sizes are those of transformers' own class."""
     import transformers
 
-    sizes = SIZES | ({"audio_layers": 1} if "omni" in model else {})
+    sizes: dict[str, Any] = SIZES | ({"audio_layers": 1} if "omni" in model else {})
     hf = make_hf(model, tmp_path / "hf", shards=1, **sizes)
     config: dict[str, Any] = json.loads((hf / "config.json").read_text())
     part = config

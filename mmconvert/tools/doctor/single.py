@@ -1,4 +1,4 @@
-"""A single file: an MM rank file, or a safetensors file."""
+"""A single file: an MM rank file, or a weight file of a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.events import Events
 from mmconvert.formats.containers.safetensors import read_weight_file
+from mmconvert.formats.hf.bin import SUFFIX, read_bin
+from mmconvert.formats.hf.choice import SAFETENSORS
 from mmconvert.formats.mm.folder import part_names
 from mmconvert.sharding.layout import Chunk, Rank
 from mmconvert.stored import StoredTensor
@@ -23,7 +25,7 @@ from mmconvert.tools.doctor.values import look_for_nan
 def examine_file(path: Path, asked: Asked, events: Events, report: Report) -> None:
     """One file by itself: what only other files can tell is left out."""
     report.skipped.append("whatever the other files of the checkpoint tell")
-    is_hf = path.suffix == ".safetensors"
+    is_hf = path.suffix in (SAFETENSORS, SUFFIX)
     report.kind = "hf_weight_file" if is_hf else "mm_rank_file"
     tensors = _weight_file(path, report) if is_hf else _rank_file(path, report)
     if asked.values:
@@ -32,15 +34,15 @@ def examine_file(path: Path, asked: Asked, events: Events, report: Report) -> No
 
 def _weight_file(path: Path, report: Report) -> list[StoredTensor]:
     try:
-        tensors = read_weight_file(path).tensors
+        file = read_bin(path) if path.suffix == SUFFIX else read_weight_file(path)
     except FormatError as error:
         look_at_damage(path, error, report)
         return []
     except CheckpointError as error:
         report.add_error("cannot-read", error, path=path)
         return []
-    report.files, report.tensors = 1, len(tensors)
-    return tensors
+    report.files, report.tensors = 1, len(file.tensors)
+    return file.tensors
 
 
 def _rank_file(path: Path, report: Report) -> list[StoredTensor]:
