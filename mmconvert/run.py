@@ -163,6 +163,7 @@ class Run:
         sides = side_files(original.folder, original.read)
         for note in sides.notes():
             self.events.note(note)
+            plan.notes.append(note)
         reading.note(original.folder / path for path in sides.copied)
         listing += [OutputFile(str(p), (original.folder / p).stat().st_size) for p in sides.copied]
 
@@ -177,6 +178,7 @@ class Run:
         dropped = {**model.dropped, **source.dropped}
         result = Result(target, False, plan, layout, 0.0, tuple(listing), dropped)
         result = replace(result, carried=tuple(t.name for t in model.carried))
+        result = replace(result, not_copied=sides.left)
         return self.write(result, dst, about, inputs, create)
 
     def write(

@@ -119,6 +119,23 @@ def test_a_null_text_config_converts(tmp_path: Path) -> None:
     assert json.loads(call("doctor", hf, "--json").stdout)["healthy"]
 
 
+@pytest.mark.parametrize("model", ["qwen2vl-2b", "qwen2.5vl-7b"])
+def test_no_number_of_query_groups(model: str, tmp_path: Path) -> None:
+    """null is one for each head; absent is the class's own default."""
+    import transformers
+
+    hf = make_hf(model, tmp_path / "hf", shards=1, **SIZES)
+    config = json.loads((hf / "config.json").read_text())
+    family = converters.load(converter_of(model))
+    for value in (None, "absent"):
+        config["num_key_value_heads"] = value
+        if value == "absent":
+            del config["num_key_value_heads"]
+        (hf / "config.json").write_text(json.dumps(config))
+        theirs = getattr(transformers, CLASSES[model]).from_dict(config).text_config
+        assert config_model(family, hf).dims["llm.query_groups"] == theirs.num_key_value_heads
+
+
 @pytest.mark.parametrize("key", ["text_config", "vision_config"])
 def test_parts_that_are_no_objects(key: str, tmp_path: Path) -> None:
     hf = make_hf("qwen2vl-2b", tmp_path / "hf", shards=1, **SIZES)

@@ -45,13 +45,14 @@ def adapter() -> dict[str, torch.Tensor]:
 
 
 def test_a_weight_file_in_its_folder(hf: Path) -> None:
-    for path in sorted(hf.glob("*.safetensors")):
+    paths = sorted(hf.glob("*.safetensors"))
+    for path in paths:
         found = inspected(path)
         assert (found["kind"], found["family"]) == ("hf_weight_file", "Qwen2-VL")
         assert found["tensors"] == len(load_file(path))
         assert "metadata: format pt" in found["notes"][0]
         opened(path, load_file(path))
-    shown = call("inspect", path).stdout
+    shown = call("inspect", paths[0]).stdout
     assert "Hugging Face weight file, Qwen2-VL" in shown and "MindSpore" not in shown
 
 
