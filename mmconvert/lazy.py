@@ -12,10 +12,10 @@ from mmconvert.errors import CheckpointError
 from mmconvert.executor.blockio import Region, Window, read_region
 from mmconvert.executor.fileio import open_files
 from mmconvert.formats.hf.folder import open_hf
-from mmconvert.formats.mm.folder import rank_file_parts
 from mmconvert.formats.mm.model import mm_model
 from mmconvert.formats.mm.source import mm_source
 from mmconvert.formats.recognise import family_of, is_hf
+from mmconvert.formats.single import adapter_of, open_file
 from mmconvert.loading import torch_tensor
 from mmconvert.plan.plan import Block, Whole, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
@@ -69,23 +69,17 @@ class Tensors(Mapping[str, "Tensor"]):
 
 
 def open_checkpoint(path: Path) -> Tensors:
-    """Opens a Hugging Face folder, an MM folder or a rank file.
+    """Opens a Hugging Face folder, an MM folder, an adapter's folder, or one weight file of any.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
     if path.is_file():
-        parts = rank_file_parts(path)
-        prefix = len(parts) > 1
-        return _plain(
-            {
-                f"{key}/{n}" if prefix else n: t
-                for key, part in parts.items()
-                for n, t in part.items()
-            }
-        )
+        return _plain(open_file(path).tensors())
     if is_hf(path):
         return _plain(open_hf(path).tensors())
+    if (adapter := adapter_of(path)) is not None:
+        return _plain(open_file(adapter).tensors())
     if not path.is_dir():
         raise CheckpointError(f"{path} is not there", "a checkpoint's folder, or a rank file")
     family = family_of(path)

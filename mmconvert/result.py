@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -52,6 +52,8 @@ class Result:
         files: of the output.
         dropped: reason -> names of source tensors that are left out.
         carried: names of tensors that are not converted: they stay in ``hf_dir``, or are copied.
+        not_copied: reason -> files and folders of ``hf_dir`` that are left out of a Hugging Face
+            output.
         estimate: what it will take; for a dry run only.
         moved: what casts have lost, and what an interrupted run had done before.
     """
@@ -64,6 +66,7 @@ class Result:
     files: tuple[OutputFile, ...] = ()
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     carried: tuple[str, ...] = ()
+    not_copied: Mapping[str, Sequence[str]] = field(default_factory=dict)
     estimate: Estimate | None = None
     moved: Moved = field(default_factory=Moved)
 
@@ -84,6 +87,7 @@ class Result:
             ],
             "dropped": {why: list(names) for why, names in self.dropped.items()},
             "carried": list(self.carried),
+            "not_copied": {why: list(names) for why, names in self.not_copied.items()},
             "fills": self.fills(),
             "cast": {"dtype": plan.cast or None, **self.moved.losses.as_dict()},
             "resumed_bytes": self.moved.resumed,

@@ -12,7 +12,7 @@ from mmconvert.config import Options
 from mmconvert.errors import CheckpointError, OutputError, ReplicaError, RequestError
 from mmconvert.estimate import estimate
 from mmconvert.events import Events
-from mmconvert.executor import agreement, compare, group, journal
+from mmconvert.executor import agreement, compare, group, journal, staging
 from mmconvert.executor.casts import DTYPES
 from mmconvert.executor.differences import Difference, in_words
 from mmconvert.executor.digests import ALGORITHM, digests
@@ -163,6 +163,7 @@ class Run:
         sides = side_files(original.folder, original.read)
         for note in sides.notes():
             self.events.note(note)
+            plan.notes.append(note)
         reading.note(original.folder / path for path in sides.copied)
         listing += [OutputFile(str(p), (original.folder / p).stat().st_size) for p in sides.copied]
 
@@ -177,6 +178,7 @@ class Run:
         dropped = {**model.dropped, **source.dropped}
         result = Result(target, False, plan, layout, 0.0, tuple(listing), dropped)
         result = replace(result, carried=tuple(t.name for t in model.carried))
+        result = replace(result, not_copied=sides.left)
         return self.write(result, dst, about, inputs, create)
 
     def write(
@@ -231,6 +233,7 @@ class Run:
                 finish(output.folder)
             journal.remove(output.folder)
             if output.manifest:
+                staging.set_modes(output.folder)  # before the manifest notes the files' times
                 manifest.write(output.folder, {"command": self.command, **about, **extra})
             for warning in output.commit():
                 self.events.note(warning)

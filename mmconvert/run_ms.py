@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mmconvert.config_ms import Format
 from mmconvert.errors import RequestError
-from mmconvert.executor.output import MS_SUFFIXES, FileOutput, Output
+from mmconvert.executor.output import FileOutput, Output
+from mmconvert.executor.replaceable import MS_SUFFIXES
 from mmconvert.formats.containers.safetensors import Entry
 from mmconvert.formats.mindspore.output import (
     MERGED,

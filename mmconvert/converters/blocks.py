@@ -59,6 +59,8 @@ def text_dims(
         defaults,
     )
     need(dims, where, _TEXT_KEYS)
+    if config.get("num_key_value_heads", 0) is None:  # said to be none: one for each head
+        dims["llm.query_groups"] = dims["llm.heads"]
     dims.setdefault("llm.query_groups", dims["llm.heads"])
     dims.setdefault("llm.head_dim", dims["llm.hidden"] // dims["llm.heads"])
     dims["llm.q"] = dims["llm.heads"] * dims["llm.head_dim"]

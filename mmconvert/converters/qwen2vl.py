@@ -30,8 +30,13 @@ from mmconvert.names import NameTemplate
 B = "visual.blocks.{}"
 BOTH = ("weight", "bias")
 
-# transformers 4.52 and later may write the second and third prefix; the hub has the first.
-SPELLINGS = (("model.visual.", "visual."), ("model.language_model.", "model."))
+# transformers 4.52 and later may write the first of each pair; the hub has the second. Without
+# "model." it is the inner model saved alone (AutoModel), which transformers loads as well.
+SPELLINGS = (
+    ("model.visual.", "visual."),
+    ("model.language_model.", "model."),
+    ("language_model.", "model."),
+)
 BUFFERS = (
     Dropped(
         NameTemplate("model.layers.{}.self_attn.rotary_emb.inv_freq"),

@@ -174,7 +174,7 @@ class ListWriter:
         self._pending_bytes = 0
 
     def _check(self) -> None:
-        if any(Path(os.path.realpath(path)) == self.final for path in self._inputs):
+        if any(self._is_final(path) for path in self._inputs):
             raise OutputError(f"the output {self.final} is the input", "another file")
         if not os.path.lexists(self.final):
             return
@@ -186,6 +186,13 @@ class ListWriter:
                 "a file that does not exist yet",
                 "choose another one, or give --overwrite to replace it",
             )
+
+    def _is_final(self, path: Path) -> bool:
+        """Whether a file is the target, under whatever name a link or a mount shows it."""
+        try:
+            return os.path.samefile(path, self.final)
+        except OSError:  # one of them is not there
+            return Path(os.path.realpath(path)) == self.final
 
     def __enter__(self) -> ListWriter:
         self._check()

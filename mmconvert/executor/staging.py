@@ -134,13 +134,16 @@ def empty(folder: Path) -> None:
 
 
 def set_modes(folder: Path) -> None:
-    """Gives the folders and files of a checkpoint their modes, whatever the umask."""
+    """Gives the folders and files of a checkpoint their modes, whatever the umask.
+
+    Those that have theirs are not touched: that would change the time of the inode, which a
+    manifest notes.
+    """
     for here, _, files in os.walk(folder):
-        os.chmod(here, FOLDER_MODE)
-        for name in files:
-            path = Path(here, name)
-            if not path.is_symlink():
-                os.chmod(path, FILE_MODE)
+        for path, mode in ((here, FOLDER_MODE), *((Path(here, f), FILE_MODE) for f in files)):
+            now = os.lstat(path).st_mode
+            if not stat.S_ISLNK(now) and stat.S_IMODE(now) != mode:
+                os.chmod(path, mode)
 
 
 def room_taken(folder: Path) -> int:

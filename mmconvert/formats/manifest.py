@@ -10,6 +10,7 @@ from mmconvert.converters.family import Dims
 from mmconvert.errors import MMConvertError
 from mmconvert.formats.containers.allocate import write_file
 from mmconvert.formats.hf.folder import read_json_file
+from mmconvert.formats.reading import State
 from mmconvert.version import VERSION
 
 NAME = "mmconvert.json"
@@ -30,9 +31,12 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def state(path: Path) -> list[int]:
-    """A file's size in bytes and the time of its last change in nanoseconds."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+    """What changes with a file's bytes: size, time of modification, of its inode, its number.
+
+    Not the device, which may have another number after the next boot.
+    """
+    found = State.of(path.stat())
+    return [found.nbytes, found.mtime_ns, found.ctime_ns, found.inode]
 
 
 def read(folder: Path) -> tuple[dict[str, object] | None, str]:
@@ -70,12 +74,15 @@ def _changed(folder: Path, content: Mapping[str, object], *, times: bool) -> str
     if not isinstance(files, dict) or not files:
         return "it lists no files"
     for name, noted in files.items():
-        size, time = noted if isinstance(noted, list) and len(noted) == 2 else (noted, None)
-        file = folder / str(name)
-        if not file.is_file() or file.stat().st_size != size:
+        try:
+            now = state(folder / name)
+        except (OSError, ValueError):  # gone, or no name of a file
+            now = []
+        size = noted[0] if isinstance(noted, list) and noted else noted
+        if not now or type(size) is not int or now[0] != size:
             return f"{name} has changed since it was written"
-        if times and file.stat().st_mtime_ns != time:
-            return f"{name} has another time than when it was written"
+        if times and now != noted:
+            return f"{name} has another time or inode than when it was written, as a copy has"
     return ""
 
 

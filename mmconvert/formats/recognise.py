@@ -63,8 +63,9 @@ def family_of(*folders: Path) -> Family:
                 f"{other.name} goes to MindSpore: use {other.converter} hf_to_ms" if other else "",
             )
     content, _ = manifest.read(folders[0])
-    if content is not None and content.get("converter") in families:
-        return families[str(content["converter"])]
+    said = content.get("converter") if content else None
+    if isinstance(said, str) and said in families:
+        return families[said]
     parts = open_mm(folders[0]).parts
     if (fault := mm_form_of(parts.values(), folders[0])) is not None:
         raise fault

@@ -18,9 +18,10 @@ from mmconvert.runtime.dataset import Data
 from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.launch import Emit, launch
-from mmconvert.runtime.media import drawn_picture, drawn_sound
 from mmconvert.runtime.mmfiles import Stored, find
+from mmconvert.runtime.pictures import drawn_picture
 from mmconvert.runtime.prepare import Prepare
+from mmconvert.runtime.sounds import drawn_sound
 from mmconvert.runtime.training import Plan, Training
 from mmconvert.runtime.validation import DTYPES, Validation
 from mmconvert.runtime.verdict import Report

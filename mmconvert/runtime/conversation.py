@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,18 @@ import transformers
 from torch import Tensor
 
 from mmconvert.errors import RequestError
-from mmconvert.runtime.batch import IGNORED, Batch
+from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.inputs import assemble, audio_tokens
-from mmconvert.runtime.media import Media, open_picture, open_video
+from mmconvert.runtime.media import Media
+from mmconvert.runtime.pictures import open_picture
 from mmconvert.runtime.prepare import Prepare
-from mmconvert.runtime.samples import PLACE, Sample
+from mmconvert.runtime.samples import PLACE, Clip, Sample
+from mmconvert.runtime.template import Turn, line, template_of
 
-SYSTEM = "You are a helpful assistant."  # what the Qwen chat templates begin with
+VIDEO = re.compile("<video>")
 # Around a placeholder in InternVL's text; the Qwen families have theirs in config.json.
 INTERN_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
-
-
-@dataclass
-class _Line:
-    """A conversation while it is put together."""
-
-    ids: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-
-    def add(self, ids: Sequence[int], learnt: bool = False) -> None:
-        self.ids += ids
-        self.labels += ids if learnt else [IGNORED] * len(ids)
 
 
 class Speaker:
@@ -48,7 +39,8 @@ class Speaker:
 
     def __init__(self, arch: Architecture, hf_dir: Path, prepare: Prepare | None = None) -> None:
         self.prepare = prepare or Prepare()
-        self.arch, self.media = arch, Media(arch, hf_dir)
+        self.arch, self.media = arch, Media(arch, hf_dir, self.prepare)
+        self._template = template_of(arch, hf_dir, self.prepare.template)
         try:
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
                 hf_dir, local_files_only=True, trust_remote_code=False
@@ -124,29 +116,59 @@ class Speaker:
         Raises:
             RequestError: files and places do not match, or the model has no such encoder.
         """
-        media, tokens = self._media(sample)
-        line = _Line()
-        messages = list(sample.messages)
-        if not self.arch.intern and messages[0][0] != "system":
-            messages.insert(0, ("system", SYSTEM))
-        for role, text in messages:
-            line.add([self._start, *self._text(f"{role}\n")])
-            self._message(line, text, tokens, learnt=role == "assistant")
-            line.add([self._end], learnt=role == "assistant")
-            line.add(self._text("\n"))
+        sample, media, tokens = self._media(sample)
+        rows = sum(sum(each) for each in tokens.values())
+        ids, labels = line(
+            self._turns(sample, tokens, answer=answer),
+            0 if answer else self.prepare.length,
+            by_turn=self._template.by_turn,
+            everything=self.prepare.learn_questions,
+            last=self.prepare.learn_last,
+        )
         left = sum(map(len, tokens.values()))
         if left:
             raise RequestError(f"{sample.name}: {left} more files than places", "<image> for each")
+        self._check_length(sample, ids, rows)
+        return assemble(self.arch, torch.tensor([ids]), torch.tensor([labels]), *media)
+
+    def _turns(self, sample: Sample, tokens: dict[str, list[int]], *, answer: bool) -> list[Turn]:
+        """The turns of a conversation: questions, each with the answer behind it."""
+        form, messages = self._template, list(sample.messages)
+        if form.system and messages[0][0] != "system":
+            messages.insert(0, ("system", form.system))
+        turns = [Turn()]
+        first = self.tokenizer.bos_token_id
+        if form.begin and isinstance(first, int):
+            turns[0].add([first], answer=False)
+        for role, text in messages:
+            learnt = role == "assistant"
+            if turns[-1].answer and not learnt:
+                turns.append(Turn())
+            turn = turns[-1]
+            turn.add([self._start, *self._text(f"{role}\n")], answer=bool(turn.answer))
+            for ids in self._pieces(text, tokens):
+                turn.add(ids, answer=learnt, learnt=learnt)
+            turn.add([self._end], answer=learnt, learnt=learnt)
+            turn.add(self._text(form.between), answer=learnt)
         if answer:
-            line.add([self._start, *self._text("assistant\n")])
+            turns.append(Turn([self._start, *self._text("assistant\n")]))
+        return turns
+
+    def _check_length(self, sample: Sample, ids: Sequence[int], rows: int) -> None:
+        """The model has positions for all ids, and no picture was cut through."""
         most = getattr(self.arch.text_config, "max_position_embeddings", None)
-        if most is not None and len(line.ids) > most:
+        if most is not None and len(ids) > most:
             raise RequestError(
-                f"{sample.name} has {len(line.ids)} tokens",
+                f"{sample.name} has {len(ids)} tokens",
                 f"at most {most}, by max_position_embeddings of config.json",
                 "fewer or smaller pictures, or fewer words",
             )
-        return assemble(self.arch, torch.tensor([line.ids]), torch.tensor([line.labels]), *media)
+        if self.prepare.length and sum(i in self.arch.places for i in ids) != rows:
+            raise RequestError(
+                f"{sample.name} is longer than {self.prepare.length} tokens, and its pictures or "
+                "sounds would be cut through",
+                "a sample whose files fit in --seq_length",
+            )
 
     def plain(self, text: str) -> Batch:
         """A batch of a text that is to be continued as it is.
@@ -157,14 +179,15 @@ class Speaker:
         ids = self._text(text)
         if not ids:
             raise RequestError("the prompt is empty", "a text to continue")
-        media, _ = self._media(Sample([("user", text)]))
-        line = torch.tensor([ids])
-        return assemble(self.arch, line, line.clone(), *media)
+        _, media, _ = self._media(Sample([("user", text)]))
+        both = torch.tensor([ids])
+        return assemble(self.arch, both, both.clone(), *media)
 
-    def _message(self, line: _Line, text: str, tokens: dict[str, list[int]], learnt: bool) -> None:
+    def _pieces(self, text: str, tokens: dict[str, list[int]]) -> Iterator[list[int]]:
+        """The ids of a text, those of a file where one stands."""
         at = 0
         for found in PLACE.finditer(text):
-            line.add(self._text(text[at : found.start()]), learnt)
+            yield self._text(text[at : found.start()])
             kind, at = found[1], found.end()
             before, place, after = self._around.get(kind, ([], None, []))
             if place is None or not tokens[kind]:
@@ -172,45 +195,80 @@ class Speaker:
                     f"a conversation has more <{kind}> places than files",
                     f"a file for each <{kind}>, and a model that takes it",
                 )
-            line.add([*before, *[place] * tokens[kind].pop(0), *after])
-            line.add(self._text("\n") if found[0].endswith("\n") else [])
-        line.add(self._text(text[at:]), learnt)
+            yield [*before, *[place] * tokens[kind].pop(0), *after]
+            yield self._text("\n") if found[0].endswith("\n") else []
+        yield self._text(text[at:])
 
     def _media(
         self, sample: Sample
-    ) -> tuple[tuple[Tensor, Tensor, int, Tensor, Tensor], dict[str, list[int]]]:
-        """Tensors of a sample's files, as ``assemble`` takes them, and the tokens of each file."""
+    ) -> tuple[Sample, tuple[Tensor, Tensor, int, Tensor, Tensor], dict[str, list[int]]]:
+        """A sample with places for all it has, the tensors of its files, as ``assemble`` takes
+        them, and the tokens of each file.
+        """
         tokens: dict[str, list[int]] = {"image": [], "video": [], "audio": []}
-        pixels, grids = [], []
+        parts: list[tuple[Tensor, Tensor]] = []
         if sample.images:
             pictures = [open_picture(i) if isinstance(i, Path) else i for i in sample.images]
-            made, grid, tokens["image"] = self.media.images(pictures)
-            pixels.append(made)
-            grids.append(grid)
-        if sample.videos and self.arch.intern:
-            raise RequestError(
-                f"{sample.name} has a video", "pictures only: InternVL's encoders take these"
-            )
-        for path in sample.videos:
-            made, grid, count = self.media.video(open_video(path))
-            pixels.append(made)
-            grids.append(grid)
-            tokens["video"].append(count)
-        if sample.audios and self.arch.kind != "qwen2_5_omni":
+            pixels, grid, tokens["image"] = self.media.images(pictures)
+            parts.append((pixels, grid))
+        sounds = [self.media.sound(path) for path in sample.audios]
+        if sounds and self.arch.kind != "qwen2_5_omni":
             raise RequestError(
                 f"{sample.name} has a sound", "Qwen2.5-Omni, the only family that hears"
             )
-        sounds = [self.media.sound(path) for path in sample.audios]
+        if sample.videos and self.arch.intern:
+            sample = self._stills(sample, parts, tokens)
+        elif sample.videos:
+            self._films(sample, parts, tokens, sounds)
         tokens["audio"] = [audio_tokens(s.shape[1]) for s in sounds]
-        rows = sum(tokens["image"])
         empty = self.no_pixels()
-        return (
-            torch.cat(pixels) if pixels else empty,
-            torch.cat(grids) if grids else torch.zeros(0, 3, dtype=torch.int64),
-            rows,
+        tensors = (
+            torch.cat([p for p, _ in parts]) if parts else empty,
+            torch.cat([g for _, g in parts]) if parts else torch.zeros(0, 3, dtype=torch.int64),
+            sum(tokens["image"]),
             torch.cat(sounds, dim=1) if sounds else torch.zeros(self._mel(), 0),
             torch.tensor([s.shape[1] for s in sounds], dtype=torch.int64),
-        ), tokens
+        )
+        return sample, tensors, tokens
+
+    def _films(
+        self,
+        sample: Sample,
+        parts: list[tuple[Tensor, Tensor]],
+        tokens: dict[str, list[int]],
+        sounds: list[Tensor],
+    ) -> None:
+        """Adds the frames of videos, and where they are to be heard, their sounds."""
+        for video in sample.videos:
+            pixels, grid, count = self.media.video(self.media.frames(video))
+            parts.append((pixels, grid))
+            tokens["video"].append(count)
+            if self.prepare.sound_of_video and not sample.audios:
+                sounds.append(self.media.sound(video.path if isinstance(video, Clip) else video))
+
+    def _stills(
+        self, sample: Sample, parts: list[tuple[Tensor, Tensor]], tokens: dict[str, list[int]]
+    ) -> Sample:
+        """InternVL's videos: each frame is a picture of one tile, and is numbered in the text."""
+        if sample.images:
+            raise RequestError(
+                f"{sample.name} has pictures and a video", "one of both, as InternVL takes them"
+            )
+        counts: list[int] = []
+        for video in sample.videos:
+            frames = self.media.frames(video)
+            pixels, grid, each = self.media.stills(frames)
+            parts.append((pixels, grid))
+            tokens["image"] += each
+            counts.append(len(frames))
+
+        def numbered(found: re.Match[str]) -> str:
+            del found
+            count = counts.pop(0) if counts else 0
+            return "\n".join(f"Frame{i + 1}: <image>" for i in range(count))
+
+        messages = [(role, VIDEO.sub(numbered, text)) for role, text in sample.messages]
+        return replace(sample, messages=messages, videos=())
 
     def _mel(self) -> int:
         audio = getattr(self.arch.config, "audio_config", None)

@@ -12,13 +12,23 @@ from mmconvert import converters
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.errors import MMConvertError
 from mmconvert.formats.containers.ptfile import read_pt
-from mmconvert.formats.hf.folder import open_hf
+from mmconvert.formats.containers.safetensors import WeightFile
+from mmconvert.formats.hf.folder import HFCheckpoint, open_hf, read_config
 from mmconvert.formats.mindspore.folder import is_ms
 from mmconvert.formats.mindspore.model import ms_model
 from mmconvert.formats.mm.folder import find_weights
 from mmconvert.formats.mm.model import mm_model
 from mmconvert.formats.mm.source import mm_source
 from mmconvert.formats.recognise import family_of, is_hf, knows_all, ms_family_of
+from mmconvert.formats.single import (
+    HF_FILE,
+    MS_FILE,
+    RANK_FILE,
+    WeightParts,
+    adapter_of,
+    family_of_file,
+    open_file,
+)
 from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
 from mmconvert.stored import StoredTensor
 from mmconvert.tools import contents
@@ -28,11 +38,14 @@ KINDS = {
     "hf": "Hugging Face checkpoint",
     "mm": "MM checkpoint",
     "mm_rank_file": "MM rank file",
+    "hf_weight_file": "Hugging Face weight file",
+    "adapter_file": "adapter",
     "ms": "MindSpore checkpoint",
     "ms_file": "MindSpore file",
 }
 # What each box of a picture is, by kind.
-UNITS = {"hf": "weight file", "mm_rank_file": "model chunk", "ms": "rank", "ms_file": "file"}
+UNITS = {"hf": "weight file", "mm_rank_file": "model chunk", "ms": "rank"}
+UNITS |= dict.fromkeys(("ms_file", "hf_weight_file", "adapter_file"), "file")
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,8 @@ class Inspection:
     """What was found.
 
     Attributes:
-        kind: ``hf``, ``mm``, ``mm_rank_file``, ``ms`` (rank folders) or ``ms_file``.
+        kind: ``hf``, ``mm``, ``mm_rank_file``, ``hf_weight_file``, ``adapter_file``, ``ms`` (rank
+            folders) or ``ms_file``.
         family: the family's name; "" if it is not known.
         dtype: the dtypes found, the most bytes first.
         parameters: number of parameters; replicas and tied copies of an MM checkpoint count once.
@@ -94,18 +108,36 @@ def layout_dict(layout: Layout) -> dict[str, object]:
 
 
 def inspect(path: Path) -> Inspection:
-    """Looks at an HF folder, an MM folder, a single rank file, or a MindSpore checkpoint.
+    """Looks at an HF folder, an MM folder, a MindSpore checkpoint, an adapter or a single file.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
     """
-    if is_ms(path) and not is_hf(path):
-        return _ms(path)
     if path.is_file():
-        return _rank_file(path)
+        return _file(path)
     if is_hf(path):
         return _hf(path)
-    return _mm(path)
+    if (adapter := adapter_of(path)) is not None:
+        return _file(adapter)
+    return _ms(path) if is_ms(path) else _mm(path)
+
+
+def _file(path: Path) -> Inspection:
+    found = open_file(path)
+    if found.kind == MS_FILE:
+        return _ms(path)
+    return _rank_file(path) if found.kind == RANK_FILE else _weight_file(path, found)
+
+
+def _weight_file(path: Path, found: WeightParts) -> Inspection:
+    """A weight file of a Hugging Face checkpoint, or an adapter."""
+    tensors = list(found.tensors().values())
+    family = family_of_file(path, found.tensors()) if found.kind == HF_FILE else None
+    config = read_config(path.parent) if family is not None and is_hf(path.parent) else {}
+    file = WeightFile(path, b"", {}, tensors)
+    boxes = contents.of_hf(HFCheckpoint(path.parent, config, [file], None), family)
+    name = family.name if family else ""
+    return _inspection(found.kind, name, tensors, notes=list(found.notes), boxes=boxes)
 
 
 def _rank_file(path: Path) -> Inspection:
@@ -132,7 +164,7 @@ def _hf(path: Path) -> Inspection:
         name, boxes = family.name, contents.of_hf(checkpoint, family)
     except MMConvertError:
         name, boxes = "", contents.of_hf(checkpoint, None)
-    return _inspection("hf", name, found, boxes=boxes)
+    return _inspection("hf", name, found, notes=list(checkpoint.notes), boxes=boxes)
 
 
 def _ms(path: Path) -> Inspection:

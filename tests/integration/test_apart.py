@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -308,3 +309,17 @@ def test_a_former_checkpoint_that_cannot_be_removed(
         where = out.with_name(OLD) / "release" / "busy"
         assert os.path.ismount(where)
         os.system(f"umount {where}")
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["link", "hard link"])
+def test_annotations_that_are_their_own_output(
+    link: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    (tmp_path / "a.json").write_text(json.dumps([{"id": "1", "conversations": turns}]))
+    before = (tmp_path / "a.json").read_bytes()
+    link(tmp_path / "a.json", tmp_path / "b.json")
+    flags = ("--llava_json_path", tmp_path / "a.json", "--output_json_path", tmp_path / "b.json")
+    done = inprocess.call("data", "llava-to-mllm", *flags, "--overwrite", check=None)
+    refused(done, 2, "is the input")
+    assert (tmp_path / "a.json").read_bytes() == before

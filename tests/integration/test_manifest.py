@@ -147,7 +147,9 @@ def test_what_it_says_of_files(hf: Path, mm: Path, tmp_path: Path) -> None:
         found = read(folder)
         files = {p for pattern in ("*.pt", "*.safetensors") for p in folder.rglob(pattern)}
         states = {
-            p.relative_to(folder).as_posix(): [p.stat().st_size, p.stat().st_mtime_ns]
+            p.relative_to(folder).as_posix(): [
+                *(p.stat().st_size, p.stat().st_mtime_ns, p.stat().st_ctime_ns, p.stat().st_ino)
+            ]
             for p in files
         }
         assert found["files"] == states != {}
@@ -202,9 +204,30 @@ def train(folder: Path) -> None:
     (folder / "latest_checkpointed_iteration.txt").write_text("100")
 
 
+def flip(folder: Path) -> None:
+    """One bit, and the time of modification set back."""
+    path = next(folder.rglob("*.pt"))
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def swap(folder: Path) -> None:
+    """Another file of the same size and time has taken its name."""
+    path = next(folder.rglob("*.pt"))
+    shutil.copy2(path, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
 STALE: dict[str, Callable[[Path], object]] = {
     "another time": touch,
     "another size": grow,
+    "a bit, the time set back": flip,
+    "another file under its name": swap,
     "saved again": rewrite,
     "a file is gone": lambda folder: next(folder.rglob("*.pt")).unlink(),
     "training has gone on": train,
@@ -213,15 +236,28 @@ STALE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("change", STALE.values(), ids=STALE.keys())
 def test_stale_digests_are_not_relied_on(
-    change: Callable[[Path], object], mm: Path, tmp_path: Path
+    change: Callable[[Path], object], hf: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "mm"
-    shutil.copytree(mm, folder, copy_function=shutil.copy2)  # with its times
+    to_mm(QWEN, hf, folder, "--digests")
     assert manifest.digests(folder)[0]
     change(folder)
     found, note = manifest.digests(folder)
     assert found is None
     assert str(folder / MANIFEST) in note and "model_optim_rng.pt" in note
+
+
+def test_quick_says_what_it_cannot_see(hf: Path, mm: Path, tmp_path: Path) -> None:
+    """An answer by digests is in words and in JSON; a copy is compared byte by byte."""
+    done = call("verify", "--quick", mm, mm)
+    assert "by the digests" in done.stdout and "not seen: bytes that changed" in done.stdout
+    said = json.loads(call("verify", "--quick", mm, mm, "--json").stdout)
+    assert said["by_digest"] and "failing disk" in said["not_seen"]
+    shutil.copytree(mm, tmp_path / "copy", copy_function=shutil.copy2)
+    flip(tmp_path / "copy")
+    done = call("verify", "--quick", mm, tmp_path / "copy", check=None)
+    assert "all tensors are compared" in done.stderr and "not seen" not in done.stdout
+    assert json.loads(call("verify", mm, mm, "--json").stdout)["not_seen"] == ""
 
 
 def test_a_copy_with_new_times(hf: Path, mm: Path, tmp_path: Path) -> None:
@@ -282,14 +318,43 @@ def test_junk_is_ignored(
         assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes()
 
 
+ODD = (None, 10**30, float("nan"), "\0", "\ud800", [], [[]], {"tied": {}, "a": []})
+KEYS = ("converter", "family", "variant", "layout", "dims", "kind", "command", "source", "cast")
 HOSTILE = {
     "dims": {"llm.layers": 10**30, "llm.heads": -1, "x": "y", "vit.heads": True},
     "layout": {"tp_size": "many"},
-    "variant": ["tied"],
-    "converter": 5,
-    "kind": None,
+    "variant": {"tied": "yes", "traits": 5},
+    "save_vit_only": "yes",
     "mmconvert": {"a": 1},
 }
+
+
+def ask(folder: Path, out: Path) -> list[tuple[str | Path, ...]]:
+    """Commands that ask a manifest for something."""
+    resplit = ("AutoConverter", "resplit", "--cfg.source_dir", folder, "--cfg.target_dir", out)
+    return [
+        (*resplit, *target("[2,2]", "[2,0]"), "--dry-run"),
+        ("doctor", folder, "--json"),
+        ("inspect", folder),
+        ("verify", "--quick", folder, folder),
+    ]
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+def test_any_value_in_any_field(value: object, mm: Path, tmp_path: Path) -> None:
+    """`"converter": []` ended every command that asks for the family with exit code 70."""
+    folder = tmp_path / "mm"
+    shutil.copytree(mm, folder)
+    whole = read(folder)
+    for changed in (dict.fromkeys(KEYS, value), {"files": value}, {"digests": value}):
+        (folder / MANIFEST).write_text(json.dumps(whole | changed))
+        for words in ask(folder, tmp_path / "out"):
+            done = call(*words, check=None)
+            assert done.returncode in (0, 2, 3), (changed, words, done.stderr)
+    for key in KEYS:
+        (folder / MANIFEST).write_text(json.dumps(whole | {key: value}))
+        done = call(*ask(folder, tmp_path / "out")[0], check=None)
+        assert done.returncode in (0, 2, 3), (key, done.stderr)
 
 
 @pytest.mark.parametrize("key", HOSTILE)

@@ -17,7 +17,7 @@ from mmconvert.errors import CheckpointError
 from mmconvert.formats.hf.model import config_model
 from mmread import compare_mm
 
-SIZES = {"layers": 1, "vit_layers": 1}
+SIZES: dict[str, Any] = {"layers": 1, "vit_layers": 1}
 
 
 def rewrite_header(path: Path, metadata: object) -> None:
@@ -88,7 +88,7 @@ def test_parts_of_the_config(
     """Sizes are those of transformers' own class."""
     import transformers
 
-    sizes = SIZES | ({"audio_layers": 1} if "omni" in model else {})
+    sizes: dict[str, Any] = SIZES | ({"audio_layers": 1} if "omni" in model else {})
     hf = make_hf(model, tmp_path / "hf", shards=1, **sizes)
     config: dict[str, Any] = json.loads((hf / "config.json").read_text())
     part = config
@@ -117,6 +117,23 @@ def test_a_null_text_config_converts(tmp_path: Path) -> None:
     to_mm("qwen2vl-2b", hf, tmp_path / "mm")
     none(compare_mm(tmp_path / "want", tmp_path / "mm"))
     assert json.loads(call("doctor", hf, "--json").stdout)["healthy"]
+
+
+@pytest.mark.parametrize("model", ["qwen2vl-2b", "qwen2.5vl-7b"])
+def test_no_number_of_query_groups(model: str, tmp_path: Path) -> None:
+    """null is one for each head; absent is the class's own default."""
+    import transformers
+
+    hf = make_hf(model, tmp_path / "hf", shards=1, **SIZES)
+    config = json.loads((hf / "config.json").read_text())
+    family = converters.load(converter_of(model))
+    for value in (None, "absent"):
+        config["num_key_value_heads"] = value
+        if value == "absent":
+            del config["num_key_value_heads"]
+        (hf / "config.json").write_text(json.dumps(config))
+        theirs = getattr(transformers, CLASSES[model]).from_dict(config).text_config
+        assert config_model(family, hf).dims["llm.query_groups"] == theirs.num_key_value_heads
 
 
 @pytest.mark.parametrize("key", ["text_config", "vision_config"])

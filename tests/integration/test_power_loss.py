@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import filecmp
+import json
 import os
 import subprocess
 import sys
@@ -224,3 +225,25 @@ def test_the_record_sees_what_is_not_safe(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(AssertionError):
         record.check(tmp_path / "final")
     assert isinstance(record, Record)
+
+
+# --------------------------------------------------------------------------- other outputs
+def test_data_files_and_reports(
+    tied_hf: Path, tied_mm22: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that tools write are on the disk before they get their name, too."""
+    data = out.with_name("llava.json")
+    turns = [{"from": "human", "value": "What is a cat?"}, {"from": "gpt", "value": "An animal."}]
+    data.write_text(json.dumps([{"id": "1", "conversations": turns}]))
+    made = out / "made.json"
+    flags = ("--llava_json_path", data, "--output_json_path", made)
+    lines: dict[Path, tuple[str | Path, ...]] = {
+        made: ("data", "llava-to-mllm", *flags),
+        out / "page.html": ("inspect", tied_mm22, "--html", out / "page.html"),
+        out / "trip.xml": ("roundtrip", tied_hf, "--junit", out / "trip.xml"),
+    }
+    for path, words in lines.items():
+        with recorded(monkeypatch) as record:
+            inprocess.call(*words)
+        record.check(path)
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in lines)

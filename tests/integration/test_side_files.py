@@ -85,6 +85,18 @@ def test_leftovers_are_named_and_not_copied(why: str, hf: Path) -> None:
     assert f"not copied ({why}): " in said
 
 
+def test_json_names_them_all(hf: Path) -> None:
+    names = [f"trainer-{i}.log" for i in range(12)]
+    put(hf, *names, "runs/a", ".msc")
+    to_mm(MODEL, hf, hf.with_name("mm"))
+    done = to_hf(MODEL, hf.with_name("mm"), hf, hf.with_name("back"), "--json", "--dry-run")
+    assert json.loads(done.stdout)["not_copied"] == {
+        "what downloads leave behind": [".msc"],
+        "what training leaves behind": [*sorted(names), "runs/"],
+    }
+    assert sum("not copied" in note for note in json.loads(done.stdout)["notes"]) == 2
+
+
 def test_each_leftover_has_its_reason(hf: Path) -> None:
     for why, names in LEFT.items():
         for name in (name for name in names if "/" not in name):
@@ -244,6 +256,37 @@ def test_model_safetensors_wins(beside: str, hf: Path) -> None:
     ]
     words = "is not applied" if beside == "an adapter" else "are not read"
     assert words in done.stderr
+
+
+def test_a_part_of_the_model_is_not_taken_for_it(hf: Path) -> None:
+    """transformers would start the rest from random numbers; the files of the index are whole."""
+    tensors = load_file(hf / "model.safetensors")
+    sharded(hf, tensors)
+    some = {name: t for name, t in tensors.items() if name.startswith("visual.")}
+    save_file(some, hf / "model.safetensors", {"format": "pt"})
+    out = hf.with_name("mm")
+    words = (f"holds {len(some)} of the {len(tensors)} tensors", "move", "model.safetensors away")
+    refused(to_mm(MODEL, hf, out, check=None), 3, *words, out=out)
+    found = json.loads(call("doctor", hf, "--json", check=3).stdout)
+    assert found["findings"]
+    (hf / "model.safetensors").unlink()
+    to_mm(MODEL, hf, out)
+
+
+def test_an_adapter_beside_the_text_model_is_named(hf: Path, tmp_path: Path) -> None:
+    """llm_hf_dir too."""
+    text = tmp_path / "text"
+    text.mkdir()
+    config = json.loads((hf / "config.json").read_text())
+    part = {k: v for k, v in config.items() if k != "vision_config"}
+    put(text, "config.json", text=json.dumps({**part, "model_type": "qwen2"}))
+    tensors = load_file(hf / "model.safetensors")
+    own = {name: t for name, t in tensors.items() if name.startswith("model.")}
+    save_file(own, text / "model.safetensors", {"format": "pt"})
+    adapter(text)
+    flags = ("--cfg.common_model_config.llm_hf_dir", str(text))
+    done = to_mm(MODEL, hf, tmp_path / "mm", *flags)
+    assert f"an adapter lies in {text}" in " ".join(done.stderr.split())
 
 
 def test_an_adapter_beside_a_pickle_is_not_the_model(hf: Path) -> None:

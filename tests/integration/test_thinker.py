@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def alone(hf: Path) -> Path:
 
 
 def test_in_the_names_of_the_hub(tmp_path: Path) -> None:
-    sizes = {"layers": 2, "vit_layers": 2, "audio_layers": 2}
+    sizes: dict[str, Any] = {"layers": 2, "vit_layers": 2, "audio_layers": 2}
     model = "qwen2.5omni-7b"
     hf = make_hf(model, tmp_path / "hf", shards=1, **sizes)
     to_mm(model, hf, tmp_path / "want", *FLAGS_SMALL)
@@ -87,7 +88,7 @@ FLAGS_SMALL = layout("[1,1]", "[2,0]", 1, "audio_pp_layers=[2,0]")
 
 
 def test_doctor_knows_it(tmp_path: Path) -> None:
-    sizes = {"layers": 1, "vit_layers": 1, "audio_layers": 1}
+    sizes: dict[str, Any] = {"layers": 1, "vit_layers": 1, "audio_layers": 1}
     hf = alone(make_hf("qwen2.5omni-7b", tmp_path / "hf", shards=1, **sizes))
     report = json.loads(call("doctor", hf, "--json").stdout)
     assert report["family"] == "Qwen2.5-Omni"

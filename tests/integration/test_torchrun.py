@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cli import run_cli
-from commands import QWEN2VL, Done, layout, litter, snapshot, target
+from commands import QWEN2VL, Done, copied, layout, litter, snapshot, target
 from hfgen import make_hf
 from stopping import command, noted
 
@@ -173,6 +173,55 @@ def test_several_go_on_where_one_stopped(works: dict[str, Work], out: Path) -> N
     check(out, work)
     assert json.loads(done.stdout)["resumed_bytes"] > 0
     assert done.stderr.count("interrupted run of the same request") == 1
+
+
+# ----------------------------------------------------------------- processes that disagree
+def disagreed(done: Done, out: Path, *words: str) -> None:
+    """Every process refuses, before anything is written; the message names what differs."""
+    assert done.returncode != 0
+    assert "the processes of this run disagree" in done.stderr, done.stderr
+    for word in (*words, "exitcode  : 2"):
+        assert word in done.stderr, done.stderr
+    assert "fault of mmconvert" not in done.stderr
+    assert not out.exists()
+    assert litter(out) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("verb", "own", "named"),
+    [
+        ("hf_to_mm", ["--dry-run"], "--dry-run"),
+        ("mm_to_hf", ["--dtype", "bf16"], "--dtype"),
+        ("resplit", ["--cfg.target_parallel_config.tp_size", "2"], "target_parallel_config.tp"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_another_request(
+    verb: str, own: list[str], named: str, works: dict[str, Work], out: Path
+) -> None:
+    work = works[verb]
+    program = Path(__file__).parents[1] / "differing.py"
+    words = [str(program), f"-{len(own)}", *map(str, (*work.words, work.out_flag, out)), *own]
+    disagreed(launch(2, stop=words), out, named)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["another value", "another folder"])
+def test_another_source(change: str, works: dict[str, Work], tmp_path: Path, out: Path) -> None:
+    """A fine-tuned copy has the same sizes and headers: its path tells. Behind one path, as on
+    disks of two machines, sizes and headers do.
+    """
+    verb, hf = QWEN2VL, Path(works["hf_to_mm"].words[3])
+    other = copied(hf, tmp_path / "other")
+    if change == "another value":
+        path = sorted(other.glob("*.safetensors"))[0]
+        tensors = load_file(path)
+        next(iter(tensors.values())).view(-1)[0] = 1.0
+        save_file(tensors, path, metadata={"format": "pt"})
+    words = [verb, "hf_to_mm", MM, str(out), HF, str(hf), HF, str(other)]
+    program = Path(__file__).parents[1] / "differing.py"
+    disagreed(launch(2, stop=[str(program), "2", *words]), out, "hf_config.hf_dir", str(other))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from api import Shape, to_hf, to_mm
 from hfgen import NEW_NAMES, renamed
-from mmread import MANIFEST, files_in
+from mmread import MANIFEST, compare_mm, files_in
 from tinymodels import CONVERTERS, inputs, save, tiny_model
 
 # TP 2, PP 2, VPP 2: the encoder crosses a virtual stage, the text decoder two.
@@ -64,6 +64,22 @@ def assert_same_model(model: Any, source: Path, back: Path) -> None:
     want, got = (logits(load(model, folder, model.dtype), batch) for folder in (source, back))
     assert want.float().std() > 0.1  # the weights matter
     assert torch.equal(got, want)
+
+
+@KINDS
+def test_the_inner_model_saved_alone(kind: str, tmp_path: Path) -> None:
+    """As AutoModel saves it; the class with a head loads that too, as the head is tied."""
+    model = tiny_model(kind, tied=True)
+    source = save(model, tmp_path / "source")
+    inner = save(model.model, tmp_path / "inner")
+    assert not any(n.startswith("model.") for n in load_file(inner / "model.safetensors"))
+    assert type(model).from_pretrained(inner, output_loading_info=True)[1]["missing_keys"] == set()
+    to_mm(CONVERTERS[kind], source, tmp_path / "want", LAYOUT)
+    to_mm(CONVERTERS[kind], inner, tmp_path / "mm", LAYOUT)
+    assert compare_mm(tmp_path / "want", tmp_path / "mm") == []
+    to_hf(CONVERTERS[kind], tmp_path / "mm", inner, tmp_path / "back")
+    name = "model.safetensors"
+    assert (tmp_path / "back" / name).read_bytes() == (inner / name).read_bytes()
 
 
 @KINDS

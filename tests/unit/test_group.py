@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mmconvert.agreement import of_plan, of_request
 
-from mmconvert.errors import LayoutError, MMConvertError, OutputError
+from mmconvert.config import HFConfig, HFToMM, Options
+from mmconvert.errors import LayoutError, MMConvertError, OutputError, RequestError
 from mmconvert.executor.group import Group
+from mmconvert.formats.reading import State
+from mmconvert.plan import Plan
+from mmconvert.stored import StoredTensor
 
 T = TypeVar("T")
 
@@ -121,3 +127,46 @@ def test_kinds_of_errors_are_kept() -> None:
     own, other = everywhere(2, work(KeyError("x")))
     assert isinstance(own, KeyError)
     assert type(other) is MMConvertError and "KeyError: 'x'" in str(other)
+
+
+def test_agreement() -> None:
+    """Where one differs all are told the same; what one lacks differs too."""
+    assert everywhere(3, lambda group: group.agree({"--dtype": "bf16"})) == [None] * 3
+    for other in ({"--dtype": "fp32"}, {}, {"--dtype": "bf16", "more": "1"}):
+        facts = [{"--dtype": "bf16"}, {"--dtype": "bf16"}, other]
+        found = everywhere(3, lambda group, facts=facts: group.agree(facts[group.rank]))
+        assert {type(error) for error in found} == {RequestError}
+        assert len({str(error) for error in found}) == 1
+        assert "process 0" in str(found[0]) and "process 2" in str(found[0])
+
+
+def test_what_must_agree(tmp_path: Path) -> None:
+    """Every flag but the number of threads; folders by where they are; sizes and headers."""
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    link.symlink_to(real)
+
+    def request(folder: Path, **options: Any) -> dict[str, str]:
+        cfg = HFToMM(Path("mm"), HFConfig(folder))
+        return of_request("hf_to_mm", cfg, Options(**options))
+
+    same = request(real)
+    assert request(link) == same
+    assert request(real, workers=7) == same
+    changes = {"dry_run": True, "dtype": "fp32", "overwrite": True, "drop": ("x",)}
+    for flag, value in changes.items():
+        other = request(real, **{flag: value})
+        assert [key for key in same if same[key] != other[key]] == [f"--{flag.replace('_', '-')}"]
+    tensor = StoredTensor("a", "F32", (2,), real / "file", 100)
+    states = {real / "file": State(108, 1, 2, 3, 4)}
+    plan = of_plan(Plan([tensor], [], [], []), states)
+    assert of_plan(Plan([tensor], [], [], []), {real / "file": State(108, 9, 9, 9, 9)}) == plan
+    for changed, state in (
+        (tensor, State(109, 1, 2, 3, 4)),
+        (tensor._replace(offset=104), states[real / "file"]),
+        (tensor._replace(dtype="I32"), states[real / "file"]),
+    ):
+        other = of_plan(Plan([changed], [], [], []), {real / "file": state})
+        assert [key for key in plan if plan[key] != other[key]] == [
+            f"the content of {real / 'file'}"
+        ]

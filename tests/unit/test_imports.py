@@ -68,7 +68,8 @@ ALLOWED: dict[str, set[str]] = {
 # Libraries beside the standard library: who may import them at all.
 LIBRARIES: dict[str, set[str]] = {
     "numpy": {"executor.measure", "executor.values"},
-    "PIL": {"runtime.media"},
+    "PIL": {"runtime.films", "runtime.media", "runtime.pictures", "runtime.tiles"},
+    "av": {"runtime.films"},
     "rich": {"cli.screen", "cli.tools.*", "report.picture"},
     "tyro": {"cli.arguments", "cli.tools.*"},
     "yaml": {"cli.settings"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -245,6 +246,24 @@ def written(tensors: Sequence[Named], path: Path, *, crc: bool, chunk: int) -> l
                 file.write(t.data[start : start + piece.nbytes])
     seal(path, layout)
     return stored
+
+
+@pytest.mark.parametrize("short", range(1, 8))
+def test_a_checksum_that_is_written_in_part(short: int, tmp_path: Path) -> None:
+    """The system takes the first digits alone, as on a disk that is full or a pipe's end."""
+    path = tmp_path / "x.ckpt"
+    written(SMALL, path, crc=True, chunk=80)
+    layout = layout_ckpt(entries(SMALL), crc=True, chunk=80)
+    with path.open("r+b") as file:
+        file.seek(layout.end + 7)
+        file.write(bytes(layout.size - layout.end - 7))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (layout.size - short, before[1]))
+    try:
+        with pytest.raises(OutputError, match="no more"):
+            seal(path, layout)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @settings(max_examples=100, deadline=None)

@@ -92,7 +92,7 @@ def _show(found: Inspection, asked: Inspected) -> None:
     )
     print(amount(found.nbytes) + (f", iteration {found.iteration}" if found.iteration else ""))
     for note in found.notes:
-        print(f"note: {printable(note, LONG)}")
+        print(("" if note.startswith("warning: ") else "note: ") + printable(note, LONG))
     table = None
     if found.layout is not None:
         sizes = {b.chunk: b.nbytes for b in found.boxes if b.chunk is not None}

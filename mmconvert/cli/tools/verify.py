@@ -29,7 +29,8 @@ class Pair:
     drop: Patterns = NO_PATTERNS
     """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
     quick: bool = False
-    """Compare the digests that --digests noted, unless a weight file has changed since."""
+    """Compare the digests that --digests noted, where size, times and inode of the weight files are
+    those noted too. Bytes that a disk has changed by itself are not seen."""
     vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"
     """How the MM checkpoints order the rows of the vision encoder's q, k and v."""
     workers: int = 0
@@ -56,6 +57,7 @@ def run(words: list[str]) -> int:
         verdict = compare(pair.a, pair.b, options, events)
         hint = verification.hint(pair.a, pair.b, verdict, options)
     found = [as_dict(d) for d in verdict.differences]
+    unseen = verification.UNSEEN if verdict.by_digest else ""
     if pair.json:
         answer = {
             "equal": verdict.equal,
@@ -64,11 +66,14 @@ def run(words: list[str]) -> int:
             "by_digest": verdict.by_digest,
             "unequal_digests": list(verdict.unequal),
             "hint": hint,
+            "not_seen": unseen,
         }
         print(json.dumps(answer))
     elif not pair.quiet:
         if verdict.equal and verdict.by_digest:
             print(f"equal: {verdict.tensors} tensors, by the digests of both manifests")
+            if unseen:
+                print(f"not seen: {unseen}")
         elif verdict.equal:
             size = amount(verdict.nbytes)
             print(f"equal: {verdict.tensors} tensors, {size} compared, every copy included")

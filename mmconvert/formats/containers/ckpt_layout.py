@@ -7,7 +7,6 @@ so a file is laid out first and the data is copied into it in place.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -190,6 +189,6 @@ def seal(path: Path, layout: CkptLayout) -> None:
         with path.open("r+b") as file:
             crc = crc_of(file, layout.end)
             digits = CRC_BYTES - len(CRC_MARK)
-            os.pwrite(file.fileno(), crc.to_bytes(digits, "big"), layout.size - digits)
+            write_all(file.fileno(), crc.to_bytes(digits, "big"), layout.size - digits)
     except OSError as error:
         raise cannot_write(path, error) from error

@@ -85,5 +85,5 @@ def adapter_words(folder: Path, names: Iterable[str]) -> str:
     """What to say of an adapter that lies beside a model."""
     return (
         f"warning: an adapter lies in {folder} and is not applied: {summarise(names)}; if its "
-        "training is expected, merge it into the model first (PEFT's merge_and_unload)"
+        "training is to count, merge it into the model first (PEFT's merge_and_unload)"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmconvert.causes.folders import PARTS, other_form, stale_index
-from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.errors import CheckpointError, FormatError, TensorError
 from mmconvert.formats.containers.safetensors import WeightFile, parse_json, read_weight_file
 from mmconvert.formats.hf import bin as hf_bin
 from mmconvert.formats.hf.choice import (
@@ -122,6 +122,7 @@ def open_hf(folder: Path) -> HFCheckpoint:
         found = _indexed(folder, config, name)
     else:
         found = HFCheckpoint(folder, config, [_read(folder / name)], None)
+        _check_single(found.files[0])
     read = frozenset({name, *(file.path.name for file in found.files)})
     return replace(found, notes=tuple(not_read(folder, read)), read=read)
 
@@ -135,6 +136,27 @@ def chosen(folder: Path, config: Mapping[str, object]) -> str:
         return INDEX if set(read_index(folder).values()) == {SINGLE} else name
     except CheckpointError:  # transformers does not look at it either
         return name
+
+
+def _check_single(file: WeightFile) -> None:
+    """Raises TensorError for a single file that holds a part of the model alone, where an index
+    beside it lists the whole: transformers would start the rest from random numbers.
+    """
+    folder = file.path.parent
+    if file.path.name != SINGLE or not (folder / INDEX).is_file():
+        return
+    try:
+        listed = set(read_index(folder))
+    except CheckpointError:
+        return
+    held = {tensor.name for tensor in file.tensors}
+    if held < listed:
+        raise TensorError(
+            f"{file.path} holds {len(held)} of the {len(listed)} tensors that {INDEX} lists; "
+            "transformers reads this file, and not those of the index",
+            "the whole model in the file, or no such file",
+            f"move {file.path} away, if the files of the index are the model",
+        )
 
 
 def _read(path: Path) -> WeightFile:

@@ -226,7 +226,8 @@ def _with_text_of(
     text = tuple(m for m in table if m.key == "llm")
     index = hf_templates(text)
     other = open_hf(folder)
-    if "vision_config" in other.config:
+    notes.words += other.notes
+    if other.config.get("vision_config") is not None:
         raise CheckpointError(
             f"llm_hf_dir {folder} is a multimodal checkpoint", "a plain language model"
         )

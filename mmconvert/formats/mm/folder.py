@@ -174,16 +174,6 @@ def _rank_folders(folder: Path) -> dict[Rank, Path]:
     return dict(sorted(ranks.items()))
 
 
-def rank_file_parts(file: Path) -> dict[str, dict[str, StoredTensor]]:
-    """The model chunks of one rank file, by their key: ``model``, or ``model0``, ``model1``...
-
-    Raises:
-        FormatError: a damaged file, or none of a rank.
-    """
-    found = rank_parts(read_pt(file), {})
-    return {name: found[name] for name in part_names(file, found)}
-
-
 def part_names(file: Path, found: Iterable[str]) -> list[str]:
     """The keys of a rank file's model chunks, in their order.
 

@@ -41,6 +41,13 @@ class Verdict:
         return not self.differences and not self.unequal
 
 
+# What a comparison of digests takes on trust, in words.
+UNSEEN = (
+    "bytes that changed while size, times and inode stayed, such as by a failing disk; "
+    "verify without --quick reads every byte"
+)
+
+
 def verify_quickly(
     a: Path, b: Path, options: Options | None = None, events: Events | None = None
 ) -> Verdict:

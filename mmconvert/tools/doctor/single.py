@@ -1,4 +1,4 @@
-"""A single file: an MM rank file, or a safetensors file."""
+"""A single file: an MM rank file, or a weight file of a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from mmconvert.causes.quantised import quantised
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.events import Events
 from mmconvert.formats.containers.safetensors import read_weight_file
+from mmconvert.formats.hf.bin import SUFFIX, read_bin
+from mmconvert.formats.hf.choice import SAFETENSORS
 from mmconvert.formats.mm.folder import part_names
 from mmconvert.sharding.layout import Chunk, Rank
 from mmconvert.stored import StoredTensor
@@ -24,7 +26,7 @@ from mmconvert.tools.doctor.values import look_for_nan
 def examine_file(path: Path, asked: Asked, events: Events, report: Report) -> None:
     """One file by itself: what only other files can tell is left out."""
     report.skipped.append("whatever the other files of the checkpoint tell")
-    is_hf = path.suffix == ".safetensors"
+    is_hf = path.suffix in (SAFETENSORS, SUFFIX)
     report.kind = "hf_weight_file" if is_hf else "mm_rank_file"
     tensors = _weight_file(path, report) if is_hf else _rank_file(path, report)
     if asked.values:
@@ -33,18 +35,18 @@ def examine_file(path: Path, asked: Asked, events: Events, report: Report) -> No
 
 def _weight_file(path: Path, report: Report) -> list[StoredTensor]:
     try:
-        tensors = read_weight_file(path).tensors
+        file = read_bin(path) if path.suffix == SUFFIX else read_weight_file(path)
     except FormatError as error:
         look_at_damage(path, error, report)
         return []
     except CheckpointError as error:
         report.add_error("cannot-read", error, path=path)
         return []
-    report.files, report.tensors = 1, len(tensors)
-    plain = [t for t in tensors if t.name.endswith(".weight")]
-    if (fault := quantised(tensors, plain, {})) is not None:
+    report.files, report.tensors = 1, len(file.tensors)
+    plain = [t for t in file.tensors if t.name.endswith(".weight")]
+    if (fault := quantised(file.tensors, plain, {})) is not None:
         report.add_error("refused", fault, path=path)
-    return tensors
+    return file.tensors
 
 
 def _rank_file(path: Path, report: Report) -> list[StoredTensor]:

@@ -1,0 +1,122 @@
+"""The form of a conversation, turn by turn, and how one that is too long is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmconvert.runtime.batch import IGNORED
+from mmconvert.runtime.families import Architecture, read_config
+
+
+@dataclass(frozen=True)
+class Template:
+    """ChatML in one of its forms.
+
+    Attributes:
+        system: what a conversation begins with that has no such message of its own; "" for nothing.
+        between: what stands behind the end of each message.
+        begin: the tokenizer's first token stands first, if it has one.
+        by_turn: a long conversation is cut turn by turn, as LLaMA-Factory does; else on the right.
+    """
+
+    system: str = ""
+    between: str = "\n"
+    begin: bool = False
+    by_turn: bool = True
+
+
+# Qwen: the chat templates of the models. InternVL: conversation.py of OpenGVLab's models.
+QWEN = Template("You are a helpful assistant.")
+TEMPLATES = {
+    "internlm2-chat": Template(
+        "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
+        "英文名叫InternVL, 是一个有用无害的人工智能助手。",
+        between="",
+        begin=True,
+        by_turn=False,
+    ),
+    "internvl2_5": Template(
+        "你是书生·万象，英文名是InternVL，"
+        "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",
+        by_turn=False,
+    ),
+}
+TEMPLATES["Hermes-2"] = TEMPLATES["internlm2-chat"]  # what config.json of some InternVL2 says
+
+
+def template_of(arch: Architecture, hf_dir: Path, name: str) -> Template:
+    """The template of a model.
+
+    Args:
+        name: InternVL's, by data.json; "" takes that of config.json, or a bare one.
+    """
+    if not arch.intern:
+        return QWEN
+    return TEMPLATES.get(name or str(read_config(hf_dir).get("template")), Template(by_turn=False))
+
+
+@dataclass
+class Turn:
+    """What is asked, and what is answered: ids, and which of the answer's are learnt."""
+
+    asked: list[int] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
+    learnt: list[bool] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], *, answer: bool, learnt: bool = False) -> None:
+        """Appends ids to one of both."""
+        if answer:
+            self.answer += ids
+            self.learnt += [learnt] * len(ids)
+        else:
+            self.asked += ids
+
+
+def line(
+    turns: Sequence[Turn], length: int, *, by_turn: bool, everything: bool, last: bool
+) -> tuple[list[int], list[int]]:
+    """(ids, labels) of a conversation.
+
+    Args:
+        length: ids at most; 0 for no limit.
+        by_turn: how a longer one is cut.
+        everything: questions are learnt, too.
+        last: of the answers only the last is learnt; a long conversation then keeps its end.
+    """
+    pairs = list(enumerate(turns))
+    found: list[tuple[list[int], list[int]]] = []
+    room = length
+    for number, turn in reversed(pairs) if last else pairs:
+        asked, answer = len(turn.asked), len(turn.answer)
+        if length and by_turn:
+            if room <= 0:
+                break
+            asked, answer = shares(asked, answer, room)
+            room -= asked + answer
+        keeps = not last or number == len(turns) - 1
+        labels = turn.asked[:asked] if everything else [IGNORED] * asked
+        kept = zip(turn.answer[:answer], turn.learnt, strict=False)
+        labels += [i if keeps and learnt else IGNORED for i, learnt in kept]
+        found.append((turn.asked[:asked] + turn.answer[:answer], labels))
+    if last:
+        found.reverse()
+    ids = [i for part, _ in found for i in part]
+    labels = [i for _, part in found for i in part]
+    return (ids[:length], labels[:length]) if length else (ids, labels)
+
+
+def shares(asked: int, answer: int, room: int) -> tuple[int, int]:
+    """How much of a question and of its answer fits: LLaMA-Factory's rule.
+
+    A short one of the two stays whole; of two long ones each keeps its proportion.
+    """
+    if 2 * answer < room:
+        most = room
+    elif 2 * asked < room:
+        most = room - asked
+    else:
+        most = int(room * (answer / (asked + answer)))
+    answer = min(most, answer)
+    return min(max(room - answer, 0), asked), answer
