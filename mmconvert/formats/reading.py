@@ -61,13 +61,13 @@ class Watch:
                 same = State.of(path.stat()) == before
             except OSError as error:
                 raise CheckpointError(
-                    f"{path}: {error.strerror}: it is gone since the conversion began",
-                    "a file that does not change during the conversion",
+                    f"{path}: {error.strerror}: it is gone since the first look",
+                    "a file that does not change meanwhile",
                 ) from error
             if not same:
                 raise CheckpointError(
-                    f"{path} has changed during the conversion",
-                    "a file that does not change during the conversion",
+                    f"{path} has changed while it was read",
+                    "a file that does not change meanwhile",
                     "wait until whatever writes it has finished, and run the command again",
                 )
 
@@ -92,6 +92,19 @@ def watched(conversion: Callable[P, R]) -> Callable[P, R]:
             _watch.reset(token)
 
     return watching
+
+
+def steady(comparison: Callable[P, R]) -> Callable[P, R]:
+    """Watches what a comparison reads: it says nothing unless all of it is the same at the end."""
+
+    @watched
+    @wraps(comparison)
+    def comparing(*args: P.args, **kwargs: P.kwargs) -> R:
+        result = comparison(*args, **kwargs)
+        current().check()
+        return result
+
+    return comparing
 
 
 def note(paths: Iterable[Path]) -> None:

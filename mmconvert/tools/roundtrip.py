@@ -26,6 +26,7 @@ from mmconvert.formats.hf.side import hf_side, hf_target
 from mmconvert.formats.mm.source import Parts, claim_mm, mm_source
 from mmconvert.formats.mm.target import mm_target
 from mmconvert.formats.model import Model, target_layout
+from mmconvert.formats.reading import steady
 from mmconvert.names import NO_LAYER
 from mmconvert.plan.plan import (
     Block,
@@ -69,6 +70,7 @@ class Outcome:
     seconds: float
 
 
+@steady
 def roundtrip(
     family: Family,
     hf_dir: Path,

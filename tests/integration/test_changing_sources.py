@@ -16,6 +16,8 @@ from mmconvert.convert import hf_to_mm, mm_to_hf, reshard
 from mmconvert.convert_ms import hf_to_ms, reshard_ms
 from mmconvert.errors import CheckpointError, ReplicaError
 from mmconvert.events import Events
+from mmconvert.tools.comparison.diff import diff
+from mmconvert.tools.comparison.verification import verify
 from qwenvl import make_qwenvl
 
 
@@ -166,3 +168,18 @@ def test_one_conversion_does_not_watch_for_another(
     written(sorted(hf.glob("*.safetensors"))[0])
     reshard(converters.load(QWEN2VL), Resplit(tied_mm22, out, ParallelConfig()))
     assert out.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("tool", "phase"), [(verify, "comparing"), (diff, "measuring")], ids=["verify", "diff"]
+)
+def test_comparisons(
+    tool: Callable[..., object], phase: str, tied_hf: Path, tied_mm: Path, tmp_path: Path
+) -> None:
+    """Nothing is said of a checkpoint that was replaced while it was compared."""
+    hf = copied(tied_hf, tmp_path / "hf")
+    tool(hf, tied_mm, None, Events())
+    path = sorted(hf.glob("*.safetensors"))[-1]
+    with pytest.raises(CheckpointError, match="has changed while it was read") as caught:
+        tool(hf, tied_mm, None, At(phase, lambda: same_bytes(path)))
+    assert str(path) in str(caught.value)

@@ -592,7 +592,7 @@ def test_a_source_that_is_written_to(own: Work, out: Path, tmp_path: Path) -> No
         timeout=120,
         check=False,
     )
-    refused(done, 3, "has changed during the conversion", out=out)
+    refused(done, 3, "has changed while it was read", out=out)
 
 
 def test_weights_are_real(works: dict[str, Work], undisturbed: Ask) -> None:

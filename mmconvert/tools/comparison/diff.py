@@ -19,6 +19,7 @@ from mmconvert.executor.distance import NOTHING, Distance, distances, nbytes_of,
 from mmconvert.executor.jobs import default_workers
 from mmconvert.formats.mm.folder import find_weights
 from mmconvert.formats.model import idle_patterns
+from mmconvert.formats.reading import steady
 from mmconvert.formats.recognise import is_hf
 from mmconvert.names import NO_LAYER, number
 from mmconvert.plan.plan import Block, Key, Whole, matrix
@@ -44,6 +45,7 @@ QKV = (
 )
 
 
+@steady
 def diff(a: Path, b: Path, options: Options | None = None, events: Events | None = None) -> Diff:
     """Measures how far apart two checkpoints are, HF or MM, in any layouts of one family.
 

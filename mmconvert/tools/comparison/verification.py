@@ -12,6 +12,7 @@ from mmconvert.executor import compare
 from mmconvert.executor.differences import Difference
 from mmconvert.executor.jobs import default_workers
 from mmconvert.formats import manifest
+from mmconvert.formats.reading import steady
 from mmconvert.names import number, summarise
 from mmconvert.plan.plan import Key, Side, build_comparison
 from mmconvert.tools.comparison.pairing import open_pair
@@ -72,6 +73,7 @@ def verify_quickly(
     return Verdict(len(left), 0, [], unequal, by_digest=True)
 
 
+@steady
 def verify(
     a: Path, b: Path, options: Options | None = None, events: Events | None = None
 ) -> Verdict:
