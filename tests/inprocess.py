@@ -32,12 +32,13 @@ def converter_of(model: str) -> str:
 
 @contextmanager
 def same_signals() -> Iterator[None]:
-    """`main` answers SIGTERM; the tests' process keeps its own answer."""
-    before = signal.getsignal(signal.SIGTERM)
+    """`main` answers signals; the tests' process keeps its own answers."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, answer in before.items():
+            signal.signal(number, answer)
 
 
 def call(*words: str | Path, check: int | None = 0) -> Done:

@@ -124,6 +124,17 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
 def _guarded(words: list[str]) -> int:
     """Runs one command line; whatever goes wrong becomes a message and an exit code."""
     try:
+        try:
+            return _reported(words)
+        finally:
+            _heed_no_more()
+    except KeyboardInterrupt:  # while something else was being told
+        screen.say("interrupted")
+        return INTERRUPTED
+
+
+def _reported(words: list[str]) -> int:
+    try:
         code = _dispatch(words)
         sys.stdout.flush()  # here and not when Python ends, where a full disk is exit code 120
         return code
@@ -135,24 +146,32 @@ def _guarded(words: list[str]) -> int:
             print(json.dumps(error.as_dict()))
         return stop.code if isinstance(stop.code, int) else RequestError.exit_code
     except KeyboardInterrupt as stop:  # whoever was writing says what is left, and nobody else
-        what, fix = (stop.what, stop.fix) if isinstance(stop, Interrupted) else ("interrupted", "")
-        if _asked(words, "--json"):
-            told = {"error": "Interrupted", "what": what, "expected": "", "fix": fix}
-            print(json.dumps(told | {"exit_code": INTERRUPTED}))
-        screen.say(f"{what}; {fix}" if fix else what)
-        return INTERRUPTED
+        return _interrupted(stop, words)
     except BrokenPipeError:  # the reader of our output went away
         screen.abandon(sys.stdout)
         return CLOSED_PIPE
     except OSError as error:  # files' errors are MMConvertErrors: this is the standard output's
         if error.filename is not None:
-            return _fail(InternalError(f"{type(error).__name__}: {error}"), words)
+            return _fail(_unusable(error), words)
         screen.abandon(sys.stdout)
         return _fail(_unprinted(error), words)
     except MemoryError:
         return _fail(MMConvertError("out of memory", "a few hundred MiB of free memory"), words)
     except Exception as error:  # the last line of defence: named, never a bare traceback
+        before = error.__context__
+        if isinstance(before, KeyboardInterrupt):  # a pool that it had ended, and the like
+            return _interrupted(before, words)
         return _fail(InternalError(f"{type(error).__name__}: {error}"), words)
+
+
+def _interrupted(stop: KeyboardInterrupt, words: Sequence[str]) -> int:
+    _heed_no_more()
+    what, fix = (stop.what, stop.fix) if isinstance(stop, Interrupted) else ("interrupted", "")
+    if _asked(words, "--json"):
+        told = {"error": "Interrupted", "what": what, "expected": "", "fix": fix}
+        print(json.dumps(told | {"exit_code": INTERRUPTED}))
+    screen.say(f"{what}; {fix}" if fix else what)
+    return INTERRUPTED
 
 
 class InternalError(MMConvertError):
@@ -170,6 +189,28 @@ class InternalError(MMConvertError):
 
 def _terminated(signum: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _heed_no_more() -> None:
+    """From here on signals interrupt nothing: the end is being told, or is there already.
+
+    Where nobody reads what is told, it would never end: after one more second it does.
+    """
+
+    def hasten(signum: int, frame: object) -> None:
+        signal.signal(signal.SIGALRM, lambda signum, frame: os._exit(INTERRUPTED))
+        signal.alarm(1)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, hasten)
+
+
+def _unusable(error: OSError) -> RequestError:
+    """What the system says of a path that no other part of the program has looked at before."""
+    return RequestError(
+        f"{os.fsdecode(error.filename)}: {error.strerror or error}",  # pyright: ignore[reportArgumentType]
+        "a path that the system can use",
+    )
 
 
 def _asked(words: Sequence[str], flag: str) -> bool:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -343,6 +343,49 @@ def test_an_interruption(number: signal.Signals, big: Path, out: Path) -> None:
         caught(process, out)
         process.send_signal(number)
         refused(ended(process), 130, "interrupted", out=out)
+
+
+def test_signals_while_the_first_is_told(big: Path, out: Path) -> None:
+    """Impatient users, and process managers that signal twice: one message, no traceback."""
+    for seed in range(3):
+        pause = random.Random(seed)
+        with started(big, out, "--workers", "1", "--json") as process:
+            caught(process, out)
+            process.send_signal(signal.SIGINT)
+            os.kill(process.pid, signal.SIGCONT)
+            for _ in range(200):
+                if process.poll() is not None:
+                    break
+                process.send_signal(pause.choice([signal.SIGINT, signal.SIGTERM]))
+                time.sleep(pause.random() * 0.004)
+            _, said = process.communicate(timeout=WAIT)
+            assert "Traceback" not in said and "interrupted" in said
+            # a signal may come after the last word of the program, when Python itself is ending
+            assert process.returncode in (130, -signal.SIGINT, -signal.SIGTERM)
+        shutil.rmtree(out.with_name(f".{out.name}.mmconvert-partial"), ignore_errors=True)
+
+
+def test_a_signal_ends_a_message_that_nobody_reads(tmp_path: Path) -> None:
+    """Told into a pipe that is full; the second signal ends it after a second."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(write_end, bytes(4096))
+    os.set_blocking(write_end, True)
+    words = [sys.executable, "-m", "mmconvert", "inspect", tmp_path / "none"]
+    process = subprocess.Popen(words, stderr=write_end, stdout=subprocess.DEVNULL)
+    try:
+        time.sleep(1)
+        while process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=3)
+        assert process.returncode in (130, -signal.SIGINT)
+    finally:
+        process.kill()
+        os.close(read_end)
+        os.close(write_end)
 
 
 def test_an_interruption_keeps_the_old_checkpoint(big: Path, tied_mm22: Path, out: Path) -> None:
