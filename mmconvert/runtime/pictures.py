@@ -34,7 +34,7 @@ def open_picture(path: Path) -> Image.Image:
         raise RequestError(f"{path}: {error}", "a smaller picture") from None
     except RequestError:
         raise
-    except (OSError, ValueError, SyntaxError, ArithmeticError, LookupError) as error:
+    except Exception as error:  # decoders raise what they like: SyntaxError, struct.error, ...
         raise RequestError(f"{path}: {_reason(error)}", "a picture file") from None
 
 
@@ -100,7 +100,7 @@ def frames_of(path: Path) -> list[Image.Image] | None:
         raise RequestError(f"{path}: {error}", "a smaller picture") from None
     except UnidentifiedImageError:
         return None
-    except (OSError, ValueError, SyntaxError, ArithmeticError, LookupError) as error:
+    except Exception as error:  # decoders raise what they like: SyntaxError, struct.error, ...
         raise RequestError(f"{path}: {_reason(error)}", "an animation") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - the name torch's own pages 
 from mmconvert.errors import RequestError
 from mmconvert.runtime import films
 
+RATES = (1000, 1_000_000)  # of a WAV file; a slower one would grow without bounds
 RATE = 16000  # samples a second that the audio encoder knows
 ZEROS = 32  # zero crossings of the filter on each side
 BETA = 12.0  # of its Kaiser window: what folds back is 118 dB below
@@ -44,7 +46,7 @@ def _pcm(path: Path) -> tuple[Tensor, int] | None:
         with wave.open(str(path), "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             raw = bytearray(file.readframes(LONGEST // max(1, width * channels)))
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, ArithmeticError, struct.error) as error:
         raise RequestError(f"{path} cannot be read: {error}", "a PCM WAV file") from None
     except wave.Error:
         return None
@@ -55,7 +57,9 @@ def _pcm(path: Path) -> tuple[Tensor, int] | None:
     }
     if width not in kinds:
         return None
-    if not raw or rate < 1 or channels < 1:
+    if not RATES[0] <= rate <= RATES[1]:
+        raise RequestError(f"{path}: {rate} samples a second", f"{RATES[0]} to {RATES[1]}")
+    if not raw or channels < 1:
         raise RequestError(f"{path}: {8 * width} bits, {len(raw)} bytes", "samples of a sound")
     dtype, zero, most = kinds[width]
     raw = raw[: len(raw) // (width * channels) * width * channels]
