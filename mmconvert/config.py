@@ -85,6 +85,8 @@ class HFToMM:
     common_model_config: CommonModelConfig = field(default_factory=CommonModelConfig)
     save_vit_only: bool = False
     """Write the encoders and their projector only, without the text decoder."""
+    model_json: MaybePath = None
+    """MindSpeed-MM's model.json in place of the layer lists and tensor-parallel sizes."""
     trust_remote_code: bool = False
     """Accepted for compatibility: config.json is read as data, nothing is ever run."""
 
@@ -100,6 +102,8 @@ class MMToHF:
     hf_config: HFConfig
     parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
     common_model_config: CommonModelConfig = field(default_factory=CommonModelConfig)
+    model_json: MaybePath = None
+    """MindSpeed-MM's model.json in place of the layer lists and tensor-parallel sizes."""
     trust_remote_code: bool = False
     """Accepted for compatibility: config.json is read as data, nothing is ever run."""
 
@@ -125,6 +129,8 @@ class Resplit:
     hf_config: OptionalHFConfig = field(default_factory=OptionalHFConfig)
     save_vit_only: bool = False
     """Read and write the encoders and their projector only."""
+    model_json: MaybePath = None
+    """MindSpeed-MM's model.json in place of the lists and sizes that are written."""
     trust_remote_code: bool = False
     """Accepted for compatibility; nothing is ever run."""
 

@@ -25,6 +25,7 @@ from mmconvert.formats.model import (
     unchecked_units,
 )
 from mmconvert.formats.reading import watched
+from mmconvert.modeljson.layout import settled
 from mmconvert.names import summarise
 from mmconvert.plan.plan import Side, build, carry, in_dtype
 from mmconvert.plan.reorder import reorder
@@ -41,6 +42,7 @@ def hf_to_mm(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
+    cfg = settled(cfg)
     run = Run("hf_to_mm", cfg, options, events)
     check_apart(cfg.mm_dir, [cfg.hf_config.hf_dir])
     check_reading_options(run.options)
@@ -71,6 +73,7 @@ def mm_to_hf(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
+    cfg = settled(cfg)
     run = Run("mm_to_hf", cfg, options, events)
     check_apart(cfg.save_hf_dir, [cfg.hf_config.hf_dir, cfg.mm_dir])
     model = hf_model(family, cfg.hf_config.hf_dir, run.options)
@@ -98,6 +101,7 @@ def reshard(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
+    cfg = settled(cfg)
     run = Run("resplit", cfg, options, events)
     check_writing_options(run.options)
     check_apart(cfg.target_dir, [cfg.source_dir])

@@ -31,6 +31,7 @@ TOOLS = {
     "verify": "A B compares two checkpoints, Hugging Face or MM, in any two layouts",
     "diff": "A B measures how far apart two checkpoints are, by tensor, layer and module",
     "suggest": "HF_DIR --pp N balances the layers over the pipeline and prints the command",
+    "model_json": "HF_DIR --output FILE writes MindSpeed-MM's model.json for a model and layout",
     "doctor": "PATH says what is wrong with a checkpoint, and prints the commands that mend it",
     "roundtrip": "HF_DIR proves for CI that what comes back from MM format is what went in",
     "validate": "--mm_dir D --hf_dir H runs both and compares what they compute",

@@ -22,7 +22,7 @@ from mmconvert.cli.scripttable import (
     STANDS_FOR,
 )  # fmt: skip
 from mmconvert.errors import LayoutError, RequestError
-from mmconvert.modeljson import ModelJson
+from mmconvert.modeljson.file import ModelJson
 from mmconvert.sharding.layout import Layout
 
 

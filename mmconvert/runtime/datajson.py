@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mmconvert.errors import RequestError
-from mmconvert.modeljson import read_object
+from mmconvert.modeljson.file import read_object
 from mmconvert.runtime.prepare import Prepare, Tiling
 from mmconvert.runtime.samples import KINDS, Columns, Source, listed
 

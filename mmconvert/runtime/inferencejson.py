@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mmconvert.errors import RequestError
-from mmconvert.modeljson import ModelJson, read_model_json
+from mmconvert.modeljson.file import ModelJson, read_model_json
 
 LONGEST = 256  # tokens of an answer where nothing is said
 

@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "converters": {"sharding"},
     "plan": {"converters", "sharding", "stored"},
     "config": {"sharding"},
-    "modeljson": {"sharding"},
+    "modeljson": {"config", "sharding"},
     "config_ms": {"config"},
     "executor": {"formats", "plan", "sharding", "stored"},
     "formats": {"causes", "config", "converters", "executor", "plan", "sharding", "stored"},

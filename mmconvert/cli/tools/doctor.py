@@ -33,6 +33,8 @@ class Patient:
     """A checkpoint folder, Hugging Face or MM, or one of its weight files."""
     hf_dir: MaybePath = None
     """For MM: the original checkpoint. Gives sizes, ties, and the order of vision q, k, v."""
+    model_json: MaybePath = None
+    """MindSpeed-MM's model.json: its layer lists and sizes are to be the checkpoint's."""
     quick: bool = False
     """Do not compare copies of tensors; nearly all that is read then are headers."""
     values: bool = False
@@ -66,7 +68,10 @@ def run(words: list[str]) -> int:
             "a Hugging Face or MM checkpoint",
             "mm-convert inspect reads it, and mm-convert verify compares it with another",
         )
-    expected = Asked(asked.hf_dir, asked.quick, asked.values, asked.workers or default_workers())
+    expected = Asked(
+        asked.hf_dir, asked.quick, asked.values, asked.workers or default_workers(),
+        asked.model_json,
+    )  # fmt: skip
     with screen_events(quiet=asked.quiet) as events:
         report = examine(asked.path, expected, events)
     if asked.json:

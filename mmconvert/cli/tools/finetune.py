@@ -15,7 +15,7 @@ from mmconvert.cli.scriptflags import Script, check_layout, needed, read_script
 from mmconvert.cli.scripttable import DEFAULTS
 from mmconvert.config import MaybePath
 from mmconvert.errors import RequestError
-from mmconvert.modeljson import read_model_json
+from mmconvert.modeljson.file import read_model_json
 from mmconvert.sharding.layout import Layout
 
 if TYPE_CHECKING:

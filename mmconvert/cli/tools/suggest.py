@@ -6,12 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
 from mmconvert.cli.arguments import read_plain
 from mmconvert.cli.screen import screen_events
+from mmconvert.config import MaybePath
 from mmconvert.words import amount
 
 if TYPE_CHECKING:
@@ -56,6 +57,12 @@ class Asked:
     """Tokens of a sample that come from sound, for models with an audio encoder: 25 a second."""
     mm_dir: str = ""
     """Folder for the MM checkpoint in the printed command; not given: named after the layout."""
+    model_json: MaybePath = None
+    """MindSpeed-MM's model.json to put the lists in; the flags of its script are printed."""
+    write: MaybePath = None
+    """Where to write the model.json with the lists; without --model_json, a new one."""
+    overwrite: bool = False
+    """Replace that file."""
     config_only: bool = False
     """Take sizes from config.json even where weight files are."""
     json: bool = False
@@ -74,15 +81,17 @@ def run(words: list[str]) -> int:
         asked.pp,
         asked.vpp,
         {"llm": asked.tp, "vit": asked.vit_tp, "audio": asked.audio_tp},
-        tuple(name.strip() for name in asked.freeze.split(",") if name.strip()),
+        _frozen(asked),
         asked.by,
         Workload(asked.seq_length, asked.image_tokens, asked.images, asked.audio_tokens),
         asked.config_only,
     )
     found = suggest(asked.path, expected)
     mm_dir = Path(asked.mm_dir) if asked.mm_dir else _folder_name(asked)
+    made = _model_json(asked, found) if asked.model_json or asked.write else None
     if asked.json:
-        print(json.dumps(found.as_dict(asked.path, mm_dir)))
+        more = {} if made is None else {"model_json": made.content, "script_flags": made.flags}
+        print(json.dumps(found.as_dict(asked.path, mm_dir) | more))
         return 0
     with screen_events(quiet=False) as events:
         for note in found.notes:
@@ -91,7 +100,46 @@ def run(words: list[str]) -> int:
             events.note(f"warning: {warning}")
     show(found)
     print(found.command(asked.path, mm_dir))
+    if made is not None:
+        print(f"in the training script: {' '.join(made.flags)}")
     return 0
+
+
+def _frozen(asked: Asked) -> tuple[str, ...]:
+    """What does not learn: as asked for, else the modules that model.json freezes as a whole."""
+    if asked.freeze or asked.model_json is None:
+        return tuple(name.strip() for name in asked.freeze.split(",") if name.strip())
+    from mmconvert.modeljson.file import read_model_json
+
+    names = read_model_json(asked.model_json).frozen()
+    parts = {"image_encoder.encoder", "image_encoder.projector"}
+    whole = ("image_encoder",) if parts <= set(names) else ()
+    return (*whole, *(name for name in names if "." not in name))
+
+
+class Made(NamedTuple):
+    """A model.json with the lists, and the flags of the script that goes with it."""
+
+    content: dict[str, Any]
+    flags: list[str]
+
+
+def _model_json(asked: Asked, found: Suggestion) -> Made:
+    """Puts the lists into a model.json, and writes it if that is asked for."""
+    from mmconvert.formats.hf.folder import read_config
+    from mmconvert.modeljson.file import read_model_json
+    from mmconvert.modeljson.keys import model_keys
+    from mmconvert.modeljson.write import script_flags, with_layout, write_json
+    from mmconvert.sharding.layout import Layout
+
+    grids = found.balance.grids
+    layout = Layout({key: found.tp.get(key, found.tp["llm"]) for key in grids}, grids)
+    file = asked.model_json
+    old = read_model_json(file).content if file else model_keys(read_config(asked.path))
+    content = with_layout(old, layout)
+    if asked.write is not None:
+        write_json(content, asked.write, overwrite=asked.overwrite)
+    return Made(content, script_flags(content, layout))
 
 
 def freeze_joined(words: Sequence[str]) -> list[str]:

@@ -49,12 +49,14 @@ class Asked:
         quick: copies of tensors are not compared.
         values: all data is read, and searched for NaN and infinity.
         workers: number of threads.
+        model_json: MindSpeed-MM's file that is to fit.
     """
 
     hf_dir: Path | None
     quick: bool
     values: bool
     workers: int
+    model_json: Path | None = None
 
     def original(self, report: Report) -> Original | None:
         """Opens hf_dir. Its weights may be absent or damaged: config.json gives the sizes."""

@@ -16,6 +16,7 @@ from mmconvert.tools.doctor.folder import has_ranks, iterations
 from mmconvert.tools.doctor.hf import examine_hf
 from mmconvert.tools.doctor.leftovers import is_locked, look_beside, staged_for
 from mmconvert.tools.doctor.mm import examine_mm
+from mmconvert.tools.doctor.modelfile import look_at_model_json
 from mmconvert.tools.doctor.report import Report
 from mmconvert.tools.doctor.single import examine_file
 
@@ -76,6 +77,7 @@ def _dispatch(path: Path, asked: Asked, events: Events, report: Report) -> None:
     weights = any(path.glob("*.safetensors")) or (path / INDEX).is_file()
     if hf and (weights or not mm):
         examine_hf(path, asked, events, report)
+        look_at_model_json(path, None, asked, report)
     else:
         examine_mm(path, asked, events, report)
 

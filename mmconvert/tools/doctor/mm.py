@@ -16,6 +16,7 @@ from mmconvert.sharding.layout import Layout, parse_folder
 from mmconvert.tools.doctor.asked import Asked, Original
 from mmconvert.tools.doctor.chart import Chart, make_chart
 from mmconvert.tools.doctor.folder import rank_folders, weights_folder
+from mmconvert.tools.doctor.modelfile import look_at_model_json
 from mmconvert.tools.doctor.rankfiles import read_rank_files
 from mmconvert.tools.doctor.report import Report
 from mmconvert.tools.doctor.shapes import find_layout, look_at_shapes
@@ -78,6 +79,7 @@ def _look_at_whole(
     layout = found.layout
     side = look_at_shapes(chart, found, report)
     report.checked.append(f"layout: {layout.describe()}")
+    look_at_model_json(root, layout, asked, report)
     if asked.quick:
         report.skipped.append("copies of tensors (--quick)")
     else:

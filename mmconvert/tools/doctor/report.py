@@ -100,6 +100,10 @@ SEVERITY: dict[str, str] = {
     "duplicate-tensor": ERROR,
     "extra-layers": ERROR,
     "mixed-dtypes": ERROR,
+    # MindSpeed-MM's model.json beside it
+    "model-json": ERROR,
+    "model-json-layout": ERROR,
+    "model-json-sizes": ERROR,
 }
 
 MOST_EACH = 20  # findings of one id that are listed; the others are counted
