@@ -101,26 +101,60 @@ def data_json(
     return content
 
 
+def intern_data_json(folder: Path, name: str = "data_8B.json") -> dict[str, Any]:
+    """Writes the data.json of InternVL2, as its guide edits it."""
+    content: dict[str, Any] = {
+        "dataset_param": {
+            "dataset_type": "multimodal",
+            "basic_parameters": {
+                "data_path": "opensource/ai2d_train_12k.jsonl", "data_folder": "data/ai2d",
+            },
+            "preprocess_parameters": {
+                "image_reader_type": "torchvision",
+                "train_pipeline": {
+                    "image": [
+                        {"trans_type": "Pad2Square", "param": {"mean": [0.485, 0.456, 0.406]}},
+                        {"trans_type": "ToTensor"},
+                    ]
+                },
+            },
+            "tokenizer_config": {
+                "hub_backend": "hf", "autotokenizer_name": "AutoTokenizer",
+                "from_pretrained": str(folder / "hf"), "use_fast": False,
+            },
+            "use_text_processer": True, "template_name": "internlm2-chat", "image_size": 448,
+            "patch_size": 14, "down_sample_ratio": 0.5, "dynamic_image_size": True,
+            "use_thumbnail": True, "min_dynamic_patch": 1, "max_dynamic_patch": 6,
+            "group_by_length": True, "min_num_frame": 4, "max_num_frame": 12,
+        },
+        "dataloader_param": {"dataloader_mode": "sampler", "pin_memory": True},
+    }  # fmt: skip
+    (folder / name).write_text(json.dumps(content))
+    return content
+
+
 def model_json(
     folder: Path, vit: object, llm: object, audio: object = None, name: str = "model_2b.json",
-    tp: dict[str, int] | None = None,
+    tp: dict[str, int] | None = None, projector: bool | None = True, token: int = 301,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes a model.json with the lists of a tiny Qwen model, and hetero tp sizes if given."""
     sums = {"vit": 3, "audio": 3, "llm": 4}
     content: dict[str, Any] = {
-        "model_id": "qwen2vl", "img_context_token_id": 301, "vision_start_token_id": 303,
+        "model_id": "qwen2vl", "img_context_token_id": token, "vision_start_token_id": 303,
         "text_encoder": None, "video_encoder": None,
         "image_encoder": {
             "vision_encoder": {
                 "model_id": "qwen2vit", "num_layers": sums["vit"], "pipeline_num_layers": vit,
                 "freeze": True,
             },
-            "vision_projector": {"model_id": "lnmlp", "num_layers": 1, "freeze": True},
+            "vision_projector": {"model_id": "lnmlp", "num_layers": 1, "freeze": projector},
         },
         "text_decoder": {
             "model_id": "qwen2lm", "num_layers": sums["llm"], "pipeline_num_layers": llm,
         },
     }  # fmt: skip
+    if projector is None:
+        del content["image_encoder"]["vision_projector"]["freeze"]
     if audio is not None:
         content["audio_encoder"] = {
             "audio_encoder": {

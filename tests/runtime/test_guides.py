@@ -95,6 +95,83 @@ def test_lists_that_are_not_the_checkpoints_are_refused_with_both(guide: Guide) 
     assert "vit_pp_layers [3,0]" in done.stderr
 
 
+@pytest.mark.slow
+def test_qwen2_5_vl_trains_by_its_guide(tmp_path: Path) -> None:
+    """Two data files joined by a comma, the second of JSON lines; layer lists by model.json."""
+    hf = talking.make("qwen2_5_vl", tmp_path / "hf")
+    lists = ("--vit_pp_layers", "[2,1]", "--llm_pp_layers", "[0,4]")
+    run_cli("model_json", hf, *lists, "--output", tmp_path / "model_2b.json", check=0)
+    words = ("--cfg.hf_config.hf_dir", hf, "--cfg.mm_dir", tmp_path / "mm")
+    run_cli(
+        "Qwen2_5_VLConverter", "hf_to_mm", *words,
+        "--cfg.model_json", tmp_path / "model_2b.json", check=0,
+    )  # fmt: skip
+    talking.write_data(tmp_path, "mllm.json")
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    (tmp_path / "more.jsonl").write_text(json.dumps({"messages": said}) + "\n")
+    guidefiles.data_json(tmp_path, "./mllm.json,./more.jsonl")
+    script = guidefiles.script("--enable-dummy-optimizer", pp=2, gbs=5)
+    done = run_cli("finetune", *script, cwd=tmp_path, check=0)
+    assert len(trained(tmp_path / "save_dir")) == 2
+    assert "left out" not in done.stderr
+    back = ("--cfg.hf_config.hf_dir", hf, "--cfg.save_hf_dir", tmp_path / "back")
+    layout = ("--cfg.model_json", tmp_path / "model_2b.json")
+    words = ("--cfg.mm_dir", tmp_path / "save_dir", *back, *layout)
+    run_cli("Qwen2_5_VLConverter", "mm_to_hf", *words, check=0)
+
+
+@pytest.mark.slow
+def test_omni_trains_with_a_tp_size_for_each_encoder(tmp_path: Path) -> None:
+    """The guide's --hetero-parallel: TP 1 in the script, tp 2 of the text decoder in model.json."""
+    hf = talking.make("omni", tmp_path / "hf")
+    tp = ("--tp", "2", "--vit_tp", "1", "--audio_tp", "1")
+    run_cli("model_json", hf, *tp, "--output", tmp_path / "model_2b.json", check=0)
+    words = ("--cfg.hf_config.hf_dir", hf, "--cfg.mm_dir", tmp_path / "mm")
+    layout = ("--cfg.model_json", tmp_path / "model_2b.json")
+    run_cli("Qwen2_5_OmniConverter", "hf_to_mm", *words, *layout, check=0)
+    talking.write_data(tmp_path, "pictures.json")
+    talking.sound(tmp_path / "low.wav", 220, 0.3)
+    film = tmp_path / "film"
+    film.mkdir()
+    for number, colour in enumerate(talking.COLOURS):
+        talking.picture(film / f"{number}.png", colour)
+    item = talking.talk("<video><audio>And here?", "He sings.", videos=["film"], audios=["low.wav"])
+    (tmp_path / "mllm_video_audio_demo.json").write_text(json.dumps([item] * 4))
+    columns = {"images": None, "videos": "videos", "audios": "audios"}
+    guidefiles.data_json(tmp_path, "./mllm_video_audio_demo.json", **columns)
+    script = guidefiles.script("--hetero-parallel", mbs=2, gbs=4, iters=2)
+    run_cli("finetune", *script, cwd=tmp_path, check=0)
+    assert len(trained(tmp_path / "save_dir")) == 2
+    assert len(rank_files(tmp_path / "save_dir")) == 2
+    plain = [word for word in script if word != "--hetero-parallel"]
+    done = run_cli("finetune", *plain, cwd=tmp_path, check=2)
+    assert "tp_size 2" in done.stderr  # without it the script asks for TP 1
+
+
+@pytest.mark.slow
+def test_internvl2_trains_by_its_guide(tmp_path: Path) -> None:
+    """ai2d's JSON lines, with data_folder in front of their paths; the projector learns."""
+    hf = talking.make("intern-internlm2", tmp_path / "hf")
+    tinyfamilies.convert("intern-internlm2", hf, tmp_path / "mm", "[1,3]", "[3,0]")
+    guidefiles.intern_data_json(tmp_path)
+    guidefiles.model_json(tmp_path, [3, 0], [1, 3], projector=None, token=260)
+    images = tmp_path / "data" / "ai2d" / "images"
+    images.mkdir(parents=True)
+    (tmp_path / "opensource").mkdir()
+    lines: list[str] = []
+    for number, colour in enumerate(talking.COLOURS):
+        talking.picture(images / f"{number}.png", colour)
+        said = [{"from": "human", "value": "<image>\nQ?"}, {"from": "gpt", "value": colour}]
+        lines.append(json.dumps({"id": number, "image": f"images/{number}.png",
+                                 "conversations": said}))  # fmt: skip
+    (tmp_path / "opensource/ai2d_train_12k.jsonl").write_text("\n".join(lines))
+    script = guidefiles.script(pp=2, data="data_8B.json", gbs=2)
+    done = run_cli("finetune", *script, cwd=tmp_path, check=0)
+    assert len(trained(tmp_path / "save_dir")) == 2
+    assert "unknown keys" not in done.stderr
+    assert "image_encoder.projector" in changed(tmp_path / "mm", tmp_path / "save_dir")
+
+
 def inference(guide: Guide, name: str, **changes: object) -> Path:
     """An inference file as the tutorial edits it."""
     content = json.loads((guide.folder / "model_2b.json").read_text())
