@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from mmconvert.causes.quantised import left_over
 from mmconvert.errors import OutputError, RequestError
 from mmconvert.formats.mm.folder import TRACKER
 from mmconvert.runtime import engine as engines
@@ -16,7 +17,7 @@ from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.conversation import Speaker, prompt
 from mmconvert.runtime.dataset import Data
 from mmconvert.runtime.engine import load_folder
-from mmconvert.runtime.families import Architecture
+from mmconvert.runtime.families import Architecture, read_config
 from mmconvert.runtime.launch import Emit, launch
 from mmconvert.runtime.mmfiles import Stored, find
 from mmconvert.runtime.pictures import drawn_picture
@@ -49,6 +50,8 @@ def validate(
     if not 0 <= tolerance < 1:
         raise RequestError(f"--tolerance is {tolerance}", "a number from 0 to 1")
     arch, stored = load_folder(hf_dir, mm_dir)
+    if left := left_over(read_config(hf_dir)):
+        note(left)
     batch, about = _question(arch, hf_dir, words, images, sounds, note)
     job = Validation(arch, stored, hf_dir, batch, about, dtype, tolerance)
     report = launch(job, stored.world, note)
