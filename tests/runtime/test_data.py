@@ -69,7 +69,7 @@ def test_every_kind_of_sample_becomes_a_batch(speaker: Speaker, tmp_path: Path) 
         learnt = batch.ids[batch.labels != IGNORED].tolist()
         answer = sample.messages[-1][1]
         assert speaker.words(learnt) == f"{answer}\n"  # nothing else is learnt
-        assert learnt[-1] == 256 + talking.SPECIALS.index("<|im_end|>")
+        assert learnt[-2] == 256 + talking.SPECIALS.index("<|im_end|>")
         rows = {tinyfamilies.IMAGE: 4, tinyfamilies.VIDEO: 8}
         for token, each in rows.items():
             count = len(sample.images if token == tinyfamilies.IMAGE else sample.videos)
