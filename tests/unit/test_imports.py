@@ -61,7 +61,6 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"executor", "sharding", "stored", "tools"},
     "runtime": {"causes", "formats", "modeljson", "sharding"},
     "cli": {*STORY, "api", "datasets", "report", "runtime", "tools"},
-        *("runtime.beginning", "runtime.journal", "runtime.schedule"),
     "__init__": {"api", "config"},
     "__main__": {"cli"},
 }
