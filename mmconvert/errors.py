@@ -123,6 +123,10 @@ class FormError(CheckpointError):
         super().__init__(what, expected, fix)
         self.cause = cause
 
+    def __reduce__(self) -> tuple[type[FormError], tuple[str, str, str, str]]:
+        """For the process that started this one."""
+        return FormError, (self.cause, self.what, self.expected, self.fix)
+
     def as_dict(self) -> dict[str, str | int]:
         """The error as an object for ``--json``."""
         return {**super().as_dict(), "cause": self.cause}

@@ -16,9 +16,11 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Whisper
 import tinyfamilies
 from mmconvert.runtime import commands
 from mmconvert.runtime.dataset import Data
+from mmconvert.runtime.journal import Line
 from mmconvert.runtime.optimizer import Recipe
 from mmconvert.runtime.samples import Source
-from mmconvert.runtime.training import Line, Plan
+from mmconvert.runtime.schedule import Schedule
+from mmconvert.runtime.training import Plan
 
 SIDE = 56  # pixels of a picture: 4 x 4 patches, 4 image tokens
 COLOURS = ("red", "green", "blue", "black")
@@ -90,7 +92,9 @@ def write_data(folder: Path, name: str = "data.json") -> Path:
 
 def plan(save: Path, steps: int, **other: Any) -> Plan:
     """Two micro-batches of one sample a step unless said otherwise."""
-    recipe = Recipe(other.pop("rate", 3e-3), 0.0, 2, steps, 0.01, 0.9, 0.999, 1e-8, 1.0)
+    schedule = Schedule(other.pop("rate", 3e-3), 0.0, other.pop("warmup", 2), steps)
+    decay, sharded = other.pop("decay", 0.01), other.pop("sharded", False)
+    recipe = Recipe(schedule, decay, 0.9, 0.999, 1e-8, other.pop("clip", 1.0), sharded)
     given: dict[str, Any] = {"save_every": 0, "evaluate_every": 0, "evaluate_steps": 25}
     given |= {"log_every": 1, "size": 1, "count": 2, "seed": 5, "frozen": ()}
     return Plan(save, steps, **{**given, **other}, save_optimizer=True, recipe=recipe)

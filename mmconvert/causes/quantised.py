@@ -10,7 +10,8 @@ from mmconvert.names import number, summarise
 from mmconvert.stored import FLOATS, StoredTensor
 
 CAUSE = "quantised"
-WANTED = "weights in fp32, fp16 or bf16"
+KEYS = ("quantization_config", "compression_config")  # of config.json
+EXPECTED = "weights in fp32, fp16 or bf16"
 FIX = "take the model's unquantised checkpoint, or let the library that quantised it undo that"
 
 BNB8, BNB4 = "bitsandbytes, 8 bit", "bitsandbytes, 4 bit"
@@ -79,9 +80,18 @@ def left_over(config: Mapping[str, object]) -> str:
     )
 
 
+def without_method(config: Mapping[str, object], depth: int = SECTIONS) -> dict[str, object]:
+    """config.json as it would be had nobody quantised the model."""
+    return {
+        key: without_method(value, depth - 1) if depth and isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in KEYS
+    }
+
+
 def said_method(config: Mapping[str, object], depth: int = SECTIONS) -> str:
     """How config.json or a section of it says that weights are quantised; "" if it does not."""
-    for key in ("quantization_config", "compression_config"):
+    for key in KEYS:
         said = config.get(key)
         if isinstance(said, dict):
             return _in_words(said)
@@ -124,4 +134,4 @@ def _error(names: Collection[str], label: str, where: str = "") -> FormError:
     what = (
         f"{where}{number(names, 'tensor')} of a quantised checkpoint ({label}): {summarise(names)}"
     )
-    return FormError(CAUSE, what, WANTED, FIX)
+    return FormError(CAUSE, what, EXPECTED, FIX)

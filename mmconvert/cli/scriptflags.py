@@ -43,7 +43,6 @@ class Script:
     data: Path | None = None
     sizes: dict[str, int] = field(default_factory=dict)
     hetero: bool = False
-    warmup: float = 0.0
     idle: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -79,7 +78,9 @@ def read_script(
     """
     script = Script()
     idle = NO_EFFECT | {
-        f.name: (0 if f.type == "bool" else 1, "an answer, and no training") for f in training
+        f.name: (0 if f.type == "bool" else 1, "an answer, and no training")
+        for f in training
+        if f.name not in RENAMED
     }
     rest = _Words(words)
     for flag, value in rest:
@@ -100,14 +101,13 @@ def read_script(
             if count:
                 rest.value(flag, value)
             script.idle.setdefault(why, []).append(flag)
-        elif name == "lr_warmup_fraction" and name not in own:
-            script.warmup = float(rest.value(flag, value))
         elif name in CHOICES and name not in own:
             _choose(flag, rest.value(flag, value), *CHOICES[name])
         elif name not in (*own, *RENAMED, "help"):
             _refuse(flag, name, [*own, *RENAMED])
         else:
-            script.words += [f"--{RENAMED.get(name, name)}", *([] if value is None else [value])]
+            ours = name if name in own else RENAMED.get(name, name)
+            script.words += [f"--{ours}", *([] if value is None else [value])]
             script.words += rest.values()
     return script
 

@@ -7,7 +7,7 @@ to 26.1.0 (Megatron core 0.12.1 and MindSpeed). Names have ``_`` here where scri
 from __future__ import annotations
 
 # Theirs -> ours, where only the name differs.
-RENAMED = {"load": "mm_dir"}
+RENAMED = {"load": "mm_dir", "lr_warmup_iters": "warmup_iters"}
 # Flags without a value that stand for one of ours.
 STANDS_FOR = {"bf16": ("dtype", "bf16")}
 # What the file of the model and the layout of the checkpoint must agree with.
@@ -23,7 +23,7 @@ BY_MODEL = "model.json and the checkpoint decide"
 NO_EFFECT: dict[str, tuple[int, str]] = {
     **dict.fromkeys(
         (
-            "sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce",
+            "sequence_parallel", "overlap_grad_reduce",
             "overlap_param_gather", "use_mcore_models", "use_fused_rmsnorm", "use_fused_swiglu",
             "use_fused_rotary_pos_emb", "use_flash_attn", "no_masked_softmax_fusion",
             "no_gradient_accumulation_fusion", "no_bias_gelu_fusion", "no_bias_swiglu_fusion",
@@ -59,8 +59,13 @@ NO_EFFECT: dict[str, tuple[int, str]] = {
     "distributed_timeout_minutes": (1, "it is 30 minutes"),
     "trust_remote_code": (0, "no remote code is run"),
     "exit_on_missing_checkpoint": (0, "a missing checkpoint is always an error"),
-    "no_load_optim": (0, "a converted checkpoint has no optimizer state"),
-    **dict.fromkeys(("no_load_rng", "no_save_rng"), (0, "a run draws no random numbers")),
+    "no_save_rng": (0, "a run draws no random numbers"),
+    **dict.fromkeys(
+        ("recompute_method", "recompute_num_layers",
+         "recompute_num_layers_skip_core_attention"),
+        (1, "every layer is computed again, or none"),
+    ),
+    "recompute_skip_core_attention": (0, "every layer is computed again, or none"),
 }  # fmt: skip
 NO_FSDP = ("MM rank files", "leave it out, and train the rank files that hf_to_mm writes")
 NO_LORA = ("the whole model learns", "leave it out, or train LoRA with MindSpeed-MM")
@@ -106,7 +111,6 @@ CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "context_parallel_size": (("1",), "--context-parallel-size 1"),
     "expert_model_parallel_size": (("1",), "leave it out: these families have no experts"),
     "optimizer": (("adam",), "--optimizer adam"),
-    "lr_decay_style": (("cosine",), "--lr-decay-style cosine"),
 }
 # What pretrain_vlm.py takes where a script does not say.
 DEFAULTS = {"weight_decay": "0.01", "seed": "1234", "log_interval": "100"}

@@ -87,6 +87,11 @@ class QwenAudio(nn.Module):
         del module, args
         self._sent = out[0] if isinstance(out, tuple) else out
 
+    @property
+    def layers(self) -> Any:  # noqa: ANN401 - a ModuleList of HF's layers
+        """The layers of this chunk."""
+        return self.audio.layers
+
     def forward(self, x: Tensor, features: Tensor, lengths: Tensor) -> Tensor:
         """Hidden states in, hidden states out; on the last stage one row per audio token.
 

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from mmconvert.errors import OutputError, RequestError
-from mmconvert.formats.mm.folder import TRACKER
+from mmconvert.causes.quantised import left_over
+from mmconvert.errors import RequestError
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import inputs
 from mmconvert.runtime.batch import Batch
+from mmconvert.runtime.beginning import Load, beginning, fitted
 from mmconvert.runtime.conversation import Speaker, prompt
 from mmconvert.runtime.dataset import Data
 from mmconvert.runtime.engine import load_folder
-from mmconvert.runtime.families import Architecture
+from mmconvert.runtime.families import Architecture, read_config
 from mmconvert.runtime.launch import Emit, launch
-from mmconvert.runtime.mmfiles import Stored, find
+from mmconvert.runtime.mmfiles import Stored
 from mmconvert.runtime.pictures import drawn_picture
 from mmconvert.runtime.prepare import Prepare
 from mmconvert.runtime.sounds import drawn_sound
-from mmconvert.runtime.training import Plan, Training
+from mmconvert.runtime.training import Outcome, Plan, Training
 from mmconvert.runtime.validation import DTYPES, Validation
 from mmconvert.runtime.verdict import Report
 from mmconvert.sharding.layout import Layout
@@ -49,6 +50,8 @@ def validate(
     if not 0 <= tolerance < 1:
         raise RequestError(f"--tolerance is {tolerance}", "a number from 0 to 1")
     arch, stored = load_folder(hf_dir, mm_dir)
+    if left := left_over(read_config(hf_dir)):
+        note(left)
     batch, about = _question(arch, hf_dir, words, images, sounds, note)
     job = Validation(arch, stored, hf_dir, batch, about, dtype, tolerance)
     report = launch(job, stored.world, note)
@@ -177,7 +180,7 @@ def generate(
 
 
 def finetune(
-    mm_dir: Path,
+    mm_dir: Path | None,
     hf_dir: Path,
     data: Data,
     plan: Plan,
@@ -185,44 +188,25 @@ def finetune(
     resume: bool,
     on_event: Note,
     expected: Callable[[Layout], None] | None = None,
-) -> float:
-    """Fine-tunes an MM checkpoint; the last loss.
+    load: Load | None = None,
+) -> Outcome:
+    """Fine-tunes an MM checkpoint.
 
     Args:
         data: what to learn from, and what to evaluate on.
         expected: looks at the checkpoint's layout before anything is done.
         resume: go on from the newest checkpoint in ``plan.save``, if there is one.
+        load: what to start from in place of ``mm_dir``.
 
     Raises:
         MMConvertError: as :func:`validate`; OutputError: the folder holds a checkpoint already.
     """
-    arch, stored = load_folder(hf_dir, mm_dir)
+    arch, stored, start = beginning(mm_dir, hf_dir, plan, resume, load)
     if expected is not None:
         expected(stored.layout)
-    started = (plan.save / TRACKER).is_file()
-    if started and not resume:
-        raise OutputError(
-            f"{plan.save} holds a checkpoint already",
-            "an empty folder",
-            "--resume, or another --save",
-        )
-    if not started and (left := sorted(plan.save.glob("iter_*"))):  # saving would replace it
-        raise OutputError(
-            f"{plan.save} holds {left[0].name}, and no {TRACKER} that names it",
-            "an empty folder",
-            "another --save, or write the number of a whole iteration into that file",
-        )
-    if started:
-        stored = find(plan.save, arch)
-        if stored.iteration >= plan.steps:
-            raise RequestError(
-                f"{plan.save} is at iteration {stored.iteration} already",
-                "a --train_iters that is larger",
-            )
     samples, kept = data.read(plan.seed, on_event)
-    if not plan.count:
-        plan = replace(plan, count=stored.layout.pp_size)
-    job = Training(arch, stored, hf_dir, samples, kept, plan, dtype, started, data.prepare)
-    loss = launch(job, stored.world, on_event)
-    assert isinstance(loss, float)  # noqa: S101 - what the job returns
-    return loss
+    plan = fitted(plan, stored)
+    job = Training(arch, stored, hf_dir, samples, kept, plan, dtype, start, data.prepare)
+    ended = launch(job, stored.world * plan.replicas, on_event)
+    assert isinstance(ended, Outcome)  # noqa: S101 - what the job returns
+    return ended

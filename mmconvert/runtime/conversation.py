@@ -30,6 +30,10 @@ INTERN_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
 class Speaker:
     """Turns conversations into batches, and ids into words.
 
+    Pieces of text are tokenised as LLaMA-Factory's templates have them, which MindSpeed-MM trains
+    Qwen models with: ``user`` and its newline go with the words behind them, an answer stands
+    alone.
+
     Args:
         hf_dir: has the tokenizer.
 
@@ -145,11 +149,16 @@ class Speaker:
             if turns[-1].answer and not learnt:
                 turns.append(Turn())
             turn = turns[-1]
-            turn.add([self._start, *self._text(f"{role}\n")], answer=bool(turn.answer))
+            turn.add([self._start], answer=bool(turn.answer))
+            if learnt:
+                turn.add(self._text(f"{role}\n"), answer=bool(turn.answer))
+            else:  # one text: a question that begins with a newline may make one token of both
+                text = f"{role}\n{text}"
             for ids in self._pieces(text, tokens):
                 turn.add(ids, answer=learnt, learnt=learnt)
             turn.add([self._end], answer=learnt, learnt=learnt)
-            turn.add(self._text(form.between), answer=learnt)
+            newline = learnt and self.prepare.newline and not self.arch.intern
+            turn.add(self._text(form.between), answer=learnt, learnt=newline)
         if answer:
             turns.append(Turn([self._start, *self._text("assistant\n")]))
         return turns
@@ -196,7 +205,6 @@ class Speaker:
                     f"a file for each <{kind}>, and a model that takes it",
                 )
             yield [*before, *[place] * tokens[kind].pop(0), *after]
-            yield self._text("\n") if found[0].endswith("\n") else []
         yield self._text(text[at:])
 
     def _media(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -16,6 +17,7 @@ from mmconvert.runtime.inputs import joined
 from mmconvert.runtime.prepare import Prepare
 from mmconvert.runtime.samples import Sample, Source, read_source
 
+Order = Literal["epoch", "seed", "file", "once"]
 KEPT = 256  # encoded samples that stay in memory
 
 
@@ -87,21 +89,42 @@ def split(samples: Sequence[Sample], rate: float, seed: int) -> tuple[list[Sampl
     return train, [s for i, s in enumerate(samples) if i in drawn]
 
 
+class Share(NamedTuple):
+    """Which micro-batches of a step a replica takes: every ``of``-th, from ``number`` on."""
+
+    number: int = 0
+    of: int = 1
+
+
 class Feed:
-    """Micro-batches of any step: the same on every process and after every restart.
+    """Micro-batches of any step: the same on every process of a replica, after every restart.
 
     Args:
         size: samples of a micro-batch.
-        count: micro-batches of a step.
-        seed: decides the order; None keeps the order of the files, and lets only the first pass
-            through them count.
+        count: micro-batches of a step, over all replicas.
+        order: ``epoch`` is MindSpeed-MM's: each pass is a permutation that its number alone
+            decides, of whole micro-batches; ``seed`` takes ``seed`` into account, and every
+            sample; ``file`` keeps the order of the files; ``once`` does too, and lets only the
+            first pass through them count.
+        share: the replica's micro-batches. They are dealt whole, so that the number of replicas
+            has no part in what is learnt.
     """
 
     def __init__(
-        self, speaker: Speaker, samples: Sequence[Sample], size: int, count: int, seed: int | None
+        self,
+        speaker: Speaker,
+        samples: Sequence[Sample],
+        size: int,
+        count: int,
+        order: Order = "epoch",
+        seed: int = 0,
+        share: Share = Share(),  # noqa: B008 - it does not change
     ) -> None:
         self._speaker, self._samples = speaker, samples
-        self._size, self._count, self._seed = size, count, seed
+        self._size, self._count, self._kind, self._seed = size, count, order, seed
+        self._share = share
+        whole = len(samples) // size * size if order == "epoch" else 0
+        self._total = whole or len(samples)
         self._encoded = lru_cache(KEPT)(self._encode)
         self._order = lru_cache(2)(self._permutation)
 
@@ -113,34 +136,34 @@ class Feed:
             raise DatasetError(f"{sample.name}: {error.what}", error.expected, error.fix) from None
 
     def _permutation(self, epoch: int) -> list[int]:
-        if self._seed is None:
-            return list(range(len(self._samples)))
-        made = torch.Generator().manual_seed(self._seed + epoch)
-        return torch.randperm(len(self._samples), generator=made).tolist()
+        if self._kind in ("file", "once"):
+            return list(range(self._total))
+        made = torch.Generator().manual_seed(epoch + (self._seed if self._kind == "seed" else 0))
+        return torch.randperm(self._total, generator=made).tolist()
 
-    def _picked(self, number: int) -> list[Batch]:
-        """The samples of a step."""
-        total = len(self._samples)
-        start = number * self._size * self._count
-        picked: list[Batch] = []
-        for place in range(start, start + self._size * self._count):
-            batch = self._encoded(self._order(place // total)[place % total])
-            if self._seed is None and place >= total:  # an evaluation counts each sample once
-                batch = replace(batch, labels=torch.full_like(batch.labels, IGNORED))
-            picked.append(batch)
-        return picked
+    def _picked(self, number: int) -> list[list[Batch]]:
+        """The samples of this replica's micro-batches in a step."""
+        first = number * self._count
+        mine = range(first + self._share.number, first + self._count, self._share.of)
+        return [[self._at(m * self._size + i) for i in range(self._size)] for m in mine]
+
+    def _at(self, place: int) -> Batch:
+        """The sample at a place of the endless row of passes."""
+        batch = self._encoded(self._order(place // self._total)[place % self._total])
+        if self._kind == "once" and place >= self._total:
+            batch = replace(batch, labels=torch.full_like(batch.labels, IGNORED))
+        return batch
 
     def tokens(self, number: int) -> int:
-        """Tokens of a step, padding not counted."""
-        return sum(batch.ids.numel() for batch in self._picked(number))
+        """Tokens of this replica's part of a step, padding not counted."""
+        return sum(batch.ids.numel() for group in self._picked(number) for batch in group)
 
     def step(self, number: int) -> list[Batch]:
-        """The micro-batches of a step (from 0), padded to one shape."""
-        picked = self._picked(number)
+        """The micro-batches of this replica in a step (from 0), padded to one shape."""
         arch = self._speaker.arch
-        groups = [picked[i : i + self._size] for i in range(0, len(picked), self._size)]
         merge = 1 if arch.intern else arch.config.vision_config.spatial_merge_size
-        return alike([joined(arch, group) for group in groups], merge, arch.intern)
+        groups = [joined(arch, group) for group in self._picked(number)]
+        return alike(groups, merge, arch.intern)
 
     @property
     def steps(self) -> int:

@@ -11,11 +11,14 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 
+from mmconvert.runtime import losses as averages
 from mmconvert.runtime import mesh as meshes
-from mmconvert.runtime.batch import Batch, loss_sum, next_step
+from mmconvert.runtime.batch import Batch, next_step
 from mmconvert.runtime.families import Architecture
+from mmconvert.runtime.losses import LossType
 from mmconvert.runtime.mesh import Mesh
 from mmconvert.runtime.mmfiles import Stored, chunk_tensors, read_rank
+from mmconvert.runtime.parallel import sum_over
 from mmconvert.runtime.pipeline import Loss, pipeline_stage, schedule
 from mmconvert.runtime.stage import Border, Stage
 
@@ -42,6 +45,7 @@ class Engine:
             tensors = chunk_tensors(content, part)
             self.stages.append(Stage(arch, mesh, number, tensors, dtype, where))
         self.border = Border(arch, layout, dtype)
+        self._sums: dict[nn.Parameter, Tensor] = {}
         self._tie()
 
     def _tie(self) -> None:
@@ -126,29 +130,36 @@ class Engine:
         self.mesh.share_from_last(token)
         return int(token)
 
-    def loss(self, batches: Sequence[Batch]) -> float:
-        """Mean loss over the learnt tokens of all micro-batches, without gradients."""
-        learnt = max(1, sum(b.learnt for b in batches))
+    def loss(self, batches: Sequence[Batch], kind: LossType = "per_token") -> tuple[float, float]:
+        """Loss of this replica's micro-batches, without gradients, and what they count.
+
+        Their quotient is the average; both may be added up over many calls.
+        """
         total = torch.zeros((), device=self.mesh.device)
         with torch.no_grad():
             outs = self._run(batches, None, None)
             for out, batch in zip(outs, batches, strict=False):
-                total += loss_sum(out, batch.labels)
+                if batch.learnt:
+                    total += averages.weighted(out, batch.labels, kind)
         self.mesh.share_from_last(total)
-        return float(total) / learnt
+        return float(total), sum(averages.size(b.labels, kind) for b in batches if b.learnt)
 
-    def train(self, batches: Sequence[Batch]) -> float:
-        """Mean loss, with gradients in every parameter's ``grad``, ready for an optimizer.
+    def train(self, batches: Sequence[Batch], kind: LossType = "per_token") -> float:
+        """Mean loss over all replicas, with gradients (:meth:`gradient`) ready for an optimizer.
 
-        Micro-batches must have one shape (:func:`mmconvert.runtime.batch.alike`).
+        Args:
+            batches: this replica's micro-batches, as many as the others'; of one shape
+                (:func:`mmconvert.runtime.batch.alike`).
         """
-        learnt = max(1, sum(b.learnt for b in batches))
         for _, parameter, _ in self.parameters():
             parameter.grad = None
+        for held in self._sums.values():
+            held.zero_()
+        count = self._count(sum(averages.size(b.labels, kind) for b in batches), kind)
         losses: list[Tensor] = []
 
         def mean(logits: Tensor, index: Tensor) -> Tensor:
-            return loss_sum(logits, batches[int(index)].labels) / learnt
+            return averages.weighted(logits, batches[int(index)].labels, kind) / count
 
         self._run(batches, mean, losses)
         total = torch.zeros((), device=self.mesh.device)
@@ -156,31 +167,65 @@ class Engine:
             total += one.detach()
         self.mesh.share_from_last(total)
         self._settle()
+        if self.mesh.data is not None:
+            dist.all_reduce(total, group=self.mesh.data)
         return float(total)
 
-    def _settle(self) -> None:
-        """Gradients that are not yet whole: tied copies; and those that must stay zero."""
+    def _count(self, mine: int, kind: LossType) -> int:
+        """What the micro-batches of all replicas count."""
+        if self.mesh.data is None or kind != "per_token":
+            return max(1, mine * self.mesh.replicas)
+        total = torch.tensor(mine, device=self.mesh.device)
+        dist.all_reduce(total, group=self.mesh.data)
+        return max(1, int(total))
+
+    # -------------------------------------------------------------------------- gradients
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The gradient of all micro-batches: ``grad``, or its sum in fp32."""
+        held = self._sums.get(parameter)
+        return parameter.grad if held is None else held
+
+    def sum_in_fp32(self) -> None:
+        """Adds gradients of coarser parameters up in fp32, micro-batch by micro-batch."""
+
+        def add(parameter: Tensor) -> None:
+            assert isinstance(parameter, nn.Parameter)  # noqa: S101 - they alone have the hook
+            assert parameter.grad is not None  # noqa: S101 - it has just been made
+            self._sums[parameter].add_(parameter.grad)
+            parameter.grad = None
+
         for _, parameter, _ in self.parameters():
-            if parameter.requires_grad and parameter.grad is None:
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                self._sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
+                parameter.register_post_accumulate_grad_hook(add)
+
+    def _settle(self) -> None:
+        """Makes gradients whole: tied copies, replicas; and those zero that must stay so."""
+        for _, parameter, _ in self.parameters():
+            if parameter.requires_grad and self.gradient(parameter) is None:
                 parameter.grad = torch.zeros_like(parameter)
         for stage in self.stages:
             for _, parameter, part in stage.shard.void:
-                if parameter.grad is not None:
-                    part(parameter.grad).zero_()
+                if (grad := self.gradient(parameter)) is not None:
+                    part(grad).zero_()
         if self.arch.tied:
             self._sum_tied()
+        if self.mesh.data is not None:
+            found = [self.gradient(p) for _, p, _ in self.parameters()]
+            sum_over([grad for grad in found if grad is not None], self.mesh.data)
 
     def _sum_tied(self) -> None:
         first, last = self.embedding, self.head
         if first is last and first is not None:
             return
-        mine = [p for p in (first, last) if p is not None and p.grad is not None]
+        grads = [self.gradient(p) for p in (first, last) if p is not None]
+        mine = [grad for grad in grads if grad is not None]
         group = self.mesh.tied
         if len(mine) == 2:  # both copies here, in two chunks
-            total = mine[0].grad + mine[1].grad  # type: ignore[operator]
-            mine[0].grad, mine[1].grad = total, total.clone()
+            mine[0].add_(mine[1])
+            mine[1].copy_(mine[0])
         elif mine and group is not None:
-            dist.all_reduce(mine[0].grad, group=group)
+            dist.all_reduce(mine[0], group=group)
 
     def _run(
         self, batches: Sequence[Batch], loss: Loss | None, losses: list[Tensor] | None
@@ -229,9 +274,11 @@ class Engine:
         return outs
 
 
-def load(arch: Architecture, stored: Stored, device: torch.device, dtype: torch.dtype) -> Engine:
+def load(
+    arch: Architecture, stored: Stored, device: torch.device, dtype: torch.dtype, replicas: int = 1
+) -> Engine:
     """Loads this process's rank file; every process of the run calls this."""
-    return Engine(arch, stored, meshes.build(stored.layout, device), dtype)
+    return Engine(arch, stored, meshes.build(stored.layout, device, replicas), dtype)
 
 
 def load_folder(hf_dir: Path, mm_dir: Path) -> tuple[Architecture, Stored]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from mmconvert.causes.quantised import without_method
 from mmconvert.errors import CheckpointError, MMConvertError
 from mmconvert.runtime.shard import params_on_meta
 
@@ -173,7 +174,8 @@ def _config(kind: str, content: dict[str, Any]) -> Any:  # noqa: ANN401 - transf
     if kind == "qwen2_5_omni":
         content = content.get("thinker_config") or {}
     made = getattr(transformers, CLASSES[kind][0])
-    return made.from_dict({k: v for k, v in content.items() if k != "auto_map"})
+    plain = without_method(content)  # from_pretrained would quantise by it
+    return made.from_dict({k: v for k, v in plain.items() if k != "auto_map"})
 
 
 def _tied(content: dict[str, Any], config: Any) -> object:  # noqa: ANN401 - as above

@@ -121,6 +121,11 @@ class InternVision(nn.Module):
         names |= {"layernorm_after": "pre_mlp_layernorm", "mlp": "mlp"}
         self.points += layer_points(f"image_encoder layer {number}", "vit", hf, layer, names)
 
+    @property
+    def layers(self) -> Any:  # noqa: ANN401 - a ModuleList of HF's layers
+        """The layers of this chunk."""
+        return self.inner.vision_tower.encoder.layer
+
     def forward(self, x: Tensor, grid: Tensor) -> Tensor:
         """Pixels or hidden states of all tiles -> hidden states, or one row per image token.
 

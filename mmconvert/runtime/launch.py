@@ -60,6 +60,26 @@ def leads() -> bool:
     return not under_torchrun() or os.environ.get("RANK", "0") == "0"
 
 
+def replicas_for(world: int) -> int:
+    """How many copies of a model of ``world`` ranks run: under torchrun as many as its processes
+    make, on accelerators as many as there is room for, one on a CPU.
+
+    Raises:
+        RequestError: torchrun's processes are not whole copies.
+    """
+    if under_torchrun():
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size % world:
+            raise RequestError(
+                f"torchrun started {size} processes",
+                f"{world}, one for each rank of the checkpoint, or a multiple of it",
+                f"torchrun --nproc-per-node {world} ...",
+            )
+        return size // world
+    here = device()
+    return 1 if here.type == "cpu" else max(1, torch.accelerator.device_count() // world)
+
+
 def launch(job: Job, world: int, on_event: Emit) -> object:
     """Runs a job on ``world`` processes.
 

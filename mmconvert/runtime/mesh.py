@@ -1,7 +1,8 @@
-"""The processes of a run: pipeline ranks times tensor-parallel ranks."""
+"""The processes of a run: replicas times pipeline ranks times tensor-parallel ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,11 @@ class Mesh:
     """The place of this process among the others.
 
     Attributes:
-        rank: its coordinates; process number = pp rank * tp folders + tp rank.
+        rank: its coordinates in its replica; process number = (replica * pp size + pp rank) *
+            tp folders + tp rank.
+        replica: which copy of the model it belongs to, of ``replicas``.
+        data: the processes with its coordinates in the other replicas; None where there are none.
+        model: the processes of its replica.
         pipe: the processes of its pipeline.
         line: the processes with its pp rank.
         tp_groups: by module key, the processes that share that module with it.
@@ -29,6 +34,10 @@ class Mesh:
 
     layout: Layout
     rank: Rank
+    replica: int
+    replicas: int
+    data: dist.ProcessGroup | None
+    model: dist.ProcessGroup
     pipe: dist.ProcessGroup
     line: dist.ProcessGroup
     tp_groups: dict[str, TensorGroup]
@@ -51,29 +60,45 @@ class Mesh:
         dist.broadcast(tensor, source, group=self.pipe)
 
 
-def build(layout: Layout, device: torch.device) -> Mesh:
+def build(layout: Layout, device: torch.device, replicas: int = 1) -> Mesh:
     """Makes the groups of a layout; every process calls this.
 
     A module with a smaller tp size than the widest one is held several times: tp rank r has its
     piece r % size, and the ranks of one copy follow each other.
+
+    Args:
+        replicas: copies of the model that share the samples of a step.
     """
     folders, pp = layout.tp_folders, layout.pp_size
-    mesh = init_device_mesh(device.type, (pp, folders), mesh_dim_names=("pp", "tp"))
-    p, t = mesh.get_local_rank("pp"), mesh.get_local_rank("tp")
+    mesh = init_device_mesh(device.type, (replicas, pp, folders), mesh_dim_names=("dp", "pp", "tp"))
+    d, p, t = (mesh.get_local_rank(name) for name in ("dp", "pp", "tp"))
     line, pipe = mesh.get_group("tp"), mesh.get_group("pp")
+    data = mesh.get_group("dp") if replicas > 1 else None
+    world = pp * folders
+    starts = range(0, replicas * world, world)  # of each replica's processes
+    model = _mine([range(start, start + world) for start in starts])
+    assert model is not None  # noqa: S101 - every process is in a replica
     groups: dict[int, TensorGroup] = {1: TensorGroup(), folders: TensorGroup(folders, t, line)}
     if folders == 1:
         groups[1] = TensorGroup()
     for size in sorted({*layout.tp.values()} - {1, folders}):
-        for start in range(0, pp * folders, size):
-            group: Any = dist.new_group(list(range(start, start + size)))
-            if start <= dist.get_rank() < start + size:
-                groups[size] = TensorGroup(size, t % size, group)
+        group = _mine([range(i, i + size) for i in range(0, replicas * world, size)])
+        groups[size] = TensorGroup(size, t % size, group)
     tp_groups = {key: groups[size] for key, size in layout.tp.items()}
     ends = [end(layout.grids["llm"]) % pp for end in (first_stage, last_stage)]
-    tied: Any = None  # torch types a group that this process is not in as a number
+    tied = None
     if ends[0] != ends[1]:
-        for tp in range(folders):
-            group = dist.new_group([rank * folders + tp for rank in ends])
-            tied = group if tp == t and p in ends else tied
-    return Mesh(layout, Rank(t, p), pipe, line, tp_groups, tied, device)
+        pairs = [
+            [s + rank * folders + tp for rank in ends] for s in starts for tp in range(folders)
+        ]
+        tied = _mine(pairs)
+    return Mesh(layout, Rank(t, p), d, replicas, data, model, pipe, line, tp_groups, tied, device)
+
+
+def _mine(members: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+    """Makes a group of each; the one that this process is in."""
+    found: Any = None
+    for ranks in members:
+        group: Any = dist.new_group(list(ranks))  # a number where this process is not in it
+        found = group if dist.get_rank() in ranks else found
+    return found

@@ -233,3 +233,8 @@ def last_saved(save: Path) -> int | None:
         return int((save / TRACKER).read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
+
+
+def remove(save: Path, iteration: int) -> None:
+    """Takes an iteration away that this run has written; one that does not go stays."""
+    shutil.rmtree(iteration_folder(save, iteration), ignore_errors=True)

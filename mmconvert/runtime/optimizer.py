@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 
 from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.runtime.engine import Engine
+from mmconvert.runtime.schedule import Schedule
 
 # One parameter under two names where the word embedding is the output layer too.
 TIED = ("text_decoder.embedding.word_embeddings.weight", "text_decoder.output_layer.weight")
+FUSED = ("cpu", "cuda")  # devices on which torch has AdamW in one kernel
 
 
 @dataclass(frozen=True)
@@ -23,42 +24,37 @@ class Recipe:
     """How to learn.
 
     Attributes:
-        warmup: steps in which the learning rate rises from 0.
-        steps: all steps; the rate falls along a cosine to ``least`` at the last one.
+        decay: weight decay of what is neither a bias nor of one dimension, as Megatron groups.
         clip: the largest gradient norm; 0 for no limit.
+        sharded: whether each replica keeps a share of fp32 copies and moments alone.
     """
 
-    rate: float
-    least: float
-    warmup: int
-    steps: int
+    schedule: Schedule
     decay: float
     beta1: float
     beta2: float
     epsilon: float
     clip: float
-
-    def rate_at(self, step: int) -> float:
-        """Learning rate of a step, from 0."""
-        if step < self.warmup:
-            return self.rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.least + (self.rate - self.least) * 0.5 * (
-            1 + math.cos(math.pi * min(1.0, done))
-        )
+    sharded: bool = False
 
 
 class Optimizer:
     """Updates this process's parameters.
 
-    Parameters in bf16 have fp32 copies, which are what is updated.
+    Parameters in bf16 have fp32 copies, the masters, which are what is updated. A sharded
+    optimizer's masters and moments are this replica's part of each parameter, in a row.
     """
 
     def __init__(self, run: Engine, recipe: Recipe) -> None:
         self._run, self._recipe = run, recipe
+        self._parts = run.mesh.replicas if recipe.sharded else 1
         self.named: dict[str, nn.Parameter] = {}
         self._shares: dict[str, float] = {}
+        self._masters: dict[str, Tensor] = {}
         folders = run.mesh.layout.tp_folders
+        groups: list[dict[str, Any]] = [
+            {"params": [], "weight_decay": recipe.decay}, {"params": [], "weight_decay": 0.0},
+        ]  # fmt: skip
         for name, parameter, stage in run.parameters():
             if not parameter.requires_grad:
                 continue
@@ -68,61 +64,93 @@ class Optimizer:
             size = stage.shard.group_of[name].size if name in stage.shard.divided else 1
             copy = run.arch.tied and parameter is run.head and run.head is not run.embedding
             self._shares[key] = 0.0 if copy else size / folders
-        self._masters = {
-            key: p if p.dtype == torch.float32 else p.detach().float().clone()
-            for key, p in self.named.items()
-        }
-        groups = [
-            {
-                "params": [m for m in self._masters.values() if m.dim() > 1],
-                "weight_decay": recipe.decay,
-            },
-            {"params": [m for m in self._masters.values() if m.dim() < 2], "weight_decay": 0.0},
-        ]
+            part = self._mine(parameter.detach())
+            fine = part.dtype == torch.float32
+            self._masters[key] = part if fine else part.to(torch.float32, copy=True)
+            plain = name.endswith(".bias") or parameter.dim() < 2
+            groups[plain]["params"].append(self._masters[key])
+        run.sum_in_fp32()
+        self._fused = run.mesh.device.type in FUSED
         self._adam = torch.optim.AdamW(
             [group for group in groups if group["params"]] or [{"params": [torch.zeros(1)]}],
-            lr=recipe.rate,
+            lr=recipe.schedule.rate,
             betas=(recipe.beta1, recipe.beta2),
             eps=recipe.epsilon,
+            fused=self._fused,
+            foreach=None if self._fused else False,  # its temporaries are as large as a model
         )
 
+    # ------------------------------------------------------------------------------- shares
+    def _step(self, count: int) -> int:
+        """Elements of a replica's part of a parameter; the last one's may be fewer."""
+        return -(-count // self._parts)
+
+    def _mine(self, whole: Tensor) -> Tensor:
+        """The part of this replica in a tensor of a parameter's shape."""
+        if self._parts == 1:
+            return whole
+        step = self._step(whole.numel())
+        return whole.reshape(-1)[step * self._run.mesh.replica :][:step]
+
+    def _whole(self, part: Tensor, shape: torch.Size) -> Tensor:
+        """All replicas' parts together; every replica calls this."""
+        if self._parts == 1:
+            return part
+        step = self._step(shape.numel())
+        padded = part.new_zeros(step)
+        padded[: part.numel()] = part
+        parts = [torch.empty_like(padded) for _ in range(self._parts)]
+        dist.all_gather(parts, padded, group=self._run.mesh.data)
+        return torch.cat(parts)[: shape.numel()].view(shape)
+
+    # ------------------------------------------------------------------------------ updating
     def step(self, number: int, norm: float) -> float:
         """One update from the gradients that are there, of this norm; the learning rate."""
         limit = self._recipe.clip
         scale = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
         for key, parameter in self.named.items():
-            grad = parameter.grad
-            if grad is None:
-                grad = torch.zeros_like(parameter)
-            self._masters[key].grad = grad.float() * scale
-        rate = self._recipe.rate_at(number)
+            grad = self._run.gradient(parameter)
+            assert grad is not None  # noqa: S101 - the engine has made them all
+            part = self._mine(grad)
+            self._masters[key].grad = part.mul_(scale) if scale < 1 else part
+        rate = self._recipe.schedule.at(number)
         for group in self._adam.param_groups:
             group["lr"] = rate
         self._adam.step()
         for key, parameter in self.named.items():
             master = self._masters[key]
-            if master is not parameter:
+            master.grad = parameter.grad = None
+            if self._parts > 1:
+                part = master.to(parameter.dtype)
+                parameter.data.copy_(self._whole(part, parameter.shape))
+            elif parameter.dtype != master.dtype:
                 parameter.data.copy_(master)
-            parameter.grad = None
         return rate
 
     def norm(self) -> float:
         """The norm of the whole model's gradient, each parameter counted once."""
         total = torch.zeros((), dtype=torch.float32, device=self._run.mesh.device)
         for key, parameter in self.named.items():
-            if parameter.grad is not None and self._shares[key]:
-                total += parameter.grad.float().pow(2).sum() * self._shares[key]
-        dist.all_reduce(total)
+            grad = self._run.gradient(parameter)
+            if grad is not None and self._shares[key]:
+                total += torch.linalg.vector_norm(grad).square() * self._shares[key]
+        dist.all_reduce(total, group=self._run.mesh.model)
         return float(total.sqrt())
 
+    # -------------------------------------------------------------------------------- saving
     def state(self) -> dict[str, Any]:
-        """Plain tensors and numbers by stage and MM name, for the checkpoint."""
+        """Plain tensors and numbers by stage and MM name, for the checkpoint.
+
+        They are the whole parameter's, however many replicas share them; every replica calls
+        this.
+        """
         out: dict[str, Any] = {}
         for key, master in self._masters.items():
-            held = self._adam.state[master]
-            out[key] = {name: value for name, value in held.items() if isinstance(value, Tensor)}
-            if master is not self.named[key]:
-                out[key]["master"] = master
+            shape = self.named[key].shape
+            held = {n: v for n, v in self._adam.state[master].items() if isinstance(v, Tensor)}
+            if self.named[key].dtype != master.dtype:
+                held["master"] = master
+            out[key] = {n: (self._whole(v, shape) if v.dim() else v).cpu() for n, v in held.items()}
         return out
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -141,16 +169,22 @@ class Optimizer:
         for key, master in self._masters.items():
             held = dict(state[key])
             saved = held.pop("master", None)
-            if saved is not None:  # saved beside bf16, and finer than the weights of the file
-                master.data.copy_(saved)
-            if any(v.dim() and v.shape != master.shape for v in held.values()):
+            shape = self.named[key].shape
+            tensors = [v for v in (*held.values(), saved) if v is not None and v.dim()]
+            if any(v.shape != shape for v in tensors):
                 raise CheckpointError(
                     f"the optimizer's state of {key} has another shape", "its own"
                 )
+            if saved is not None:  # saved beside bf16, and finer than the weights of the file
+                master.copy_(self._mine(saved))
             self._adam.state[master] = {
-                name: value.clone() if name == "step" else value.to(master.device, copy=True)
-                for name, value in held.items()
+                name: self._restored(name, value, master) for name, value in held.items()
             }
+
+    def _restored(self, name: str, value: Tensor, master: Tensor) -> Tensor:
+        if name == "step":  # a number, on the device where the kernel reads it there
+            return value.to(master.device if self._fused else "cpu", copy=True)
+        return self._mine(value).to(master.device, copy=True)
 
 
 def freeze(run: Engine, prefixes: tuple[str, ...]) -> int:
@@ -174,7 +208,7 @@ def freeze(run: Engine, prefixes: tuple[str, ...]) -> int:
         parameter.requires_grad_(not frozen)
         learning += not frozen
     counts = torch.tensor([*fits, learning], device=run.mesh.device)
-    dist.all_reduce(counts)
+    dist.all_reduce(counts, group=run.mesh.model)
     for prefix, count in zip(prefixes, counts.tolist(), strict=False):
         if not count:
             raise RequestError(

@@ -7,7 +7,7 @@ of a row-parallel one is (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +90,34 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 - torch's context
         return grads[0][..., ctx.mine].contiguous(), None, None
+
+
+BUCKET = 1 << 23  # elements that are summed over the replicas in one call
+
+
+def sum_over(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Sums each tensor over the processes of a group, in place; small ones travel together."""
+    small: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.numel() > BUCKET // 8:
+            dist.all_reduce(tensor, group=group)
+            continue
+        full = sum(t.numel() for t in small) > BUCKET
+        if small and (full or small[0].dtype != tensor.dtype):
+            _sum_together(small, group)
+            small = []
+        small.append(tensor)
+    _sum_together(small, group)
+
+
+def _sum_together(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Sums tensors of one dtype in one call."""
+    if not tensors:
+        return
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(flat, group=group)
+    for one, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        one.copy_(part.view_as(one))
 
 
 def copy_in(x: Tensor, group: TensorGroup) -> Tensor:

@@ -38,6 +38,7 @@ class Prepare:
         thinking: as the templates of later models want it; no effect here.
         length: tokens of a sample; longer ones are cut. 0: none is cut.
         tiling: of InternVL; None takes that of config.json.
+        newline: the newline behind an answer in Qwen's template is learnt, as MindSpeed-MM does.
         template: of InternVL's conversations; "" takes that of config.json.
     """
 
@@ -50,5 +51,6 @@ class Prepare:
     learn_last: bool = False
     thinking: bool = True
     length: int = 0
+    newline: bool = True
     tiling: Tiling | None = None
     template: str = ""

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from mmconvert.causes.quantised import quantised
 from mmconvert.errors import CheckpointError, FormatError, MMConvertError, TensorError
 from mmconvert.formats.hf.folder import open_hf
 from mmconvert.runtime.batch import Batch
@@ -26,7 +27,10 @@ def load_reference(
     Raises:
         CheckpointError: weights are missing, damaged, or of another model.
     """
-    open_hf(hf_dir)  # clear errors for missing and truncated files
+    stored = open_hf(hf_dir)  # clear errors for missing and truncated files
+    weights = [t for name, t in stored.tensors().items() if name.endswith(".weight")]
+    if (fault := quantised(stored.tensors().values(), weights, stored.config)) is not None:
+        raise fault
     try:
         model = (
             _native_intern(arch, hf_dir, dtype) if arch.intern else _pretrained(arch, hf_dir, dtype)

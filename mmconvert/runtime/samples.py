@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 
 from mmconvert.errors import DatasetError
 
-PLACE = re.compile(r"<(image|video|audio)>\n?")
+PLACE = re.compile(r"<(image|video|audio)>")
 QWEN_VL_PICTURE = re.compile(r"<img>(.*?)</img>")
 ROLES = {
     "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",

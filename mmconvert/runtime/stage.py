@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmconvert.errors import LayoutError
 from mmconvert.runtime.audio import QwenAudio
@@ -150,6 +151,21 @@ class Stage(nn.Module):
         """Places to compare hidden states at, in the order of computing."""
         modules: list[Any] = [t for t in (self.vit, self.audio, self.llm) if t is not None]
         return [point for module in modules for point in module.points]
+
+    def recompute(self) -> None:
+        """Keeps, for the backward pass, each layer's input alone, and computes the rest again."""
+        parts = [part for part in (self.vit, self.audio, self.llm) if part is not None]
+        for layer in (layer for part in parts for layer in part.layers):
+            plain = layer.forward
+
+            def again(*args: Any, plain: Any = plain, **more: Any) -> Any:  # noqa: ANN401 - HF's layer
+                if not torch.is_grad_enabled():
+                    return plain(*args, **more)
+                return checkpoint(
+                    plain, *args, use_reentrant=False, preserve_rng_state=False, **more
+                )
+
+            layer.forward = again
 
     def forward(self, *received: Tensor, mb: Tensor) -> Any:  # noqa: ANN401 - one tensor or several
         """What the stage before sent -> what the next one gets; logits on the last.

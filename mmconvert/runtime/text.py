@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,6 +52,9 @@ class Text(nn.Module):
         else:
             model.norm = nn.Identity()
         self.model = model
+        # Named otherwise from transformers 5.24 on; the old name will pass in silence one day.
+        known = inspect.signature(model.forward).parameters
+        self._cache = "cache" if "cache" in known else "past_key_values"
 
     def _layers(self, binder: Binder, model: Any) -> None:  # noqa: ANN401 - HF's model
         span, config = self.span, model.config
@@ -82,13 +86,18 @@ class Text(nn.Module):
         """(batch, time) ids -> (batch, time, width)."""
         return self.model.embed_tokens(ids)
 
+    @property
+    def layers(self) -> Any:  # noqa: ANN401 - a ModuleList of HF's layers
+        """The layers of this chunk."""
+        return self.model.layers
+
     def forward(self, hidden: Tensor, positions: Tensor, cache: Any = None) -> Tensor:  # noqa: ANN401 - HF's cache
         """(batch, time, width) -> the same; logits (batch, time, vocabulary) on the last stage."""
         out = self.model(
             inputs_embeds=hidden,
             position_ids=positions,
             attention_mask=None,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self._cache: cache},
         )
         return self.lm_head(out.last_hidden_state)

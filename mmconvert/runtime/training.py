@@ -5,40 +5,44 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from mmconvert import durable
-from mmconvert.errors import RequestError, cannot_write
+from mmconvert.errors import DatasetError, MMConvertError, RequestError
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import mmfiles
+from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.conversation import Speaker
-from mmconvert.runtime.curve import Series, draw
-from mmconvert.runtime.dataset import Feed
-from mmconvert.runtime.engine import Engine
+from mmconvert.runtime.dataset import Feed, Order, Share
 from mmconvert.runtime.families import Architecture
+from mmconvert.runtime.journal import Journal, Line
 from mmconvert.runtime.launch import Emit
+from mmconvert.runtime.losses import LossType
 from mmconvert.runtime.mmfiles import Stored
 from mmconvert.runtime.optimizer import Optimizer, Recipe, freeze
+from mmconvert.runtime.parameters import gather
 from mmconvert.runtime.prepare import Prepare
 from mmconvert.runtime.samples import Sample
 from mmconvert.runtime.validation import DTYPES
-from mmconvert.runtime.verdict import finite
 
-LOG, PICTURE = "loss.jsonl", "loss.svg"
+SAVE_EVERY = 1800.0  # seconds between checkpoints where no interval is given
 # Settings by the names of their flags.
 FLAGS = {
-    "rate": "--lr", "least": "--min_lr", "warmup": "--warmup_iters", "steps": "--train_iters",
+    "rate": "--lr", "least": "--min_lr", "warmup": "the warm-up", "start": "--lr_warmup_init",
+    "steps": "--train_iters or --lr_decay_iters", "style": "--lr_decay_style",
     "decay": "--weight_decay", "beta1": "--adam_beta1", "beta2": "--adam_beta2",
     "epsilon": "--adam_eps", "clip": "--clip_grad", "size": "--micro_batch_size",
     "count": "the number of micro-batches", "seed": "--seed", "frozen": "--freeze",
-    "dtype": "--dtype", "samples": "the training data",
+    "dtype": "--dtype", "samples": "the training data", "loss": "--loss_type",
+    "order": "--order", "prepare": "how samples are prepared",
 }  # fmt: skip
 
 
@@ -49,16 +53,20 @@ class Plan:
     Attributes:
         save: the folder of checkpoints.
         steps: the last iteration.
-        save_every, evaluate_every, log_every: in iterations; 0 for never.
+        save_every: iterations between checkpoints; 0 for the last alone, None for every
+            :data:`SAVE_EVERY` seconds.
+        evaluate_every, log_every: in iterations; 0 for never.
         evaluate_steps: global batches of an evaluation at most.
         size: samples of a micro-batch.
-        count: micro-batches of a step.
+        count: micro-batches of a step, over all replicas.
         frozen: beginnings of MM names that do not learn.
+        recompute: compute each layer's inside again in the backward pass, to save memory.
+        replicas: copies of the model that share the micro-batches of a step.
     """
 
     save: Path
     steps: int
-    save_every: int
+    save_every: int | None
     evaluate_every: int
     evaluate_steps: int
     log_every: int
@@ -68,38 +76,51 @@ class Plan:
     frozen: tuple[str, ...]
     save_optimizer: bool
     recipe: Recipe
+    loss: LossType = "default"
+    order: Order = "epoch"
+    recompute: bool = False
+    replicas: int = 1
 
     def settings(self) -> dict[str, Any]:
         """What decides the curve, beside data and dtype: must be the same after a restart."""
+        recipe = asdict(self.recipe)
+        del recipe["sharded"]
         return {
-            **asdict(self.recipe), "size": self.size, "count": self.count, "seed": self.seed,
-            "frozen": list(self.frozen),
+            **recipe.pop("schedule"), **recipe, "size": self.size, "count": self.count,
+            "seed": self.seed, "frozen": list(self.frozen), "loss": self.loss,
+            "order": self.order,
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Line:
-    """What is said of one iteration.
+class Start:
+    """Where a training begins.
 
     Attributes:
-        loss: mean over the tokens that are learnt; None at an evaluation.
-        evaluation: the same over the validation data; None else.
-        seconds: of the step.
-        tokens: a second, padding not counted.
+        resumed: go on from a numbered checkpoint, at its iteration.
+        optimizer: take over its optimizer and its place in the schedule.
     """
 
-    iteration: int
-    loss: float | None = None
-    evaluation: float | None = None
-    rate: float = 0.0
-    norm: float = 0.0
-    seconds: float = 0.0
-    tokens: float = 0.0
+    resumed: bool = False
+    optimizer: bool = True
 
-    def as_dict(self) -> dict[str, Any]:
-        """The line as JSON; an evaluation that is no number is null."""
-        kept = {k: v for k, v in asdict(self).items() if v is not None}
-        return {k: finite(v) if isinstance(v, float) else v for k, v in kept.items()}
+
+class Stop:
+    """Whether somebody has asked this process to stop, by SIGTERM."""
+
+    asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Notes the signal while it is open, for the end of the step."""
+        before = signal.signal(signal.SIGTERM, lambda number, frame: self._note())
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _note(self) -> None:
+        self.asked = True
 
 
 @dataclass(frozen=True)
@@ -113,167 +134,240 @@ class Training:
     check: Sequence[Sample]
     plan: Plan
     dtype: str
-    resumed: bool
+    start: Start
     prepare: Prepare = field(default_factory=Prepare)
 
-    def __call__(self, device: torch.device, emit: Emit) -> float:
-        """Trains; emits notes and lines; returns the last loss."""
-        plan = self.plan
+    stops_gently = True  # a SIGTERM is passed on to it, and it ends by itself
+
+    def __call__(self, device: torch.device, emit: Emit) -> Outcome:
+        """Trains; emits notes and lines."""
+        stop = Stop()
+        with stop.listening():
+            return Run(self, device, emit, stop).train()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended.
+
+    Attributes:
+        loss: of the last step.
+        iteration: the last one that is done.
+        stopped: whether it was asked to stop.
+    """
+
+    loss: float
+    iteration: int
+    stopped: bool
+
+
+class Agreed(NamedTuple):
+    """What all processes know after a step.
+
+    Attributes:
+        stop: one of them was asked to stop.
+        late: the last checkpoint is old.
+        due: it is time for one.
+    """
+
+    stop: bool
+    late: bool
+    due: bool
+
+
+class Run:
+    """A fine-tuning under way in this process."""
+
+    def __init__(self, job: Training, device: torch.device, emit: Emit, stop: Stop) -> None:
+        plan = job.plan
+        self._job, self._plan, self._emit, self._stop = job, plan, emit, stop
         torch.manual_seed(plan.seed)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        run = engines.load(self.arch, self.stored, device, DTYPES[self.dtype])
+        run = engines.load(job.arch, job.stored, device, DTYPES[job.dtype], plan.replicas)
         learning = freeze(run, plan.frozen)
-        optimizer = Optimizer(run, plan.recipe)
-        start = self._take_up(run, optimizer, emit) if self.resumed else 0
+        if plan.recompute:
+            for stage in run.stages:
+                stage.recompute()
+        self._run, self._optimizer = run, Optimizer(run, plan.recipe)
+        self._origin = 0  # the iteration that the schedule starts from
+        self._rolling = 0  # the last checkpoint that the clock made
+        self._tokens = self._next_tokens = 0
+        self._ahead: list[Batch] | MMConvertError = []
+        self._first = self._take_up() if job.start.resumed else 0
+        run.extras = {}  # they keep the file they came from in memory
+        copies = f" in {plan.replicas} replicas" if plan.replicas > 1 else ""
         emit(
-            f"{run.mesh.stages} stages on {self.stored.world} processes, {device}; "
+            f"{run.mesh.stages} stages on {dist.get_world_size()} processes{copies}, {device}; "
             f"{learning} tensors learn"
         )
-        speaker = Speaker(self.arch, self.hf_dir, self.prepare)
-        feed = Feed(speaker, self.train, plan.size, plan.count, plan.seed)
-        check = Feed(speaker, self.check, plan.size, plan.count, None) if self.check else None
-        journal = Journal(plan.save, start) if run.mesh.lead else None
-        loss = float("nan")
-        for step in range(start, plan.steps):
-            number = step + 1
-            loss, line = self._step(run, optimizer, feed, step)
-            if journal is not None:
-                journal.add(line)
-            if plan.log_every and number % plan.log_every == 0:
-                emit(line)
-            if check and plan.evaluate_every and number % plan.evaluate_every == 0:
-                line = Line(number, evaluation=self._evaluate(run, check))
-                emit(line)
-                if journal is not None:
-                    journal.add(line)
-            if number == plan.steps or (plan.save_every and number % plan.save_every == 0):
-                if journal is not None:
-                    journal.sync()
-                self._save(run, optimizer, number)
-                emit(f"saved {mmfiles.iteration_folder(plan.save, number)}")
-        if journal is not None:
-            journal.picture()
-        return loss
+        speaker = Speaker(job.arch, job.hf_dir, job.prepare)
+        mesh = run.mesh
+        share = Share(mesh.replica, mesh.replicas)
+        self._feed = Feed(speaker, job.train, plan.size, plan.count, plan.order, plan.seed, share)
+        self._check = None
+        if job.check:
+            self._check = Feed(speaker, job.check, plan.size, plan.count, "once", 0, share)
+        self._journal = Journal(plan.save, self._first) if mesh.lead else None
+        self._saved, self._clock = self._first, time.monotonic()
 
-    def _step(self, run: Engine, optimizer: Optimizer, feed: Feed, step: int) -> tuple[float, Line]:
+    def train(self) -> Outcome:
+        """All steps, or as many as there is time for."""
+        plan, loss = self._plan, float("nan")
+        self._ahead = self._read(self._first)
+        done = self._agree(self._first)
+        for step in range(self._first, plan.steps):
+            number = step + 1
+            loss, rate, norm, seconds = self._step(step)
+            self._ahead = self._read(number)
+            done = self._agree(number)
+            line = Line(number, loss, None, rate, norm, seconds, self._tokens / seconds)
+            self._write_down(line)
+            if plan.log_every and number % plan.log_every == 0:
+                self._emit(line)
+            if self._check and plan.evaluate_every and number % plan.evaluate_every == 0:
+                line = Line(number, evaluation=self._evaluate(self._check))
+                self._emit(line)
+                self._write_down(line)
+            if number == plan.steps or done.stop or done.due:
+                self._save(number, rolling=done.late and number < plan.steps)
+            if done.stop:
+                return Outcome(loss, number, stopped=number < plan.steps)
+        if self._journal is not None:
+            self._journal.picture()
+        return Outcome(loss, plan.steps, stopped=False)
+
+    def _write_down(self, line: Line) -> None:
+        if self._journal is not None:
+            self._journal.add(line)
+
+    def _read(self, step: int) -> list[Batch] | MMConvertError:
+        """The micro-batches of this replica in a step, or why there are none."""
+        if step == self._plan.steps:
+            return []
+        try:
+            return self._feed.step(step)
+        except DatasetError as error:
+            return error
+
+    def _agree(self, number: int) -> Agreed:
+        """What all processes know of each other after iteration ``number``.
+
+        Raises:
+            MMConvertError: one of them could not read the samples of the next step; what has been
+                learnt is saved.
+        """
+        mesh, every = self._run.mesh, self._plan.save_every
+        late = every is None and mesh.lead and time.monotonic() - self._clock > SAVE_EVERY
+        wrong = isinstance(self._ahead, MMConvertError)
+        speaks = mesh.rank.tp == mesh.rank.pp == 0  # one process of a replica, for its tokens
+        tokens = 0 if wrong or not speaks else self._feed.tokens(number)
+        flags = torch.tensor([self._stop.asked, late, wrong, tokens], device=mesh.device)
+        dist.all_reduce(flags)
+        stop, late, wrong, tokens = flags.tolist()
+        if wrong:
+            mine = self._ahead if isinstance(self._ahead, MMConvertError) else None
+            found = [error for error in gather(mine) if error is not None]
+            self._rescue(number)
+            raise found[0]
+        self._tokens, self._next_tokens = self._next_tokens, tokens
+        return Agreed(bool(stop), bool(late), bool(late or (every and number % every == 0)))
+
+    def _step(self, step: int) -> tuple[float, float, float, float]:
+        """(loss, learning rate, gradient norm, seconds) of an update."""
         began = time.perf_counter()
-        batches = feed.step(step)
-        moved = [batch.to(run.mesh.device) for batch in batches]
-        loss = run.train(moved)
-        norm = optimizer.norm()
+        run = self._run
+        assert isinstance(self._ahead, list)  # noqa: S101 - else all processes have stopped
+        moved = [batch.to(run.mesh.device) for batch in self._ahead]
+        loss = run.train(moved, self._plan.loss)
+        norm = self._optimizer.norm()
         if not (math.isfinite(loss) and math.isfinite(norm)):  # before the weights are lost too
             raise RequestError(
                 f"iteration {step + 1}: the loss is {loss}, the gradient norm {norm}",
                 "numbers; the weights of this iteration are not saved",
                 "a smaller --lr, or --clip_grad; --resume goes on from the last checkpoint",
             )
-        rate = optimizer.step(step, norm)
-        took = time.perf_counter() - began
-        return loss, Line(step + 1, loss, None, rate, norm, took, feed.tokens(step) / took)
+        rate = self._optimizer.step(step - self._origin, norm)
+        return loss, rate, norm, time.perf_counter() - began
 
-    def _evaluate(self, run: Engine, check: Feed) -> float:
+    def _evaluate(self, check: Feed) -> float:
         """Mean loss over the validation data, or its first batches."""
-        total = weight = 0.0
-        for step in range(min(check.steps, self.plan.evaluate_steps)):
-            batches = [batch.to(run.mesh.device) for batch in check.step(step)]
-            learnt = sum(b.learnt for b in batches)
-            total += run.loss(batches) * learnt
-            weight += learnt
-        return total / max(1.0, weight)
+        total = counted = 0.0
+        for step in range(min(check.steps, self._plan.evaluate_steps)):
+            batches = [batch.to(self._run.mesh.device) for batch in check.step(step)]
+            loss, count = self._run.loss(batches, self._plan.loss)
+            total, counted = total + loss, counted + count
+        if (group := self._run.mesh.data) is not None:
+            both = torch.tensor([total, counted], device=self._run.mesh.device)
+            dist.all_reduce(both, group=group)
+            total, counted = both.tolist()
+        return total / max(1.0, counted)
 
-    def _save(self, run: Engine, optimizer: Optimizer, number: int) -> None:
-        """Writes the checkpoint of an iteration: whole, or not at all."""
-        plan, layout = self.plan, self.stored.layout
-        if run.mesh.lead:
-            mmfiles.begin(plan.save, number)
-        dist.barrier()
+    # -------------------------------------------------------------------------------- saving
+    def _rescue(self, number: int) -> None:
+        """Saves what has been learnt before an error that all processes know of ends the run."""
+        if number > self._saved:
+            self._save(number)
+
+    def _save(self, number: int, rolling: bool = False) -> None:
+        """Writes the checkpoint of an iteration: whole, or not at all.
+
+        Args:
+            rolling: it was due by the clock, and takes the place of the last such one.
+        """
+        plan, mesh, layout = self._plan, self._run.mesh, self._job.stored.layout
         content: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": number}
-        for virtual, stage in enumerate(run.stages):
+        for virtual, stage in enumerate(self._run.stages):
             tree = {name: p.detach().cpu() for name, p in stage.shard.tree.state_dict().items()}
             content[layout.part(virtual)] = tree
+        content["training"] = self._settings()
         if plan.save_optimizer:
-            content["optimizer"] = optimizer.state()
-            content["training"] = self._settings()
-        mmfiles.write_rank(plan.save, number, layout, run.mesh.rank, content)
+            content["optimizer"] = self._optimizer.state()
+        if self._journal is not None:
+            self._journal.sync()
+        if mesh.lead:
+            mmfiles.begin(plan.save, number)
         dist.barrier()
-        if run.mesh.lead:
+        if mesh.replica == 0:
+            mmfiles.write_rank(plan.save, number, layout, mesh.rank, content)
+        dist.barrier()
+        if mesh.lead:
             mmfiles.finish(plan.save, number)
+            if rolling and self._rolling:
+                mmfiles.remove(plan.save, self._rolling)
         dist.barrier()
+        self._rolling = number if rolling else self._rolling
+        self._saved, self._clock = number, time.monotonic()
+        self._emit(f"saved {mmfiles.iteration_folder(plan.save, number)}")
 
     def _settings(self) -> dict[str, Any]:
         """What decides the curve: the plan, the dtype and the samples."""
-        said = [[list(s.messages), [f.name for f in s.files()]] for s in self.train]
+        said = [[list(s.messages), [f.name for f in s.files()]] for s in self._job.train]
         digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
         samples = f"{len(said)} samples ({digest})"
-        return {**self.plan.settings(), "dtype": self.dtype, "samples": samples}
+        prepare = asdict(self._job.prepare)
+        settings = {**self._plan.settings(), "dtype": self._job.dtype, "samples": samples}
+        return {**settings, "prepare": json.dumps(prepare)}
 
-    def _take_up(self, run: Engine, optimizer: Optimizer, emit: Emit) -> int:
+    def _take_up(self) -> int:
         """Restores the optimizer; the iteration to go on from."""
-        state = run.extras.get("optimizer")
-        if isinstance(state, dict):
-            optimizer.restore(state)
+        emit, number = self._emit, self._job.stored.iteration
+        state = self._run.extras.get("optimizer")
+        if not self._job.start.optimizer:
+            self._origin = number
+            emit("the moments start at zero, the schedule at its first step (--no_load_optim)")
+        elif isinstance(state, dict):
+            self._optimizer.restore(state)
         else:
             emit("warning: the checkpoint has no optimizer state; its moments start at zero")
-        before = run.extras.get("training")
+        before = self._run.extras.get("training")
         if isinstance(before, dict):
             for key, value in self._settings().items():
                 if key in before and before[key] != value:
                     emit(f"warning: {FLAGS[key]} was {before[key]} and is {value}: another curve")
-        emit(f"going on from iteration {self.stored.iteration}")
-        return self.stored.iteration
-
-
-class Journal:
-    """The lines of a training in a file, and their picture.
-
-    Args:
-        start: the iteration that a restart goes on from; later lines are dropped.
-    """
-
-    def __init__(self, save: Path, start: int) -> None:
-        self._save, self._path = save, save / LOG
-        self._lines: list[dict[str, Any]] = []
-        try:
-            save.mkdir(parents=True, exist_ok=True)
-            if start and self._path.is_file():
-                for text in self._path.read_text(encoding="utf-8").splitlines():
-                    line = json.loads(text)
-                    if line["iteration"] <= start:
-                        self._lines.append(line)
-            text = "".join(json.dumps(line) + "\n" for line in self._lines)
-            durable.replace_file(self._path, text.encode())
-        except OSError as error:
-            raise cannot_write(self._path, error) from None
-        except (ValueError, TypeError, KeyError):
-            self._lines = []  # a journal that somebody edited: the curve begins here
-
-    def add(self, line: Line) -> None:
-        """Writes a line down."""
-        kept = line.as_dict()
-        self._lines.append(kept)
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(kept) + "\n")
-        except OSError as error:
-            raise cannot_write(self._path, error) from None
-
-    def sync(self) -> None:
-        """Brings the lines to the disk: a checkpoint has no less of a curve than it was."""
-        try:
-            durable.sync_file(self._path)
-        except OSError as error:
-            raise cannot_write(self._path, error) from None
-
-    def picture(self) -> None:
-        """Draws the loss."""
-        lines: dict[str, Series] = {
-            name: [
-                (line["iteration"], line[key]) for line in self._lines if line.get(key) is not None
-            ]
-            for name, key in (("training", "loss"), ("validation", "evaluation"))
-        }
-        path = self._save / PICTURE
-        try:
-            durable.replace_file(path, draw("loss", lines).encode())
-        except OSError as error:
-            raise cannot_write(path, error) from None
+        else:
+            emit(
+                "warning: the checkpoint does not say how it was trained; what has changed since "
+                "cannot be told"
+            )
+        emit(f"going on from iteration {number}")
+        return number

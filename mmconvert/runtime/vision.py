@@ -80,6 +80,11 @@ class QwenVision(nn.Module):
         """Shape of the output for a number of patches; the last stage's width is 0: the text's."""
         return (patches // self.unit, 0) if self.span.last else (patches, self.width)
 
+    @property
+    def layers(self) -> Any:  # noqa: ANN401 - a ModuleList of HF's layers
+        """The layers of this chunk."""
+        return self.visual.blocks
+
     def forward(self, x: Tensor, grid: Tensor) -> Tensor:
         """Pixels or hidden states of all patches -> hidden states, or one row per image token.
 

@@ -289,7 +289,9 @@ def test_a_quantization_config_over_plain_weights(plain: Path, hf: Path, tmp_pat
     file = "release/mp_rank_00/model_optim_rng.pt"
     assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     report = json.loads(call("doctor", hf, "--json").stdout)
-    assert [f["id"] for f in report["findings"]] == ["quantization-config-left"]
+    (found,) = report["findings"]
+    assert found["id"] == "quantization-config-left"
+    assert found["what"].startswith("config.json has a quantization_config (bitsandbytes, 4 bit)")
 
 
 # ------------------------------------------------------------------------------ adapters

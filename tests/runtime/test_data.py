@@ -17,7 +17,7 @@ from cli import run_cli
 from mmconvert.errors import DatasetError, RequestError
 from mmconvert.runtime.batch import IGNORED
 from mmconvert.runtime.conversation import Speaker
-from mmconvert.runtime.dataset import Feed, read_samples, split
+from mmconvert.runtime.dataset import Feed, Order, Share, read_samples, split
 from mmconvert.runtime.families import architecture
 from mmconvert.runtime.stage import pooled
 
@@ -68,8 +68,8 @@ def test_every_kind_of_sample_becomes_a_batch(speaker: Speaker, tmp_path: Path) 
     for sample, batch in zip(samples, batches, strict=True):
         learnt = batch.ids[batch.labels != IGNORED].tolist()
         answer = sample.messages[-1][1]
-        assert speaker.words(learnt) == answer  # nothing else is learnt
-        assert learnt[-1] == 256 + talking.SPECIALS.index("<|im_end|>")
+        assert speaker.words(learnt) == f"{answer}\n"  # nothing else is learnt
+        assert learnt[-2] == 256 + talking.SPECIALS.index("<|im_end|>")
         rows = {tinyfamilies.IMAGE: 4, tinyfamilies.VIDEO: 8}
         for token, each in rows.items():
             count = len(sample.images if token == tinyfamilies.IMAGE else sample.videos)
@@ -77,7 +77,7 @@ def test_every_kind_of_sample_becomes_a_batch(speaker: Speaker, tmp_path: Path) 
 
 
 def test_a_step_mixes_all_kinds_in_one_shape(speaker: Speaker, tmp_path: Path) -> None:
-    feed = Feed(speaker, read_samples([mixed(tmp_path)], 0), 2, 3, 1)
+    feed = Feed(speaker, read_samples([mixed(tmp_path)], 0), 2, 3, "seed", 1)
     for number in (0, 1):
         batches = feed.step(number)
         assert len({tuple(b.ids.shape) for b in batches}) == 1
@@ -94,7 +94,7 @@ def test_sounds_of_odd_lengths_have_one_shape(speaker: Speaker, tmp_path: Path) 
         items.append(talking.talk("<audio>?", "a", audios=[f"{i}.wav"]))
     items.append(talking.talk("<audio><audio>?", "a", audios=["0.wav", "2.wav"]))
     (tmp_path / "data.json").write_text(json.dumps(items))
-    feed = Feed(speaker, read_samples([tmp_path / "data.json"], 0), 1, len(items), None)
+    feed = Feed(speaker, read_samples([tmp_path / "data.json"], 0), 1, len(items), "once")
     batches = feed.step(0)
     assert len({b.sound_rows for b in batches}) == 1
     assert len({pooled(b) for b in batches}) == 1
@@ -171,20 +171,37 @@ def test_a_share_for_validation_is_drawn_once(tmp_path: Path) -> None:
         split(samples, 0.01, 3)
 
 
-def test_the_order_is_that_of_the_seed_and_every_sample_comes(
+def test_the_order_is_the_asked_one_and_every_sample_comes(
     speaker: Speaker, tmp_path: Path
 ) -> None:
     samples = read_samples([talking.write_data(tmp_path)], 0)
 
-    def order(seed: int | None) -> list[str]:
-        feed = Feed(speaker, samples, 1, 1, seed)
+    def order(kind: Order, seed: int = 0) -> list[str]:
+        feed = Feed(speaker, samples, 1, 1, kind, seed)
         steps = [feed.step(i)[0] for i in range(8)]
-        return [speaker.words(b.ids[b.labels != IGNORED].tolist()) for b in steps]
+        return [speaker.words(b.ids[b.labels != IGNORED].tolist()).strip() for b in steps]
 
-    assert order(None) == [*talking.COLOURS, *[""] * 4]  # an evaluation counts each once
-    assert order(1) == order(1)
-    assert sorted(order(1)[:4]) == sorted(order(1)[4:]) == sorted(talking.COLOURS)
-    assert len({tuple(order(seed)) for seed in range(5)}) > 1
+    colours = list(talking.COLOURS)
+    assert order("file") == colours * 2
+    assert order("once") == [*colours, *[""] * 4]  # an evaluation counts each once
+    assert order("seed", 1) == order("seed", 1)
+    assert sorted(order("seed", 1)[:4]) == sorted(order("seed", 1)[4:]) == sorted(colours)
+    assert len({tuple(order("seed", seed)) for seed in range(5)}) > 1
+    # MindSpeed-MM's sampler: a permutation that the number of the pass alone decides
+    drawn = [torch.randperm(4, generator=torch.Generator().manual_seed(e)) for e in range(2)]
+    assert order("epoch", 7) == [colours[i] for some in drawn for i in some.tolist()]
+
+
+def test_replicas_share_the_micro_batches_of_a_step(speaker: Speaker, tmp_path: Path) -> None:
+    samples = read_samples([talking.write_data(tmp_path)], 0)
+    whole = Feed(speaker, samples, 1, 4)
+    parts = [Feed(speaker, samples, 1, 4, share=Share(number, 2)) for number in range(2)]
+    for step in range(3):
+        dealt = [part.step(step) for part in parts]
+        for number, one in enumerate(whole.step(step)):
+            other = dealt[number % 2][number // 2]
+            assert torch.equal(one.ids, other.ids)
+            assert torch.equal(one.pixels, other.pixels)
 
 
 Break = Callable[[list[Any]], object]
@@ -267,11 +284,11 @@ def test_a_sample_that_cannot_be_encoded_is_named(
     Image.new("I;16", (56, 56), 40000).save(tmp_path / "deep.png")  # white, if it were cut off
     (tmp_path / "data.json").write_text(json.dumps([item]))
     if not expected:  # InternVL's word means nothing to Omni
-        feed = Feed(speaker, read_samples([tmp_path / "data.json"], 0), 1, 1, None)
+        feed = Feed(speaker, read_samples([tmp_path / "data.json"], 0), 1, 1, "once")
         assert torch.is_tensor(feed.step(0)[0].ids)
         return
     with pytest.raises(DatasetError, match=expected) as caught:
-        Feed(speaker, read_samples([tmp_path / "data.json"], 0), 1, 1, None).step(0)
+        Feed(speaker, read_samples([tmp_path / "data.json"], 0), 1, 1, "once").step(0)
     assert "entry 0" in caught.value.what
 
 

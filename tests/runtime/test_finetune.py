@@ -162,7 +162,7 @@ def test_evaluations_several_files_and_lines_for_machines(work: Work) -> None:
     assert lines[4] == {"iteration": 4, "loss": lines[2]["loss"], "save": str(save)}
     assert (save / "loss.svg").read_text().count("<polyline") == 2
     content = torch.load(next(save.rglob("model_optim_rng.pt")), weights_only=True)
-    assert set(content) == {"checkpoint_version", "iteration", "model"}
+    assert set(content) == {"checkpoint_version", "iteration", "model", "training"}
     assert content["iteration"] == 4
     # The moments start at zero then, and it is said.
     again = ("--data", work.data, "--train-iters", "5", "--resume")

@@ -47,7 +47,7 @@ class Gradients:
 
     def __call__(self, device: torch.device, emit: Emit) -> dict[tuple[str, str], Any]:
         run = engines.load(self.arch, self.stored, device, torch.float32)
-        feed = Feed(Speaker(self.arch, self.hf), read_samples([self.data], 0), 2, 2, 1)
+        feed = Feed(Speaker(self.arch, self.hf), read_samples([self.data], 0), 2, 2, "seed", 1)
         run.train(feed.step(0))
         parts = self.arch.parts(self.arch.skeleton(torch.float32))
         mine: list[tuple[tuple[str, str], Tensor, Tensor]] = []

@@ -5,12 +5,16 @@ Real gloo process groups, forked from this process; the checkpoints are converte
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import tinyfamilies as models
+from mmconvert.errors import FormError
 from mmconvert.runtime import commands
 from mmconvert.runtime.verdict import Report
 
@@ -99,3 +103,31 @@ def test_hetero_tp_of_four_ranks(tmp_path: Path) -> None:
     """Text at tp 4, encoders at tp 1, as the Omni guide has it."""
     case = Case("omni4", "[4]", "[3]", 4, ENCODERS_TP_1)
     assert checked(case, tmp_path).passed
+
+
+LEFT = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+
+
+@pytest.mark.parametrize(("kind", "where"), [("qwen2_vl", ""), ("qwen2_5_vl", "text_config")])
+def test_a_quantization_config_over_plain_weights(kind: str, where: str, tmp_path: Path) -> None:
+    """What a merged QLoRA leaves in config.json: noted, and transformers does not quantise."""
+    hf = models.make(kind, tmp_path / "hf")
+    config = json.loads((hf / "config.json").read_text())
+    (config.setdefault(where, {}) if where else config).update(LEFT)
+    (hf / "config.json").write_text(json.dumps(config))
+    mm = models.convert(kind, hf, tmp_path / "mm", "[4]", "[3]")
+    notes: list[str] = []
+    report = commands.validate(mm, hf, "", (), (), "fp32", 0, lambda word: notes.append(str(word)))
+    assert report.passed
+    assert any("quantization_config (bitsandbytes, 4 bit)" in note for note in notes)
+
+
+def test_quantised_weights_are_not_compared(tmp_path: Path) -> None:
+    hf = models.make("qwen2_vl", tmp_path / "hf")
+    mm = models.convert("qwen2_vl", hf, tmp_path / "mm", "[4]", "[3]")
+    file = sorted(hf.glob("*.safetensors"))[-1]
+    tensors = load_file(file)
+    name = next(name for name, t in tensors.items() if t.ndim == 2)
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, file, metadata={"format": "pt"})
+    with pytest.raises(FormError, match="1 tensor of a quantised checkpoint"):
+        commands.validate(mm, hf, "", (), (), "fp32", 0, print)

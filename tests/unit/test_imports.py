@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "tools": STORY,
     "api": {*STORY, "lazy", "loading", "tools"},
     "report": {"executor", "sharding", "stored", "tools"},
-    "runtime": {"formats", "modeljson", "sharding"},
+    "runtime": {"causes", "formats", "modeljson", "sharding"},
     "cli": {*STORY, "api", "datasets", "report", "runtime", "tools"},
     "__init__": {"api", "config"},
     "__main__": {"cli"},

@@ -104,7 +104,12 @@ def _look_at_tensors(
         report.skipped.append("names and shapes: these are no plain weights of a model")
         return
     if note := left_over(config):
-        report.add("quantization-config-left", note, "delete the key", path=folder / "config.json")
+        report.add(
+            "quantization-config-left",
+            note.removeprefix("warning: "),
+            "delete the key",
+            path=folder / "config.json",
+        )
     tensors = _by_hub_name(family, config, files, report)
     tensors = _known(family, table, tensors, report)
     if not complete:
