@@ -35,7 +35,7 @@ NO_EFFECT: dict[str, tuple[int, str]] = {
         (0, SPEED),
     ),
     **dict.fromkeys(
-        ("optimizer_selection", "context_parallel_algo", "mm_tool", "num_workers",
+        ("optimizer_selection", "context_parallel_algo", "mm_tool",
          "manual_gc_interval"),
         (1, SPEED),
     ),
@@ -113,5 +113,7 @@ CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "optimizer": (("adam",), "--optimizer adam"),
 }
 # What pretrain_vlm.py takes where a script does not say.
-DEFAULTS = {"weight_decay": "0.01", "seed": "1234", "log_interval": "100"}
+DEFAULTS = {
+    "weight_decay": "0.01", "seed": "1234", "log_interval": "100", "lr_decay_style": "linear",
+}  # fmt: skip
 OF_THE_LAUNCHER = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")

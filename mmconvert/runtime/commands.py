@@ -18,7 +18,7 @@ from mmconvert.runtime.conversation import Speaker, prompt
 from mmconvert.runtime.dataset import Data
 from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.families import Architecture, read_config
-from mmconvert.runtime.launch import Emit, launch
+from mmconvert.runtime.launch import Emit, launch, leads
 from mmconvert.runtime.mmfiles import Stored
 from mmconvert.runtime.pictures import drawn_picture
 from mmconvert.runtime.prepare import Prepare
@@ -179,6 +179,11 @@ def generate(
     return text
 
 
+def _unheard(event: object) -> None:
+    """What another process than the one that speaks says of data that all of them read."""
+    del event
+
+
 def finetune(
     mm_dir: Path | None,
     hf_dir: Path,
@@ -204,9 +209,11 @@ def finetune(
     arch, stored, start = beginning(mm_dir, hf_dir, plan, resume, load)
     if expected is not None:
         expected(stored.layout)
-    samples, kept = data.read(plan.seed, on_event)
+    samples, kept = data.read(plan.seed, on_event if leads() else _unheard)
     plan = fitted(plan, stored)
-    job = Training(arch, stored, hf_dir, samples, kept, plan, dtype, start, data.prepare)
+    job = Training(
+        arch, stored, hf_dir, samples, kept, plan, dtype, start, data.prepare, data.strict
+    )
     ended = launch(job, stored.world * plan.replicas, on_event)
     assert isinstance(ended, Outcome)  # noqa: S101 - what the job returns
     return ended

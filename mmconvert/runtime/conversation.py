@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,7 @@ class Speaker:
 
     def __init__(self, arch: Architecture, hf_dir: Path, prepare: Prepare | None = None) -> None:
         self.prepare = prepare or Prepare()
+        self._alone = threading.Lock()
         self.arch, self.media = arch, Media(arch, hf_dir, self.prepare)
         self._template = template_of(arch, hf_dir, self.prepare.template)
         try:
@@ -97,7 +99,8 @@ class Speaker:
             raise RequestError(
                 f"{ascii(text)[:60]} is no text: it has half of a surrogate pair", "Unicode text"
             ) from None
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        with self._alone:  # tokenizers have one state for all threads
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         most = max(ids, default=0)
         if most >= self.arch.text_config.vocab_size:
             raise RequestError(

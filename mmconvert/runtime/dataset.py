@@ -12,13 +12,14 @@ import torch
 
 from mmconvert.errors import DatasetError, RequestError
 from mmconvert.runtime.batch import IGNORED, Batch, alike
+from mmconvert.runtime.checking import checked
 from mmconvert.runtime.conversation import Speaker
+from mmconvert.runtime.encoding import Encoder
 from mmconvert.runtime.inputs import joined
 from mmconvert.runtime.prepare import Prepare
 from mmconvert.runtime.samples import Sample, Source, read_source
 
 Order = Literal["epoch", "seed", "file", "once"]
-KEPT = 256  # encoded samples that stay in memory
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Data:
             samples += found.samples
             for note in found.notes():
                 say(note)
-        return samples
+        return checked(samples, say, strict=self.strict)
 
 
 def read_samples(files: Sequence[Path], most: int) -> list[Sample]:
@@ -108,6 +109,10 @@ class Feed:
             first pass through them count.
         share: the replica's micro-batches. They are dealt whole, so that the number of replicas
             has no part in what is learnt.
+        say: gets a warning for each sample that is left out. The next one in the order takes its
+            place, the same on every process.
+        strict: such a sample is an error.
+        threads: how many samples are encoded at a time, ahead of their step.
     """
 
     def __init__(
@@ -119,21 +124,21 @@ class Feed:
         order: Order = "epoch",
         seed: int = 0,
         share: Share = Share(),  # noqa: B008 - it does not change
+        say: Callable[[str], None] | None = None,
+        *,
+        strict: bool = False,
+        threads: int = 1,
     ) -> None:
         self._speaker, self._samples = speaker, samples
+        self._say, self._strict = say, strict
+        self.bad: set[int] = set()
+        self._counts: dict[int, int] = {}
         self._size, self._count, self._kind, self._seed = size, count, order, seed
         self._share = share
         whole = len(samples) // size * size if order == "epoch" else 0
         self._total = whole or len(samples)
-        self._encoded = lru_cache(KEPT)(self._encode)
+        self._encoder = Encoder(speaker, samples, threads)
         self._order = lru_cache(2)(self._permutation)
-
-    def _encode(self, index: int) -> Batch:
-        sample = self._samples[index]
-        try:
-            return self._speaker.batch(sample, answer=False)
-        except RequestError as error:
-            raise DatasetError(f"{sample.name}: {error.what}", error.expected, error.fix) from None
 
     def _permutation(self, epoch: int) -> list[int]:
         if self._kind in ("file", "once"):
@@ -141,29 +146,59 @@ class Feed:
         made = torch.Generator().manual_seed(epoch + (self._seed if self._kind == "seed" else 0))
         return torch.randperm(self._total, generator=made).tolist()
 
-    def _picked(self, number: int) -> list[list[Batch]]:
-        """The samples of this replica's micro-batches in a step."""
+    def _places(self, number: int) -> list[range]:
+        """The places of the samples of this replica's micro-batches in a step."""
         first = number * self._count
         mine = range(first + self._share.number, first + self._count, self._share.of)
-        return [[self._at(m * self._size + i) for i in range(self._size)] for m in mine]
+        return [range(m * self._size, (m + 1) * self._size) for m in mine]
+
+    def _index(self, place: int, further: int = 0) -> int:
+        """The sample at a place of the endless row of passes, or one further on in its pass."""
+        return self._order(place // self._total)[(place + further) % self._total]
 
     def _at(self, place: int) -> Batch:
-        """The sample at a place of the endless row of passes."""
-        batch = self._encoded(self._order(place // self._total)[place % self._total])
-        if self._kind == "once" and place >= self._total:
-            batch = replace(batch, labels=torch.full_like(batch.labels, IGNORED))
-        return batch
+        """The sample at a place, or the next one that can be used.
+
+        Raises:
+            DatasetError: it cannot be used, if ``strict``; or none can.
+        """
+        fault = DatasetError("there are no samples")
+        for further in range(self._total):
+            index = self._index(place, further)
+            found = self._encoder.get(index)
+            if isinstance(found, DatasetError):
+                self._leave_out(index, found)
+                fault = found
+                continue
+            if self._kind == "once" and (further or place >= self._total):
+                return replace(found, labels=torch.full_like(found.labels, IGNORED))
+            return found
+        raise DatasetError(f"no sample can be used: {fault.what}", fault.expected, fault.fix)
+
+    def _leave_out(self, index: int, fault: DatasetError) -> None:
+        if self._strict:
+            raise fault
+        if index not in self.bad:
+            self.bad.add(index)
+            if self._say is not None and not self._samples[index].fault:
+                self._say(f"warning: left out, {len(self.bad)} so far: {fault.what}")
 
     def tokens(self, number: int) -> int:
         """Tokens of this replica's part of a step, padding not counted."""
-        return sum(batch.ids.numel() for group in self._picked(number) for batch in group)
+        if number not in self._counts:
+            self.step(number)
+        return self._counts[number]
 
     def step(self, number: int) -> list[Batch]:
         """The micro-batches of this replica in a step (from 0), padded to one shape."""
         arch = self._speaker.arch
         merge = 1 if arch.intern else arch.config.vision_config.spatial_merge_size
-        groups = [joined(arch, group) for group in self._picked(number)]
-        return alike(groups, merge, arch.intern)
+        picked = [[self._at(place) for place in places] for places in self._places(number)]
+        self._counts = {number: sum(b.ids.numel() for group in picked for b in group)}
+        made = alike([joined(arch, group) for group in picked], merge, arch.intern)
+        later = (place for places in self._places(number + 1) for place in places)
+        self._encoder.ask(self._index(place) for place in later)
+        return made
 
     @property
     def steps(self) -> int:

@@ -44,6 +44,7 @@ class Sample:
         messages: (role, text); ``<image>``, ``<video>`` and ``<audio>`` mark the places.
         images, videos, audios: files, in the order of their places; pictures and sounds
             may be objects.
+        fault: what makes it useless, if that is known; its turn goes to another then.
     """
 
     messages: Sequence[tuple[str, str]]
@@ -51,6 +52,7 @@ class Sample:
     videos: Sequence[Any] = ()
     audios: Sequence[Any] = ()
     name: str = "the prompt"
+    fault: str = ""
 
     def files(self) -> list[Path]:
         """All its files."""

@@ -62,6 +62,7 @@ class Plan:
         frozen: beginnings of MM names that do not learn.
         recompute: compute each layer's inside again in the backward pass, to save memory.
         replicas: copies of the model that share the micro-batches of a step.
+        workers: threads of each process that encode samples ahead of their step.
     """
 
     save: Path
@@ -80,6 +81,7 @@ class Plan:
     order: Order = "epoch"
     recompute: bool = False
     replicas: int = 1
+    workers: int = 1
 
     def settings(self) -> dict[str, Any]:
         """What decides the curve, beside data and dtype: must be the same after a restart."""
@@ -136,6 +138,7 @@ class Training:
     dtype: str
     start: Start
     prepare: Prepare = field(default_factory=Prepare)
+    strict: bool = False
 
     stops_gently = True  # a SIGTERM is passed on to it, and it ends by itself
 
@@ -203,10 +206,16 @@ class Run:
         speaker = Speaker(job.arch, job.hf_dir, job.prepare)
         mesh = run.mesh
         share = Share(mesh.replica, mesh.replicas)
-        self._feed = Feed(speaker, job.train, plan.size, plan.count, plan.order, plan.seed, share)
-        self._check = None
-        if job.check:
-            self._check = Feed(speaker, job.check, plan.size, plan.count, "once", 0, share)
+        self._left_out = 0  # samples, as far as has been said
+
+        def feed(samples: Sequence[Sample], order: Order, seed: int) -> Feed:
+            return Feed(
+                speaker, samples, plan.size, plan.count, order, seed, share, emit,
+                strict=job.strict, threads=plan.workers,
+            )  # fmt: skip
+
+        self._feed = feed(job.train, plan.order, plan.seed)
+        self._check = feed(job.check, "once", 0) if job.check else None
         self._journal = Journal(plan.save, self._first) if mesh.lead else None
         self._saved, self._clock = self._first, time.monotonic()
 
@@ -260,10 +269,14 @@ class Run:
         late = every is None and mesh.lead and time.monotonic() - self._clock > SAVE_EVERY
         wrong = isinstance(self._ahead, MMConvertError)
         speaks = mesh.rank.tp == mesh.rank.pp == 0  # one process of a replica, for its tokens
-        tokens = 0 if wrong or not speaks else self._feed.tokens(number)
-        flags = torch.tensor([self._stop.asked, late, wrong, tokens], device=mesh.device)
+        tokens = 0 if wrong or not speaks or not self._ahead else self._feed.tokens(number)
+        bad = len(self._feed.bad) if speaks else 0
+        flags = torch.tensor([self._stop.asked, late, wrong, tokens, bad], device=mesh.device)
         dist.all_reduce(flags)
-        stop, late, wrong, tokens = flags.tolist()
+        stop, late, wrong, tokens, bad = flags.tolist()
+        if bad > max(self._left_out, len(self._feed.bad)):  # other replicas' do not speak
+            self._emit(f"warning: {bad} samples were left out so far, in all replicas")
+        self._left_out = bad
         if wrong:
             mine = self._ahead if isinstance(self._ahead, MMConvertError) else None
             found = [error for error in gather(mine) if error is not None]

@@ -15,10 +15,13 @@ import talking
 import tinyfamilies
 from cli import run_cli
 from mmconvert.errors import DatasetError, RequestError
-from mmconvert.runtime.batch import IGNORED
+from mmconvert.runtime.batch import IGNORED, Batch
+from mmconvert.runtime.checking import checked
 from mmconvert.runtime.conversation import Speaker
-from mmconvert.runtime.dataset import Feed, Order, Share, read_samples, split
+from mmconvert.runtime.dataset import Data, Feed, Order, Share, read_samples, split
+from mmconvert.runtime.encoding import Encoder, nbytes
 from mmconvert.runtime.families import architecture
+from mmconvert.runtime.samples import Source, read_source
 from mmconvert.runtime.stage import pooled
 
 
@@ -300,3 +303,139 @@ def test_a_placeholder_of_the_tokenizer_in_a_text_is_refused(tmp_path: Path) -> 
     (sample,) = read_samples([tmp_path / "data.json"], 0)
     with pytest.raises(RequestError, match="a placeholder of the tokenizer"):
         speaker.batch(sample, answer=False)
+
+
+# --------------------------------------------------------------------------------- bad samples
+def spoiled(folder: Path) -> Path:
+    """Eight samples: one picture cut off, one damaged inside, one missing, one place too many."""
+    talking.write_data(folder)
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    noise.save(folder / "cut.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:900])
+    noise.save(folder / "torn.png")
+    raw = bytearray((folder / "torn.png").read_bytes())
+    raw[200:260] = bytes(60)  # its end is that of a whole one
+    (folder / "torn.png").write_bytes(raw)
+    names = ["red.png", "cut.jpg", "green.png", "torn.png", "blue.png", "gone.png", "black.png"]
+    items = [talking.talk("<image>?", name.partition(".")[0], images=[name]) for name in names]
+    items.append(talking.talk("<image><image>?", "two", images=["red.png"]))
+    path = folder / "spoiled.json"
+    path.write_text(json.dumps(items))
+    return path
+
+
+def test_bad_samples_are_counted_named_and_left_out(speaker: Speaker, tmp_path: Path) -> None:
+    said: list[str] = []
+    samples, _ = Data((Source((spoiled(tmp_path),)),)).read(0, said.append)
+    text = "\n".join(said)
+    assert "2 of 8 samples are left out" in text  # before the first step: missing, and places
+    assert "entry 5: " in text
+    assert "gone.png is missing" in text
+    assert "entry 7 has more <image> places than files" in text
+    assert "1 of 6 samples are left out" in text  # and the one that ends too early
+    assert "cut.jpg: " in text
+    said.clear()
+    feed = Feed(speaker, samples, 1, 6, "file", say=said.append)
+    learnt = [speaker.words(b.ids[b.labels != IGNORED].tolist()).strip() for b in feed.step(0)]
+    # the turn of a bad one goes to the next that is good
+    assert learnt == ["red", "green", "green", "blue", "blue", "black"]
+    assert len(said) == 1  # what was named before is not named again
+    assert "torn.png" in said[0]
+    assert "left out, 2 so far" in said[0]
+    assert len(feed.bad) == 2
+
+
+def test_with_strict_the_first_bad_sample_is_an_error(speaker: Speaker, tmp_path: Path) -> None:
+    path = spoiled(tmp_path)
+    with pytest.raises(DatasetError, match=r"entry 5: .*gone\.png is missing"):
+        Data((Source((path,)),), strict=True).read(0, print)
+    items = json.loads(path.read_text())
+    path.write_text(json.dumps(items[:5]))
+    with pytest.raises(DatasetError, match=r"entry 1: .*cut\.jpg"):
+        Data((Source((path,)),), strict=True).read(0, print)
+    path.write_text(json.dumps([items[0], items[3]]))
+    samples, _ = Data((Source((path,)),), strict=True).read(0, print)
+    with pytest.raises(DatasetError, match=r"entry 1: .*torn\.png"):
+        Feed(speaker, samples, 1, 2, "file", strict=True).step(0)
+
+
+def test_an_evaluation_counts_no_sample_twice(speaker: Speaker, tmp_path: Path) -> None:
+    samples, _ = Data((Source((spoiled(tmp_path),)),)).read(0, lambda said: None)
+    batches = Feed(speaker, samples, 1, 6, "once").step(0)
+    counted = [bool((b.labels != IGNORED).any()) for b in batches]
+    assert counted == [True, False, True, False, True, True]
+
+
+def test_looking_at_files_has_an_end(tmp_path: Path) -> None:
+    said: list[str] = []
+    samples = read_samples([talking.write_data(tmp_path)], 0)
+    assert checked(samples, said.append, strict=False, seconds=-1) == samples
+    assert said == ["note: pictures of 0 of 4 samples were looked at beforehand"]
+
+
+def test_encoded_samples_stay_while_there_is_room(speaker: Speaker, tmp_path: Path) -> None:
+    samples = read_samples([talking.write_data(tmp_path)], 0)
+    one = Encoder(speaker, samples).get(0)
+    assert isinstance(one, Batch)
+    room = int(2.5 * nbytes(one))
+    encoder = Encoder(speaker, samples, threads=2, room=room)
+    for number in (0, 1, 2, 3, 0):
+        encoder.ask(range(4))
+        found = encoder.get(number)
+        assert isinstance(found, Batch)
+        assert encoder.held <= room
+    same = encoder.get(0)
+    assert isinstance(same, Batch)
+    assert torch.equal(same.pixels, one.pixels)
+
+
+LLAVA = '[{"image": IMAGE, "conversations": [{"from": "human", "value": "<image>Q"}, ANSWER]}]'
+LLAVA = LLAVA.replace("ANSWER", '{"from": "gpt", "value": "A"}')
+DIALECTS: dict[str, tuple[str, str]] = {
+    "mllm": ("a.json", json.dumps([talking.talk("<image>Q", "A", images=["red.png"])])),
+    "JSON lines": (
+        "a.jsonl",
+        "\n\n".join(json.dumps(talking.talk("<image>Q", "A", images=["red.png"])) for _ in "12"),
+    ),
+    "LLaVA": ("a.json", LLAVA.replace("IMAGE", '"red.png", "id": "1"')),
+    "LLaVA, a list": ("a.json", LLAVA.replace("IMAGE", '["red.png"]')),
+    "Qwen-VL": (
+        "a.json",
+        '[{"id": "1", "conversations": [{"from": "user", "value": "<img>red.png</img>Q"},'
+        ' {"from": "assistant", "value": "A"}]}]',
+    ),
+    "InternVL": ("a.jsonl", LLAVA.replace("IMAGE", '"red.png", "id": 0, "width": 5')[1:-1]),
+    "ms-swift": (
+        "a.jsonl",
+        '{"messages": [{"role": "user", "content": "<image>Q"}, {"role": "assistant",'
+        ' "content": "A"}], "images": [{"path": "red.png"}]}',
+    ),
+    "unmarked": ("a.json", json.dumps([talking.talk("Q", "A", images=["red.png"])])),
+    "a lone file": (
+        "a.json",
+        '[{"images": "red.png", "messages": [{"role": "user", "content": "<image>Q"},'
+        ' {"role": "assistant", "content": "A"}]}]',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_every_dialect_is_the_same_conversation(name: str, tmp_path: Path) -> None:
+    talking.write_data(tmp_path)
+    file, text = DIALECTS[name]
+    (tmp_path / file).write_text(text)
+    found = read_source(Source((tmp_path / file,)))
+    assert not found.faults
+    for sample in found.samples:
+        assert list(sample.messages) == [("user", "<image>Q"), ("assistant", "A")]
+        assert sample.images == [tmp_path / "red.png"]
+    assert found.unread == ({"width"} if name == "InternVL" else set())
+
+
+def test_a_line_that_is_no_json_is_left_out(tmp_path: Path) -> None:
+    good = json.dumps(talking.talk("Q", "A"))
+    (tmp_path / "a.jsonl").write_text(f"{good}\n{good[:20]}\n{good}\n")
+    found = read_source(Source((tmp_path / "a.jsonl",)))
+    assert len(found.samples) == 2
+    assert "line 2 is no JSON" in found.faults[0].what
+    assert found.notes()[0] == "warning: 1 of 3 samples are left out:"

@@ -122,6 +122,8 @@ class Finetuned:
     make, else one for each device that is free, on a CPU one."""
     use_distributed_optimizer: bool = False
     """Divide fp32 copies and moments over the replicas."""
+    num_workers: int = 1
+    """Threads of each process that read and encode samples ahead of their step."""
     no_save_optim: bool = False
     """Leave the optimizer out of the checkpoints."""
     resume: bool = False
@@ -238,7 +240,7 @@ def _plan(asked: Finetuned, save: Path, evaluate: int, frozen: tuple[str, ...]) 
         evaluate, asked.eval_iters, asked.log_interval, asked.micro_batch_size,
         asked.global_batch_size // asked.micro_batch_size, asked.seed, frozen,
         not asked.no_save_optim, recipe, kind, asked.order,
-        asked.recompute_granularity == "full", asked.data_parallel_size,
+        asked.recompute_granularity == "full", asked.data_parallel_size, asked.num_workers or 1,
     )  # fmt: skip
 
 
@@ -304,7 +306,7 @@ def _check(asked: Finetuned, script: Script) -> None:
         "train_iters": 1, "save_interval": -1, "lr_decay_iters": 0, "data_parallel_size": 0,
         "ckpt_step": 0, "eval_interval": 0, "eval_iters": 1, "max_samples": 0,
         "log_interval": 0, "warmup_iters": 0, "micro_batch_size": 1, "global_batch_size": 0,
-        "seq_length": 0,
+        "seq_length": 0, "num_workers": 0,
     }  # fmt: skip
     for name, bound in least.items():
         if getattr(asked, name) < bound:
