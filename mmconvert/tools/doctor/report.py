@@ -76,6 +76,7 @@ SEVERITY: dict[str, str] = {
     "output-layer-missing": ERROR,
     "layer-count": ERROR,
     "stage-order": WARNING,
+    "not-for-training": WARNING,
     "vit-qkv-concatenated": ERROR,
     "not-zero": ERROR,
     "hf-dir-unusable": ERROR,
