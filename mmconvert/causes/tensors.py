@@ -175,6 +175,23 @@ def no_model(file: Path, content: Mapping[str, object]) -> FormError:
     )
 
 
+def nested(file: Path, content: Mapping[str, object]) -> FormError | None:
+    """A weight file that holds the weights under a key, as trainers save them."""
+    holders = [
+        key
+        for key, value in content.items()
+        if isinstance(value, dict) and any(isinstance(v, StoredTensor) for v in value.values())
+    ]
+    if not holders:
+        return None
+    return FormError(
+        "nested-weights",
+        f"{file} holds {summarise(list(content))}; tensors lie under {holders[0]!r}",
+        "a dict of tensors alone, as a model's state_dict is",
+        f"save what lies under {holders[0]!r} by itself, with torch.save",
+    )
+
+
 def missing(names: Sequence[str], heads: Iterable[str]) -> TensorError:
     """Tensors that the model lacks.
 

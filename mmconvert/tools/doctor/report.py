@@ -35,6 +35,7 @@ SEVERITY: dict[str, str] = {
     "unmerged-adapter": ERROR,
     "empty-tensors": ERROR,
     "wrapped-names": ERROR,
+    "nested-weights": ERROR,
     "distributed-checkpoint": ERROR,
     "fsdp-checkpoint": ERROR,
     "deepspeed-checkpoint": ERROR,
