@@ -583,6 +583,16 @@ def test_an_index_of_another_save(plain: Path, tmp_path: Path) -> None:
     assert found["command"] == f"mv {hf / INDEX} {hf / INDEX}.old"
 
 
+def test_an_index_of_another_save_beside_whole_weights(hf: Path, tmp_path: Path) -> None:
+    """Read as transformers does, with a note; doctor sets the index aside."""
+    other = {"a": "model-00001-of-00002.safetensors"}
+    (hf / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": other}))
+    assert f"not read: {INDEX}" in to_mm(MODEL, hf, tmp_path / "mm").stderr
+    (found,) = json.loads(call("doctor", hf, "--json").stdout)["findings"]
+    assert found["id"] == "index-not-read"
+    assert found["command"] == f"mv {hf / INDEX} {hf / INDEX}.old"
+
+
 def test_an_index_beside_a_pickle(hf: Path, tmp_path: Path) -> None:
     as_pickle(hf)
     other = {"a": "model-00001-of-00002.safetensors"}
