@@ -19,6 +19,7 @@ import torch.distributed as dist
 from mmconvert.errors import DatasetError, MMConvertError, RequestError
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import mmfiles
+from mmconvert.runtime.agreement import agree
 from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.dataset import Feed, Order, Share
@@ -141,6 +142,13 @@ class Training:
 
     def __call__(self, device: torch.device, emit: Emit) -> Outcome:
         """Trains; emits notes and lines."""
+        plan = self.plan
+        wants = {FLAGS.get(key, key): value for key, value in plan.settings().items()}
+        wants |= {"--train_iters": plan.steps, "--dtype": self.dtype, "--resume": self.start}
+        wants |= {"--save_interval": plan.save_every, "--eval_interval": plan.evaluate_every}
+        wants |= {"the number of samples": len(self.train), "the replicas": plan.replicas}
+        folders = {"--save": plan.save, "--hf_dir": self.hf_dir, "--mm_dir": self.stored.folder}
+        agree(wants, folders)
         stop = Stop()
         with stop.listening():
             return Run(self, device, emit, stop).train()
