@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -114,6 +115,9 @@ class Stop:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Notes the signal while it is open, for the end of the step."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = signal.signal(signal.SIGTERM, lambda number, frame: self._note())
         try:
             yield
@@ -191,6 +195,7 @@ class Run:
         self._job, self._plan, self._emit, self._stop = job, plan, emit, stop
         torch.manual_seed(plan.seed)
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         run = engines.load(job.arch, job.stored, device, DTYPES[job.dtype], plan.replicas)
         learning = freeze(run, plan.frozen)
         if plan.recompute:
