@@ -157,11 +157,7 @@ def _wrapped(what: str, prefix: str, names: Sequence[str]) -> FormError:
 def no_model(file: Path, content: Mapping[str, object]) -> FormError:
     """A rank file without ``model``: the weights may lie under another key, or at the top."""
     tensors = sum(isinstance(value, StoredTensor) for value in content.values())
-    holders = [
-        key
-        for key, value in content.items()
-        if isinstance(value, dict) and any(isinstance(v, StoredTensor) for v in value.values())
-    ]
+    holders = _holders(content)
     what = f"holds no model, but {summarise(list(map(str, content))) or 'nothing'}"
     where = f"under {str(holders[0])!r}" if holders else "at its top"
     return FormError(
@@ -175,13 +171,18 @@ def no_model(file: Path, content: Mapping[str, object]) -> FormError:
     )
 
 
-def nested(file: Path, content: Mapping[str, object]) -> FormError | None:
-    """A weight file that holds the weights under a key, as trainers save them."""
-    holders = [
+def _holders(content: Mapping[str, object]) -> list[str]:
+    """The keys under which tensors lie."""
+    return [
         key
         for key, value in content.items()
         if isinstance(value, dict) and any(isinstance(v, StoredTensor) for v in value.values())
     ]
+
+
+def nested(file: Path, content: Mapping[str, object]) -> FormError | None:
+    """A weight file that holds the weights under a key, as trainers save them."""
+    holders = _holders(content)
     if not holders:
         return None
     return FormError(
