@@ -29,6 +29,7 @@ from mmconvert.modeljson.layout import settled
 from mmconvert.names import summarise
 from mmconvert.plan.plan import Side, build, carry, in_dtype
 from mmconvert.plan.reorder import reorder
+from mmconvert.plan.training import cautions
 from mmconvert.result import Result
 from mmconvert.run import Run
 
@@ -58,6 +59,7 @@ def hf_to_mm(
     src = hf_side(source.modules, source.dims, source.hf_tensors)
     dst = mm_target(source.modules, source.dims, layout, in_dtype(src.wholes, run.cast))
     notes = [*source.notes, *idle_patterns(run.options, source)]
+    notes += [f"warning: {words}" for words in cautions(source.modules, source.dims, layout)]
     notes += _carried_note(source, "stay in hf_dir and return from it")
     plan = run.prove(build(src, dst, notes, run.cast))
     inputs = [p for p in (cfg.hf_config.hf_dir, cfg.common_model_config.llm_hf_dir) if p]
@@ -124,6 +126,7 @@ def reshard(
     dst = mm_target(source.plain_modules, source.dims, layout, in_dtype(src.wholes, run.cast))
     notes = [*source.notes, *idle_patterns(run.options, source)]
     notes += unchecked_units(source, found, layout)
+    notes += [f"warning: {words}" for words in cautions(source.modules, source.dims, layout)]
     plan = run.prove(build(src, dst, notes, run.cast))
     return run.write_mm(plan, dst, source, layout, cfg.target_dir, [cfg.source_dir])
 

@@ -20,6 +20,7 @@ An interruption (Ctrl-C, SIGTERM) ends with exit code 130.
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping, Sequence
 from os import PathLike
 
 
@@ -160,3 +161,23 @@ def cannot_write(path: str | PathLike[str], error: OSError) -> OutputError:
         )
     reason = error.strerror or error
     return OutputError(f"{path}: cannot be written: {reason}", "a folder that can be written")
+
+
+def disagreement(answers: Sequence[Mapping[str, str]]) -> RequestError | None:
+    """What to say when the processes of one run want different things; None if they agree.
+
+    Args:
+        answers: of each process, what it wants, by what to call it in a message.
+    """
+    first, *others = answers
+    for rank, other in enumerate(others, 1):
+        for name in {**first, **other}:
+            ours, theirs = first.get(name, "not there"), other.get(name, "not there")
+            if ours != theirs:
+                return RequestError(
+                    f"the processes of this run disagree: {name} is {ours} on process 0 and "
+                    f"{theirs} on process {rank}",
+                    "one and the same request, over the same files, in all of them",
+                    "give every process the same command line, and the same version of mmconvert",
+                )
+    return None

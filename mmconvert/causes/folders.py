@@ -9,6 +9,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from mmconvert.causes.quantised import CAUSE, EXPECTED, FIX
 from mmconvert.causes.tensors import unmerged
 from mmconvert.errors import FormError
 from mmconvert.names import summarise
@@ -22,6 +23,7 @@ _WEIGHTS = re.compile(r"(?:model|pytorch_model)[^/]*\.(?:safetensors|bin)(?:\.in
 _ITERATION = re.compile(r"iter_\d{7,12}")
 _STEP = re.compile(r"global_step\d+")
 _DEEPSPEED = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_\d+_(?:model|optim)_states\.pt")
+_VERL = re.compile(r"model_world_size_\d+_rank_\d+\.pt")
 _PART = re.compile(r"part\d+\.safetensors")
 
 Look = Callable[[Path, Sequence[str]], FormError | None]
@@ -36,7 +38,7 @@ def other_form(folder: Path, sought: str = "") -> FormError | None:
         sought: ``hf`` or ``mm``, the kind of checkpoint that is looked for; "" takes both.
     """
     names = _listed(folder)
-    looks: list[Look] = [_adapter, _distributed, _sharded_by_accelerate, _deepspeed, _unified]
+    looks: list[Look] = [_adapter, _distributed, _fsdp, _deepspeed, _unified, _gguf]
     looks += [_one_rank] if sought != "hf" else []
     looks.append(partial(_below, sought))
     return next((found for look in looks if (found := look(folder, names))), None)
@@ -60,6 +62,11 @@ def stale_index(index: Path, listed: Collection[str]) -> FormError | None:
         "an index of the weight files beside it",
         f"the index is of another save: move it away{several if len(others) > 1 else ''}",
     )
+
+
+def unified(folder: Path) -> FormError | None:
+    """Whether a folder is what MindSpore's unified_safetensors made, and the way out."""
+    return _unified(folder, _listed(folder))
 
 
 def _listed(folder: Path) -> list[str]:
@@ -104,14 +111,19 @@ def _distributed(folder: Path, names: Sequence[str]) -> FormError | None:
     return None
 
 
-def _sharded_by_accelerate(folder: Path, names: Sequence[str]) -> FormError | None:
-    """What accelerate and the Trainer save of an FSDP model."""
+def _fsdp(folder: Path, names: Sequence[str]) -> FormError | None:
+    """What accelerate, the Trainer and verl save of an FSDP model."""
+    ranks = [name for name in names if _VERL.fullmatch(name)]
     found = next((name for name in names if re.fullmatch(r"pytorch_model_fsdp_\d+", name)), "")
     if found:
         fix = f"gather it first: accelerate merge-weights {folder / found} OUT"
     elif "pytorch_model_fsdp.bin" in names:
         found = "pytorch_model_fsdp.bin"
         fix = "give it the name pytorch_model.bin, beside the model's config.json: it is whole"
+    elif ranks:
+        found = ranks[0]
+        fix = "gather it first: python -m verl.model_merger merge --backend fsdp --local_dir "
+        fix += f"{folder} --target_dir OUT"
     else:
         return None
     return FormError(
@@ -153,6 +165,15 @@ def _unified(folder: Path, names: Sequence[str]) -> FormError | None:
         "a MindSpore file, or rank_R folders",
         one if len(parts) == 1 else many,
     )
+
+
+def _gguf(folder: Path, names: Sequence[str]) -> FormError | None:
+    """Files of llama.cpp, which has other names and mostly quantises."""
+    found = [name for name in names if name.lower().endswith((".gguf", ".ggml"))]
+    if not found:
+        return None
+    what = f"{folder} holds a checkpoint for llama.cpp (GGUF: {summarise(found, 2)})"
+    return FormError(CAUSE, what, EXPECTED, FIX)
 
 
 def _one_rank(folder: Path, names: Sequence[str]) -> FormError | None:

@@ -10,7 +10,7 @@ from mmconvert.names import number, summarise
 from mmconvert.stored import FLOATS, StoredTensor
 
 CAUSE = "quantised"
-KEYS = ("quantization_config", "compression_config")  # of config.json
+KEYS = ("quantization_config", "compression_config", "quantization")  # of config.json; MLX's last
 EXPECTED = "weights in fp32, fp16 or bf16"
 FIX = "take the model's unquantised checkpoint, or let the library that quantised it undo that"
 
@@ -55,12 +55,17 @@ def quantised(
         others: the tensors that it does not.
         config: config.json; empty where there is none.
     """
-    marks = {t.name: label for t in others if (label := _mark(t.name)) is not None}
+    said = said_method(config)
+    marks: dict[str, str] = {}
+    for tensor in others:
+        label = _mark(tensor.name)
+        if label is not None or (said and tensor.dtype not in FLOATS):
+            marks[tensor.name] = label or ""
     low = {t.name: t.dtype for t in weights if t.dtype not in FLOATS}
     if not marks and not low:
         return None
     found = max(marks.values(), key=len, default="")  # the one that says most
-    label = _label(said_method(config), found or _by_dtype(set(low.values()), bool(marks)))
+    label = _label(said, found or _by_dtype(set(low.values()), bool(marks)))
     return _error([*marks, *(f"{name} ({dtype})" for name, dtype in low.items())], label)
 
 
@@ -94,13 +99,13 @@ def said_method(config: Mapping[str, object], depth: int = SECTIONS) -> str:
     for key in KEYS:
         said = config.get(key)
         if isinstance(said, dict):
-            return _in_words(said)
+            return _in_words(said, "MLX" if key == "quantization" else "")
     sections = [part for part in config.values() if isinstance(part, dict)] if depth else []
     return next((words for part in sections if (words := said_method(part, depth - 1))), "")
 
 
-def _in_words(said: Mapping[str, object]) -> str:
-    method = str(said.get("quant_method") or "of an unnamed method")[:40]
+def _in_words(said: Mapping[str, object], by: str) -> str:
+    method = str(said.get("quant_method") or by or "of an unnamed method")[:40]
     bits = next((said[k] for k in ("bits", "w_bit", "nbits") if isinstance(said.get(k), int)), None)
     bits = 8 if said.get("load_in_8bit") is True else bits
     bits = 4 if said.get("load_in_4bit") is True else bits

@@ -157,11 +157,7 @@ def _wrapped(what: str, prefix: str, names: Sequence[str]) -> FormError:
 def no_model(file: Path, content: Mapping[str, object]) -> FormError:
     """A rank file without ``model``: the weights may lie under another key, or at the top."""
     tensors = sum(isinstance(value, StoredTensor) for value in content.values())
-    holders = [
-        key
-        for key, value in content.items()
-        if isinstance(value, dict) and any(isinstance(v, StoredTensor) for v in value.values())
-    ]
+    holders = _holders(content)
     what = f"holds no model, but {summarise(list(map(str, content))) or 'nothing'}"
     where = f"under {str(holders[0])!r}" if holders else "at its top"
     return FormError(
@@ -172,6 +168,28 @@ def no_model(file: Path, content: Mapping[str, object]) -> FormError:
         f"{where}"
         if holders or tensors
         else "copy the file of a model's weights here",
+    )
+
+
+def _holders(content: Mapping[str, object]) -> list[str]:
+    """The keys under which tensors lie."""
+    return [
+        key
+        for key, value in content.items()
+        if isinstance(value, dict) and any(isinstance(v, StoredTensor) for v in value.values())
+    ]
+
+
+def nested(file: Path, content: Mapping[str, object]) -> FormError | None:
+    """A weight file that holds the weights under a key, as trainers save them."""
+    holders = _holders(content)
+    if not holders:
+        return None
+    return FormError(
+        "nested-weights",
+        f"{file} holds {summarise(list(content))}; tensors lie under {holders[0]!r}",
+        "a dict of tensors alone, as a model's state_dict is",
+        f"save what lies under {holders[0]!r} by itself, with torch.save",
     )
 
 

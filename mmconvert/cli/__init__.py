@@ -137,6 +137,7 @@ def _guarded(words: list[str]) -> int:
 def _reported(words: list[str]) -> int:
     try:
         code = _dispatch(words)
+        _note_broken(words)
         sys.stdout.flush()  # here and not when Python ends, where a full disk is exit code 120
         return code
     except MMConvertError as error:
@@ -190,6 +191,15 @@ class InternalError(MMConvertError):
 
 def _terminated(signum: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _note_broken(words: Sequence[str]) -> None:
+    """Families of other packages that a search has left out, though nobody asked for them."""
+    from mmconvert.converters import BROKEN
+
+    if BROKEN and not _asked(words, "--quiet"):
+        for what in BROKEN.values():
+            screen.say(screen.labelled(f"left out: {what}"))
 
 
 def _heed_no_more() -> None:

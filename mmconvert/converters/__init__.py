@@ -6,12 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from mmconvert.converters.family import Family
+from mmconvert.converters.plugins import load_plugin, third_party
 from mmconvert.errors import RequestError
 
 if TYPE_CHECKING:
     from mmconvert.converters.mindspore import MSFamily
 
-ENTRY_POINTS = "mmconvert.families"  # third-party packages register a Family here
+BROKEN: dict[str, str] = {}  # converter name -> why a family of another package was left out
 
 BUILT_IN = {
     "Qwen2VLConverter": "mmconvert.converters.qwen2vl",
@@ -26,26 +27,23 @@ MINDSPORE = {"QwenVLConverter": "mmconvert.converters.qwenvl"}
 
 def converter_names() -> list[str]:
     """Names of all converters, built in and third-party; imports none of them."""
-    return sorted([*BUILT_IN, *(name for name in _third_party() if name not in BUILT_IN)])
+    return sorted([*BUILT_IN, *(name for name in third_party() if name not in BUILT_IN)])
 
 
 def load(converter: str) -> Family:
     """The family of a converter name.
 
     Raises:
-        RequestError: no such converter.
+        RequestError: no such converter, or one of another package that cannot be loaded.
     """
     if converter in BUILT_IN:
         return import_module(BUILT_IN[converter]).FAMILY
-    entry = _third_party().get(converter)
+    entry = third_party().get(converter)
     if entry is None:
         raise RequestError(
             f"there is no converter {converter}", "one of " + ", ".join(converter_names())
         )
-    family = entry.load()
-    if not isinstance(family, Family):
-        raise RequestError(f"the entry point {converter} is {family!r}", "a converters.Family")
-    return family
+    return load_plugin(converter, entry)
 
 
 def load_ms(converter: str) -> MSFamily:
@@ -59,11 +57,14 @@ def ms_registry() -> dict[str, MSFamily]:
 
 
 def registry() -> dict[str, Family]:
-    """All families whose other side is MM format, by converter name."""
-    return {name: load(name) for name in converter_names()}
+    """All families whose other side is MM format, by converter name.
 
-
-def _third_party():  # noqa: ANN202 - the type EntryPoint would cost the import it avoids
-    from importlib.metadata import entry_points
-
-    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    One of another package that cannot be loaded is left out, and noted in :data:`BROKEN`.
+    """
+    found: dict[str, Family] = {}
+    for name in converter_names():
+        try:
+            found[name] = load(name)
+        except RequestError as error:
+            BROKEN[name] = error.what
+    return found

@@ -67,6 +67,7 @@ class Module:
     Attributes:
         key: ``vit``, ``audio`` or ``llm``: names its stage grid, tp size and layer count.
         label: the module's MM name, for people.
+        beside_text: whether training can use it only as a whole, on the first stage of the text.
     """
 
     key: str
@@ -74,6 +75,7 @@ class Module:
     before: tuple[Row, ...]
     layer: tuple[Row, ...]
     after: tuple[Row, ...]
+    beside_text: bool = False
 
     def all_rows(self) -> tuple[Row, ...]:
         """Every row, in model order."""

@@ -149,6 +149,7 @@ def audio() -> Module:
     return Module(
         key="audio",
         label="audio_encoder",
+        beside_text=True,
         before=(
             *norms(BOTH, w, (f"{mm}.conv1", f"{hf}.conv1"), (f"{mm}.conv2", f"{hf}.conv2")),
             row(f"{mm}.audio_bos_eos_token.weight", f"{hf}.audio_bos_eos_token.weight"),

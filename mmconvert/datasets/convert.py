@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmconvert.datasets.jsonlist import ListWriter, read_items
-from mmconvert.datasets.llava import KINDS, SHOWN, Converter, Report
+from mmconvert.datasets.llava import KINDS, MEDIA, SHOWN, Converter, Report
 from mmconvert.errors import DatasetError
 from mmconvert.events import Events
 
@@ -32,7 +32,7 @@ class Outcome:
     def as_dict(self) -> dict[str, object]:
         """The outcome as JSON."""
         counts = self.report.counts
-        kinds = ("images", "text_only", "mended", *KINDS)
+        kinds = (*MEDIA, "text_only", "mended", *KINDS)
         return {
             "output": str(self.output),
             "read": self.read,
@@ -76,7 +76,8 @@ def convert_file(
                     writer.add(made, index)
             except DatasetError as error:
                 raise DatasetError(f"{source}: {error.what}", error.expected, error.fix) from None
-        if report.counts["missing"] and not report.counts["images"] and not none_found_is_ok:
+        some = any(report.counts[kind] for kind in MEDIA)
+        if report.counts["missing"] and not some and not none_found_is_ok:
             raise DatasetError(
                 f"{source}: none of the images of {report.counts['missing']} items is there, "
                 f"such as that of {report.examples['missing'][0]}",

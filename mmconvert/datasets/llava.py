@@ -1,9 +1,11 @@
 """LLaVA-Instruct annotations to the forms that training reads.
 
 LLaVA: a JSON list of ``{"id", "image", "conversations": [{"from": "human" or "gpt", "value"}]}``;
-``<image>`` in a value stands for the image. Two forms are written:
+``<image>`` in a value stands for the image. Items may have several images, videos and sounds (see
+:data:`MEDIA`). Two forms are written:
 
-    MLLM      {"images": [path], "messages": [{"role": "user" or "assistant", "content"}]}
+    MLLM      {"images": [path], "messages": [{"role": "user" or "assistant", "content"}]}, and
+              "videos" and "audios" where there are some
               (MindSpeed-MM's ``llava_instruct_2_mllm_demo_format.py``, 2.0.0)
     Qwen-VL   the item without "image"; in the values "Picture 1: <img>path</img>" stands for it
               (MindFormers' ``research/qwenvl/data_convert.py``, 1.3.1)
@@ -15,8 +17,9 @@ image is there.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NoReturn
 
@@ -24,6 +27,10 @@ from mmconvert.datasets.jsonlist import Item
 from mmconvert.errors import DatasetError
 
 TAG = "<image>"
+# Key of the MLLM form -> the keys that LLaVA items of several origins have for it. A value is one
+# name or a list; "<image>", "<video>" or "<audio>" in a text stands for each.
+MEDIA = {kind: (kind[:-1], kind) for kind in ("images", "videos", "audios")}
+PLACE = re.compile(f"{TAG}\n?")
 SHOWN = 5  # examples of each kind that are named
 
 
@@ -51,8 +58,16 @@ KINDS = {
         "put <image> on a line of its own",
     ),
     "tags": (
-        "items with another number of <image> than of images",
+        "items with another number of <image>, <video> or <audio> than of files",
         "one <image> for each image",
+    ),
+    "unread": (
+        "items with files under keys that the reference does not read: these files are lost",
+        "leave out --compat",
+    ),
+    "media": (
+        "items with videos or sounds, which this form cannot name: left in the item as they are",
+        "convert them with llava-to-mllm",
     ),
     "roles": ("messages of a role that is neither human nor gpt, left as they are", "rename it"),
 }
@@ -73,9 +88,14 @@ class Images:
     prefix: str
     stored: Literal["full", "plain", "dotted"]
 
-    def find(self, image: str) -> tuple[str, str, bool]:
-        """The path that the output names, the one that was looked for, whether it is there."""
+    def find(self, image: str, kind: str = "images") -> tuple[str, str, bool]:
+        """The path that the output names, the one that was looked for, whether it is there.
+
+        The prefix is one of images; of other files it counts where the path alone is not there.
+        """
         path = self.prefix + image
+        if kind != "images" and os.path.exists(os.path.join(self.root, image)):
+            path = image
         looked_for = os.path.join(self.root, path)
         named = {"full": looked_for, "plain": path, "dotted": f"./{path}"}[self.stored]
         return named, looked_for, os.path.exists(looked_for)
@@ -117,25 +137,33 @@ class Converter:
             )
         self.report.add(kind, f"item {index}: {example}")
 
-    def image_of(self, item: Item, index: int) -> str | None:
-        """The item's image; None if it has none."""
-        image = item.get("image")
-        if image is None or image in ("", []):
-            return None
-        if not isinstance(image, str):
-            self.fail(index, f": image is {image!r:.80}", "the name of one file")
-        if "\0" in image:
-            self.fail(index, f": image is {image!r:.80}", "the name of a file")
-        return image
+    def files_of(self, item: Item, index: int, kind: str) -> list[str]:
+        """The names of an item's images, videos or sounds."""
+        given = {key: item[key] for key in MEDIA[kind] if item.get(key) not in (None, "", [])}
+        if self.compat and (unread := [key for key in given if key != "image"]):
+            self.noticed("unread", index, f"{unread[0]} is {given[unread[0]]!r:.80}")
+            given = {key: value for key, value in given.items() if key == "image"}
+        listed = [value if isinstance(value, list) else [value] for value in given.values()]
+        if len(listed) > 1 and listed[0] != listed[1]:
+            self.fail(index, f": {' and '.join(given)} differ", "one of the two")
+        for key, value in given.items():
+            for name in value if isinstance(value, list) else [value]:
+                if not isinstance(name, str) or not name or "\0" in name:
+                    self.fail(index, f": {key} is {value!r:.80}", "the name of a file, or a list")
+        if self.compat and isinstance(given.get("image"), list):
+            self.fail(index, f": image is {given['image']!r:.80}", "the name of one file")
+        return listed[0] if listed else []
 
-    def found(self, image: str, index: int) -> str | None:
-        """The path that the output names; None if the image is not there."""
-        named, looked_for, there = self.images.find(image)
-        if there:
-            self.report.counts["images"] += 1
-            return named
-        self.noticed("missing", index, f"{looked_for} is not there")
-        return None
+    def found(self, item: Item, index: int, kind: str) -> list[str] | None:
+        """The paths that the output names; None if a file is not there."""
+        paths: list[str] = []
+        for name in self.files_of(item, index, kind):
+            named, looked_for, there = self.images.find(name, kind)
+            if not there:
+                self.noticed("missing", index, f"{looked_for} is not there")
+                return None
+            paths.append(named)
+        return paths
 
     def turns(self, item: Item, index: int) -> list[Item]:
         """The item's conversations, checked."""
@@ -161,10 +189,12 @@ class ToMLLM(Converter):
     def convert(self, item: Item, index: int) -> Item | None:
         """See :meth:`Converter.convert`. Text-only items have no images."""
         turns = self.turns(item, index)
-        image = self.image_of(item, index)
-        path = None if image is None else self.found(image, index)
-        if image is not None and path is None:
-            return None
+        media: dict[str, list[str]] = {}
+        for kind in MEDIA:
+            paths = self.found(item, index, kind)
+            if paths is None:
+                return None
+            media[kind] = paths
         messages: list[Item] = []
         for number, turn in enumerate(turns):
             role = self.ROLES.get(turn["from"])
@@ -172,12 +202,16 @@ class ToMLLM(Converter):
                 where = f", turn {number}: from is {turn['from']!r:.80}"
                 self.fail(index, where, "human or gpt", "rename the role, or leave out the item")
             messages.append({"role": role, "content": turn["value"]})
-        tags = sum(turn["value"].count(TAG) for turn in turns)
-        if tags != (path is not None):
-            self.noticed("tags", index, f"{tags} {TAG}, {int(path is not None)} images")
-        if path is None:
+        for kind, paths in media.items():
+            tag = f"<{kind[:-1]}>"
+            tags = sum(turn["value"].count(tag) for turn in turns)
+            if tags != len(paths):
+                self.noticed("tags", index, f"{tags} {tag}, {len(paths)} {kind}")
+            self.report.counts[kind] += bool(paths)
+        if not any(media.values()):
             self.report.counts["text_only"] += 1
-        return {"images": [] if path is None else [path], "messages": messages}
+        more = {kind: paths for kind, paths in media.items() if paths and kind != "images"}
+        return {"images": media["images"], **more, "messages": messages}
 
 
 class ToQwenVL(Converter):
@@ -202,50 +236,62 @@ class ToQwenVL(Converter):
     def convert(self, item: Item, index: int) -> Item | None:
         """See :meth:`Converter.convert`. Text-only items keep their values."""
         turns = self.turns(item, index)
-        image = self.image_of(item, index)
-        picture = None
-        if image is not None:
-            path = self.found(image, index)
-            if path is None:
-                return None
-            picture = self._picture(path, index)
+        paths = self.found(item, index, "images")
+        if paths is None:
+            return None
+        others = [n for kind in ("videos", "audios") for n in self.files_of(item, index, kind)]
+        if others:
+            self.noticed("media", index, f"{others[0]!r:.80}")
+        pictures = [self._picture(path, number, index) for number, path in enumerate(paths, 1)]
+        if paths:
+            self.report.counts["images"] += 1
+        elif others:
+            pass
         elif self.compat:
             what = " has no image; the reference fails here"
             self.fail(index, what, "an image in every item", "leave out --compat")
         else:
             self.report.counts["text_only"] += 1
         new_turns: list[Item] = []
+        left = iter(pictures)
         for number, turn in enumerate(turns):
             role = turn["from"]
             if role not in self._roles and role not in self._roles.values():
                 self.noticed("roles", index, f"turn {number} is from {role!r:.80}")
-            value = turn["value"] if picture is None else self._value(turn["value"], picture)
+            value = self._value(turn["value"], pictures, left)
             new_turns.append(turn | {"from": self._roles.get(role, role), "value": value})
-        self._check_values(new_turns, picture, index)
+        self._check_values(new_turns, pictures, index)
         new = item | {"conversations": new_turns}
         new.pop("image", None)
+        if not self.compat:
+            new.pop("images", None)
         return new
 
-    def _picture(self, path: str, index: int) -> str:
+    def _picture(self, path: str, number: int, index: int) -> str:
         if not self.compat and any(sign in path for sign in ("<img>", "</img>", "\n")):
             self.fail(index, f": image is {path!r:.80}", "a name without <img>, </img> or a break")
-        return f"Picture 1: <img>{path}</img>\n"
+        return f"Picture {number}: <img>{path}</img>\n"
 
-    def _check_values(self, turns: list[Item], picture: str | None, index: int) -> None:
-        """Every ``<image>`` has become the picture, and the picture is there."""
+    def _check_values(self, turns: list[Item], pictures: list[str], index: int) -> None:
+        """Every ``<image>`` has become a picture, and every picture is there."""
         values = [turn["value"] for turn in turns]
         left = next((value for value in values if TAG in value), None)
         if left is not None:
             self.noticed("untouched", index, f"{left!r:.80}")
-        elif picture is not None and not any(picture in value for value in values):
-            self.noticed("unused", index, f"no {TAG} in any value")
+        elif not all(any(picture in value for value in values) for picture in pictures):
+            few = "no" if len(pictures) == 1 else f"fewer than {len(pictures)}"
+            self.noticed("unused", index, f"{few} {TAG} in any value")
 
-    def _value(self, value: str, picture: str) -> str:
-        """The value with the picture in the place of ``<image>``.
+    def _value(self, value: str, pictures: list[str], left: Iterator[str]) -> str:
+        """The value with pictures in the places of ``<image>``.
 
+        Of several pictures (``left``: those that have no place yet) each place takes the next.
         A question with the image on the line after it: the reference puts the picture there and
         loses the break, "What?Picture 1: ...". The picture stands first here, as everywhere else.
         """
+        if len(pictures) != 1:
+            return PLACE.sub(lambda found: next(left, found[0]), value)
+        (picture,) = pictures
         if f"{TAG}\n" in value:
             return value.replace(f"{TAG}\n", picture)
         if f"\n{TAG}" not in value:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from mmconvert import errors
-from mmconvert.errors import LostProcessError, MMConvertError, RequestError
+from mmconvert.errors import LostProcessError, MMConvertError, RequestError, disagreement
 
 T = TypeVar("T")
 
@@ -78,18 +78,8 @@ class Group:
         Raises:
             RequestError: they differ; in all processes.
         """
-        first, *others = self.gather(dict(facts))
-        for rank, other in enumerate(others, 1):
-            for name in first | other:
-                if first.get(name) != other.get(name):
-                    raise RequestError(
-                        f"the processes of this run disagree: {name} is "
-                        f"{first.get(name, 'not there')} on process 0 and "
-                        f"{other.get(name, 'not there')} on process {rank}",
-                        "one and the same request, over the same files, in all of them",
-                        "give every process the same command line, and the same version of "
-                        "mmconvert",
-                    )
+        if error := disagreement(self.gather(dict(facts))):
+            raise error
 
     def share(self, items: Sequence[T], weight: Callable[[T], int]) -> list[T]:
         """The part of a sequence for this process: neighbours, about equally heavy."""

@@ -157,7 +157,12 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}", f"a {what} that can be read") from None
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path} is no JSON: {error}", f"a {what}") from None
+        lines = "Extra data" in str(error)
+        raise RequestError(
+            f"{path} is no JSON: {error}",
+            f"a {what}",
+            "one object for each line? conversations are given with --data" if lines else "",
+        ) from None
     if not isinstance(content, dict):
         raise RequestError(f"{path} holds no object", f"a {what}")
     return cast("dict[str, Any]", content)

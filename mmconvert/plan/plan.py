@@ -16,8 +16,8 @@ from math import prod
 from typing import NamedTuple
 
 from mmconvert.errors import TensorError
-from mmconvert.names import number
-from mmconvert.stored import FLOATS, ITEM_SIZE, StoredTensor, Target
+from mmconvert.plan.dtypes import CAST_ALL, ONE_DTYPE, cast_dtype, mixed_dtypes
+from mmconvert.stored import StoredTensor, Target
 
 
 class Key(NamedTuple):
@@ -48,16 +48,18 @@ class Whole:
     """One whole tensor as a side holds it.
 
     Attributes:
-        shape, dtype: of the whole; the dtype may be one of :func:`joint_dtype`.
+        shape, dtype: of the whole; the dtype may be a joint one (see ``plan.dtypes``).
         copies: complete sets of blocks. The first is the original; further ones are replicas
             (tensor-parallel ranks, tied embeddings), equal to it by meaning.
         zeros: (first row, number of rows) that no tensor of this side stores: they are zero.
+        mixed: which tensors have which dtype, in words, where the dtype is a joint one.
     """
 
     shape: tuple[int, ...]
     dtype: str
     copies: list[list[Block]] = field(default_factory=list)
     zeros: list[tuple[int, int]] = field(default_factory=list)
+    mixed: str = ""
 
 
 @dataclass
@@ -188,41 +190,6 @@ def in_dtype(wholes: Mapping[Key, Whole], dtype: str) -> dict[Key, Whole]:
     if mixed := mixed_dtypes(found):
         raise TensorError(mixed, ONE_DTYPE, CAST_ALL)
     return found
-
-
-ONE_DTYPE = "one dtype for all that one tensor is made of"
-CAST_ALL = "give --dtype bf16, fp16 or fp32: each part is cast once"
-
-
-def joint_dtype(dtypes: Sequence[str]) -> str:
-    """The dtype of what is made of parts in these dtypes: theirs, or of several floating-point
-    ones all, as in "F32+BF16"; such a whole can be read and compared, and written when it is cast.
-    "" if they cannot be one tensor.
-    """
-    parts = {part for dtype in dtypes for part in dtype.split("+")}
-    if len(parts) == 1:
-        return dtypes[0]
-    return "+".join(dtypes) if parts <= FLOATS else ""
-
-
-def widest(dtype: str) -> str:
-    """The dtype of most bytes in a joint one."""
-    return max(dtype.split("+"), key=lambda part: ITEM_SIZE[part])
-
-
-def mixed_dtypes(wholes: Mapping[Key, Whole]) -> str:
-    """Which wholes are of several dtypes, in words; "" if none is."""
-    mixed = [(key.name(), whole.dtype) for key, whole in wholes.items() if "+" in whole.dtype]
-    if not mixed:
-        return ""
-    name, dtype = mixed[0]
-    made = f"{number(mixed, 'tensor')} made of parts in several dtypes"
-    return f"{made}, such as {name} of {' and '.join(dict.fromkeys(dtype.split('+')))}"
-
-
-def cast_dtype(old: str, new: str) -> str:
-    """What a tensor of dtype ``old`` becomes when ``new`` is asked for ("": nothing is)."""
-    return new if new and FLOATS.issuperset(old.split("+")) else old
 
 
 def build(src: Side, dst: Side, notes: Sequence[str] = (), cast: str = "") -> Plan:

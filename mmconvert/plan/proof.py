@@ -8,7 +8,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from mmconvert.errors import MMConvertError
-from mmconvert.plan.plan import Plan, cast_dtype, matrix
+from mmconvert.plan.dtypes import cast_dtype
+from mmconvert.plan.plan import Plan, matrix
 
 
 def prove(plan: Plan) -> None:

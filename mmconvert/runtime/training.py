@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from mmconvert.errors import DatasetError, MMConvertError, RequestError
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import mmfiles
+from mmconvert.runtime.agreement import agree
 from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.dataset import Feed, Order, Share
@@ -115,6 +117,9 @@ class Stop:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Notes the signal while it is open, for the end of the step."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = signal.signal(signal.SIGTERM, lambda number, frame: self._note())
         try:
             yield
@@ -144,6 +149,13 @@ class Training:
 
     def __call__(self, device: torch.device, emit: Emit) -> Outcome:
         """Trains; emits notes and lines."""
+        plan = self.plan
+        wants = {FLAGS.get(key, key): value for key, value in plan.settings().items()}
+        wants |= {"--train_iters": plan.steps, "--dtype": self.dtype, "--resume": self.start}
+        wants |= {"--save_interval": plan.save_every, "--eval_interval": plan.evaluate_every}
+        wants |= {"the number of samples": len(self.train), "the replicas": plan.replicas}
+        folders = {"--save": plan.save, "--hf_dir": self.hf_dir, "--mm_dir": self.stored.folder}
+        agree(wants, folders)
         stop = Stop()
         with stop.listening():
             return Run(self, device, emit, stop).train()
@@ -186,6 +198,7 @@ class Run:
         self._job, self._plan, self._emit, self._stop = job, plan, emit, stop
         torch.manual_seed(plan.seed)
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         run = engines.load(job.arch, job.stored, device, DTYPES[job.dtype], plan.replicas)
         learning = freeze(run, plan.frozen)
         if plan.recompute:

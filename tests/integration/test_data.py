@@ -190,10 +190,113 @@ def test_mllm_counts_tags_that_do_not_fit(folder: Path) -> None:
     found = json.loads(done.stdout)
     expected = {"read": 6, "written": 5, "images": 4, "text_only": 1, "mended": 0, "missing": 1}
     expected |= {"unused": 0, "untouched": 0, "tags": 1, "roles": 0}
+    expected |= {"videos": 0, "audios": 0, "media": 0, "unread": 0}
     assert {k: v for k, v in found.items() if isinstance(v, int)} == expected
     assert found["examples"]["tags"] == ["item 3: 3 <image>, 1 images"]
     assert output(folder)[0]["images"] == ["./data/COCO2017/train2017/a.jpg"]
     assert (folder / "out.json").read_bytes() == script_mllm([*USUAL, TEXT], folder)
+
+
+def asked(question: str, **files: object) -> dict[str, Any]:
+    """An item with files under any keys."""
+    said = [{"from": "human", "value": question}, {"from": "gpt", "value": "A"}]
+    return {"id": "1", **files, "conversations": said}
+
+
+def lying(folder: Path) -> None:
+    """Files beside the images, below the roots of both forms."""
+    for root in ("data/COCO2017", "coco"):
+        (folder / root).mkdir(parents=True, exist_ok=True)
+        for name in ("v.mp4", "w.mp4", "s.wav"):
+            (folder / root / name).write_bytes(b"x")
+
+
+TWO = "<image>\n<image>\nQ"
+SEVERAL: dict[str, tuple[dict[str, Any], dict[str, list[str]]]] = {
+    "a list of images": (asked(TWO, image=["a.jpg", "b.jpg"]), {"images": ["a.jpg", "b.jpg"]}),
+    "images": (asked(TWO, images=["a.jpg", "b.jpg"]), {"images": ["a.jpg", "b.jpg"]}),
+    "both keys, alike": (
+        asked("<image>\nQ", image="a.jpg", images=["a.jpg"]),
+        {"images": ["a.jpg"]},
+    ),
+    "a list of one": (asked("<image>\nQ", image=["a.jpg"]), {"images": ["a.jpg"]}),
+    "a video": (asked("<video>\nQ", video="v.mp4"), {"videos": ["v.mp4"]}),
+    "videos": (asked("<video><video>Q", videos=["v.mp4", "w.mp4"]), {"videos": ["v.mp4", "w.mp4"]}),
+    "a list of videos": (asked("<video>Q", video=["v.mp4"]), {"videos": ["v.mp4"]}),
+    "a sound": (asked("<audio>\nQ", audio="s.wav"), {"audios": ["s.wav"]}),
+    "an image and a video": (
+        asked("<image>\n<video>\nQ", image="a.jpg", video="v.mp4"),
+        {"images": ["a.jpg"], "videos": ["v.mp4"]},
+    ),
+}
+
+
+@pytest.mark.parametrize(("item", "files"), SEVERAL.values(), ids=SEVERAL.keys())
+def test_mllm_has_every_file_of_an_item(
+    item: dict[str, Any], files: dict[str, list[str]], folder: Path
+) -> None:
+    lying(folder)
+    done = mllm(given(folder, [item]), "--strict")
+    (one,) = output(folder)
+    for kind in ("images", "videos", "audios"):
+        assert [Path(path).name for path in one.get(kind, [])] == files.get(kind, [])
+    assert "warning" not in done.stderr and "1 text only" not in done.stdout
+    assert one["messages"][0]["content"] == item["conversations"][0]["value"]
+
+
+@pytest.mark.parametrize(("item", "files"), SEVERAL.values(), ids=SEVERAL.keys())
+def test_qwenvl_has_every_picture_and_names_what_it_cannot(
+    item: dict[str, Any], files: dict[str, list[str]], folder: Path
+) -> None:
+    lying(folder)
+    done = qwenvl(given(folder, [item]), "--json")
+    (one,) = output(folder)
+    value = one["conversations"][0]["value"]
+    for number, name in enumerate(files.get("images", []), 1):
+        assert value.count(f"Picture {number}: <img>{PREFIX}{name}</img>\n") == 1
+    others = {k for k in ("video", "videos", "audio", "audios") if k in item}
+    assert {k: one[k] for k in others} == {k: item[k] for k in others}
+    assert json.loads(done.stdout)["media"] == bool(others)
+    assert ("cannot name" in done.stderr) == bool(others)
+    assert json.loads(done.stdout)["text_only"] == 0
+    if others:
+        qwenvl(given(folder, [item]), "--strict", "--overwrite", check=3)
+
+
+WRONG_FILES = {
+    "a number": (asked("Q", image=5), "image is 5"),
+    "a list of numbers": (asked("Q", video=["v.mp4", 5]), "video is"),
+    "an empty name": (asked("Q", images=["a.jpg", ""]), "images is"),
+    "an object": (asked("Q", video={"path": "v.mp4"}), "video is"),
+    "two keys that differ": (asked("Q", image="a.jpg", images=["b.jpg"]), "differ"),
+    "a NUL": (asked("Q", audios=["s\0.wav"]), "audios is"),
+}
+
+
+@pytest.mark.parametrize(("item", "words"), WRONG_FILES.values(), ids=WRONG_FILES.keys())
+def test_files_that_make_no_sense(item: dict[str, Any], words: str, folder: Path) -> None:
+    lying(folder)
+    for convert in (mllm, qwenvl):
+        done = convert(given(folder, [item]), check=3)
+        assert words in done.stderr and "item 0" in done.stderr
+
+
+def test_files_that_are_counted(folder: Path) -> None:
+    """Missing ones leave the item out; too few or too many places are told."""
+    lying(folder)
+    items = [asked("<video>", video="no.mp4"), asked("<video>", videos=["v.mp4", "w.mp4"])]
+    items += [asked(TWO, image=["a.jpg", "no.jpg"]), asked("<video>\nwithout a video")]
+    done = mllm(given(folder, items), "--json")
+    found = json.loads(done.stdout)
+    assert (found["missing"], found["tags"], found["videos"], found["written"]) == (2, 2, 1, 2)
+    assert "no.mp4 is not there" in done.stderr and "1 <video>, 2 videos" in done.stderr
+
+
+def test_compat_says_what_the_script_does_not_read(folder: Path) -> None:
+    lying(folder)
+    done = mllm(given(folder, [asked("<video>\nQ", video="v.mp4"), *USUAL[:1]]), "--compat")
+    assert "warning: 1 items with files under keys that the reference does not read" in done.stderr
+    assert output(folder)[0]["images"] == []
 
 
 @pytest.mark.parametrize(
@@ -274,7 +377,7 @@ def test_what_strict_forbids(
         ('[{"conversations": ["hi"]}]', "item 0, turn 0: 'hi'"),
         ('[{"conversations": [{"from": "gpt"}]}]', "item 0, turn 0: {'from': 'gpt'}"),
         ('[{"conversations": [{"from": "gpt", "value": 1}]}]', "item 0, turn 0"),
-        ('[{"image": ["a.jpg"], "conversations": []}]', "item 0: image is ['a.jpg']"),
+        ('[{"image": [["a.jpg"]], "conversations": []}]', "item 0: image is [['a.jpg']]"),
         ('[{"image": 0, "conversations": []}]', "item 0: image is 0"),
         ('[{"image": "a\\u0000", "conversations": []}]', r"item 0: image is 'a\x00'"),
     ],

@@ -213,7 +213,8 @@ def test_suggest_puts_its_lists_in(work: Work) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("{", "is no JSON"), ("[]", "holds no object"), ("{}", "has no text_decoder"),
+    [("{", "is no JSON"), ('{"a": 1}\n{"a": 2}', "one object for each line?"),
+     ("[]", "holds no object"), ("{}", "has no text_decoder"),
      ('{"text_decoder": {"num_layers": 28, "pipeline_num_layers": "[28]"}}', "is '[28]'")],
 )  # fmt: skip
 def test_a_file_that_is_none_is_refused(text: str, expected: str, work: Work) -> None:

@@ -201,6 +201,20 @@ QUANTISED: Mapping[str, tuple[Callable[[str, Tensor], Tensors], Json, str]] = {
         "(AWQ, 4 bit)",
     ),
     "awq-silent": (packed("qweight", "qzeros", "scales"), {}, "(GPTQ, AWQ)"),
+    "mlx": (
+        lambda base, w: {
+            f"{base}.weight": w[:, :4].to(torch.uint32),
+            f"{base}.scales": torch.ones(4),
+            f"{base}.biases": torch.ones(4),
+        },
+        {"quantization": {"group_size": 64, "bits": 4}},
+        "(MLX, 4 bit)",
+    ),
+    "of names that nobody knows": (
+        packed("weight_qdata"),
+        said(quant_method="torchao"),
+        "(torchao)",
+    ),
     "quanto": (packed("weight._data", "weight._scale"), {}, "(quanto)"),
     "ascend": (
         lambda base, w: {
@@ -431,9 +445,17 @@ def test_weights_under_another_key(mm: Path, plain: Path, key: str) -> None:
     words = ("holds no model, but", "checkpoint_version", f"under '{key}'" if key else "at its top")
     assert all(word in error["what"] for word in words), error
     listed = findings(mm)
-    assert {f["id"] for f in listed} == {"chunk-keys"}
+    assert [f["id"] for f in listed] == ["chunk-keys"]  # not one for each rank
     assert listed[0]["fix"] == error["fix"]
     assert "copy" not in error["fix"]
+
+
+@pytest.mark.parametrize("key", ["state_dict", "module", "model"])
+def test_a_pickle_with_weights_under_a_key(hf: Path, key: str) -> None:
+    as_pickle(hf)
+    weights = torch.load(hf / "pytorch_model.bin")
+    torch.save({key: weights, "epoch": 3}, hf / "pytorch_model.bin")
+    says(converting(hf), "nested-weights", hf, f"under {key!r}", "epoch")
 
 
 # ------------------------------------------------------------------------------ other folders
@@ -475,6 +497,16 @@ def test_a_folder_of_fsdp(hf: Path) -> None:
     says(converting(hf), "fsdp-checkpoint", hf, "pytorch_model.bin")
 
 
+def test_a_folder_of_verl(hf: Path) -> None:
+    empty_files(without_weights(hf), *(f"model_world_size_2_rank_{r}.pt" for r in range(2)))
+    says(converting(hf), "fsdp-checkpoint", hf, "verl.model_merger", f"--local_dir {hf}")
+
+
+def test_a_folder_of_llama_cpp(hf: Path) -> None:
+    empty_files(without_weights(hf), "model-Q4_K_M.gguf")
+    says(converting(hf), "quantised", hf, "GGUF", "unquantised")
+
+
 def test_a_folder_of_distcp(hf: Path) -> None:
     empty_files(without_weights(hf), ".metadata", "__0_0.distcp", "__1_0.distcp")
     says(converting(hf), "distributed-checkpoint", hf, "__0_0.distcp", f"dcp_to_torch {hf} OUT.pt")
@@ -504,6 +536,9 @@ def test_unified_safetensors(hf: Path) -> None:
     (hf / "config.json").unlink()
     empty_files(without_weights(hf), "part0.safetensors", "param_name_map.json")
     says(converting(hf), "unified-safetensors", hf, "unified_safetensors", "part0.safetensors")
+    words = ("--cfg.source_dir", hf, "--cfg.target_dir", hf.parent / "back", "--json")
+    error = error_of(call("QwenVLConverter", "resplit", *words, check=None))
+    assert error["cause"] == "unified-safetensors"
     empty_files(hf, "part1.safetensors")
     says(converting(hf), "unified-safetensors", hf, "part1.safetensors", "rank_R")
 
@@ -545,6 +580,16 @@ def test_an_index_of_another_save(plain: Path, tmp_path: Path) -> None:
     error = converting(hf)
     says(error, "stale-index", hf, "of which none is there", "of another save", "move it away")
     (found,) = findings(hf)
+    assert found["command"] == f"mv {hf / INDEX} {hf / INDEX}.old"
+
+
+def test_an_index_of_another_save_beside_whole_weights(hf: Path, tmp_path: Path) -> None:
+    """Read as transformers does, with a note; doctor sets the index aside."""
+    other = {"a": "model-00001-of-00002.safetensors"}
+    (hf / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": other}))
+    assert f"not read: {INDEX}" in to_mm(MODEL, hf, tmp_path / "mm").stderr
+    (found,) = json.loads(call("doctor", hf, "--json").stdout)["findings"]
+    assert found["id"] == "index-not-read"
     assert found["command"] == f"mv {hf / INDEX} {hf / INDEX}.old"
 
 

@@ -337,12 +337,24 @@ def ended(process: subprocess.Popen[str]) -> Done:
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
+def kept(out: Path, said: str) -> list[str]:
+    """What stands beside an output by the message of an interruption: a job may have been done."""
+    return [f".{out.name}.mmconvert-partial"] if "goes on where it was stopped" in said else []
+
+
+def stopped(done: Done, out: Path) -> None:
+    """The message is true: the output is not there, and what is kept is what it speaks of."""
+    refused(done, 130, f"interrupted: {out} is as it was before")
+    assert not out.exists()
+    assert litter(out) == kept(out, done.stderr)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_an_interruption(number: signal.Signals, big: Path, out: Path) -> None:
     with started(big, out, "--workers", "1") as process:
         caught(process, out)
         process.send_signal(number)
-        refused(ended(process), 130, "interrupted", out=out)
+        stopped(ended(process), out)
 
 
 def test_signals_while_the_first_is_told(big: Path, out: Path) -> None:
@@ -398,9 +410,10 @@ def test_an_interruption_keeps_the_old_checkpoint(big: Path, tied_mm22: Path, ou
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.002)
         process.send_signal(signal.SIGINT)
-        assert ended(process).returncode == 130
+        done = ended(process)
+        assert done.returncode == 130
         assert snapshot(out) == before
-        assert litter(out) == []
+        assert litter(out) == kept(out, done.stderr)
 
 
 def test_an_interruption_in_json(big: Path, out: Path) -> None:
@@ -409,8 +422,11 @@ def test_an_interruption_in_json(big: Path, out: Path) -> None:
         process.send_signal(signal.SIGTERM)
         done = ended(process)
         assert done.returncode == 130
-        assert json.loads(done.stdout)["exit_code"] == 130
-        untouched(out)
+        told = json.loads(done.stdout)
+        assert (told["error"], told["exit_code"]) == ("Interrupted", 130)
+        assert told["what"] == f"interrupted: {out} is as it was before"
+        assert not out.exists()
+        assert litter(out) == kept(out, told["fix"])
 
 
 def test_an_interruption_of_mm_to_hf(tmp_path: Path) -> None:
@@ -432,7 +448,7 @@ def test_an_interruption_of_mm_to_hf(tmp_path: Path) -> None:
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGSTOP)
         process.send_signal(signal.SIGINT)
-        refused(ended(process), 130, "interrupted", out=out)
+        stopped(ended(process), out)
     finally:
         process.kill()
         process.communicate()

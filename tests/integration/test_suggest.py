@@ -29,7 +29,7 @@ CASES = [
     ("qwen2.5vl-7b", ["--pp", "4", "--vpp", "3", "--by", "parameters"]),
     ("qwen2.5omni-7b", ["--pp", "4", "--tp", "4", "--audio-tp", "1"]),
     ("qwen2.5omni-7b", ["--pp", "2", "--vpp", "2", "--freeze=image_encoder,audio_encoder"]),
-    ("internvl2-76b", ["--pp", "8", "--vpp", "2", "--tp", "2"]),
+    ("internvl2-76b", ["--pp", "8", "--vpp", "2"]),
 ]
 
 

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+import torch.distributed as dist
 
 import talking
 import tinyfamilies
 from cli import run_cli
 from commands import RANK_FILE, copied, rank_files, refused
 from inprocess import call
-from mmconvert.errors import CheckpointError
-from mmconvert.runtime import commands
+from mmconvert.errors import CheckpointError, LostProcessError, RequestError
+from mmconvert.runtime import commands, trouble
+from mmconvert.runtime.launch import Emit, launch
 from mmconvert.runtime.verdict import Report
 
 pytestmark = pytest.mark.slow
@@ -120,6 +123,54 @@ def test_an_interruption_leaves_whole_checkpoints_and_no_process(
     assert errors.count("interrupted") == 1
     assert "--resume" in errors
     whole_checkpoint(save)
+
+
+def test_sigterm_saves_what_has_been_learnt_and_ends(work: Work, tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    with training(work, save) as process:
+        os.kill(process.pid, signal.SIGTERM)
+        code, errors = ends(process)
+    assert code == 130
+    assert "stopped after iteration" in errors
+    whole_checkpoint(save)
+    number = (save / "latest_checkpointed_iteration.txt").read_text()
+    assert f"that of iteration {number}" in errors
+    last = (save / "loss.jsonl").read_text().splitlines()[-1]
+    assert f'"iteration": {number},' in last
+
+
+class Stops:
+    """A job whose second process is stopped, as by a debugger; the first one waits for it."""
+
+    def __call__(self, device: torch.device, emit: Emit) -> None:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        dist.barrier()
+
+
+def test_a_stopped_process_is_told_of_and_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trouble, "SILENT", 1.0)
+    monkeypatch.setattr(trouble, "BEAT", 0.2)
+    heard: list[str] = []
+    with pytest.raises(LostProcessError, match=r"process 1 of the run .* is stopped"):
+        launch(Stops(), 2, lambda event: heard.append(str(event)))
+    assert len(heard) == 1
+    assert "kill -CONT" in heard[0]
+
+
+class Hungry:
+    """A job whose second process wants more memory than there is."""
+
+    def __call__(self, device: torch.device, emit: Emit) -> None:
+        if dist.get_rank() == 1:
+            torch.empty(1 << 50)
+        dist.barrier()
+
+
+def test_too_little_memory_is_no_fault_of_ours() -> None:
+    with pytest.raises(RequestError, match="process 1 of the run has run out of memory") as caught:
+        launch(Hungry(), 2, lambda event: None)
+    assert "--recompute_granularity full" in caught.value.fix
 
 
 def test_a_killed_worker_ends_the_run_with_one_error(work: Work, tmp_path: Path) -> None:

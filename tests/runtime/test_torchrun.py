@@ -14,7 +14,7 @@ import talking
 import tinyfamilies
 from commands import rank_files
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 def torchrun(number: int, *words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -59,3 +59,32 @@ def test_torchrun_trains_as_the_command_does(tmp_path: Path) -> None:
     assert broken.returncode == 1
     assert "text_decoder.decoder.final_layernorm.weight is missing" in broken.stderr
     assert "a fault of mmconvert itself" not in broken.stderr
+
+
+@pytest.mark.parametrize(
+    ("own", "named"),
+    [(["--lr", "1.0"], "--lr"), (["--save", "other"], "--save")],
+    ids=["learning rate", "folder"],
+)
+def test_processes_that_disagree(own: list[str], named: str, tmp_path: Path) -> None:
+    """No step is done: the checkpoint would be of neither request."""
+    hf = talking.make("qwen2_vl", tmp_path / "hf", tied=True)
+    mm = tinyfamilies.convert("qwen2_vl", hf, tmp_path / "mm", "[1,3]", "[3,0]")
+    data = talking.write_data(tmp_path)
+    words = ("finetune", "--mm_dir", mm, "--hf_dir", hf, "--data", data, "--train_iters", "3")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    program = Path(__file__).parents[1] / "differing.py"
+    done = subprocess.run(
+        [*command, "--standalone", str(program), "-2", *map(str, words), "--save", "save", *own],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert "the processes of this run disagree" in done.stderr, done.stderr
+    assert named in done.stderr
+    assert not list(tmp_path.glob("*/iter_*"))
+    assert not (tmp_path / "other").exists()

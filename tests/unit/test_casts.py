@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mmconvert.executor.casts import DTYPES, Loss, Losses
 from mmconvert.executor.values import Cast, cast
-from mmconvert.plan.plan import cast_dtype
+from mmconvert.plan.dtypes import cast_dtype
 from mmconvert.stored import FLOATS, ITEM_SIZE
 
 TORCH = {

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mmconvert.agreement import of_plan, of_request
 
 from mmconvert.config import HFConfig, HFToMM, Options
 from mmconvert.errors import LayoutError, MMConvertError, OutputError, RequestError
+from mmconvert.executor.agreement import of_plan, of_request
 from mmconvert.executor.group import Group
 from mmconvert.formats.reading import State
-from mmconvert.plan import Plan
+from mmconvert.plan.plan import Plan
 from mmconvert.stored import StoredTensor
 
 T = TypeVar("T")

@@ -175,6 +175,7 @@ def _convert(source: Path, writer: ListWriter, converter: Converter, common: Com
 def _show(outcome: Outcome) -> None:
     counts = outcome.report.counts
     parts = [f"{counts['images']} with an image", f"{counts['text_only']} text only"]
+    parts += [f"{counts[k]} with {k}" for k in ("videos", "audios") if counts[k]]
     if counts["missing"]:
         parts.append(f"{counts['missing']} left out")
     if counts["mended"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mmconvert.causes.tensors import nested
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats.containers.pickles import Inert
 from mmconvert.formats.containers.ptfile import read_pt
@@ -27,6 +28,8 @@ def read_bin(path: Path) -> WeightFile:
     if path.is_file() and path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty", "a weight file", "download it again")
     content = read_pt(path).content
+    if (fault := nested(path, content)) is not None:
+        raise fault
     tensors: list[StoredTensor] = []
     for name, value in content.items():
         if isinstance(value, StoredTensor):

@@ -9,7 +9,8 @@ from mmconvert.converters.family import OUTPUT_LAYER, ZEROS, Dims, Module, Row
 from mmconvert.errors import TensorError
 from mmconvert.formats.mm.instances import Instance, instances
 from mmconvert.names import summarise
-from mmconvert.plan.plan import Block, Key, Side, Whole, joint_dtype, matrix
+from mmconvert.plan.dtypes import in_words, joint_dtype
+from mmconvert.plan.plan import Block, Key, Side, Whole, matrix
 from mmconvert.stored import StoredTensor, Target, transpose
 
 
@@ -79,7 +80,9 @@ def _add_whole(side: Side, item: Instance, tensor: StoredTensor, whole: Whole) -
             f"tied to {known.dtype} {list(known.shape)}",
             "equal tensors, as config.json says tie_word_embeddings",
         )
-    known.dtype = dtype
+    if dtype != known.dtype:
+        known.dtype = dtype
+        known.mixed = f"{tensor.name} is {tensor.dtype}, the embedding that it is tied to is not"
     known.copies += whole.copies
 
 
@@ -138,6 +141,8 @@ def _fused(item: Row, found: Sequence[StoredTensor], numbers: Sequence[int], dim
     rows = sum(span.length for spans in maps for span in spans)
     dtype = joint_dtype([tensor.dtype for tensor in found])
     whole = Whole((rows, *first.shape[1:]) if first.shape else (), dtype, [[]])
+    odd = next((tensor for tensor in found if tensor.dtype != first.dtype), None)
+    whole.mixed = in_words(first, odd) if odd else ""
     for part, spans in zip(parts, maps, strict=True):
         if part is None:
             whole.zeros += [(span.whole, span.length) for span in spans]

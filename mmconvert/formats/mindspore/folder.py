@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mmconvert.causes.folders import unified
 from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.formats.containers.ckpt import check_crc, read_ckpt
 from mmconvert.formats.containers.safetensors import read_weight_file
@@ -174,7 +175,7 @@ def _rank_files(folder: Path) -> list[Path]:
     """The weight file of each rank, in order."""
     ranks = _rank_folders(folder)
     if not ranks:
-        raise CheckpointError(
+        raise unified(folder) or CheckpointError(
             f"{folder} has no rank_R folders",
             "rank_0, rank_1, ... with one .ckpt file each, or one file in place of the folder",
             "give the folder right above rank_0, or the .ckpt file itself",

@@ -9,7 +9,8 @@ from mmconvert.errors import LayoutError, ReplicaError, TensorError
 from mmconvert.formats.mm.instances import Instance, placements
 from mmconvert.formats.mm.target import shard_blocks, shard_spans
 from mmconvert.names import number, summarise
-from mmconvert.plan.plan import Side, Whole, joint_dtype, matrix
+from mmconvert.plan.dtypes import joint_dtype
+from mmconvert.plan.plan import Side, Whole, matrix
 from mmconvert.sharding.layout import Chunk, Layout
 from mmconvert.sharding.spans import Span
 from mmconvert.stored import StoredTensor
@@ -107,7 +108,9 @@ def _add_shards(
             f"that it is tied to is {whole.dtype} {list(whole.shape)}",
             "equal tensors",
         )
-    whole.dtype = dtype
+    if dtype != whole.dtype:
+        whole.dtype = dtype
+        whole.mixed = f"{group[0].name} in {group[0].path} is {group[0].dtype}, its original is not"
     for rank, tensor in enumerate(shards):
         if split is None or rank % size == 0:
             whole.copies.append([])

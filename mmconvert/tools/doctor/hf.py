@@ -17,7 +17,7 @@ from mmconvert.formats.hf.model import form_of, hf_model, is_tied
 from mmconvert.formats.hf.side import heads, hf_side, partial_hf
 from mmconvert.formats.mm.instances import Instance
 from mmconvert.names import NO_LAYER, number, summarise
-from mmconvert.plan.plan import CAST_ALL, mixed_dtypes
+from mmconvert.plan.dtypes import CAST_ALL, mixed_dtypes
 from mmconvert.stored import StoredTensor
 from mmconvert.tools.doctor.asked import Asked
 from mmconvert.tools.doctor.hf_files import look_at_config, look_at_side_files, weight_files

@@ -84,6 +84,8 @@ def weight_files(folder: Path, report: Report) -> tuple[list[WeightFile], bool]:
             path=folder / INDEX,
         )
     absent = [name for name in names if not (folder / name).is_file()]
+    if name == SINGLE and (folder / INDEX).is_file():
+        _index_not_read(folder / INDEX, report)
     if weight_map is not None and _is_stale(folder / name, names, report):
         return [], False
     _absent(folder, names, absent, weight_map or {}, report)
@@ -130,10 +132,23 @@ def _is_stale(index: Path, names: Sequence[str], report: Report) -> bool:
     """An index of another save; the weights beside it stay where they are."""
     fault = stale_index(index, names)
     if fault is not None:
-        aside = operand(unused(index, ".old"))
-        command = line(["mv", operand(index), aside])
-        report.add(fault.cause, fault.what, fault.fix, path=index, command=command)
+        report.add(fault.cause, fault.what, fault.fix, path=index, command=_away(index))
     return fault is not None
+
+
+def _index_not_read(index: Path, report: Report) -> None:
+    report.add(
+        "index-not-read",
+        f"{index} is not read: the model is read from {SINGLE}, as transformers does",
+        "move it away, if it is of another save",
+        path=index,
+        command=_away(index),
+    )
+
+
+def _away(index: Path) -> str:
+    """The command that sets an index aside."""
+    return line(["mv", operand(index), operand(unused(index, ".old"))])
 
 
 def _absent(

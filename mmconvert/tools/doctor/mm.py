@@ -19,7 +19,7 @@ from mmconvert.tools.doctor.folder import rank_folders, weights_folder
 from mmconvert.tools.doctor.modelfile import look_at_model_json
 from mmconvert.tools.doctor.rankfiles import read_rank_files
 from mmconvert.tools.doctor.report import Report
-from mmconvert.tools.doctor.shapes import find_layout, look_at_shapes
+from mmconvert.tools.doctor.shapes import find_layout, look_at_shapes, look_at_use
 from mmconvert.tools.doctor.shell import line, operand, resplit, unused
 from mmconvert.tools.doctor.tensors import look_at_names
 from mmconvert.tools.doctor.values import (
@@ -78,6 +78,7 @@ def _look_at_whole(
         return
     layout = found.layout
     side = look_at_shapes(chart, found, report)
+    look_at_use(chart, layout, side, report)
     report.checked.append(f"layout: {layout.describe()}")
     look_at_model_json(root, layout, asked, report)
     if asked.quick:

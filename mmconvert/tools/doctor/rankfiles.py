@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.errors import CheckpointError, FormatError, FormError
 from mmconvert.formats.containers.ptfile import PtFile, read_pt
 from mmconvert.formats.mm.folder import EXTRA_STATE, RANK_FILE, part_names, rank_parts
 from mmconvert.sharding.layout import Chunk, Rank
@@ -57,8 +57,11 @@ def read_rank_file(
     notes: dict[str, int] = {}
     try:
         parts = rank_parts(pt, notes)
-    except FormatError as error:
-        report.add_error("not-a-tensor", error, path=file)
+    except (FormatError, FormError) as error:
+        if isinstance(error, FormError) and report.has([error.cause]):  # the same in every rank
+            report.more[error.cause] = report.more.get(error.cause, 0) + 1
+        else:
+            report.add_error("not-a-tensor", error, path=file)
         return None
     if states is not None and EXTRA_STATE in notes:
         states[file] = notes[EXTRA_STATE]

@@ -9,6 +9,7 @@ from mmconvert.executor.compare import same_bytes
 from mmconvert.formats.mm.detect import check_layers, fits, likely_tp_size, tp_size, whole_tp_size
 from mmconvert.formats.mm.source import partial_source
 from mmconvert.plan.plan import Side
+from mmconvert.plan.training import cautions
 from mmconvert.sharding.layout import Layout
 from mmconvert.tools.doctor.chart import Chart
 from mmconvert.tools.doctor.folder import COPY
@@ -65,6 +66,17 @@ def _look_at_layers(chart: Chart, layout: Layout, report: Report) -> None:
         layout.check()
     except LayoutError as error:
         report.add("stage-order", error.what, "resplit it into another layout", path=chart.folder)
+
+
+def look_at_use(chart: Chart, layout: Layout, side: Side, report: Report) -> None:
+    """Names layouts that convert in both directions and that training cannot use."""
+    dims = dict(chart.dims)
+    for row in (r for m in chart.modules for r in m.all_rows() if len(r.rows) == 1):
+        lengths = [w.shape[0] for key, w in side.wholes.items() if key.mm == row.mm and w.shape]
+        if lengths:
+            dims.setdefault(row.rows[0], lengths[0])
+    for words in cautions(chart.modules, dims, layout):
+        report.add("not-for-training", words, "resplit it into that layout", path=chart.folder)
 
 
 def look_at_shapes(chart: Chart, found: Found, report: Report) -> Side:

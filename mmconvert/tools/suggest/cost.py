@@ -15,7 +15,8 @@ from mmconvert.formats.mm.instances import Instance, instances
 from mmconvert.formats.mm.target import mm_target, shard_spans
 from mmconvert.formats.model import Model
 from mmconvert.names import NO_LAYER
-from mmconvert.plan.plan import Key, Whole, matrix, widest
+from mmconvert.plan.dtypes import widest
+from mmconvert.plan.plan import Key, Whole, matrix
 from mmconvert.sharding.layout import Layout
 from mmconvert.stored import ITEM_SIZE
 from mmconvert.tools.suggest.chains import Chain

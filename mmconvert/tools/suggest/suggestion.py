@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mmconvert.converters.family import Variant
@@ -13,9 +13,11 @@ from mmconvert.formats.hf.folder import read_config
 from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.model import Model
 from mmconvert.formats.recognise import family_of, is_hf
-from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG
-from mmconvert.sharding.stages import StageGrid, flat, show
+from mmconvert.plan.training import cautions
+from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
+from mmconvert.sharding.stages import StageGrid, first_stage, flat, show
 from mmconvert.tools.suggest.chains import Problem, rank_loads, stage_costs
+from mmconvert.tools.suggest.chains import grid as as_grid
 from mmconvert.tools.suggest.cost import Costs, module_costs
 from mmconvert.tools.suggest.frozen import frozen_keys, frozen_warnings
 from mmconvert.tools.suggest.optimum import Balance, balance
@@ -167,7 +169,10 @@ def suggest(folder: Path, expected: Goal) -> Suggestion:
     every = {m.key: tp.get(m.key, tp["llm"]) for m in model.modules}
     costs = module_costs(model, wholes, every, flows(model, sizes, expected.work), frozen)
     problem = _problem(costs, expected, expected.by)
-    found = balance(problem)
+    found = _balanced(problem, {m.key for m in model.modules if m.beside_text})
+    layout = Layout({m.key: every[m.key] for m in model.modules}, found.grids)
+    if unusable := cautions(model.modules, model.dims, layout):
+        raise LayoutError(unusable[0], "a layout that training can use", "give another --tp")
     counts = {key: flat(grid) for key, grid in found.grids.items()}
     chunks = [
         sum(c)
@@ -188,6 +193,23 @@ def suggest(folder: Path, expected: Goal) -> Suggestion:
         notes,
         warnings,
     )
+
+
+def _balanced(problem: Problem, beside_text: Set[str]) -> Balance:
+    """The balance where some encoders stand as a whole on the first stage of the text.
+
+    To the search they are a part of what stands before the text layers.
+    """
+    fixed = [chain for chain in problem.encoders if chain.key in beside_text]
+    text = problem.text._replace(before=problem.text.before + sum(c.total for c in fixed))
+    others = tuple(chain for chain in problem.encoders if chain.key not in beside_text)
+    found = balance(replace(problem, encoders=others, text=text))
+    grids = dict(found.grids)
+    for chain in fixed:
+        counts = [0] * problem.stages
+        counts[first_stage(found.grids[text.key])] = chain.layers
+        grids[chain.key] = as_grid(counts, problem.pp)
+    return replace(found, grids={chain.key: grids[chain.key] for chain in problem.chains})
 
 
 def _tp(model: Model, given: Mapping[str, int]) -> dict[str, int]:

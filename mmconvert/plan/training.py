@@ -1,0 +1,71 @@
+"""Layouts that hold every byte and that training cannot use: seen in MindSpeed-MM's own code.
+
+Source: MindSpeed-MM 2.2.0 (4c75a551) with Megatron-LM core_v0.12.1, whose model was built with such
+layouts and given our files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from mmconvert.converters.family import Dims, Module
+from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
+from mmconvert.sharding.stages import first_stage, flat, show, total
+
+LARGEST = 64  # tp sizes that are named as a way out
+
+
+def cautions(modules: Sequence[Module], dims: Dims, layout: Layout) -> list[str]:
+    """What training will make of a layout that it cannot use, and which one is good; mostly none.
+
+    Args:
+        dims: sizes of the model as far as they are known.
+    """
+    return [*_encoders_beside_text(modules, layout), *_uneven_rows(modules, dims, layout)]
+
+
+def _encoders_beside_text(modules: Sequence[Module], layout: Layout) -> Iterator[str]:
+    """Encoders of which training builds both ends on each stage that has a layer of them."""
+    if "llm" not in layout.grids:
+        return
+    text = first_stage(layout.grids["llm"])
+    for module in modules:
+        grid = layout.grids.get(module.key)
+        if not module.beside_text or grid is None or flat(grid)[text] == total(grid):
+            continue
+        several = sum(map(bool, flat(grid))) > 1
+        where = "on several stages" if several else f"before stage {text}, that of the embedding"
+        then = (
+            "training builds its first and last parts on each of them and fails to load (missing "
+            "keys), or crashes in its first step"
+        )
+        good = [0] * len(flat(grid))
+        good[text] = total(grid)
+        width = len(grid[0])
+        better = tuple(tuple(good[i : i + width]) for i in range(0, len(good), width))
+        yield (
+            f"{GRID_FLAG[module.key]} {show(grid)} has {module.label} {where}: {then}. "
+            f"Training can use {GRID_FLAG[module.key]} {show(better)}: all its layers on the stage "
+            "where the text begins"
+        )
+
+
+def _uneven_rows(modules: Sequence[Module], dims: Dims, layout: Layout) -> Iterator[str]:
+    """Vocabularies that tp does not divide: training starts each rank's rows elsewhere."""
+    for module in modules:
+        size = layout.tp.get(module.key, 1)
+        names = {
+            row.rows[0]
+            for row in module.all_rows()
+            if row.shard and row.shard.uneven and not row.shard.unit and len(row.rows) == 1
+        }
+        for name in sorted(names):
+            count = dims.get(name, 0)
+            if count % size:
+                good = [str(n) for n in range(1, LARGEST + 1) if count % n == 0]
+                yield (
+                    f"{TP_FLAG[module.key]} {size} does not divide the vocabulary of {count:,}: "
+                    "training with --unaligned-linear reads the rows of rank 1 and later one off, "
+                    "and its logits are wrong without a word. Training can use "
+                    f"{TP_FLAG[module.key]} {' or '.join(good)}, as far as it divides the heads"
+                )
