@@ -41,8 +41,8 @@ class ParallelConfig:
     """Tensor-parallel size of the vision encoder; 0 means tp_size."""
     audio_tp_size: int = 0
     """Tensor-parallel size of the audio encoder; 0 means tp_size."""
-    ep_size: int = 1
-    """Expert-parallel size; these families have no experts, so only 1 (or 0) is possible."""
+    ep_size: int = 0
+    """Expert-parallel size, for models with experts; 0 means 1, or as found in an MM checkpoint."""
 
     def grids(self) -> dict[str, StageGrid]:
         """The stage grids that are given, by module key."""

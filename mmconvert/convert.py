@@ -56,7 +56,7 @@ def hf_to_mm(
         llm_dir=cfg.common_model_config.llm_hf_dir,
     )
     layout = target_layout(source, cfg.parallel_config, prefix="--cfg.parallel_config.")
-    src = hf_side(source.modules, source.dims, source.hf_tensors)
+    src = hf_side(source.modules, source.dims, source.hf_tensors, transposed=True)
     dst = mm_target(source.modules, source.dims, layout, in_dtype(src.wholes, run.cast))
     notes = [*source.notes, *idle_patterns(run.options, source)]
     notes += [f"warning: {words}" for words in cautions(source.modules, source.dims, layout)]
@@ -83,7 +83,7 @@ def mm_to_hf(
         family, cfg.mm_dir, cfg.parallel_config, model, run.options, prefix="--cfg.parallel_config."
     )
     _check_structure(cfg, source)
-    src = mm_source(source.modules, source.dims, layout, parts)
+    src = mm_source(source.modules, source.dims, layout, parts, transposed=True)
     headers = hf_side(source.modules, source.dims, model.hf_tensors)
     dst = hf_target(headers, in_dtype(src.wholes, run.cast))
     notes = [*model.notes, *source.notes, *idle_patterns(run.options, model, source)]

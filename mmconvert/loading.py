@@ -66,7 +66,7 @@ def load_rank(
             f"tp rank {tp}, pp rank {pp}, virtual stage {virtual} is not in {layout.describe()}",
             f"ranks below {sizes}",
         )
-    src = hf_side(source.modules, source.dims, source.hf_tensors)
+    src = hf_side(source.modules, source.dims, source.hf_tensors, transposed=True)
     wholes = in_dtype(src.wholes, "")
     plan = build(src, mm_target(source.modules, source.dims, layout, wholes))
     prove(plan)

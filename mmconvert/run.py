@@ -153,7 +153,7 @@ class Run:
         original = model.hf
         if original is None:
             raise CheckpointError("hf_dir holds no weights", "the original checkpoint")
-        entries = {t.name: Entry(t.name, t.dtype, t.shape) for t in plan.targets}
+        entries = {t.name: Entry(t.name, t.dtype, t.stack or t.shape) for t in plan.targets}
         weights = hf_output.plan_weights(original, entries, self.file_limit)
         number = {t.name: i for i, t in enumerate(plan.targets)}
         listing = [
@@ -172,7 +172,7 @@ class Run:
             copy_side_files(original.folder, folder, sides.copied)
             if self.cast:
                 hf_output.write_dtype(folder, TORCH_NAMES[self.cast])
-            return [created[t.name] for t in plan.targets]
+            return [created[t.name]._replace(shape=t.shape) for t in plan.targets]
 
         about = {"kind": "hf", **_about(source, layout), "weight_files": repr(weights)}
         dropped = {**model.dropped, **source.dropped}

@@ -92,13 +92,32 @@ def transpose(tensor: StoredTensor) -> StoredTensor:
     return tensor._replace(name=name, shape=(cols, rows), strides=(right, down))
 
 
+def expert_of(tensor: StoredTensor, expert: int) -> StoredTensor:
+    """One expert of a tensor that stacks them along its first dimension; its name says which."""
+    strides = tensor.strides or tuple(prod(tensor.shape[i + 1 :]) for i in range(len(tensor.shape)))
+    return tensor._replace(
+        name=f"{tensor.name}[{expert}]",
+        shape=tensor.shape[1:],
+        offset=tensor.offset + expert * strides[0] * ITEM_SIZE[tensor.dtype],
+        strides=None if tensor.strides is None else strides[1:],
+    )
+
+
 class Target(NamedTuple):
-    """A tensor to be written; ``chunk`` is its place in an MM checkpoint, None in HF."""
+    """A tensor to be written.
+
+    Attributes:
+        name, dtype, shape: as a plan sees it.
+        chunk: its place in an MM checkpoint; None in HF.
+        stack: its shape in the file, if that stacks experts along a first dimension; ``shape``
+            then has their rows one below the other. Else empty.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     chunk: Chunk | None = None
+    stack: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:

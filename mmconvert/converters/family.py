@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mmconvert.errors import CheckpointError
-from mmconvert.names import NameTemplate, TemplateIndex
+from mmconvert.names import EXPERT, NO_EXPERT, NameTemplate, TemplateIndex, fields, fill
 from mmconvert.sharding.spans import Concat, Interleave, Part, Split
 
 # Sizes by name, such as "llm.layers" or "vit.heads"; see each family's `dims`.
 Dims = dict[str, int]
+
+# Layers by name, such as "llm.moe": those in which rows that say ``only="llm.moe"`` stand.
+LayerLists = dict[str, tuple[int, ...]]
 
 Fuse = Concat | Interleave | Part
 
@@ -24,16 +27,22 @@ class Row:
     """One line of a table: which HF tensors make one MM tensor, and how it is divided.
 
     Attributes:
-        mm: template of the MM name; the layer number is the local one in a checkpoint.
+        mm: template of the MM name; ``{layer}`` is the local number in a checkpoint, ``{expert}``
+            that on its expert-parallel rank.
         hf: templates of the HF names, in the order in which they are fused; ZEROS among them
-            is a part that only MM stores.
-        rows: names of the dimensions that give each source's rows; () leaves them unchecked.
+            is a part that only MM stores. A name without ``{expert}`` in the row of an expert
+            is of a tensor that stacks the experts along its first dimension. ``{index}`` is the
+            place of the layer among those of ``only``.
+        rows: names of the dimensions that give each source's rows, as MM has them; () leaves
+            them unchecked.
         cols: name of the dimension that gives the columns; "" leaves them unchecked.
         fuse: how the sources form the whole tensor.
         shard: how the whole is divided over tp ranks; None copies it to every rank.
         tied_to: MM name of the row whose tensor this one repeats (tied embeddings). Such a row
             stands only on another model chunk than its original's, and may be absent in HF.
-        transposed: the one HF tensor, a matrix, is stored the other way round.
+        transposed: the one HF tensor, a matrix or a stack of them, is stored the other way round.
+        only: name of the list of layers that have this row; "" is all of them.
+        layers: that list, where it is known; None is all layers.
     """
 
     mm: str
@@ -44,6 +53,18 @@ class Row:
     shard: Split | None = None
     tied_to: str = ""
     transposed: bool = False
+    only: str = ""
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def of_expert(self) -> bool:
+        """Whether there is one such tensor for each expert."""
+        return EXPERT in self.mm
+
+    def hf_names(self, layer: int, expert: int = NO_EXPERT) -> list[str]:
+        """The HF tensors that make it, in hub spelling; of stacked experts that of all."""
+        index = self.layers.index(layer) if self.layers and layer in self.layers else layer
+        return [fill(name, layer, expert, index) for name in self.hf if name != ZEROS]
 
 
 def row(
@@ -55,9 +76,14 @@ def row(
     shard: Split | None = None,
     tied_to: str = "",
     transposed: bool = False,
+    only: str = "",
 ) -> Row:
-    """A :class:`Row`, with ``rows`` as words: ``rows="llm.q llm.kv llm.kv"``."""
-    return Row(mm, hf, tuple(rows.split()), cols, fuse, shard, tied_to, transposed)
+    """A :class:`Row`, with ``rows`` as words: ``rows="llm.q llm.kv llm.kv"``, and ``{}`` in a
+    name for ``{layer}``.
+    """
+    names = tuple(fields(name) for name in hf)
+    sizes = tuple(rows.split())
+    return Row(fields(mm), names, sizes, cols, fuse, shard, tied_to, transposed, only)
 
 
 @dataclass(frozen=True)
@@ -68,6 +94,7 @@ class Module:
         key: ``vit``, ``audio`` or ``llm``: names its stage grid, tp size and layer count.
         label: the module's MM name, for people.
         beside_text: whether training can use it only as a whole, on the first stage of the text.
+        everywhere: rows outside the layers whose tensors stand on every pipeline stage.
     """
 
     key: str
@@ -76,10 +103,16 @@ class Module:
     layer: tuple[Row, ...]
     after: tuple[Row, ...]
     beside_text: bool = False
+    everywhere: tuple[Row, ...] = ()
 
     def all_rows(self) -> tuple[Row, ...]:
         """Every row, in model order."""
-        return self.before + self.layer + self.after
+        return self.everywhere + self.before + self.layer + self.after
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some of its tensors are an expert's."""
+        return any(r.of_expert for r in self.layer)
 
 
 @dataclass(frozen=True)
@@ -92,12 +125,14 @@ class Variant:
         vit_qkv: ``interleaved`` per head, or ``concatenated`` as the reference 2.2.0 to 2.3.0
             wrote it.
         traits: what else of config.json changes the table; each family has its own words.
+        lists: the layers that have rows of their own, by name, as far as they are known.
     """
 
     tied: bool = False
     canonical: bool = False
     vit_qkv: str = "interleaved"
     traits: frozenset[str] = frozenset()
+    lists: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,6 +159,20 @@ def no_traits(config: Mapping[str, object]) -> frozenset[str]:
     return frozenset()
 
 
+def no_shape_traits(
+    config: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]
+) -> frozenset[str]:
+    """For families whose table does not depend on shapes."""
+    del config, shapes
+    return frozenset()
+
+
+def no_lists(config: Mapping[str, object]) -> LayerLists:
+    """For families whose layers all have the same rows."""
+    del config
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """A model architecture: one table for all three directions.
@@ -139,6 +188,9 @@ class Family:
         carried: tensors that stay in ``hf_dir``, in hub spelling.
         text_config: the part of config.json that describes the text decoder.
         traits: of config.json.
+        shape_traits: further ones that only the shapes tell; of config.json and the shapes of the
+            HF tensors by name in hub spelling.
+        lists: layers with rows of their own, from config.json.
         variants: what an MM checkpoint's names can tell apart.
         canonical: whether ``enable_canonical_hf_struct`` is possible.
         plain_text: whether ``llm_hf_dir`` is possible: the text decoder's names are those of a
@@ -158,11 +210,19 @@ class Family:
     dropped: tuple[Dropped, ...] = ()
     carried: tuple[Carried, ...] = ()
     traits: Callable[[Mapping[str, object]], frozenset[str]] = no_traits
+    shape_traits: Callable[
+        [Mapping[str, object], Mapping[str, tuple[int, ...]]], frozenset[str]
+    ] = no_shape_traits
+    lists: Callable[[Mapping[str, object]], LayerLists] = no_lists
     variants: tuple[Variant, ...] = (Variant(), Variant(canonical=True))
     canonical: bool = True
     plain_text: bool = True
     form: str = "MM format"
     preprocessor: bool = True
+
+    def table(self, variant: Variant) -> tuple[Module, ...]:
+        """The table, whose rows know the layers that have them as far as ``variant`` does."""
+        return bound(self.modules(variant), dict(variant.lists))
 
     def hub_name(self, name: str) -> str:
         """The hub's spelling of an HF tensor name."""
@@ -181,6 +241,16 @@ class Family:
             if left.template.match(hub_name) is not None:
                 return left.why
         return None
+
+
+def bound(modules: tuple[Module, ...], lists: Mapping[str, tuple[int, ...]]) -> tuple[Module, ...]:
+    """The table with the lists of layers that its rows name."""
+    return tuple(
+        replace(
+            m, layer=tuple(replace(r, layers=lists.get(r.only)) if r.only else r for r in m.layer)
+        )
+        for m in modules
+    )
 
 
 def mm_index(modules: tuple[Module, ...]) -> TemplateIndex[tuple[Module, Row]]:

@@ -10,8 +10,10 @@ from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import Dims, Family, Module, Variant
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.formats.hf.folder import HFCheckpoint
+from mmconvert.formats.mm.instances import experts_of
 from mmconvert.names import number, summarise
 from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
+from mmconvert.sharding.spans import divisors
 from mmconvert.sharding.stages import show, total
 from mmconvert.stored import StoredTensor
 
@@ -68,7 +70,7 @@ class Model:
     @property
     def plain_modules(self) -> tuple[Module, ...]:
         """The table of what we write: vision q, k and v interleaved."""
-        plain = self.family.modules(replace(self.variant, vit_qkv="interleaved"))
+        plain = self.family.table(replace(self.variant, vit_qkv="interleaved"))
         keys = {m.key for m in self.modules}
         return tuple(m for m in plain if m.key in keys)
 
@@ -105,10 +107,7 @@ def target_layout(model: Model, given: ParallelConfig, prefix: str) -> Layout:
     Raises:
         LayoutError: lists or sizes that are missing, too many, or do not fit.
     """
-    if given.ep_size not in (0, 1):
-        raise LayoutError(
-            f"{prefix}ep_size is {given.ep_size}", f"1: {model.family.name} has no experts"
-        )
+    _check_ep(model, given.ep_size, prefix)
     grids = given.grids()
     keys = model.family.module_keys
     extra = [key for key in grids if key not in keys]
@@ -137,7 +136,9 @@ def target_layout(model: Model, given: ParallelConfig, prefix: str) -> Layout:
             raise LayoutError(f"{prefix}{TP_FLAG[key]} is {size}", "a size of at least 1")
     if given.tp_size == 0:
         raise LayoutError(f"{prefix}tp_size is 0", "a size of at least 1")
-    layout = Layout({key: sizes.get(key, sizes.get("llm", 1)) for key in grids}, grids)
+    layout = Layout(
+        {key: sizes.get(key, sizes.get("llm", 1)) for key in grids}, grids, given.ep_size or 1
+    )
     layout.check()
     for key, grid in grids.items():
         want = model.dims.get(f"{key}.layers", total(grid))
@@ -149,6 +150,22 @@ def target_layout(model: Model, given: ParallelConfig, prefix: str) -> Layout:
                 "correct the list, or the input folder if it is of another model",
             )
     return layout
+
+
+def _check_ep(model: Model, size: int, prefix: str) -> None:
+    """Raises LayoutError for an expert-parallel size that does not divide the experts."""
+    counts = [n for n in experts_of(model.modules, model.dims).values() if n]
+    if size in (0, 1):
+        return
+    if not counts:
+        raise LayoutError(f"{prefix}ep_size is {size}", f"1: {model.family.name} has no experts")
+    for count in counts:
+        if size < 0 or count % size:
+            raise LayoutError(
+                f"{prefix}ep_size is {size}; {model.family.name} has {count} experts in a layer",
+                f"a size that divides {count}: one of {divisors(count)}",
+                "choose such a size: each rank holds as many experts as the others",
+            )
 
 
 def unchecked_units(model: Model, found: Layout, expected: Layout) -> list[str]:

@@ -16,19 +16,21 @@ from math import prod
 from typing import NamedTuple
 
 from mmconvert.errors import TensorError
+from mmconvert.names import NO_EXPERT, fill
 from mmconvert.plan.dtypes import CAST_ALL, ONE_DTYPE, cast_dtype, mixed_dtypes
 from mmconvert.stored import StoredTensor, Target
 
 
 class Key(NamedTuple):
-    """A whole tensor: the template of its MM name, and its layer in the model."""
+    """A whole tensor: the template of its MM name, its layer in the model and its expert there."""
 
     mm: str
     layer: int
+    expert: int = NO_EXPERT
 
     def name(self) -> str:
-        """The MM name with the model's layer number."""
-        return self.mm.replace("{}", str(self.layer))
+        """The MM name with the model's layer number and the layer's expert number."""
+        return fill(self.mm, self.layer, self.expert)
 
 
 class Block(NamedTuple):
@@ -41,6 +43,12 @@ class Block(NamedTuple):
     whole_col: int
     rows: int
     cols: int
+
+
+def exchanged(block: Block) -> Block:
+    """The same rectangle where tensor and whole are transposed."""
+    tensor, row, col, whole_row, whole_col, rows, cols = block
+    return Block(tensor, col, row, whole_col, whole_row, cols, rows)
 
 
 @dataclass
@@ -69,11 +77,14 @@ class Side:
     Attributes:
         stored: the tensors of a checkpoint that exists; blocks refer to them by number.
         targets: the tensors of one that is to be written; a side has the one or the other.
+        stacks: shapes as they are stored of those ``stored`` that are seen as matrices here,
+            whose rows are those of all experts one below the other.
     """
 
     stored: list[StoredTensor] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     wholes: dict[Key, Whole] = field(default_factory=dict)
+    stacks: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Copy(NamedTuple):

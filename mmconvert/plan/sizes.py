@@ -52,8 +52,6 @@ def _sizes(row: Row, shape: Sequence[int]) -> list[tuple[str, int]]:
     apart.
     """
     rows, cols = matrix(shape)
-    if row.transposed:
-        rows, cols = cols, rows
     found = [(row.cols, cols)] if row.cols else []
     if len(row.rows) == 1 and row.rows[0]:
         of = row.fuse.of if isinstance(row.fuse, Part) else 1

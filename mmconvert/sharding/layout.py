@@ -40,10 +40,12 @@ class Layout:
     Attributes:
         tp: tensor-parallel size by module key.
         grids: stage grid by module key; all of one size.
+        ep: expert-parallel size: each rank holds its share of the experts, and all else.
     """
 
     tp: Mapping[str, int]
     grids: Mapping[str, StageGrid]
+    ep: int = 1
 
     @property
     def tp_folders(self) -> int:
@@ -63,16 +65,18 @@ class Layout:
     def ranks(self) -> Iterator[Rank]:
         """Every rank, stage by stage."""
         for pp in range(self.pp_size):
-            for tp in range(self.tp_folders):
-                yield Rank(tp, pp)
+            for ep in range(self.ep):
+                for tp in range(self.tp_folders):
+                    yield Rank(tp, pp, ep)
 
-    def chunk(self, tp: int, stage: int) -> Chunk:
+    def chunk(self, tp: int, stage: int, ep: int = 0) -> Chunk:
         """Where a stage lives: stage = virtual stage * pp_size + pp rank."""
-        return Chunk(Rank(tp, stage % self.pp_size), stage // self.pp_size)
+        return Chunk(Rank(tp, stage % self.pp_size, ep), stage // self.pp_size)
 
     def folder(self, rank: Rank) -> str:
-        """Folder name of a rank; the pipeline part only when there are several stages."""
-        return f"mp_rank_{rank.tp:02d}" + (f"_{rank.pp:03d}" if self.pp_size > 1 else "")
+        """Folder name of a rank; the pipeline and the expert part only where there are several."""
+        name = f"mp_rank_{rank.tp:02d}" + (f"_{rank.pp:03d}" if self.pp_size > 1 else "")
+        return name + (f"_{rank.ep:03d}" if self.ep > 1 else "")
 
     def part(self, virtual: int) -> str:
         """Key of a model chunk in its rank file."""
@@ -81,11 +85,14 @@ class Layout:
     def describe(self) -> str:
         """One line for messages, in the words of the command line."""
         words = [f"{TP_FLAG[key]} {size}" for key, size in self.tp.items()]
+        words += [f"ep_size {self.ep}"] if self.ep > 1 else []
         return ", ".join(words + [f"{GRID_FLAG[k]} {show(g)}" for k, g in self.grids.items()])
 
     def as_dict(self) -> dict[str, object]:
         """The layout as JSON, with the converter's own keys."""
         out: dict[str, object] = {"pp_size": self.pp_size, "vpp_size": self.vpp_size}
+        if self.ep > 1:
+            out["ep_size"] = self.ep
         for key, grid in self.grids.items():
             out[TP_FLAG[key]] = self.tp[key]
             out[GRID_FLAG[key]] = [list(row) for row in grid]
@@ -98,6 +105,8 @@ class Layout:
             LayoutError: naming the numbers that do not fit.
         """
         check_grids(self.grids, GRID_FLAG)
+        if self.ep < 1:
+            raise LayoutError(f"ep_size is {self.ep}", "a size of at least 1")
         for key, size in self.tp.items():
             if size < 1:
                 raise LayoutError(f"{TP_FLAG[key]} is {size}", "a size of at least 1")

@@ -160,16 +160,17 @@ def of_rank_file(
 def _sections(modules: Iterable[Module]) -> Iterator[tuple[Module, int, Row]]:
     """Every row with BEFORE, AFTER, or 0 for those of the layers."""
     for module in modules:
-        for section, rows in ((BEFORE, module.before), (0, module.layer), (AFTER, module.after)):
+        first = module.everywhere + module.before
+        for section, rows in ((BEFORE, first), (0, module.layer), (AFTER, module.after)):
             for row in rows:
                 yield module, section, row
 
 
-def _placed(hit: tuple[tuple[str, int], int] | None) -> tuple[str, int]:
+def _placed(hit: tuple[tuple[str, int], int, int] | None) -> tuple[str, int]:
     """Module and layer of a name, from what the index says of it."""
     if hit is None:
         return OTHER, UNKNOWN
-    (module, section), number = hit
+    (module, section), number, _ = hit
     return module, section if number == NO_LAYER else number
 
 

@@ -100,7 +100,7 @@ class Inspection:
 def layout_dict(layout: Layout) -> dict[str, object]:
     """A layout as JSON, with every key, null where a module is absent."""
     out: dict[str, object] = {flag: layout.tp.get(key) for key, flag in TP_FLAG.items()}
-    out |= {"pp_size": layout.pp_size, "vpp_size": layout.vpp_size, "ep_size": 1}
+    out |= {"pp_size": layout.pp_size, "vpp_size": layout.vpp_size, "ep_size": layout.ep}
     for key, flag in GRID_FLAG.items():
         grid = layout.grids.get(key)
         out[flag] = None if grid is None else [list(row) for row in grid]

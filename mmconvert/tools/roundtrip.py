@@ -90,7 +90,7 @@ def roundtrip(
     """
     options, events = options or Options(), events or Events()
     model = hf_model(family, hf_dir, options)
-    side = hf_side(model.modules, model.dims, model.hf_tensors)
+    side = hf_side(model.modules, model.dims, model.hf_tensors, transposed=True)
     planned = [
         _plan(model, side, name, given, must=bool(layouts))
         for name, given in layouts or representative(model)
@@ -175,7 +175,7 @@ def _plan(
 
 
 def _read_back(model: Model, layout: Layout, parts: Parts) -> Side:
-    lost = claim_mm(model.modules, layout, parts)
+    lost = claim_mm(model.modules, model.dims, layout, parts)
     if lost:
         raise MMConvertError(f"{lost[0]} would not be read back", "every tensor that is written")
     return mm_source(model.modules, model.dims, layout, parts)

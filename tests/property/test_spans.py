@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from mmconvert.errors import LayoutError, TensorError
-from mmconvert.names import NO_LAYER, NameTemplate, TemplateIndex
+from mmconvert.names import NO_EXPERT, NO_LAYER, NameTemplate, TemplateIndex
 from mmconvert.plan.proof import Rect, covers
 from mmconvert.sharding.spans import Concat, Interleave, Span, Split, divisors, share
 from mmconvert.sharding.stages import (
@@ -294,15 +294,19 @@ def test_what_is_no_layer_number(text: str) -> None:
 
 
 @FAST
-@given(st.lists(st.sampled_from(["a", "b", "7", "{}"]), min_size=1, max_size=5), NUMBERS)
-def test_the_index_finds_what_the_template_matches(words: list[str], layer: int) -> None:
+@given(st.lists(st.sampled_from(["a", "b", "7", "{}"]), min_size=1, max_size=5), NUMBERS, NUMBERS)
+def test_the_index_finds_what_the_template_matches(
+    words: list[str], layer: int, expert: int
+) -> None:
     text = ".".join(words)
-    assume(text.count("{}") <= 1)
+    assume(text.count("{}") <= 2)
+    experts = text.count("{}") == 2
+    text = text.replace("{}", "{layer}", 1).replace("{}", "{expert}")
     template = NameTemplate(text)
     index = TemplateIndex([(text, "entry"), ("never.{}.here", "other")])
-    name = template.fill(layer)
-    want = layer if "{}" in text else NO_LAYER
-    assert index.find(name) == ("entry", want)
+    name = template.fill(layer, expert)
+    want = layer if "{layer}" in text else NO_LAYER
+    assert index.find(name) == ("entry", want, expert if experts else NO_EXPERT)
     assert template.match(name) == want
     assert index.find(f"{name}.more") is None
     assert index.find("never.{}.here") is None

@@ -161,7 +161,7 @@ def test_templates_have_a_hole_exactly_in_layers(table: Table) -> None:
     """At most one {}; rows of layers have it on both sides, others on neither."""
     for module in table.modules:
         for row in module.layer:
-            assert {text.count("{}") for text in (row.mm, *sources_of(row))} == {1}, row.mm
+            assert {text.count("{layer}") for text in (row.mm, *sources_of(row))} == {1}, row.mm
         for row in (*module.before, *module.after):
             assert not any("{" in text or "}" in text for text in (row.mm, *row.hf))
         for row in module.all_rows():
@@ -233,7 +233,7 @@ def claims(family: Family, modules: tuple[Module, ...], name: str) -> list[tuple
     found: list[tuple[str, int]] = []
     for _, row in all_rows(modules):
         for template in sources_of(row):
-            head, hole, tail = template.partition("{}")
+            head, hole, tail = template.partition("{layer}")
             if name == template and not hole:
                 found.append((row.mm, NO_LAYER))
             elif hole and name.startswith(head) and name.endswith(tail):
@@ -270,7 +270,7 @@ def test_every_tensor_is_claimed_once(
     dims = family.dims(config)
     counted = Counter(rows[0] for rows in found.values())
     for module, row in all_rows(modules):
-        layers = range(dims[f"{module.key}.layers"]) if "{}" in row.mm else [NO_LAYER]
+        layers = range(dims[f"{module.key}.layers"]) if "{layer}" in row.mm else [NO_LAYER]
         for layer in layers:
             want = 0 if row.tied_to else len(sources_of(row))
             assert counted[row.mm, layer] == want, (row.mm, layer)

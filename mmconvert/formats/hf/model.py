@@ -46,9 +46,10 @@ def config_model(family: Family, folder: Path) -> Model:
     config = read_config(folder)
     check_family(family, config, folder)
     said = _said_tied(family, config)
-    variant = Variant(tied=bool(said), traits=family.traits(config))
+    lists = tuple(family.lists(config).items())
+    variant = Variant(tied=bool(said), traits=family.traits(config), lists=lists)
     dims = family.dims(config)
-    return Model(family, variant, family.modules(variant), dims, tied_known=said is not None)
+    return Model(family, variant, family.table(variant), dims, tied_known=said is not None)
 
 
 def hf_model(
@@ -70,8 +71,9 @@ def hf_model(
     check_family(family, config, folder)
     _check_choices(family, canonical, llm_dir)
     traits = family.traits(config)
-    table = family.modules(Variant(traits=traits))
     tensors = _by_hub_name(family, checkpoint)
+    traits |= family.shape_traits(config, {name: t.shape for name, t in tensors.items()})
+    table = family.modules(Variant(traits=traits))
     notes = Notes(checkpoint.notes)
     if llm_dir is not None:
         config, tensors = _with_text_of(llm_dir, family, table, config, tensors, notes)
@@ -88,8 +90,9 @@ def hf_model(
         canonical=canonical,
         vit_qkv=options.vit_qkv,
         traits=traits,
+        lists=tuple(family.lists(config).items()),
     )
-    modules = family.modules(variant)
+    modules = family.table(variant)
     if vit_only:
         modules = tuple(m for m in modules if m.key in ENCODERS)
         kept = hf_templates(modules)

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
+from typing import NamedTuple
 
 from mmconvert.causes.tensors import missing as missing_tensors
 from mmconvert.converters.family import OUTPUT_LAYER, ZEROS, Dims, Module, Row
 from mmconvert.errors import TensorError
-from mmconvert.formats.mm.instances import Instance, instances
-from mmconvert.names import summarise
+from mmconvert.formats.mm.instances import Instance, experts_of, instances
+from mmconvert.names import EXPERT, summarise
 from mmconvert.plan.dtypes import in_words, joint_dtype
 from mmconvert.plan.plan import Block, Key, Side, Whole, matrix
-from mmconvert.stored import StoredTensor, Target, transpose
+from mmconvert.stored import StoredTensor, Target, expert_of, transpose
+
+
+class _Source(NamedTuple):
+    """A tensor, or one expert of a stack, as a plan sees it.
+
+    Attributes:
+        tensor: with the sizes of this source.
+        stored: what the side stores; the same, or all experts one below the other.
+        row: the first row of this source there.
+        stack: the shape of ``stored`` in the file, if that is another.
+    """
+
+    tensor: StoredTensor
+    stored: StoredTensor
+    row: int = 0
+    stack: tuple[int, ...] = ()
 
 
 def hf_side(
@@ -26,37 +44,44 @@ def hf_side(
     Args:
         tensors: by name in hub spelling; each must be the source of some row.
         transposed: whether rows that say so see their tensor transposed. Only what is read can be:
-            the wholes have the orientation of what is written.
+            the wholes have the orientation of what is written. What is read is also taken expert
+            by expert from stacked tensors; what is written is one tensor.
 
     Raises:
         TensorError: missing tensors, or shapes that are not those of config.json.
     """
     side = Side()
     numbers: dict[str, int] = {}
-    missing: list[str] = []
+    used: set[str] = set()
+    missing: dict[str, None] = {}
     layers = {m.key: dims[f"{m.key}.layers"] for m in modules}
-    for item in instances(modules, layers):
-        names = [name.replace("{}", str(item.layer)) for name in item.row.hf if name != ZEROS]
+    experts = experts_of(modules, dims)
+    for item in instances(modules, layers, experts):
+        names = item.hf_names()
         absent = [name for name in names if name not in tensors]
         if absent:
-            missing += [] if item.row.tied_to else absent
+            missing |= dict.fromkeys([] if item.row.tied_to else absent)
             continue
-        found = [tensors[name] for name in names]
-        _check_sizes(item.row, found, dims)
-        if transposed and item.row.transposed:
-            found = [transpose(tensor) for tensor in found]
-        for name, tensor in zip(names, found, strict=True):
+        used.update(names)
+        count = experts.get(item.module.key, 0)
+        found = _sources(item, [tensors[name] for name in names], count, read=transposed)
+        _check_sizes(item.row, found, dims, read=transposed)
+        for source in found:
+            name = source.stored.name
             numbers.setdefault(name, len(numbers))
             if numbers[name] == len(side.stored):
-                side.stored.append(tensor)
-        _add_whole(side, item, found[0], _fused(item.row, found, [numbers[n] for n in names], dims))
+                _store(side, source)
+        placed = [(numbers[source.stored.name], source) for source in found]
+        _add_whole(side, item, found[0].tensor, _fused(item.row, placed, dims))
     if missing:
-        raise missing_tensors(missing, heads(modules))
-    beyond = [tensor.name for name, tensor in tensors.items() if name not in numbers]
+        raise missing_tensors(list(missing), heads(modules))
+    beyond = [tensor.name for name, tensor in tensors.items() if name not in used]
     if beyond:
+        counts = [f"{m.key} {layers[m.key]}" for m in modules]
+        counts += [f"{key} {count} experts" for key, count in experts.items()]
         raise TensorError(
             f"{len(beyond)} tensors are beyond the layers that config.json counts "
-            f"({', '.join(f'{m.key} {layers[m.key]}' for m in modules)}): {summarise(beyond)}",
+            f"({', '.join(counts)}): {summarise(beyond)}",
             "weights and config.json of one model",
             "replace config.json or the weights by those that belong together",
         )
@@ -66,6 +91,46 @@ def hf_side(
 def heads(modules: Sequence[Module]) -> set[str]:
     """The names of the output layer."""
     return {name for m in modules for r in m.all_rows() if r.mm == OUTPUT_LAYER for name in r.hf}
+
+
+def _store(side: Side, source: _Source) -> None:
+    if source.stack:
+        side.stacks[len(side.stored)] = source.stack
+    side.stored.append(source.stored)
+
+
+def _sources(
+    item: Instance, found: Sequence[StoredTensor], experts: int, *, read: bool
+) -> list[_Source]:
+    """What an instance is made of.
+
+    Args:
+        experts: the number of experts in a layer.
+        read: see ``transposed`` of :func:`hf_side`.
+
+    Raises:
+        TensorError: a stack of another number of experts.
+    """
+    sources: list[_Source] = []
+    for tensor, template in zip(found, (n for n in item.row.hf if n != ZEROS), strict=True):
+        seen = tensor
+        if item.row.of_expert and EXPERT not in template:
+            if len(tensor.shape) < 2 or tensor.shape[0] != experts:
+                raise TensorError(
+                    f"{tensor.name} is {list(tensor.shape)}; config.json counts {experts} experts",
+                    f"the {experts} experts along the first dimension",
+                    "replace config.json or the weights by those that belong together",
+                )
+            seen = expert_of(tensor, item.expert)
+            if not read:
+                rows, cols = seen.shape[0], prod(seen.shape[1:])
+                below = tensor._replace(shape=(experts * rows, cols), strides=None)
+                sources.append(_Source(seen, below, item.expert * rows, tensor.shape))
+                continue
+        if read and item.row.transposed:
+            seen = transpose(seen)
+        sources.append(_Source(seen, seen))
+    return sources
 
 
 def _add_whole(side: Side, item: Instance, tensor: StoredTensor, whole: Whole) -> None:
@@ -97,34 +162,38 @@ def partial_hf(
     lacking: list[Instance] = []
     faults: list[TensorError] = []
     layers = {m.key: dims[f"{m.key}.layers"] for m in modules}
-    for item in instances(modules, layers):
-        names = [name.replace("{}", str(item.layer)) for name in item.row.hf if name != ZEROS]
+    experts = experts_of(modules, dims)
+    for item in instances(modules, layers, experts):
+        names = item.hf_names()
         found = [tensors[name] for name in names if name in tensors]
         if len(found) < len(names):
             lacking += [] if item.row.tied_to else [item]
             continue
         first = len(side.stored)
         try:
-            _check_sizes(item.row, found, dims)
-            whole = _fused(item.row, found, list(range(first, first + len(found))), dims)
-            _add_whole(side, item, found[0], whole)
+            count = experts.get(item.module.key, 0)
+            sources = _sources(item, found, count, read=True)
+            _check_sizes(item.row, sources, dims, read=True)
+            whole = _fused(item.row, list(enumerate(sources, first)), dims)
+            _add_whole(side, item, sources[0].tensor, whole)
         except TensorError as error:
             faults.append(error)
             continue
-        side.stored += found
+        side.stored += [source.stored for source in sources]
     return side, lacking, faults
 
 
-def _fused(item: Row, found: Sequence[StoredTensor], numbers: Sequence[int], dims: Dims) -> Whole:
-    first = found[0]
-    stored = iter(zip(numbers, found, strict=True))
+def _fused(item: Row, found: Sequence[tuple[int, _Source]], dims: Dims) -> Whole:
+    """The whole that numbered sources make."""
+    first = found[0][1].tensor
+    stored = iter(found)
     parts = [None if name == ZEROS else next(stored) for name in item.hf]
     lengths: list[int] = []
     for part in parts:
         if part is None:  # as the reference does: zeros like the first source
             lengths.append(matrix(first.shape)[0])
             continue
-        tensor = part[1]
+        tensor = part[1].tensor
         lengths.append(matrix(tensor.shape)[0])
         if tensor.shape[1:] != first.shape[1:] or not joint_dtype((tensor.dtype, first.dtype)):
             raise TensorError(
@@ -139,24 +208,28 @@ def _fused(item: Row, found: Sequence[StoredTensor], numbers: Sequence[int], dim
             f"{first.name}: {error.what}", "sizes as config.json gives them"
         ) from None
     rows = sum(span.length for spans in maps for span in spans)
-    dtype = joint_dtype([tensor.dtype for tensor in found])
+    dtype = joint_dtype([source.tensor.dtype for _, source in found])
     whole = Whole((rows, *first.shape[1:]) if first.shape else (), dtype, [[]])
-    odd = next((tensor for tensor in found if tensor.dtype != first.dtype), None)
+    odd = next((s.tensor for _, s in found if s.tensor.dtype != first.dtype), None)
     whole.mixed = in_words(first, odd) if odd else ""
     for part, spans in zip(parts, maps, strict=True):
         if part is None:
             whole.zeros += [(span.whole, span.length) for span in spans]
             continue
-        source, cols = part[0], matrix(part[1].shape)[1]
-        whole.copies[0] += [Block(source, s.start, 0, s.whole, 0, s.length, cols) for s in spans]
+        source, (_, cols), row = part[0], matrix(part[1].tensor.shape), part[1].row
+        whole.copies[0] += [
+            Block(source, row + s.start, 0, s.whole, 0, s.length, cols) for s in spans
+        ]
     return whole
 
 
-def _check_sizes(item: Row, found: Sequence[StoredTensor], dims: Dims) -> None:
+def _check_sizes(item: Row, found: Sequence[_Source], dims: Dims, *, read: bool) -> None:
     """Raises TensorError for tensors whose sizes are not those of config.json."""
     places = [i for i, name in enumerate(item.hf) if name != ZEROS]
-    for i, tensor in zip(places, found, strict=True):
+    for i, (tensor, *_) in zip(places, found, strict=True):
         rows, cols = matrix(tensor.shape)
+        if item.transposed and not read:
+            rows, cols = cols, rows
         _check_size(tensor, "rows", rows, item.rows[i] if item.rows else "", dims)
         _check_size(tensor, "columns", cols, item.cols, dims)
 
@@ -190,5 +263,8 @@ def hf_target(model: Side, wholes: Mapping[Key, Whole]) -> Side:
                     "one dtype for the parts of one tensor",
                     "cast them all, with --dtype",
                 )
-    side.targets = [Target(t.name, dtypes[i], t.shape) for i, t in enumerate(model.stored)]
+    side.targets = [
+        Target(t.name, dtypes[i], t.shape, stack=model.stacks.get(i, ()))
+        for i, t in enumerate(model.stored)
+    ]
     return side

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 
-from mmconvert.converters.family import Dims, Module, Row, mm_index
+from mmconvert.converters.family import MAX_SIZE, Dims, LayerLists, Module, Row, mm_index
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.formats.mm.folder import MMCheckpoint
-from mmconvert.names import NO_LAYER
+from mmconvert.names import NO_EXPERT, NO_LAYER, fill
 from mmconvert.plan.plan import matrix
 from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Chunk, Layout, Rank
-from mmconvert.sharding.stages import StageGrid, show, total
+from mmconvert.sharding.stages import StageGrid, flat, show, total
 from mmconvert.stored import StoredTensor
 
 # Whether two stored tensors hold the same bytes; None if a tensor is one repeated byte, so that
@@ -51,16 +52,65 @@ def detect_layout(
                     "local layers numbered from 0 without a gap",
                 )
             row = grids[module.key][chunk.virtual]
-            if chunk.rank.tp == 0:
+            if chunk.rank.tp == 0 and chunk.rank.ep == 0:
                 row[chunk.rank.pp] = len(numbers)
             elif row[chunk.rank.pp] != len(numbers):
                 raise TensorError(
                     f"{module.label}: {len(numbers)} layers in {_where(checkpoint, chunk)}, "
-                    f"{row[chunk.rank.pp]} on tp rank 0",
-                    "the same layers on all tp ranks",
+                    f"{row[chunk.rank.pp]} on the first rank of this stage",
+                    "the same layers on all tp and ep ranks",
                 )
     tp = {m.key: tp_size(m, checkpoint, dims, same) for m in modules}
-    return Layout(tp, {key: tuple(tuple(row) for row in grid) for key, grid in grids.items()})
+    rows = {key: tuple(tuple(row) for row in grid) for key, grid in grids.items()}
+    return Layout(tp, rows, checkpoint.ep_size)
+
+
+def count_experts(modules: Sequence[Module], checkpoint: MMCheckpoint) -> Dims:
+    """The number of experts in a layer, ``{module}.experts``, as an MM checkpoint's names tell.
+
+    Raises:
+        TensorError: experts with holes, or other numbers of them in other layers or ranks.
+    """
+    index = mm_index(tuple(modules))
+    held: dict[tuple[str, Chunk, int], set[int]] = {}
+    for chunk, tensors in checkpoint.parts.items():
+        for name in tensors:
+            found = index.find(name)
+            if found and found[2] != NO_EXPERT:
+                held.setdefault((found[0][0].key, chunk, found[1]), set()).add(found[2])
+    counts: Dims = {}
+    for (key, chunk, layer), numbers in held.items():
+        local = counts.setdefault(key, len(numbers))
+        if numbers != set(range(local)):
+            raise TensorError(
+                f"{key} layer {layer} of {_where(checkpoint, chunk)} holds {len(numbers)} experts "
+                f"up to number {max(numbers)}; the first layer holds {local}",
+                "local experts numbered from 0 without a gap, as many in every layer and rank",
+                "copy all rank folders again",
+            )
+    return {f"{key}.experts": count * checkpoint.ep_size for key, count in counts.items()}
+
+
+def layer_lists(modules: Sequence[Module], checkpoint: MMCheckpoint, layout: Layout) -> LayerLists:
+    """The layers that have rows of their own, as an MM checkpoint's names tell."""
+    index = mm_index(tuple(modules))
+    layers: dict[str, set[int]] = {r.only: set() for m in modules for r in m.layer if r.only}
+    if not layers:
+        return {}
+    first = {m.key: _first_layers(layout.grids[m.key]) for m in modules}
+    for chunk, tensors in checkpoint.parts.items():
+        stage = chunk.virtual * layout.pp_size + chunk.rank.pp
+        for name in tensors:
+            found = index.find(name)
+            if found and (only := found[0][1].only):
+                layers[only].add(first[found[0][0].key][stage] + found[1])
+    return {name: tuple(sorted(numbers)) for name, numbers in layers.items()}
+
+
+def _first_layers(grid: StageGrid) -> list[int]:
+    """The model's number of each stage's first layer."""
+    counts = flat(grid)
+    return [sum(counts[:stage]) for stage in range(len(counts))]
 
 
 def _where(checkpoint: MMCheckpoint, chunk: Chunk) -> str:
@@ -137,19 +187,29 @@ def _first_layer(module: Module, checkpoint: MMCheckpoint) -> list[tuple[Row, Sh
     """Rows of the module's outer parts and of one layer, with their shards by tp rank."""
     found: dict[str, tuple[Row, Shards]] = {}
     for chunk, tensors in checkpoint.parts.items():
-        if chunk.rank.tp:
+        if chunk.rank.tp or chunk.rank.ep:
             continue
         for r in module.all_rows():
-            name = r.mm.replace("{}", "0")
-            if r.mm in found or name not in tensors or r.tied_to:
+            if r.mm in found or r.tied_to:
                 continue
-            places = [
-                Chunk(Rank(tp, chunk.rank.pp), chunk.virtual) for tp in range(checkpoint.tp_folders)
-            ]
-            shards = [checkpoint.parts[p][name] for p in places if name in checkpoint.parts[p]]
-            if len(shards) == checkpoint.tp_folders:
-                found[r.mm] = (r, shards)
+            for name in _first_names(r, tensors):
+                places = [
+                    Chunk(Rank(tp, chunk.rank.pp), chunk.virtual)
+                    for tp in range(checkpoint.tp_folders)
+                ]
+                shards = [checkpoint.parts[p][name] for p in places if name in checkpoint.parts[p]]
+                if len(shards) == checkpoint.tp_folders:
+                    found[r.mm] = (r, shards)
     return list(found.values())
+
+
+def _first_names(row: Row, tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """The name of a row's tensor in the first layer of a chunk that has it, if one has."""
+    if not row.only:
+        name = fill(row.mm, 0, 0)
+        return [name] if name in tensors else []
+    names = (fill(row.mm, layer, 0) for layer in range(MAX_SIZE["layers"]))
+    return list(islice((name for name in names if name in tensors), 1))
 
 
 def _explains(rows: Sequence[tuple[Row, Shards]], size: int, dims: Dims) -> bool:

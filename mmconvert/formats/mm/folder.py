@@ -42,7 +42,7 @@ class MMCheckpoint:
         root: the folder that was given.
         folder: the folder that holds the rank folders.
         iteration: ``release``, or the iteration number as text.
-        tp_folders, pp_size, vpp_size: what its folders and files say.
+        tp_folders, pp_size, vpp_size, ep_size: what its folders and files say.
         parts: tensors by name, by chunk.
         notes: what beside the weights was found and left alone, in words.
     """
@@ -55,6 +55,7 @@ class MMCheckpoint:
     vpp_size: int
     parts: Mapping[Chunk, Mapping[str, StoredTensor]]
     notes: list[str] = field(default_factory=list)
+    ep_size: int = 1
 
 
 def find_weights(root: Path) -> tuple[Path, str]:
@@ -130,10 +131,25 @@ def open_mm(root: Path) -> MMCheckpoint:
                 "rank files of one checkpoint, with the same model chunks",
                 "keep one checkpoint in this folder",
             )
-    tp = max(rank.tp for rank in ranks) + 1
-    pp = max(rank.pp for rank in ranks) + 1
+    if second_is_ep(parts):
+        parts = {Chunk(Rank(c.rank.tp, 0, c.rank.pp), c.virtual): p for c, p in parts.items()}
+    tp, pp, ep = (max(numbers) + 1 for numbers in zip(*(c.rank for c in parts), strict=True))
     words = [f"{what} ({count} bytes) left out" for what, count in notes.items()]
-    return MMCheckpoint(root, folder, iteration, tp, pp, len(keys[first]), parts, words)
+    return MMCheckpoint(root, folder, iteration, tp, pp, len(keys[first]), parts, words, ep)
+
+
+def second_is_ep(parts: Mapping[Chunk, Mapping[str, StoredTensor]]) -> bool:
+    """Whether the second number of ``mp_rank_TT_XXX`` counts expert-parallel ranks.
+
+    Pipeline stages differ in what they hold: the embedding stands on one. Expert-parallel ranks
+    have the same names throughout, as each numbers its experts anew.
+    """
+    if all(chunk.rank.pp == 0 for chunk in parts) or any(chunk.rank.ep for chunk in parts):
+        return False
+    return all(
+        tensors.keys() == parts.get(Chunk(Rank(c.rank.tp, 0), c.virtual), {}).keys()
+        for c, tensors in parts.items()
+    )
 
 
 def _rank_folders(folder: Path) -> dict[Rank, Path]:
@@ -157,18 +173,18 @@ def _rank_folders(folder: Path) -> dict[Rank, Path]:
     ranks = {Rank(tp, pp or 0, ep or 0): folder / name for name, (tp, pp, ep) in numbers.items()}
     if len(ranks) != len(numbers):
         raise CheckpointError(f"{folder} has two folders for one rank: {', '.join(numbers)}")
-    if any(rank.ep for rank in ranks):
-        raise CheckpointError(
-            f"{folder} has expert-parallel ranks", "a checkpoint of a dense model (ep size 1)"
-        )
-    tp, pp = max(r.tp for r in ranks) + 1, max(r.pp for r in ranks) + 1
-    if len(ranks) != tp * pp:
-        places = (Rank(t, p) for p in range(pp) for t in range(tp))  # may be very many
+    tp, pp, ep = (max(numbers) + 1 for numbers in zip(*ranks, strict=True))
+    if len(ranks) != tp * pp * ep:
+        # may be very many
+        places = (Rank(t, p, e) for p in range(pp) for e in range(ep) for t in range(tp))
         absent = islice((rank for rank in places if rank not in ranks), 5)
-        listed = ", ".join(f"tp {r.tp} pp {r.pp}" for r in absent)
+        also = (lambda r: f" ep {r.ep}") if ep > 1 else (lambda r: "")
+        listed = ", ".join(f"tp {r.tp} pp {r.pp}{also(r)}" for r in absent)
         raise CheckpointError(
             f"{folder} has {len(ranks)} rank folders; missing: {listed}",
-            f"{tp} x {pp} folders (tp x pp)",
+            f"{tp} x {pp} x {ep} folders (tp x pp x ep)"
+            if ep > 1
+            else f"{tp} x {pp} folders (tp x pp)",
             "copy the missing folders from the machines that wrote them",
         )
     return dict(sorted(ranks.items()))

@@ -9,16 +9,24 @@ from pathlib import Path
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import (
     OUTPUT_LAYER,
+    Dims,
     Family,
     Module,
     Row,
     Variant,
+    bound,
     mm_index,
 )
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.executor.compare import same_bytes
 from mmconvert.formats import manifest
-from mmconvert.formats.mm.detect import assert_layout, check_layers, detect_layout
+from mmconvert.formats.mm.detect import (
+    assert_layout,
+    check_layers,
+    count_experts,
+    detect_layout,
+    layer_lists,
+)
 from mmconvert.formats.mm.folder import MMCheckpoint, open_mm
 from mmconvert.formats.mm.source import Parts, claim_mm
 from mmconvert.formats.model import ENCODERS, Model, Notes, dropped_by, drops_too_much
@@ -68,9 +76,9 @@ def mm_model(
     if model is not None and model.tied_known:
         tied = model.variant.tied
     else:
-        tied = vit_only or _looks_tied(family, parts, content, notes)
+        tied = vit_only or _looks_tied(family, variant, parts, content, notes)
     variant = replace(variant, tied=tied, vit_qkv=options.vit_qkv)
-    modules = family.modules(variant)
+    modules = family.table(variant)
     _check_known(family, parts, mm_index(modules), checkpoint)
     if vit_only:
         modules = tuple(m for m in modules if m.key in ENCODERS)
@@ -79,18 +87,18 @@ def mm_model(
     checkpoint = replace(checkpoint, parts=parts)
     layout = detect_layout(modules, checkpoint, dims, same_bytes)
     _check_text(layout, checkpoint)
-    if given.ep_size not in (0, 1):
-        raise CheckpointError(
-            f"{prefix}ep_size says {given.ep_size}, the checkpoint holds 1",
-            f"1: {family.name} has no experts",
-        )
+    _check_experts(modules, checkpoint, given, dims, prefix)
+    if model is None:
+        lists = layer_lists(modules, checkpoint, layout)
+        variant = replace(variant, lists=tuple(lists.items()))
+        modules = bound(modules, lists)
     # A module that was left out with save_vit_only is no contradiction.
     full = {m.key for m in modules}
     grids = {k: g for k, g in given.grids().items() if k in full or k not in family.module_keys}
     sizes = {k: n for k, n in given.tp().items() if k in full or k not in family.module_keys}
     assert_layout(layout, grids, sizes, prefix)
     check_layers(layout, dims)
-    lost = claim_mm(modules, layout, parts)
+    lost = claim_mm(modules, dims, layout, parts)
     if lost:
         raise TensorError(
             f"{len(lost)} tensors have no place in {family.name}: {summarise(lost)}",
@@ -108,6 +116,38 @@ def mm_model(
         dropped=notes.dropped,
     )
     return found, layout, parts
+
+
+def _check_experts(
+    modules: tuple[Module, ...],
+    checkpoint: MMCheckpoint,
+    given: ParallelConfig,
+    dims: Dims,
+    prefix: str,
+) -> None:
+    """The experts of a checkpoint are those of the model and of the layout that the user says.
+
+    Args:
+        dims: receives the number of experts if it is not known.
+
+    Raises:
+        CheckpointError: naming both numbers.
+    """
+    ep = checkpoint.ep_size
+    if given.ep_size not in (0, ep):
+        raise CheckpointError(
+            f"{prefix}ep_size says {given.ep_size}, the checkpoint holds {ep}",
+            "the layout that the checkpoint has",
+            "leave the flag out: the layout is read off the checkpoint",
+        )
+    for key, count in count_experts(modules, checkpoint).items():
+        if dims.setdefault(key, count) != count:
+            raise CheckpointError(
+                f"{checkpoint.folder} holds {count} experts in a layer ({ep} ep ranks); the model "
+                f"has {dims[key]}",
+                "all experts, and the hf_dir of the checkpoint's own model",
+                "copy all rank folders again, or give the hf_dir that the checkpoint came from",
+            )
 
 
 def _check_converter(
@@ -209,7 +249,10 @@ def variant_of(
     candidates = family.variants
     if model is not None:
         choices = {v.canonical for v in candidates}
-        candidates = tuple(Variant(canonical=c, traits=model.variant.traits) for c in choices)
+        own = model.variant
+        candidates = tuple(
+            Variant(canonical=c, traits=own.traits, lists=own.lists) for c in choices
+        )
 
     def fit(variant: Variant) -> tuple[int, int]:
         modules = family.modules(variant)
@@ -230,6 +273,7 @@ def variant_of(
 
 def _looks_tied(
     family: Family,
+    variant: Variant,
     parts: Parts,
     content: Mapping[str, object] | None,
     notes: Notes,
@@ -241,10 +285,11 @@ def _looks_tied(
     Raises:
         TensorError: several text stages without an output layer: missing, or never written.
     """
-    variant = content.get("variant") if content else None
-    if isinstance(variant, dict) and isinstance(variant.get("tied"), bool):
-        return bool(variant["tied"])
-    rows = [r for m in family.modules(Variant(tied=True)) for r in m.all_rows() if r.tied_to]
+    said = content.get("variant") if content else None
+    if isinstance(said, dict) and isinstance(said.get("tied"), bool):
+        return bool(said["tied"])
+    table = family.modules(replace(variant, tied=True))
+    rows = [r for m in table for r in m.all_rows() if r.tied_to]
     heads = [t[r.mm] for t in parts.values() for r in rows if r.mm in t]
     origins = [t[r.tied_to] for t in parts.values() for r in rows if r.tied_to in t]
     if heads:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mmconvert.converters.family import Dims, Module, mm_index
 from mmconvert.errors import LayoutError, ReplicaError, TensorError
@@ -10,37 +10,40 @@ from mmconvert.formats.mm.instances import Instance, placements
 from mmconvert.formats.mm.target import shard_blocks, shard_spans
 from mmconvert.names import number, summarise
 from mmconvert.plan.dtypes import joint_dtype
-from mmconvert.plan.plan import Side, Whole, matrix
-from mmconvert.sharding.layout import Chunk, Layout
+from mmconvert.plan.plan import Side, Whole, exchanged, matrix
+from mmconvert.sharding.layout import Chunk, Layout, Rank
 from mmconvert.sharding.spans import Span
-from mmconvert.stored import StoredTensor
+from mmconvert.stored import StoredTensor, transpose
 
 Parts = Mapping[Chunk, Mapping[str, StoredTensor]]
 
 
-def mm_source(modules: Sequence[Module], dims: Dims, layout: Layout, parts: Parts) -> Side:
+def mm_source(
+    modules: Sequence[Module],
+    dims: Dims,
+    layout: Layout,
+    parts: Parts,
+    *,
+    transposed: bool = False,
+) -> Side:
     """An existing MM checkpoint as wholes.
 
     Args:
-        dims: sizes if known; what is known is checked.
+        dims: sizes if known; what is known is checked. The number of experts must be.
         parts: tensors by name, by chunk; every one must be the place of some row.
+        transposed: whether the wholes of rows that say so have the orientation of Hugging Face,
+            which is to be written: their tensors are seen transposed.
 
     Raises:
         TensorError: missing tensors, or shards that do not fit together.
     """
     side = Side()
     missing: list[str] = []
-    for item, stage, name in placements(modules, layout, every_tied=True):
-        shards: list[StoredTensor] = []
-        for tp in range(layout.tp_folders):
-            chunk = layout.chunk(tp, stage)
-            tensor = parts.get(chunk, {}).get(name)
-            if tensor is not None:
-                shards.append(tensor)
-            elif not item.row.tied_to:
-                missing.append(f"{name} ({layout.folder(chunk.rank)})")
-        if len(shards) == layout.tp_folders:
+    for item, name, shards, absent in _places(modules, dims, layout, parts):
+        if not absent:
             _add_shards(side, item, layout.tp[item.module.key], shards, dims)
+        elif not item.row.tied_to:
+            missing += [f"{name} ({layout.folder(rank)})" for rank in absent]
         elif shards:
             missing.append(f"{name} (on {len(shards)} of {layout.tp_folders} tp ranks only)")
     if missing:
@@ -49,6 +52,37 @@ def mm_source(modules: Sequence[Module], dims: Dims, layout: Layout, parts: Part
             "every tensor of the model on its rank",
             "copy the checkpoint again, with all its rank folders",
         )
+    return _transposed(side, modules) if transposed else side
+
+
+def _places(
+    modules: Sequence[Module], dims: Dims, layout: Layout, parts: Parts
+) -> Iterator[tuple[Instance, str, list[StoredTensor], list[Rank]]]:
+    """Every place of every tensor: its shards by tp rank, and the ranks that lack theirs."""
+    for item, stage, name, eps in placements(modules, layout, dims, every_tied=True):
+        for ep in eps:
+            shards: list[StoredTensor] = []
+            absent: list[Rank] = []
+            for tp in range(layout.tp_folders):
+                chunk = layout.chunk(tp, stage, ep)
+                tensor = parts.get(chunk, {}).get(name)
+                if tensor is None:
+                    absent.append(chunk.rank)
+                else:
+                    shards.append(tensor)
+            yield item, name, shards, absent
+
+
+def _transposed(side: Side, modules: Sequence[Module]) -> Side:
+    """The side with the wholes of transposed rows in the orientation of Hugging Face."""
+    rows = {r.mm for m in modules for r in m.all_rows() if r.transposed}
+    for key, whole in side.wholes.items():
+        if key.mm not in rows:
+            continue
+        whole.shape = whole.shape[::-1]
+        whole.copies = [[exchanged(block) for block in blocks] for blocks in whole.copies]
+        for tensor in {block.tensor for blocks in whole.copies for block in blocks}:
+            side.stored[tensor] = transpose(side.stored[tensor])
     return side
 
 
@@ -62,10 +96,8 @@ def partial_source(
     """
     side = Side()
     faults: list[tuple[StoredTensor, TensorError | ReplicaError]] = []
-    for item, stage, name in placements(modules, layout, every_tied=True):
-        chunks = [layout.chunk(tp, stage) for tp in range(layout.tp_folders)]
-        shards = [parts[c][name] for c in chunks if name in parts.get(c, {})]
-        if len(shards) < layout.tp_folders:
+    for item, _, shards, absent in _places(modules, dims, layout, parts):
+        if absent:
             continue
         try:
             _add_shards(side, item, layout.tp[item.module.key], shards, dims)
@@ -105,7 +137,8 @@ def _add_shards(
     if whole.shape != shape or not dtype:
         raise ReplicaError(
             f"{group[0].name} in {group[0].path} is {group[0].dtype} {list(shape)}; the tensor "
-            f"that it is tied to is {whole.dtype} {list(whole.shape)}",
+            f"that it {'is tied to' if item.row.tied_to else 'repeats'} is {whole.dtype} "
+            f"{list(whole.shape)}",
             "equal tensors",
         )
     if dtype != whole.dtype:
@@ -156,11 +189,11 @@ def _check_whole(item: Instance, shape: tuple[int, ...], dims: Dims, tensor: Sto
         )
 
 
-def claim_mm(modules: Sequence[Module], layout: Layout, parts: Parts) -> list[str]:
+def claim_mm(modules: Sequence[Module], dims: Dims, layout: Layout, parts: Parts) -> list[str]:
     """MM names that no row claims, or that stand where they should not; ``name (folder)``."""
     index = mm_index(tuple(modules))
-    expected: dict[int, set[str]] = {}
-    for _, stage, name in placements(modules, layout, every_tied=True):
+    expected: dict[int, set[str]] = {}  # each ep rank has the same names
+    for _, stage, name, _ in placements(modules, layout, dims, every_tied=True):
         expected.setdefault(stage, set()).add(name)
     lost: list[str] = []
     for chunk, tensors in parts.items():

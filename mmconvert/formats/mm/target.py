@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 from mmconvert.converters.family import Dims, Module
 from mmconvert.errors import LayoutError, TensorError, UnknownSizeError
@@ -25,13 +26,13 @@ def mm_target(
         LayoutError: a tensor that cannot be divided as the layout wants.
     """
     side = Side()
-    for item, stage, name in placements(modules, layout):
+    for item, stage, name, eps in placements(modules, layout, dims):
         source = wholes.get(item.key)
         if source is None:
             raise TensorError(f"{item.key.name()} is missing in the source")
         whole = side.wholes.setdefault(item.key, Whole(source.shape, source.dtype))
         size = layout.tp[item.module.key]
-        for tp in range(layout.tp_folders):
+        for ep, tp in product(eps, range(layout.tp_folders)):
             rank = tp % size
             try:
                 spans = shard_spans(item, source.shape, size, rank, dims)
@@ -41,7 +42,7 @@ def mm_target(
             if rank == 0 or item.row.shard is None:
                 whole.copies.append([])
             whole.copies[-1] += shard_blocks(len(side.targets), item.row.shard, source.shape, spans)
-            side.targets.append(Target(name, source.dtype, shape, layout.chunk(tp, stage)))
+            side.targets.append(Target(name, source.dtype, shape, layout.chunk(tp, stage, ep)))
     return side
 
 
@@ -51,9 +52,9 @@ def _with_sizes_that_do(
     """The error, naming the tp sizes that every tensor of the module allows."""
     if isinstance(error, UnknownSizeError):  # no size can be advised without that number
         return error
-    rows = [Instance(bad.module, r, max(bad.layer, 0)) for r in bad.module.layer]
-    rows += [Instance(bad.module, r, NO_LAYER) for r in bad.module.before + bad.module.after]
-    found = [(item, wholes[item.key].shape) for item in rows if item.key in wholes]
+    shapes = {key.mm: whole.shape for key, whole in wholes.items()}
+    rows = [r for r in bad.module.all_rows() if r.mm in shapes]
+    found = [(Instance(bad.module, r, NO_LAYER), shapes[r.mm]) for r in rows]
 
     def does(size: int) -> bool:
         try:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmconvert.config import Options
-from mmconvert.converters.family import ZEROS, Row
+from mmconvert.converters.family import Row
 from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.events import Events
 from mmconvert.executor.differences import place as place_of
@@ -169,7 +169,8 @@ class _Places:
         self._a, self._b = a, b
         self._rows: dict[str, tuple[str, str, Row]] = {}
         for module in (*b.model.modules, *a.model.modules):
-            for layer, rows in (("in", module.before), ("", module.layer), ("out", module.after)):
+            first = module.everywhere + module.before
+            for layer, rows in (("in", first), ("", module.layer), ("out", module.after)):
                 for r in rows:
                     projector = f"{module.label}.projector"
                     label = projector if r.mm.startswith(projector + ".") else module.label
@@ -192,8 +193,7 @@ class _Places:
             if side.layout is None:
                 numbers = dict.fromkeys(block.tensor for block in side.side.wholes[key].copies[0])
                 return tuple(side.side.stored[number].name for number in numbers)
-        names = row.hf if row else ()
-        return tuple(name.replace("{}", str(key.layer)) for name in names if name != ZEROS)
+        return tuple(row.hf_names(key.layer, key.expert)) if row else ()
 
 
 def _at(side: Opened, number: int, index: Sequence[int], value: float) -> At:

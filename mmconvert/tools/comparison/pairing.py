@@ -49,8 +49,8 @@ def open_pair(a: Path, b: Path, options: Options) -> tuple[Opened, Opened]:
 def _open_hf(path: Path, model: Model, canonical: bool) -> Opened:
     """An HF checkpoint in the structure of the MM checkpoint that it is compared with."""
     variant = replace(model.variant, canonical=canonical, vit_qkv="interleaved")
-    modules = model.family.modules(variant)
-    side = hf_side(modules, model.dims, model.hf_tensors)
+    modules = model.family.table(variant)
+    side = hf_side(modules, model.dims, model.hf_tensors, transposed=True)
     return Opened(path, replace(model, variant=variant, modules=modules), side, None)
 
 

@@ -32,8 +32,8 @@ class Original:
         if self.model.hf is None:
             return None
         variant = replace(self.model.variant, canonical=canonical, vit_qkv="interleaved")
-        modules = self.model.family.modules(variant)
-        full = hf_side(modules, self.model.dims, self.model.hf_tensors)
+        modules = self.model.family.table(variant)
+        full = hf_side(modules, self.model.dims, self.model.hf_tensors, transposed=True)
         if not vit_only:
             return full
         kept = {r.mm for m in modules if m.key in ENCODERS for r in m.all_rows()}

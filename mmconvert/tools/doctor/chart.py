@@ -104,7 +104,7 @@ class Chart:
             for name in self.names_at(stage):
                 hit = self.index.find(name)
                 if hit and hit[1] != NO_LAYER:
-                    (module, row), layer = hit
+                    (module, row), layer, _ = hit
                     found[module.key].setdefault(layer, set()).add(row.mm)
             layers[stage] = found
         return layers
@@ -165,7 +165,7 @@ def make_chart(
         hf,
     )
     variant = replace(variant, tied=tied is True)
-    modules = family.modules(variant)
+    modules = family.table(variant)
     vit_only = not any(name.startswith(TEXT) for name in names)
     if vit_only:
         modules = tuple(m for m in modules if m.key in ENCODERS)

@@ -9,7 +9,7 @@ from mmconvert import converters
 from mmconvert.causes.quantised import left_over
 from mmconvert.causes.tensors import how_to_get
 from mmconvert.config import Options
-from mmconvert.converters.family import ZEROS, Dims, Family, Module, Variant, hf_templates
+from mmconvert.converters.family import Dims, Family, Module, Variant, hf_templates
 from mmconvert.errors import CheckpointError, MMConvertError
 from mmconvert.events import Events
 from mmconvert.formats.containers.safetensors import WeightFile
@@ -93,6 +93,7 @@ def _look_at_tensors(
     try:
         dims = family.dims(config)
         traits = family.traits(config)
+        lists = tuple(family.lists(config).items())
         table = family.modules(Variant(traits=traits))
         is_tied(family, table, config, {})
     except CheckpointError as error:
@@ -115,7 +116,8 @@ def _look_at_tensors(
     if not complete:
         report.skipped.append("missing tensors: not all weight files can be read")
     tied = is_tied(family, table, config, tensors)
-    modules = family.modules(Variant(tied=tied, traits=traits))
+    traits |= family.shape_traits(config, {name: t.shape for name, t in tensors.items()})
+    modules = family.table(Variant(tied=tied, traits=traits, lists=lists))
     side, lacking, faults = partial_hf(modules, dims, tensors)
     for fault in faults:
         name = fault.what.split(" ", 1)[0].rstrip(":")
@@ -212,10 +214,8 @@ def _missing(
     """Missing tensors, a finding for each layer."""
     places: dict[tuple[str, int], list[str]] = {}
     for item in lacking:
-        names = [n.replace("{}", str(item.layer)) for n in item.row.hf if n != ZEROS]
-        places.setdefault((item.module.label, item.layer), []).extend(
-            name for name in names if name not in tensors
-        )
+        there = places.setdefault((item.module.label, item.layer), [])
+        there += [n for n in item.hf_names() if n not in tensors and n not in there]
     for (label, layer), names in places.items():
         where = f"{label} layer {layer}" if layer != NO_LAYER else f"{label}, outside its layers,"
         report.add(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmconvert.converters.family import OUTPUT_LAYER, Module, mm_index
-from mmconvert.names import number, summarise
+from mmconvert.names import fill, number, summarise
 from mmconvert.sharding.stages import StageGrid, first_stage, flat, last_stage
 from mmconvert.stored import StoredTensor
 from mmconvert.tools.doctor.chart import Chart
@@ -124,7 +124,7 @@ def _holes(chart: Chart, stage: int, report: Report) -> None:
             f"{module.label} on {chart.place(stage)}: {what}; it has {number(numbers, 'layer')}",
             fix,
             path=chart.path(stage),
-            tensor=module.layer[0].mm.replace("{}", str(gaps[0])),
+            tensor=fill(module.layer[0].mm, gaps[0], 0),
         )
 
 
@@ -141,7 +141,12 @@ def _missing_in_layers(chart: Chart, stage: int, report: Report) -> None:
     for module in chart.modules:
         earlier = sum(max(found[module.key], default=-1) + 1 for found in before)
         for local, there in sorted(layers[module.key].items()):
-            names = [r.mm.replace("{}", str(local)) for r in module.layer if r.mm not in there]
+            names = [
+                fill(r.mm, local, 0)
+                for r in module.layer
+                if r.mm not in there
+                and (r.layers is None or not chart.whole or earlier + local in r.layers)
+            ]
             if names:
                 model = f" (layer {earlier + local} of the model)" if chart.whole else ""
                 report.add(

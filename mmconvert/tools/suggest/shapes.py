@@ -44,7 +44,8 @@ def stored_shapes(family: Family, folder: Path) -> tuple[Model, Mapping[Key, Who
         CheckpointError: weight files that are missing, damaged or of another model.
     """
     model = hf_model(family, folder, Options())
-    wholes = dict(hf_side(model.modules, model.dims, model.hf_tensors).wholes)
+    side = hf_side(model.modules, model.dims, model.hf_tensors, transposed=True)
+    wholes = dict(side.wholes)
     return model, wholes
 
 
