@@ -218,7 +218,7 @@ def in_order(wholes: Mapping[Key, Whole], table: Sequence[Module]) -> dict[Key, 
         hit = index.find(key.name())
         if hit is None:
             return len(sections), 0, 0
-        (_, row), layer = hit
+        (_, row), layer, _ = hit
         return section[row.mm], layer, place[row.mm]
 
     return {key: wholes[key] for key in sorted(wholes, key=position)}
