@@ -233,7 +233,7 @@ def hf_of(s: Sizes) -> Weights:
     def put(name: str, *shape: int) -> None:
         nonlocal start
         count = torch.Size(shape).numel()
-        found[name] = torch.arange(start, start + count, dtype=torch.int32).view(shape)
+        found[name] = torch.arange(start, start + count, dtype=torch.float32).view(shape)
         start += count
 
     put("newline", s.hidden)
