@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,12 @@ from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import Family
 from mmconvert.errors import LayoutError, TensorError
 from mmconvert.executor.blockio import Region, Window, read_region, row_bytes
-from mmconvert.executor.fileio import open_files
+from mmconvert.executor.fileio import Files, open_files
 from mmconvert.formats.hf.model import hf_model
 from mmconvert.formats.hf.side import hf_side
 from mmconvert.formats.mm.target import mm_target
 from mmconvert.formats.model import target_layout
-from mmconvert.plan.plan import build, in_dtype
+from mmconvert.plan.plan import Copy, Plan, build, in_dtype
 from mmconvert.plan.proof import prove
 from mmconvert.sharding.layout import Chunk, Rank
 from mmconvert.stored import ITEM_SIZE
@@ -72,16 +73,31 @@ def load_rank(
     prove(plan)
     chunk = Chunk(Rank(tp, pp), virtual)
     expected = {i: t for i, t in enumerate(plan.targets) if t.chunk == chunk}
-    plan = replace(plan, copies=[c for c in plan.copies if c.dst in expected])
-    data = {i: bytearray(t.nbytes) for i, t in expected.items()}
+    copies = defaultdict[int, list[Copy]](list)
+    for c in plan.copies:
+        copies[c.dst].append(c)
     with open_files() as files:
-        for c in plan.copies:
-            line, item = row_bytes(expected[c.dst]), ITEM_SIZE[expected[c.dst].dtype]
-            window = Window(memoryview(data[c.dst]), c.dst_row * line + c.dst_col * item, line)
-            region = Region(c.src_row, c.src_col, c.rows, c.cols)
-            read_region(files, plan.sources[c.src], region, window)
+        return {
+            t.name: torch_tensor(read_target(files, plan, i, copies[i]), t.dtype, t.shape)
+            for i, t in expected.items()
+        }
 
-    return {t.name: torch_tensor(data[i], t.dtype, t.shape) for i, t in expected.items()}
+
+def read_target(files: Files, plan: Plan, number: int, copies: Iterable[Copy]) -> bytearray:
+    """The bytes of a target of a plan without casts, put together in memory.
+
+    Args:
+        number: of the target.
+        copies: those of the plan that write it.
+    """
+    target = plan.targets[number]
+    data = bytearray(target.nbytes)
+    line, item = row_bytes(target), ITEM_SIZE[target.dtype]
+    for c in copies:
+        window = Window(memoryview(data), c.dst_row * line + c.dst_col * item, line)
+        region = Region(c.src_row, c.src_col, c.rows, c.cols)
+        read_region(files, plan.sources[c.src], region, window)
+    return data
 
 
 def torch_tensor(data: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:

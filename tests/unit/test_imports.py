@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "tools": STORY,
     "api": {*STORY, "lazy", "loading", "tools"},
     "report": {"executor", "sharding", "stored", "tools"},
-    "runtime": {"causes", "formats", "modeljson", "sharding"},
+    "runtime": {*FILES_ROOM, "loading"},
     "cli": {*STORY, "api", "datasets", "report", "runtime", "tools"},
     "__init__": {"api", "config"},
     "__main__": {"cli"},
