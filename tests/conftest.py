@@ -21,3 +21,15 @@ def same_numbers() -> None:
     random.seed(0)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+WAIT_FOR_THE_DISK = ("test_power_loss", "test_saving", "test_output_safety", "test_apart")
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is synced is the matter of a few modules; the others do not wait for the disk."""
+    from mmconvert import durable
+
+    if not request.module.__name__.rpartition(".")[2].startswith(WAIT_FOR_THE_DISK):
+        monkeypatch.setattr(durable, "sync_fd", lambda fd: None)

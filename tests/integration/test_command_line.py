@@ -427,7 +427,7 @@ def test_conversions_import_little(
         found, _ = run_timed(converter, *words)
         assert found & HEAVY == set(), words
         used = {m.removeprefix(prefix) for m in found if m.startswith(prefix)}
-        assert used <= {"family", "blocks", *tables}, words
+        assert used <= {"family", "blocks", "plugins", *tables}, words
 
 
 # ------------------------------------------------------------------------------ mistakes

@@ -612,10 +612,13 @@ def test_healthy_families(name: str, tmp_path: Path) -> None:
     converter, sizes, flags = FAMILIES[name]
     hf = make_hf(name, tmp_path / "hf", shards=2, **sizes)
     hf_to_mm(hf, tmp_path / "mm", *layout("[2,2]", "[2,0]", 2), *flags, converter=converter)
-    for report in (doctor(hf, "--values"), doctor(tmp_path / "mm", "--values", "--hf_dir", hf)):
-        assert report["findings"] == []
+    # InternVL2's vocabulary is odd: it converts at TP 2, and training cannot use it.
+    odd = ["not-for-training"] if name.startswith("internvl") else []
+    assert doctor(hf, "--values")["findings"] == []
+    for flags in (["--values", "--hf_dir", str(hf)], []):
+        report = doctor(tmp_path / "mm", *flags)
+        assert [finding["id"] for finding in report["findings"]] == odd
         assert report["family"]
-    assert doctor(tmp_path / "mm")["findings"] == []
 
 
 def test_an_audio_bias_that_hf_does_not_store(tmp_path: Path) -> None:
