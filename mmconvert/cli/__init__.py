@@ -152,11 +152,8 @@ def _reported(words: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output went away
         screen.abandon(sys.stdout)
         return CLOSED_PIPE
-    except OSError as error:  # files' errors are MMConvertErrors: this is the standard output's
-        if error.filename is not None:
-            return _fail(_unusable(error), words)
-        screen.abandon(sys.stdout)
-        return _fail(_unprinted(error), words)
+    except OSError as error:
+        return _fail(_failed_output(error), words)
     except MemoryError:
         return _fail(MMConvertError("out of memory", "a few hundred MiB of free memory"), words)
     except Exception as error:  # the last line of defence: named, never a bare traceback
@@ -164,6 +161,14 @@ def _reported(words: list[str]) -> int:
         if isinstance(before, KeyboardInterrupt):  # a pool that it had ended, and the like
             return _interrupted(before, words)
         return _fail(InternalError(f"{type(error).__name__}: {error}"), words)
+
+
+def _failed_output(error: OSError) -> MMConvertError:
+    """Files' errors are MMConvertErrors: one without a file's name is the standard output's."""
+    if error.filename is not None:
+        return _unusable(error)
+    screen.abandon(sys.stdout)
+    return _unprinted(error)
 
 
 def _interrupted(stop: KeyboardInterrupt, words: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -38,7 +39,7 @@ DEBUG = "MMCONVERT_DEBUG"
 class Message(NamedTuple):
     """What a process tells the one that started it."""
 
-    kind: str  # event, result, error or fault
+    kind: str  # event, result, error or fault; closed: nothing more can come
     content: Any
 
 
@@ -116,6 +117,59 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+@dataclass
+class _Heard:
+    """What the processes of a run have said so far.
+
+    Attributes:
+        ended: the processes that have said their last word.
+        result: what process 0 returns.
+        fault: what ended one of them, if that was no error of mmconvert.
+        killed: that one is gone without a word.
+    """
+
+    ended: set[int] = field(default_factory=set[int])
+    result: tuple[object] = (None,)
+    fault: str = ""
+    killed: str = ""
+
+    @property
+    def broken(self) -> bool:
+        """Whether what still comes can only be errors."""
+        return bool(self.fault or self.killed)
+
+    def take(self, number: int, said: Message) -> None:
+        """The last word of a process, or that nothing more can come from it.
+
+        Raises:
+            MMConvertError: what the process raised.
+        """
+        if said.kind == "closed":
+            if number not in self.ended:
+                self.killed = self.killed or f"process {number} of the run was killed"
+            return
+        self.ended.add(number)
+        if said.kind == "error":
+            raise said.content
+        if said.kind == "fault":
+            self.fault = self.fault or said.content
+        elif number == 0:
+            self.result = (said.content,)
+
+    def outcome(self) -> tuple[object]:
+        """What process 0 returned; raises for what has gone wrong."""
+        if self.killed:  # what the others say then is only that they cannot reach it
+            raise LostProcessError(
+                self.killed,
+                "all processes until the end, and memory for each",
+                "start it again; where memory is short, resplit to another layout or compute in "
+                "bf16",
+            )
+        if self.fault:
+            raise RuntimeError(self.fault)
+        return self.result
+
+
 def _listen(pipes: list[Connection], on_event: Emit, watch: trouble.Watch) -> tuple[object]:
     """Passes events on until every process has ended.
 
@@ -127,42 +181,30 @@ def _listen(pipes: list[Connection], on_event: Emit, watch: trouble.Watch) -> tu
         MMConvertError: what a process raised; LostProcessError: one is gone without a word.
         RuntimeError: another fault.
     """
-    left, ended = list(pipes), set[int]()
-    result: tuple[object] = (None,)
-    fault = killed = ""
+    left, heard = list(pipes), _Heard()
     while left:
-        ready = wait(left, timeout=AFTER_FAULT if fault or killed else trouble.BEAT)
-        if not ready and (fault or killed):
+        ready = wait(left, timeout=AFTER_FAULT if heard.broken else trouble.BEAT)
+        if not ready and heard.broken:
             break
         watch.look()
         for pipe in ready:
             number = pipes.index(pipe)  # type: ignore[arg-type] - wait returns what it was given
-            try:
-                kind, content = pipes[number].recv()
-            except (EOFError, OSError):
+            said = _received(pipes[number])
+            if said.kind == "event":
+                on_event(said.content)
+                continue
+            if said.kind == "closed":
                 left.remove(pipes[number])
-                if number not in ended:
-                    killed = killed or f"process {number} of the run was killed"
-                continue
-            if kind == "event":
-                on_event(content)
-                continue
-            ended.add(number)
-            if kind == "error":
-                raise content
-            if kind == "fault":
-                fault = fault or content
-            elif number == 0:
-                result = (content,)
-    if killed:  # what the others say then is only that they cannot reach it
-        raise LostProcessError(
-            killed,
-            "all processes until the end, and memory for each",
-            "start it again; where memory is short, resplit to another layout or compute in bf16",
-        )
-    if fault:
-        raise RuntimeError(fault)
-    return result
+            heard.take(number, said)
+    return heard.outcome()
+
+
+def _received(pipe: Connection) -> Message:
+    """What a process says next."""
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        return Message("closed", None)
 
 
 def _watch(parent: int) -> None:

@@ -749,7 +749,7 @@ def test_line_16_llm_hf_dir_replaces_the_text_decoder_only(model: str, tmp_path:
 
 
 def untimed(file: Path) -> bytes:
-    """What a file holds; of a manifest without the times of the files it lists."""
+    """What a file holds; of a manifest without times and inodes of the files it lists."""
     if file.name != "mmconvert.json":
         return file.read_bytes()
     manifest = json.loads(file.read_bytes())
@@ -758,47 +758,56 @@ def untimed(file: Path) -> bytes:
     return json.dumps(manifest).encode()
 
 
+class Backwards:
+    """Lists folders the other way round, and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.listdir, self.scandir, self.asked = os.listdir, os.scandir, 0
+
+    def names(self, *args: Any) -> list[str]:
+        self.asked += 1
+        return sorted(self.listdir(*args), reverse=True)
+
+    def entries(self, *args: Any) -> Scan:
+        self.asked += 1
+        with self.scandir(*args) as entries:
+            return Scan(sorted(entries, key=lambda e: e.name, reverse=True))
+
+
+class Scan:
+    """What os.scandir returns."""
+
+    def __init__(self, entries: list[os.DirEntry[str]]) -> None:
+        self.left = iter(entries)
+
+    def __enter__(self) -> Iterator[Any]:
+        return self.left
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.left
+
+    def __next__(self) -> Any:
+        return next(self.left)
+
+    def close(self) -> None: ...
+
+
 def test_line_17_the_order_of_a_folder_does_not_matter(
     hf_of: Maker, mm_of: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same bytes when the file system lists names the other way round."""
-    hf, listdir, scandir = hf_of("qwen2vl-7b"), os.listdir, os.scandir
+    hf, backwards = hf_of("qwen2vl-7b"), Backwards()
     words = layout_of("tp2", "qwen2vl-7b")
     to_mm("qwen2vl-7b", hf, tmp_path / "mm", *words)
     to_hf("qwen2vl-7b", tmp_path / "mm", hf, tmp_path / "hf")
-    reversed_ = 0
-
-    class Scan:
-        def __init__(self, *args: Any) -> None:
-            nonlocal reversed_
-            with scandir(*args) as entries:
-                self.entries = iter(sorted(entries, key=lambda e: e.name, reverse=True))
-            reversed_ += 1
-
-        def __enter__(self) -> Iterator[Any]:
-            return self.entries
-
-        def __exit__(self, *args: object) -> None: ...
-
-        def __iter__(self) -> Iterator[Any]:
-            return self.entries
-
-        def __next__(self) -> Any:
-            return next(self.entries)
-
-        def close(self) -> None: ...
-
-    def backwards(*args: Any) -> list[str]:
-        nonlocal reversed_
-        reversed_ += 1
-        return sorted(listdir(*args), reverse=True)
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "listdir", backwards)
-        patch.setattr(os, "scandir", Scan)
+        patch.setattr(os, "listdir", backwards.names)
+        patch.setattr(os, "scandir", backwards.entries)
         to_mm("qwen2vl-7b", hf, tmp_path / "mm2", *words)
         to_hf("qwen2vl-7b", tmp_path / "mm", hf, tmp_path / "hf2")
-    assert reversed_ > 2
+    assert backwards.asked > 2
     for a, b in (("mm", "mm2"), ("hf", "hf2")):
         files = sorted(p.relative_to(tmp_path / a) for p in (tmp_path / a).rglob("*.*"))
         assert files == sorted(p.relative_to(tmp_path / b) for p in (tmp_path / b).rglob("*.*"))

@@ -19,6 +19,7 @@ from mmconvert.modeljson.file import read_model_json
 from mmconvert.sharding.layout import Layout
 
 if TYPE_CHECKING:
+    from mmconvert.runtime.beginning import Load
     from mmconvert.runtime.dataset import Data
     from mmconvert.runtime.training import Plan
 
@@ -170,18 +171,10 @@ def run(words: list[str]) -> int:
 def _train(asked: Finetuned, script: Script) -> int:
     """Trains, with torch at hand."""
     from mmconvert.runtime import commands
-    from mmconvert.runtime.beginning import Load
-    from mmconvert.runtime.journal import Line
     from mmconvert.runtime.launch import leads
 
     def tell(event: object) -> None:
-        if not isinstance(event, Line):
-            if not asked.quiet:
-                print(event, file=sys.stderr)
-        elif asked.json:
-            print(json.dumps(event.as_dict()), flush=True)
-        elif not asked.quiet:
-            print(words_of(event, asked), flush=True)
+        _tell(event, asked)
 
     model = read_model_json(script.model) if script.model is not None else None
     hf_dir, data, notes = _data(asked)
@@ -196,11 +189,7 @@ def _train(asked: Finetuned, script: Script) -> int:
     def expected(layout: Layout) -> None:
         check_layout(layout, model, script)
 
-    start, load = asked.mm_dir, None
-    if asked.load is not None and asked.finetune:
-        start = asked.load
-    elif asked.load is not None:
-        load = Load(asked.load, asked.ckpt_step, not asked.no_load_optim)
+    start, load = _beginning(asked)
     try:
         ended = commands.finetune(
             start, hf_dir, data, plan, asked.dtype, asked.resume, tell,
@@ -208,13 +197,38 @@ def _train(asked: Finetuned, script: Script) -> int:
         )  # fmt: skip
     except KeyboardInterrupt:
         return _interrupted(asked, "interrupted") if leads() else INTERRUPTED
+    code = INTERRUPTED if ended.stopped else 0
+    if not leads():
+        return code
     if ended.stopped:
-        what = f"stopped after iteration {ended.iteration}"
-        return _interrupted(asked, what) if leads() else INTERRUPTED
-    if leads():
-        last = {"iteration": ended.iteration, "loss": ended.loss, "save": str(save)}
-        print(json.dumps(last) if asked.json else f"done: loss {ended.loss:.6f}, {save}")
-    return 0
+        return _interrupted(asked, f"stopped after iteration {ended.iteration}")
+    last = {"iteration": ended.iteration, "loss": ended.loss, "save": str(save)}
+    print(json.dumps(last) if asked.json else f"done: loss {ended.loss:.6f}, {save}")
+    return code
+
+
+def _tell(event: object, asked: Finetuned) -> None:
+    """Lines of the log to stdout, notes to stderr."""
+    from mmconvert.runtime.journal import Line
+
+    if not isinstance(event, Line):
+        if not asked.quiet:
+            print(event, file=sys.stderr)
+    elif asked.json:
+        print(json.dumps(event.as_dict()), flush=True)
+    elif not asked.quiet:
+        print(words_of(event, asked), flush=True)
+
+
+def _beginning(asked: Finetuned) -> tuple[Path | None, Load | None]:
+    """The checkpoint whose weights are the start, and the run that is gone on with."""
+    from mmconvert.runtime.beginning import Load
+
+    if asked.load is None:
+        return asked.mm_dir, None
+    if asked.finetune:
+        return asked.load, None
+    return asked.mm_dir, Load(asked.load, asked.ckpt_step, not asked.no_load_optim)
 
 
 def _plan(asked: Finetuned, save: Path, evaluate: int, frozen: tuple[str, ...]) -> Plan:
@@ -302,6 +316,26 @@ def _check(asked: Finetuned, script: Script) -> None:
         raise RequestError("there is no data", "--data train.json, or --mm_data data.json")
     if asked.data and asked.mm_data is not None:
         raise RequestError("--data and --mm_data are both given", "one of them")
+    _check_numbers(asked)
+    pairs = (
+        ("calculate_per_sample_loss", "calculate_per_token_loss"),
+        ("warmup_iters", "lr_warmup_fraction"), ("mm_dir", "load"),
+    )  # fmt: skip
+    for one, two in pairs:
+        if getattr(asked, one) and getattr(asked, two):
+            raise RequestError(f"--{one} and --{two} are both given", "one of them")
+    if asked.global_batch_size % asked.micro_batch_size:
+        raise RequestError(
+            f"--global_batch_size {asked.global_batch_size} is no multiple of --micro_batch_size "
+            f"{asked.micro_batch_size}",
+            "whole micro-batches",
+        )
+    if not script.given:  # scripts evaluate where data.json has data for it
+        _check_evaluation(asked)
+
+
+def _check_numbers(asked: Finetuned) -> None:
+    """The bounds of each number for itself."""
     least = {
         "train_iters": 1, "save_interval": -1, "lr_decay_iters": 0, "data_parallel_size": 0,
         "ckpt_step": 0, "eval_interval": 0, "eval_iters": 1, "max_samples": 0,
@@ -317,21 +351,10 @@ def _check(asked: Finetuned, script: Script) -> None:
     for name in ("adam_beta1", "adam_beta2", "val_rate", "lr_warmup_fraction"):
         if not 0 <= getattr(asked, name) < 1:
             raise RequestError(f"--{name} is {getattr(asked, name)}", "a number from 0 to 1")
-    pairs = (
-        ("calculate_per_sample_loss", "calculate_per_token_loss"),
-        ("warmup_iters", "lr_warmup_fraction"), ("mm_dir", "load"),
-    )  # fmt: skip
-    for one, two in pairs:
-        if getattr(asked, one) and getattr(asked, two):
-            raise RequestError(f"--{one} and --{two} are both given", "one of them")
-    if asked.global_batch_size % asked.micro_batch_size:
-        raise RequestError(
-            f"--global_batch_size {asked.global_batch_size} is no multiple of --micro_batch_size "
-            f"{asked.micro_batch_size}",
-            "whole micro-batches",
-        )
-    if script.given:  # scripts evaluate where data.json has data for it
-        return
+
+
+def _check_evaluation(asked: Finetuned) -> None:
+    """Evaluation needs data and an interval."""
     if asked.val_data and asked.val_rate:
         raise RequestError("--val_data and --val_rate are both given", "one of them")
     if asked.eval_interval and not (asked.val_data or asked.val_rate):

@@ -172,17 +172,23 @@ class _Reader:
             self.kept.append(item)  # an id is its own only while the object lives
             return made
         self.done[id(item)] = item  # before looking into it: it may contain itself
+        self.resolve_within(item, name, depth + 1)
+        return item
+
+    def resolve_within(
+        self, item: dict[object, object] | list[object] | Inert, name: str, depth: int
+    ) -> None:
+        """Replace, in place, what stands in a container."""
         if isinstance(item, dict):
             for key, value in item.items():
                 # Other keys are not spelled out: the text of a nested one may be huge.
                 inner = str(key) if isinstance(key, (str, int)) else type(key).__name__
-                item[key] = self.resolve(value, inner, depth + 1)
+                item[key] = self.resolve(value, inner, depth)
         elif isinstance(item, list):
-            item[:] = [self.resolve(part, name, depth + 1) for part in item]
+            item[:] = [self.resolve(part, name, depth) for part in item]
         else:
             for part in ("args", "state", "items", "entries"):
-                setattr(item, part, self.resolve(getattr(item, part), name, depth + 1))
-        return item
+                setattr(item, part, self.resolve(getattr(item, part), name, depth))
 
     def storage(self, ref: StorageRef) -> Record:
         """The record behind a storage."""

@@ -138,19 +138,14 @@ def _spread(model: MSModel, strategy: Strategy | None, key_of: KeyOf, options: O
     absent: dict[str, None] = {}
     for i, stage in enumerate(sorted(strategy.stages)):
         parts = model.parts[i * devices : (i + 1) * devices]
-        held = {key for part in parts for key in part}
-        known: dict[Key, Slicing] = {}
-        for name, slicing in strategy.stages[stage].items():
-            key = key_of(name)
-            if key is not None and key in held:
-                known[key] = slicing
-            elif not is_training(name) and dropped_by((name,), options.drop) is None:
+        known, without = _named_slicings(strategy.stages[stage], parts, key_of)
+        for name in without:
+            if not is_training(name) and dropped_by((name,), options.drop) is None:
                 absent[name] = None
-        for part in parts:
-            for key, tensor in part.items():
-                if key not in known:
-                    known[key] = Slicing((devices,), ((),) * len(tensor.shape))
-                    unnamed[tensor.name] = None
+        for key, tensor in ((key, t) for part in parts for key, t in part.items()):
+            if key not in known:
+                known[key] = Slicing((devices,), ((),) * len(tensor.shape))
+                unnamed[tensor.name] = None
         stages.append(known)
     if unnamed:
         model.notes.append(
@@ -162,6 +157,22 @@ def _spread(model: MSModel, strategy: Strategy | None, key_of: KeyOf, options: O
             f"warning: {number(absent, 'tensor')} of the strategy on no rank: {summarise(absent)}"
         )
     return Spread(stages, devices)
+
+
+def _named_slicings(
+    stage: Mapping[str, Slicing], parts: Sequence[Mapping[Key, StoredTensor]], key_of: KeyOf
+) -> tuple[dict[Key, Slicing], list[str]]:
+    """What the strategy says of a stage's tensors, and its names that none of them has."""
+    held = {key for part in parts for key in part}
+    known: dict[Key, Slicing] = {}
+    without: list[str] = []
+    for name, slicing in stage.items():
+        key = key_of(name)
+        if key is not None and key in held:
+            known[key] = slicing
+        else:
+            without.append(name)
+    return known, without
 
 
 # --------------------------------------------------------------------------------- the target

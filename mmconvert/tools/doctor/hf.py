@@ -105,12 +105,9 @@ def _look_at_tensors(
         report.skipped.append("names and shapes: these are no plain weights of a model")
         return
     if note := left_over(config):
-        report.add(
-            "quantization-config-left",
-            note.removeprefix("warning: "),
-            "delete the key",
-            path=folder / "config.json",
-        )
+        path = folder / "config.json"
+        note = note.removeprefix("warning: ")
+        report.add("quantization-config-left", note, "delete the key", path=path)
     tensors = _by_hub_name(family, config, files, report)
     tensors = _known(family, table, tensors, report)
     if not complete:
@@ -133,11 +130,16 @@ def _look_at_tensors(
     else:
         look_at_replicas(side, False, asked.workers, events, report)
     if report.healthy:
-        try:  # what nothing before has seen, and a conversion would refuse
-            model = hf_model(family, folder, Options())
-            hf_side(model.modules, model.dims, model.hf_tensors)
-        except MMConvertError as error:
-            report.add_error("refused", error, path=folder)
+        _try_to_open(folder, family, report)
+
+
+def _try_to_open(folder: Path, family: Family, report: Report) -> None:
+    """What nothing before has seen, and a conversion would refuse."""
+    try:
+        model = hf_model(family, folder, Options())
+        hf_side(model.modules, model.dims, model.hf_tensors)
+    except MMConvertError as error:
+        report.add_error("refused", error, path=folder)
 
 
 def _by_hub_name(
