@@ -4,7 +4,7 @@
 
     mmconvert.hf_to_mm("hf", "mm", {"llm_pp_layers": [12, 16], "vit_pp_layers": [32, 0]})
     mmconvert.mm_to_hf("mm", "hf", "back")
-    mmconvert.reshard("mm", "mm2", {"tp_size": 2})
+    mmconvert.resplit("mm", "mm2", {"tp_size": 2})
     assert mmconvert.verify("mm", "hf").equal
     mmconvert.open("mm")["text_decoder.decoder.final_layernorm.weight"]
 
@@ -144,7 +144,7 @@ def reshard(
         hf_config=OptionalHFConfig(model),
     )
     folders = [path for path in (model, Path(source_dir)) if path is not None]
-    return convert.reshard(_family(converter, *folders), cfg, options, events)
+    return convert.resplit(_family(converter, *folders), cfg, options, events)
 
 
 def verify(

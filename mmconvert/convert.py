@@ -1,167 +1,347 @@
-"""THE STORY: the three directions. Newcomers start here.
+"""THE STORY: one conversion, whatever the formats. Newcomers start here.
 
-Each opens its source, makes both sides of the plan from one table, proves the plan, and only
-then writes: into a staging folder that gets its final name when it is complete.
+It opens its source, makes both sides of the plan from one table, proves the plan, and only then
+writes: into a staging folder that gets its final name when it is complete. The functions at the
+end are spellings of it, one for each command.
 """
 
 from __future__ import annotations
 
-from mmconvert.config import HFToMM, MMToHF, Options, Resplit
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from mmconvert.config import (
+    DeviceConfig,
+    HFToMM,
+    HFToMS,
+    MMToHF,
+    MSResplit,
+    MSToHF,
+    Options,
+    RankFolders,
+    Resplit,
+)
 from mmconvert.converters.family import Family
-from mmconvert.errors import CheckpointError, RequestError
+from mmconvert.errors import RequestError
 from mmconvert.events import Events
 from mmconvert.executor.apart import check_apart
-from mmconvert.formats.hf.model import config_model, hf_model
-from mmconvert.formats.hf.side import hf_side, hf_target
-from mmconvert.formats.mm.model import mm_model
-from mmconvert.formats.mm.source import mm_source
-from mmconvert.formats.mm.target import mm_target
-from mmconvert.formats.model import (
-    Model,
-    check_reading_options,
-    check_writing_options,
-    idle_patterns,
-    target_layout,
-    unchecked_units,
-)
+from mmconvert.formats.base import Format, NoLayout, Opening, Placing, Stored
+from mmconvert.formats.hf.model import config_model
+from mmconvert.formats.model import Model, idle_patterns
 from mmconvert.formats.reading import watched
+from mmconvert.formats.registry import load
 from mmconvert.modeljson.layout import settled
 from mmconvert.names import summarise
-from mmconvert.plan.plan import Side, build, carry, in_dtype
-from mmconvert.plan.reorder import reorder
-from mmconvert.plan.training import cautions
+from mmconvert.plan.plan import build, carry, in_dtype
 from mmconvert.result import Result
 from mmconvert.run import Run
+
+PARALLEL = "--cfg.parallel_config."
+# Options that make sense only where some format is read, or written.
+ONLY_READ = {
+    "vit_qkv": (
+        "--vit-qkv says how an MM checkpoint that is read is ordered; {verb} reads none",
+        "--vit-qkv with mm_to_hf or resplit",
+    )
+}
+ONLY_WRITTEN = {
+    "max_shard_size": (
+        "--max-shard-size says how large weight files of a Hugging Face checkpoint may be; none is "
+        "written here",
+        "--max-shard-size with mm_to_hf",
+    ),
+    "crc": ("--crc adds a checksum to .ckpt files; none is written here", ""),
+}
+
+
+@dataclass(frozen=True)
+class End:
+    """One end of a conversion.
+
+    Attributes:
+        format: the name of its format.
+        path: the checkpoint's.
+        layout: in the format's own ``Layout``: asserts of the source, asks for the target.
+        flags: how its flags begin, for messages.
+    """
+
+    format: str
+    path: Path
+    layout: object = None
+    flags: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversion that is asked for.
+
+    Attributes:
+        command: its verb.
+        source, target: what becomes what.
+        original: the Hugging Face checkpoint that the model came from; not needed for every one.
+        canonical, encoders_only, llm_dir: see :class:`mmconvert.formats.base.Opening`.
+        dtype: what to cast to, where a command has a flag of its own beside ``--dtype``.
+        cfg: the flags as they were given, which all processes of a run must agree on.
+    """
+
+    command: str
+    source: End
+    target: End
+    original: Path | None = None
+    canonical: bool = False
+    encoders_only: bool = False
+    llm_dir: Path | None = None
+    dtype: str = "keep"
+    cfg: object = None
+
+
+@watched
+def convert(
+    family: Family, asked: Request, options: Options | None = None, events: Events | None = None
+) -> Result:
+    """Brings a checkpoint from one format and layout to another.
+
+    Raises:
+        MMConvertError: see the error tree; nothing is left under the final name.
+    """
+    run = Run(asked.command, asked.cfg or asked, _with_dtype(options or Options(), asked), events)
+    reader, writer = load(asked.source.format), load(asked.target.format)
+    _check_formats(family, run.options, reader, writer)
+    check_apart(asked.target.path, _inputs(asked, writer))
+    # Open.
+    original, like = _original(family, asked, run.options, writer)
+    told = Opening(
+        family,
+        run.options,
+        layout=asked.source.layout,
+        flags=asked.source.flags,
+        like=like,
+        claims=writer.claims(asked.target.layout),
+        encoders_only=asked.encoders_only,
+        canonical=asked.canonical,
+        llm_dir=asked.llm_dir,
+    )
+    source = reader.open(asked.source.path, told)
+    # Plan.
+    src = source.side(as_hf=writer.naming == "hf")
+    placing = Placing(
+        source,
+        in_dtype(src.wholes, run.cast),
+        asked.target.path,
+        asked.target.layout,
+        asked.target.flags,
+        run.options,
+        run.cast,
+        original,
+    )
+    placed = writer.place(placing)
+    notes = [*_notes(run.options, source, original), *placed.notes]
+    plan = build(src, placed.side, notes, run.cast)
+    if original is not None:
+        plan = carry(plan, original.model.carried)
+    # Prove.
+    run.prove(plan)
+    # Write.
+    images = tuple(writer.lay_out(plan.targets, placed, placing))
+    layout = placed.layout or source.layout or NoLayout()
+    models = [source.model] if original is None else [original.model, source.model]
+    result = Result(
+        asked.target.path,
+        False,
+        plan,
+        layout,
+        0.0,
+        images,
+        {why: names for model in models for why, names in model.dropped.items()},
+        carried=tuple(t.name for t in models[0].carried),
+        not_copied=placed.not_copied,
+    )
+    about = {"kind": writer.name, **_about(source.model, result), **placed.about}
+    inputs = [*_inputs(asked, writer), *source.inputs]
+    return run.write(result, placed, about, inputs)
+
+
+def _with_dtype(options: Options, asked: Request) -> Options:
+    """The options with the dtype that either flag gives."""
+    if asked.dtype == "keep":
+        return options
+    if options.dtype not in ("keep", asked.dtype):
+        raise RequestError(
+            f"--cfg.dtype {asked.dtype} and --dtype {options.dtype} differ", "one of them"
+        )
+    return replace(options, dtype=asked.dtype)
+
+
+def _check_formats(family: Family, options: Options, reader: Format, writer: Format) -> None:
+    """Raises RequestError for formats that a family's table does not lead to, and for options that
+    make no sense between two formats.
+    """
+    for kind in (reader, writer):
+        if kind.naming not in ("", "hf", family.naming):
+            raise RequestError(
+                f"{family.name} has no form in the format {kind.name} ({kind.title})",
+                f"a format for {family.form}",
+            )
+    usual = Options()
+    for table, known in ((ONLY_READ, reader.reads), (ONLY_WRITTEN, writer.writes)):
+        for option, (what, expected) in table.items():
+            if option not in known and getattr(options, option) != getattr(usual, option):
+                verb = f"{reader.name}_to_{writer.name}"
+                raise RequestError(what.format(verb=verb), expected)
+
+
+def _original(
+    family: Family, asked: Request, options: Options, writer: Format
+) -> tuple[Stored | None, Model | None]:
+    """The original checkpoint, where the output is made like it; and its model."""
+    if writer.needs_original:
+        folder = asked.original or asked.source.path
+        found = load(writer.name).open(folder, Opening(family, options))
+        return found, found.model
+    if asked.original is not None and asked.original != asked.source.path:
+        return None, config_model(family, asked.original)
+    return None, None
+
+
+def _inputs(asked: Request, writer: Format) -> list[Path]:
+    """The files and folders that are read, so that none is written to."""
+    found = [asked.source.path]
+    found += [asked.original] if asked.original and writer.needs_original else []
+    found += [asked.llm_dir] if asked.llm_dir else []
+    strategies = [getattr(end.layout, "strategy", None) for end in (asked.source, asked.target)]
+    return found + [path for path in strategies if path is not None]
+
+
+def _notes(options: Options, source: Stored, original: Stored | None) -> list[str]:
+    """What is worth knowing of what is read."""
+    notes = [] if original is None else list(original.model.notes)
+    models = [source.model] if original is None else [original.model, source.model]
+    notes += [*source.model.notes, *idle_patterns(options, *models)]
+    names = [tensor.name for tensor in models[0].carried]
+    what = "stay in hf_dir and return from it" if original is None else "copied from hf_dir"
+    return notes + ([f"{len(names)} tensors {what}: {summarise(names)}"] if names else [])
+
+
+def _about(model: Model, result: Result) -> dict[str, object]:
+    """What a manifest says of the model; no family if none claims its tensors."""
+    about: dict[str, object] = {"layout": result.layout.as_dict()}
+    if not model.modules:
+        return about
+    return about | {
+        "converter": model.family.converter,
+        "family": model.family.name,
+        "variant": {
+            "tied": model.variant.tied,
+            "canonical": model.variant.canonical,
+            "traits": sorted(model.variant.traits),
+        },
+        "save_vit_only": all(m.key != "llm" for m in model.modules),
+        "dims": model.dims,
+    }
+
+
+# ---------------------------------------------------------------------------------- spellings
 
 
 @watched
 def hf_to_mm(
     family: Family, cfg: HFToMM, options: Options | None = None, events: Events | None = None
 ) -> Result:
-    """Hugging Face -> MM.
-
-    Raises:
-        MMConvertError: see the error tree; nothing is left under the final name.
-    """
+    """Hugging Face -> MM. Raises and returns as :func:`convert`, like all that follow."""
     cfg = settled(cfg)
-    run = Run("hf_to_mm", cfg, options, events)
-    check_apart(cfg.mm_dir, [cfg.hf_config.hf_dir])
-    check_reading_options(run.options)
-    source = hf_model(
-        family,
-        cfg.hf_config.hf_dir,
-        run.options,
-        canonical=cfg.common_model_config.enable_canonical_hf_struct,
-        vit_only=cfg.save_vit_only,
-        llm_dir=cfg.common_model_config.llm_hf_dir,
+    common, hf_dir = cfg.common_model_config, cfg.hf_config.hf_dir
+    asked = Request(
+        "hf_to_mm",
+        End("hf", hf_dir),
+        End("mm", cfg.mm_dir, cfg.parallel_config, PARALLEL),
+        canonical=common.enable_canonical_hf_struct,
+        encoders_only=cfg.save_vit_only,
+        llm_dir=common.llm_hf_dir,
+        cfg=cfg,
     )
-    layout = target_layout(source, cfg.parallel_config, prefix="--cfg.parallel_config.")
-    src = hf_side(source.modules, source.dims, source.hf_tensors, transposed=True)
-    dst = mm_target(source.modules, source.dims, layout, in_dtype(src.wholes, run.cast))
-    notes = [*source.notes, *idle_patterns(run.options, source)]
-    notes += [f"warning: {words}" for words in cautions(source.modules, source.dims, layout)]
-    notes += _carried_note(source, "stay in hf_dir and return from it")
-    plan = run.prove(build(src, dst, notes, run.cast))
-    inputs = [p for p in (cfg.hf_config.hf_dir, cfg.common_model_config.llm_hf_dir) if p]
-    return run.write_mm(plan, dst, source, layout, cfg.mm_dir, inputs)
+    return convert(family, asked, options, events)
 
 
 @watched
 def mm_to_hf(
     family: Family, cfg: MMToHF, options: Options | None = None, events: Events | None = None
 ) -> Result:
-    """MM -> Hugging Face: weight files, index and side files as in ``hf_dir``.
-
-    Raises:
-        MMConvertError: see the error tree; nothing is left under the final name.
-    """
+    """MM -> Hugging Face: weight files, index and side files as in ``hf_dir``."""
     cfg = settled(cfg)
-    run = Run("mm_to_hf", cfg, options, events)
-    check_apart(cfg.save_hf_dir, [cfg.hf_config.hf_dir, cfg.mm_dir])
-    model = hf_model(family, cfg.hf_config.hf_dir, run.options)
-    source, layout, parts = mm_model(
-        family, cfg.mm_dir, cfg.parallel_config, model, run.options, prefix="--cfg.parallel_config."
+    common = cfg.common_model_config
+    asked = Request(
+        "mm_to_hf",
+        End("mm", cfg.mm_dir, cfg.parallel_config, PARALLEL),
+        End("hf", cfg.save_hf_dir),
+        original=cfg.hf_config.hf_dir,
+        canonical=common.enable_canonical_hf_struct,
+        llm_dir=common.llm_hf_dir,
+        cfg=cfg,
     )
-    _check_structure(cfg, source)
-    src = mm_source(source.modules, source.dims, layout, parts, transposed=True)
-    headers = hf_side(source.modules, source.dims, model.hf_tensors)
-    dst = hf_target(headers, in_dtype(src.wholes, run.cast))
-    notes = [*model.notes, *source.notes, *idle_patterns(run.options, model, source)]
-    notes += _carried_note(model, "copied from hf_dir")
-    notes += [] if run.cast else dtype_notes(headers, dst, "MM")
-    plan = run.prove(carry(build(src, dst, notes, run.cast), model.carried))
-    inputs = [cfg.hf_config.hf_dir, cfg.mm_dir]
-    return run.write_hf(plan, dst, model, source, layout, cfg.save_hf_dir, inputs)
+    return convert(family, asked, options, events)
+
+
+def hf_to_ms(
+    family: Family, cfg: HFToMS, options: Options | None = None, events: Events | None = None
+) -> Result:
+    """Hugging Face -> one MindSpore file, or a folder of ranks."""
+    layout = _ranks(cfg.parallel_config, RankFolders(format=cfg.format))
+    asked = Request(
+        "hf_to_ms",
+        End("hf", cfg.hf_config.hf_dir),
+        End("ms", cfg.ms_path, layout, PARALLEL),
+        dtype=cfg.dtype,
+        cfg=cfg,
+    )
+    return convert(family, asked, options, events)
+
+
+def ms_to_hf(
+    family: Family, cfg: MSToHF, options: Options | None = None, events: Events | None = None
+) -> Result:
+    """MindSpore -> Hugging Face: weight files, index and side files as in ``hf_dir``."""
+    asked = Request(
+        "ms_to_hf",
+        End("ms", cfg.ms_path, RankFolders(strategy=cfg.strategy)),
+        End("hf", cfg.save_hf_dir),
+        original=cfg.hf_config.hf_dir,
+        dtype=cfg.dtype,
+        cfg=cfg,
+    )
+    return convert(family, asked, options, events)
 
 
 @watched
-def reshard(
-    family: Family, cfg: Resplit, options: Options | None = None, events: Events | None = None
+def resplit(
+    family: Family,
+    cfg: Resplit | MSResplit,
+    options: Options | None = None,
+    events: Events | None = None,
 ) -> Result:
-    """MM -> MM in another layout.
-
-    Raises:
-        MMConvertError: see the error tree; nothing is left under the final name.
-    """
-    cfg = settled(cfg)
-    run = Run("resplit", cfg, options, events)
-    check_writing_options(run.options)
-    check_apart(cfg.target_dir, [cfg.source_dir])
-    hf_dir = cfg.hf_config.hf_dir
-    model = config_model(family, hf_dir) if hf_dir else None
-    source, found, parts = mm_model(
-        family,
-        cfg.source_dir,
-        cfg.source_parallel_config,
-        model,
-        run.options,
-        prefix="--cfg.source_parallel_config.",
-        vit_only=cfg.save_vit_only,
+    """MM -> MM, or MindSpore -> MindSpore, in another layout."""
+    flags = ("--cfg.source_parallel_config.", "--cfg.target_parallel_config.")
+    if isinstance(cfg, Resplit):
+        cfg = settled(cfg)
+        source = End("mm", cfg.source_dir, cfg.source_parallel_config, flags[0])
+        target = End("mm", cfg.target_dir, cfg.target_parallel_config, flags[1])
+    else:
+        given = RankFolders(strategy=cfg.source_strategy)
+        source = End("ms", cfg.source_dir, given)
+        more = RankFolders(strategy=cfg.target_strategy, format=cfg.format)
+        given = _ranks(cfg.target_parallel_config, more)
+        target = End("ms", cfg.target_dir, given, flags[1])
+    asked = Request(
+        "resplit",
+        source,
+        target,
+        original=cfg.hf_config.hf_dir,
+        encoders_only=isinstance(cfg, Resplit) and cfg.save_vit_only,
+        dtype="keep" if isinstance(cfg, Resplit) else cfg.dtype,
+        cfg=cfg,
     )
-    layout = target_layout(
-        source, cfg.target_parallel_config, prefix="--cfg.target_parallel_config."
-    )
-    src = mm_source(source.modules, source.dims, found, parts)
-    src = reorder(src, source.modules, source.plain_modules, source.dims)
-    dst = mm_target(source.plain_modules, source.dims, layout, in_dtype(src.wholes, run.cast))
-    notes = [*source.notes, *idle_patterns(run.options, source)]
-    notes += unchecked_units(source, found, layout)
-    notes += [f"warning: {words}" for words in cautions(source.modules, source.dims, layout)]
-    plan = run.prove(build(src, dst, notes, run.cast))
-    return run.write_mm(plan, dst, source, layout, cfg.target_dir, [cfg.source_dir])
+    return convert(family, asked, options, events)
 
 
-def _check_structure(cfg: MMToHF, source: Model) -> None:
-    """What the user says of an MM checkpoint's form must be so."""
-    given = cfg.common_model_config
-    if given.llm_hf_dir is not None:
-        raise RequestError(
-            "--cfg.common_model_config.llm_hf_dir has no meaning for mm_to_hf",
-            "only hf_dir, whose weight files and names the output takes",
-            "leave it out; hf_dir must be a checkpoint with a text decoder of the same sizes",
-        )
-    if given.enable_canonical_hf_struct and not source.variant.canonical:
-        raise CheckpointError(
-            "--cfg.common_model_config.enable_canonical_hf_struct says True; the checkpoint holds "
-            "packed linear_qkv and linear_fc1",
-            "the structure that the checkpoint has",
-            "leave the flag out: the structure is recognised by the names",
-        )
-
-
-def _carried_note(model: Model, what: str) -> list[str]:
-    names = [t.name for t in model.carried]
-    return [f"{len(names)} tensors {what}: {summarise(names)}"] if names else []
-
-
-def dtype_notes(headers: Side, dst: Side, form: str) -> list[str]:
-    """Says so where training has changed a dtype: tensors are written as training left them."""
-    changed: dict[tuple[str, str], list[str]] = {}
-    for old, new in zip(headers.stored, dst.targets, strict=True):
-        if old.dtype != new.dtype:
-            changed.setdefault((old.dtype, new.dtype), []).append(new.name)
-    return [
-        f"warning: {len(names)} tensors are {old} in hf_dir and {new} in the {form} checkpoint; "
-        f"written as {new} (config.json still names its own dtype): {summarise(names)}"
-        for (old, new), names in changed.items()
-    ]
+def _ranks(sizes: DeviceConfig, more: RankFolders) -> RankFolders:
+    """A MindSpore layout with these parallel sizes."""
+    return replace(more, **{f.name: getattr(sizes, f.name) for f in fields(DeviceConfig)})

@@ -6,37 +6,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 from mmconvert.estimate import Estimate
 from mmconvert.executor.moving import Moved
+from mmconvert.formats.base import Described
+from mmconvert.formats.containers.image import FileImage
 from mmconvert.plan.plan import Plan
-
-
-class Described(Protocol):
-    """A layout, of MM format or MindSpore's."""
-
-    def describe(self) -> str:
-        """One line for messages, in the words of the command line."""
-        ...
-
-    def as_dict(self) -> dict[str, object]:
-        """The layout as JSON."""
-        ...
-
-
-class OutputFile(NamedTuple):
-    """A file of the output.
-
-    Attributes:
-        path: below the output folder.
-        nbytes: its size; -1 where only writing it will tell.
-        tensors: indexes of the plan's targets that lie in it.
-    """
-
-    path: str
-    nbytes: int
-    tensors: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,12 +38,17 @@ class Result:
     plan: Plan
     layout: Described
     seconds: float
-    files: tuple[OutputFile, ...] = ()
+    files: tuple[FileImage, ...] = ()
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     carried: tuple[str, ...] = ()
     not_copied: Mapping[str, Sequence[str]] = field(default_factory=dict)
     estimate: Estimate | None = None
     moved: Moved = field(default_factory=Moved)
+
+    @property
+    def listed(self) -> list[FileImage]:
+        """The files without those that do but lead to others."""
+        return [file for file in self.files if not file.pointer]
 
     def as_dict(self) -> dict[str, object]:
         """The result as JSON; docs/json.md describes the keys."""
@@ -83,7 +63,7 @@ class Result:
             "notes": plan.notes,
             "seconds": round(self.seconds, 3),
             "files": [
-                {"path": f.path, "bytes": f.nbytes, "tensors": len(f.tensors)} for f in self.files
+                {"path": f.path, "bytes": f.size, "tensors": len(f.pieces)} for f in self.listed
             ],
             "dropped": {why: list(names) for why, names in self.dropped.items()},
             "carried": list(self.carried),
@@ -129,5 +109,5 @@ class Result:
                 "from": list(sources[i]),
             }
             for file in self.files
-            for i in file.tensors
+            for i in file.targets
         ]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
+from mmconvert.errors import RequestError
+
 LONGEST = 200  # characters of a name; a name comes from a file and may have any length
+_SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _UNITS = ((1e9, "GB", 2), (1e6, "MB", 1), (1e3, "kB", 1))
 
 
@@ -14,6 +18,19 @@ def amount(nbytes: float) -> str:
         if nbytes >= size:
             return f"{nbytes / size:.{digits}f} {unit}"
     return f"{nbytes:.0f} B"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB, 500MB or 2GiB, in transformers' sense; a plain number is bytes.
+
+    Raises:
+        RequestError: anything else.
+    """
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([KMG]I?B)?", text.strip().upper())
+    size = int(float(found[1]) * _SIZES[found[2] or ""]) if found else 0
+    if size < 1:
+        raise RequestError(f"--max-shard-size {text}", "a size such as 5GB, 500MB or 2GiB")
+    return size
 
 
 def printable(text: str, longest: int = LONGEST) -> str:

@@ -17,7 +17,7 @@ from mmconvert.config import (
     ParallelConfig,
     Resplit,
 )
-from mmconvert.convert import Result, hf_to_mm, mm_to_hf, reshard
+from mmconvert.convert import Result, hf_to_mm, mm_to_hf, resplit
 
 Grid = Sequence[Sequence[int]]
 
@@ -73,4 +73,4 @@ def to_other(
 ) -> Result:
     """Reshard, the source's layout read off the checkpoint."""
     cfg = Resplit(source, target, ParallelConfig(), shape.config(), hf_config=OptionalHFConfig(hf))
-    return reshard(converters.load(converter), cfg, options)
+    return resplit(converters.load(converter), cfg, options)

@@ -285,10 +285,7 @@ def _dispatch(words: list[str]) -> int:
     verbs = verbs_of(converter)
     if verb not in verbs:
         raise _unknown("verb", verb, list(verbs), f"mm-convert {converter} -h")
-    if converter in MINDSPORE:
-        from mmconvert.cli.mindspore import convert
-    else:
-        from mmconvert.cli.conversions import convert
+    from mmconvert.cli.conversions import convert
 
     return convert(converter, verb, flags)
 

@@ -12,7 +12,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from mmconvert.cli.settings import read_yaml
-from mmconvert.config import CommonOptions, MaybePath, Options, Patterns
+from mmconvert.config import MaybePath, Options, Patterns
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.sharding.stages import StageGrid, parse_grid, show
 
@@ -101,12 +101,8 @@ def read(
     words: Sequence[str],
     prog: str,
     description: str,
-    options: type[CommonOptions] = Options,
 ) -> Command:
     """Reads a command line into a config class.
-
-    Args:
-        options: the class of the options beside it.
 
     Raises:
         SystemExit: 0 for help, 2 for flags that make no sense; tyro has printed which.
@@ -117,7 +113,7 @@ def read(
         "Form",
         [
             ("cfg", Annotated[config, tyro.conf.FlagConversionOff]),
-            ("conversion", Annotated[options, flat, flags]),
+            ("conversion", Annotated[Options, flat, flags]),
             ("screen", Annotated[Screen, flat, flags]),
         ],
     )

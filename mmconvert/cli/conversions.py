@@ -1,4 +1,4 @@
-"""The commands ``CONVERTER hf_to_mm``, ``mm_to_hf`` and ``resplit``."""
+"""The commands ``CONVERTER VERB``: one conversion each."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmconvert import config
-from mmconvert.cli import AUTO, VERBS
-from mmconvert.cli.arguments import Command, Screen, read
+from mmconvert.cli import AUTO, verbs_of
+from mmconvert.cli.arguments import Command, read
 from mmconvert.cli.screen import screen_events
 from mmconvert.config import HFToMM, MMToHF, Resplit
 from mmconvert.words import amount
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 def convert(converter: str, verb: str, flags: list[str]) -> int:
     """Runs one conversion."""
-    form, text, example = VERBS[verb]
+    form, text, example = verbs_of(converter)[verb]
     prog = f"mm-convert {converter} {verb}"
     command = read(getattr(config, form), flags, prog, f"{text}.\n\nexample:\n  {prog} {example}")
-    result = _run(converter, verb, command)
-    show(verb, result, command.screen)
+    run(converter, verb, command)
     return 0
 
 
-def show(verb: str, result: Result, screen: Screen) -> None:
-    """Prints what a conversion did, or would do."""
+def run(converter: str, verb: str, command: Command) -> None:
+    """Runs a conversion that has been read, and shows what came of it."""
+    result, screen = _converted(converter, verb, command), command.screen
     if screen.json:
         print(json.dumps(result.as_dict()))
     elif not screen.quiet:
@@ -39,7 +39,7 @@ def show(verb: str, result: Result, screen: Screen) -> None:
         print(_summary(verb, result))
 
 
-def _run(converter: str, verb: str, command: Command) -> Result:
+def _converted(converter: str, verb: str, command: Command) -> Result:
     # Not before the flags are understood: help need not pay for it.
     from mmconvert import convert as directions
     from mmconvert import converters
@@ -49,7 +49,9 @@ def _run(converter: str, verb: str, command: Command) -> Result:
     direction = {
         "hf_to_mm": directions.hf_to_mm,
         "mm_to_hf": directions.mm_to_hf,
-        "resplit": directions.reshard,
+        "hf_to_ms": directions.hf_to_ms,
+        "ms_to_hf": directions.ms_to_hf,
+        "resplit": directions.resplit,
     }[verb]
     auto = converter == AUTO
     family = family_of(*_inputs(command.cfg)) if auto else converters.load(converter)

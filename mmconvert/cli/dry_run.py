@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmconvert.formats.containers.image import FileImage
 from mmconvert.names import summarise
 from mmconvert.result import Result
 from mmconvert.words import amount
@@ -12,13 +13,13 @@ SHOWN = 40  # files that are listed
 def preview(result: Result) -> str:
     """The plan in words."""
     lines = ["files:"]
-    width = max((len(file.path) for file in result.files[:SHOWN]), default=0)
-    for file in result.files[:SHOWN]:
-        held = f"{len(file.tensors)} tensors" if file.tensors else "copied"
-        lines.append(f"  {file.path:<{width}}  {amount(file.nbytes):>10}  {held}")
-    if len(result.files) > SHOWN:
-        rest = result.files[SHOWN:]
-        lines.append(f"  and {len(rest)} more, {amount(sum(file.nbytes for file in rest))}")
+    width = max((len(file.path) for file in result.listed[:SHOWN]), default=0)
+    for file in result.listed[:SHOWN]:
+        held = _held(file)
+        lines.append(f"  {file.path:<{width}}  {amount(file.size):>10}  {held}")
+    if len(result.listed) > SHOWN:
+        rest = result.listed[SHOWN:]
+        lines.append(f"  and {len(rest)} more, {amount(sum(file.size for file in rest))}")
     lines += [f"dropped: {len(n)} ({why}): {summarise(n)}" for why, n in result.dropped.items()]
     if result.carried:
         lines.append(f"carried: {len(result.carried)}: {summarise(result.carried)}")
@@ -30,6 +31,12 @@ def preview(result: Result) -> str:
         )
     lines += [f"cast: {n} tensors {old} -> {new}" for (old, new), n in result.casts().items()]
     return "\n".join([*lines, *_cost(result)])
+
+
+def _held(file: FileImage) -> str:
+    if file.pieces:
+        return f"{len(file.pieces)} tensors"
+    return "copied" if file.copied else "written"
 
 
 def _cost(result: Result) -> list[str]:

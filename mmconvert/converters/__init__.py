@@ -36,8 +36,8 @@ def load(converter: str) -> Family:
     Raises:
         RequestError: no such converter, or one of another package that cannot be loaded.
     """
-    if converter in BUILT_IN:
-        return import_module(BUILT_IN[converter]).FAMILY
+    if own := BUILT_IN.get(converter) or MINDSPORE.get(converter):
+        return import_module(own).FAMILY
     entry = third_party().get(converter)
     if entry is None:
         raise RequestError(

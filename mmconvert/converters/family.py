@@ -196,6 +196,7 @@ class Family:
         plain_text: whether ``llm_hf_dir`` is possible: the text decoder's names are those of a
             plain language model, and its part of config.json is ``text_config``.
         form: the format that its table leads to, for messages.
+        naming: whose names those are; a format of another naming has no place for its tensors.
         preprocessor: whether its models come with a configuration of their image processor.
     """
 
@@ -218,6 +219,7 @@ class Family:
     canonical: bool = True
     plain_text: bool = True
     form: str = "MM format"
+    naming: str = "mm"
     preprocessor: bool = True
 
     def table(self, variant: Variant) -> tuple[Module, ...]:

@@ -34,6 +34,7 @@ class MSFamily(Family):
     units: tuple[tuple[str, str], ...] = ()
     vocabulary: str = "llm.vocab"
     form: str = "MindSpore format"
+    naming: str = "mindformers"
 
     def slicing(self, row: Row, layout: DeviceLayout, shape: Sequence[int], item: int) -> Slicing:
         """How a tensor is sliced within its stage.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from mmconvert.converters.family import Dims
@@ -14,20 +14,25 @@ from mmconvert.formats.reading import State
 from mmconvert.version import VERSION
 
 NAME = "mmconvert.json"
-WEIGHTS = ("*.pt", "*.safetensors", "*.ckpt")  # the files whose sizes and times it notes
+WEIGHTS = {".pt", ".safetensors", ".ckpt"}  # endings of files whose state it notes
 
 
-def write(folder: Path, content: Mapping[str, object]) -> None:
-    """Writes the manifest of a finished checkpoint, with size and time of its weight files."""
-    files = {str(path.relative_to(folder)): state(path) for path in _weight_files(folder)}
+def write(folder: Path, content: Mapping[str, object], weights: Collection[str]) -> None:
+    """Writes the manifest of a finished checkpoint, with size and time of its weight files.
+
+    Args:
+        weights: paths below the folder of those that were written.
+    """
+    suffixes = WEIGHTS | {Path(name).suffix for name in weights}
+    files = {str(path.relative_to(folder)): state(path) for path in _ending(folder, suffixes)}
     whole = {"mmconvert": VERSION, **content, "files": files}
     text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
     # A file name that is no UTF-8 has lone surrogates in it; JSON's escape is Python's.
     write_file(folder / NAME, text.encode(errors="backslashreplace"))
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(path for pattern in WEIGHTS for path in folder.rglob(pattern))
+def _ending(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    return sorted(path for suffix in suffixes for path in folder.rglob(f"*{suffix}"))
 
 
 def state(path: Path) -> list[int]:
@@ -88,9 +93,11 @@ def _changed(folder: Path, content: Mapping[str, object], *, times: bool) -> str
 
 def _added(folder: Path, content: Mapping[str, object]) -> str:
     """A weight file that is not listed; "" if there is none. Training may have gone on here."""
-    listed = content.get("files")
-    names = (str(path.relative_to(folder)) for path in _weight_files(folder))
-    new = [name for name in names if not (isinstance(listed, dict) and name in listed)]
+    files = content.get("files")
+    listed = {str(name) for name in files} if isinstance(files, dict) else set[str]()
+    suffixes = WEIGHTS | {Path(name).suffix for name in listed}
+    names = (str(path.relative_to(folder)) for path in _ending(folder, suffixes))
+    new = [name for name in names if name not in listed]
     return f"{new[0]} has come since it was written" if new else ""
 
 

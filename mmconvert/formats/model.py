@@ -168,36 +168,17 @@ def _check_ep(model: Model, size: int, prefix: str) -> None:
             )
 
 
-def unchecked_units(model: Model, found: Layout, expected: Layout) -> list[str]:
+def unchecked_units(model: Model, found: Layout | None, expected: Layout) -> list[str]:
     """Warnings where a tp size could cut through heads whose number nobody tells."""
     notes: list[str] = []
     for module in model.modules:
         units = {r.shard.unit for r in module.all_rows() if r.shard and r.shard.unit}
         unknown = sorted(unit for unit in units if unit not in model.dims)
-        if unknown and found.tp[module.key] % expected.tp[module.key]:
+        size = found.tp[module.key] if found else 1
+        if unknown and size % expected.tp[module.key]:
             notes.append(
                 f"warning: {module.label}: the numbers {', '.join(unknown)} are not known (no "
                 "mmconvert.json, no --cfg.hf_config.hf_dir); not checked that tp size "
                 f"{expected.tp[module.key]} keeps heads whole"
             )
     return notes
-
-
-def check_reading_options(options: Options) -> None:
-    """Raises RequestError for options that make no sense when nothing is read from MM."""
-    check_writing_options(options)
-    if options.vit_qkv != "interleaved":
-        raise RequestError(
-            "--vit-qkv says how an MM checkpoint that is read is ordered; hf_to_mm reads none",
-            "--vit-qkv with mm_to_hf or resplit",
-        )
-
-
-def check_writing_options(options: Options) -> None:
-    """Raises RequestError for options that make no sense when no HF checkpoint is written."""
-    if options.max_shard_size:
-        raise RequestError(
-            "--max-shard-size says how large weight files of a Hugging Face checkpoint may be; "
-            "none is written here",
-            "--max-shard-size with mm_to_hf",
-        )

@@ -81,10 +81,14 @@ def current() -> Watch:
 
 
 def watched(conversion: Callable[P, R]) -> Callable[P, R]:
-    """Watches what a conversion reads, from its first line on."""
+    """Watches what a conversion reads, from its first line on; one within another is watched
+    with it.
+    """
 
     @wraps(conversion)
     def watching(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _watch.get() is not None:
+            return conversion(*args, **kwargs)
         token = _watch.set(Watch())
         try:
             return conversion(*args, **kwargs)

@@ -10,10 +10,18 @@ import pytest
 
 from commands import QWEN2VL, copied, rank_files, untouched
 from mmconvert import converters
-from mmconvert.config import HFConfig, HFToMM, MMToHF, Options, ParallelConfig, Resplit
-from mmconvert.config_ms import DeviceConfig, HFToMS, MSResplit
-from mmconvert.convert import hf_to_mm, mm_to_hf, reshard
-from mmconvert.convert_ms import hf_to_ms, reshard_ms
+from mmconvert.config import (
+    DeviceConfig,
+    HFConfig,
+    HFToMM,
+    HFToMS,
+    MMToHF,
+    MSResplit,
+    Options,
+    ParallelConfig,
+    Resplit,
+)
+from mmconvert.convert import hf_to_mm, hf_to_ms, mm_to_hf, resplit
 from mmconvert.errors import CheckpointError, ReplicaError
 from mmconvert.events import Events
 from mmconvert.tools.comparison.diff import diff
@@ -130,7 +138,7 @@ def test_resplit_with_digests(tied_mm22: Path, tmp_path: Path, out: Path) -> Non
     path = next(iter(rank_files(mm).values()))
     events = At("digests", lambda: replaced(path))
     cfg, options = Resplit(mm, out, ParallelConfig()), Options(digests=True)
-    refused(path, out, events, lambda: reshard(converters.load(QWEN2VL), cfg, options, events))
+    refused(path, out, events, lambda: resplit(converters.load(QWEN2VL), cfg, options, events))
 
 
 @pytest.mark.parametrize("name", ["rank_1/checkpoint_1.ckpt", "strategy/ckpt_strategy_rank_0.ckpt"])
@@ -142,7 +150,7 @@ def test_mindspore(name: str, tmp_path: Path, out: Path) -> None:
     events = At("converting", lambda: written(ranks / name))
     file = out.with_suffix(".ckpt")
     cfg = MSResplit(ranks, file)
-    refused(ranks / name, file, events, lambda: reshard_ms(family, cfg, None, events))
+    refused(ranks / name, file, events, lambda: resplit(family, cfg, None, events))
 
 
 def test_what_is_not_read_may_change(tied_mm22: Path, tmp_path: Path, out: Path) -> None:
@@ -154,7 +162,7 @@ def test_what_is_not_read_may_change(tied_mm22: Path, tmp_path: Path, out: Path)
         (mm / "iter_0000010").mkdir()
 
     events = At("converting", train)
-    reshard(converters.load(QWEN2VL), Resplit(mm, out, ParallelConfig()), None, events)
+    resplit(converters.load(QWEN2VL), Resplit(mm, out, ParallelConfig()), None, events)
     assert events.done
     assert out.is_dir()
 
@@ -166,7 +174,7 @@ def test_one_conversion_does_not_watch_for_another(
     hf = copied(tied_hf, tmp_path / "hf")
     hf_to_mm(converters.load(QWEN2VL), HFToMM(tmp_path / "first", HFConfig(hf)))
     written(sorted(hf.glob("*.safetensors"))[0])
-    reshard(converters.load(QWEN2VL), Resplit(tied_mm22, out, ParallelConfig()))
+    resplit(converters.load(QWEN2VL), Resplit(tied_mm22, out, ParallelConfig()))
     assert out.is_dir()
 
 

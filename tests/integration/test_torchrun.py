@@ -98,14 +98,7 @@ def check(out: Path, work: Work) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("verb", "size"),
-    [
-        pytest.param("hf_to_mm", 2, marks=pytest.mark.nightly),
-        ("mm_to_hf", 4),
-        pytest.param("resplit", 2, marks=pytest.mark.nightly),
-    ],
-)
+@pytest.mark.parametrize(("verb", "size"), [("hf_to_mm", 2), ("mm_to_hf", 4), ("resplit", 2)])
 def test_as_one_process(verb: str, size: int, works: dict[str, Work], out: Path) -> None:
     """The output, the manifest and the report; one of them speaks."""
     work = works[verb]
@@ -118,7 +111,7 @@ def test_as_one_process(verb: str, size: int, works: dict[str, Work], out: Path)
     assert done.stderr.count("overflowed to infinity") == 1
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_an_existing_output(works: dict[str, Work], out: Path) -> None:
     work = works["hf_to_mm"]
     out.mkdir()
@@ -168,7 +161,7 @@ def test_one_that_is_killed(works: dict[str, Work], out: Path) -> None:
     assert report["cast"] == work.report["cast"]
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_several_go_on_where_one_stopped(works: dict[str, Work], out: Path) -> None:
     work = works["mm_to_hf"]
     words = (*work.words, work.out_flag, out, *FLAGS)
@@ -199,7 +192,7 @@ def disagreed(done: Done, out: Path, *words: str) -> None:
     ("verb", "own", "named"),
     [
         ("hf_to_mm", ["--dry-run"], "--dry-run"),
-        pytest.param("mm_to_hf", ["--dtype", "bf16"], "--dtype", marks=pytest.mark.nightly),
+        ("mm_to_hf", ["--dtype", "bf16"], "--dtype"),
         ("resplit", ["--cfg.target_parallel_config.tp_size", "2"], "target_parallel_config.tp"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -231,7 +224,7 @@ def test_another_source(change: str, works: dict[str, Work], tmp_path: Path, out
     disagreed(launch(2, stop=[str(program), "2", *words]), out, "hf_config.hf_dir", str(other))
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_a_tool(works: dict[str, Work]) -> None:
     done = launch(2, "inspect", works["hf_to_mm"].alone)
     assert done.returncode != 0
@@ -299,7 +292,7 @@ def test_torchrun_without_torch(works: dict[str, Work], out: Path) -> None:
     assert not out.exists()
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_variables_that_make_no_sense(works: dict[str, Work], out: Path) -> None:
     work = works["hf_to_mm"]
     env = {**ENVIRONMENT, "WORLD_SIZE": "junk"}

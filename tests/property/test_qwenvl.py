@@ -8,9 +8,8 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmconvert.config import HFConfig, Options
-from mmconvert.config_ms import DeviceConfig, HFToMS, MSResplit, MSToHF
-from mmconvert.convert_ms import hf_to_ms, ms_to_hf, reshard_ms
+from mmconvert.config import DeviceConfig, HFConfig, HFToMS, MSResplit, MSToHF, Options
+from mmconvert.convert import hf_to_ms, ms_to_hf, resplit
 from mmconvert.converters.qwenvl import FAMILY
 from mmconvert.tools.comparison.verification import verify
 from mmread import compare_hf
@@ -61,9 +60,9 @@ def test_there_through_two_layouts_and_back(
         for source, target, layout in ((full, "a", one), (folder / "a", "b", two)):
             flags = config(layout, sizes.layers)
             cfg = MSResplit(source, folder / target, target_parallel_config=flags)
-            reshard_ms(FAMILY, cfg)
+            resplit(FAMILY, cfg)
         ms_to_hf(FAMILY, MSToHF(folder / "back", folder / "b", HFConfig(hf)))
         assert not compare_hf(hf, folder / "back")
         assert verify(hf, folder / "a", Options()).equal
-        reshard_ms(FAMILY, MSResplit(folder / "b", folder / f"y.{suffix}"))
+        resplit(FAMILY, MSResplit(folder / "b", folder / f"y.{suffix}"))
         assert (folder / f"y.{suffix}").read_bytes() == full.read_bytes()

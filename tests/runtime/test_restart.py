@@ -15,7 +15,6 @@ import tinyfamilies
 from cli import run_cli
 from commands import mm_to_hf, rank_files
 from mmconvert.errors import CheckpointError
-from nights import nightly
 
 STEPS, HALF = 6, 3
 
@@ -43,7 +42,7 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", nightly(CASES, but=("tp 2 pp 2, tied, bf16",)))
+@pytest.mark.parametrize("name", CASES)
 def test_a_restart_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     hf = talking.make("qwen2_vl", tmp_path / "hf", tied=case.tied)

@@ -14,7 +14,7 @@ import talking
 import tinyfamilies
 from commands import rank_files
 
-pytestmark = pytest.mark.nightly
+pytestmark = pytest.mark.slow
 
 
 def torchrun(number: int, *words: str | Path) -> subprocess.CompletedProcess[str]:

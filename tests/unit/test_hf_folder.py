@@ -16,10 +16,11 @@ from hfgen import make_hf, nested_config
 from mmconvert import converters
 from mmconvert.config import Options
 from mmconvert.errors import CheckpointError, FormatError, MMConvertError
-from mmconvert.formats.containers.safetensors import Entry
+from mmconvert.formats.containers.image import create
 from mmconvert.formats.hf.folder import INDEX, open_hf, read_config
 from mmconvert.formats.hf.model import config_model, hf_model
-from mmconvert.formats.hf.output import create_hf, plan_weights
+from mmconvert.formats.hf.output import weight_images
+from mmconvert.stored import Target
 
 Json = dict[str, Any]
 MODELS = {
@@ -228,23 +229,22 @@ def test_an_index_may_name_the_single_file(tmp_path: Path) -> None:
 def test_headers_come_back_byte_for_byte(folder: Path, tmp_path: Path) -> None:
     """And with one tensor less they are made anew, with an index that fits."""
     found, out = open_hf(folder), tmp_path / "out"
-    entries = {n: Entry(t.name, t.dtype, t.shape) for n, t in found.tensors().items()}
+    targets = [Target(t.name, t.dtype, t.shape) for t in found.tensors().values()]
     out.mkdir()
-    created = create_hf(out, plan_weights(found, entries))
+    created = create(out, weight_images(found, targets), targets)
     assert (out / INDEX).read_bytes() == (folder / INDEX).read_bytes()
     for file in found.files:
         size = 8 + len(file.header)
         made = (out / file.path.name).read_bytes()
         assert made[:size] == file.path.read_bytes()[:size]
         assert len(made) == file.path.stat().st_size
-    assert {n: t.offset for n, t in created.items()} == {
-        n: t.offset for n, t in found.tensors().items()
-    }
+    assert {t.name: t.offset for t in created} == {n: t.offset for n, t in found.tensors().items()}
     less, del_ = tmp_path / "less", "model.norm.weight"
     less.mkdir()
-    create_hf(less, plan_weights(found, {n: e for n, e in entries.items() if n != del_}))
+    kept = [target for target in targets if target.name != del_]
+    create(less, weight_images(found, kept), kept)
     (less / "config.json").write_bytes((folder / "config.json").read_bytes())
-    assert open_hf(less).tensors().keys() == entries.keys() - {del_}
+    assert open_hf(less).tensors().keys() == found.tensors().keys() - {del_}
 
 
 # ------------------------------------------------------------------------------- config

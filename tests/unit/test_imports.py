@@ -34,7 +34,7 @@ FILES_ROOM = {
     "sharding",
     "config",
 }
-STORY = {*FILES_ROOM, "result", "estimate", "convert", "convert_ms", "run", "run_ms", "config_ms"}
+STORY = {*FILES_ROOM, "result", "estimate", "convert", "run"}
 ALLOWED: dict[str, set[str]] = {
     **{name: set[str]() for name in ANYONE},
     "sharding": set(),
@@ -44,15 +44,12 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"converters", "sharding", "stored"},
     "config": {"sharding"},
     "modeljson": {"config", "sharding"},
-    "config_ms": {"config"},
     "executor": {"formats", "plan", "sharding", "stored"},
     "formats": {"causes", "config", "converters", "executor", "plan", "sharding", "stored"},
     "estimate": {"executor", "plan", "stored"},
-    "result": {"estimate", "executor", "plan", "sharding"},
-    "run": STORY - {"convert", "convert_ms", "run_ms"},
-    "run_ms": STORY - {"convert", "convert_ms"},
-    "convert": STORY - {"convert_ms", "run_ms"},
-    "convert_ms": STORY,
+    "result": {"estimate", "executor", "formats", "plan"},
+    "run": STORY - {"convert"},
+    "convert": STORY,
     "loading": FILES_ROOM,
     "lazy": {*FILES_ROOM, "loading"},
     "datasets": set(),

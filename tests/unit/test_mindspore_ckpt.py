@@ -18,10 +18,10 @@ from mmconvert.executor.blockio import Region, read_compact
 from mmconvert.executor.fileio import open_files
 from mmconvert.formats.containers import ckpt as mindspore
 from mmconvert.formats.containers.ckpt import DTYPES, CkptFile, Leftover, check_crc, read_ckpt
-from mmconvert.formats.containers.ckpt_layout import create_ckpt, layout_ckpt, rectangles, seal
-from mmconvert.formats.containers.safetensors import Entry
+from mmconvert.formats.containers.ckpt_layout import Seal, ckpt_image, rectangles
+from mmconvert.formats.containers.image import create, finish
 from mmconvert.plan.plan import matrix
-from mmconvert.stored import ITEM_SIZE, StoredTensor
+from mmconvert.stored import ITEM_SIZE, StoredTensor, Target
 from mscodec import Named, blob, ckpt, num, record, tensor
 
 # save_checkpoint of MindSpore 2.7.0 wrote this: [2, 3] Float16 "b", scalar Float32 "s" of 1.5,
@@ -229,14 +229,15 @@ def test_damaged_files_are_an_error_or_keep_to_their_bounds(data: st.DataObject)
 
 
 # ------------------------------------------------------------------------------------ writing
-def entries(tensors: Sequence[Named]) -> list[Entry]:
-    return [Entry(t.tag, DTYPES[t.kind], t.shape) for t in tensors]
+def entries(tensors: Sequence[Named]) -> list[Target]:
+    return [Target(t.tag, DTYPES[t.kind], t.shape) for t in tensors]
 
 
 def written(tensors: Sequence[Named], path: Path, *, crc: bool, chunk: int) -> list[StoredTensor]:
     """A file of ours, its data written through the rectangles."""
-    layout = layout_ckpt(entries(tensors), crc=crc, chunk=chunk)
-    stored = create_ckpt(path, layout, entries(tensors))
+    targets = entries(tensors)
+    images = [ckpt_image(path.name, targets, range(len(targets)), crc=crc, chunk=chunk)]
+    stored = create(path.parent, images, targets)
     with path.open("r+b") as file:
         for t, place in zip(tensors, stored, strict=True):
             item, cols = ITEM_SIZE[place.dtype], matrix(t.shape)[1]
@@ -244,7 +245,7 @@ def written(tensors: Sequence[Named], path: Path, *, crc: bool, chunk: int) -> l
                 start = (row * cols + col) * item
                 file.seek(piece.offset)
                 file.write(t.data[start : start + piece.nbytes])
-    seal(path, layout)
+    finish(path.parent, images)
     return stored
 
 
@@ -253,15 +254,17 @@ def test_a_checksum_that_is_written_in_part(short: int, tmp_path: Path) -> None:
     """The system takes the first digits alone, as on a disk that is full or a pipe's end."""
     path = tmp_path / "x.ckpt"
     written(SMALL, path, crc=True, chunk=80)
-    layout = layout_ckpt(entries(SMALL), crc=True, chunk=80)
+    image = ckpt_image("x.ckpt", entries(SMALL), range(len(SMALL)), crc=True, chunk=80)
+    seal = image.seal
+    assert isinstance(seal, Seal)
     with path.open("r+b") as file:
-        file.seek(layout.end + 7)
-        file.write(bytes(layout.size - layout.end - 7))
+        file.seek(seal.end + 7)
+        file.write(bytes(image.size - seal.end - 7))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (layout.size - short, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (image.size - short, before[1]))
     try:
         with pytest.raises(OutputError, match="no more"):
-            seal(path, layout)
+            seal(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -282,27 +285,27 @@ def test_what_we_write_is_what_mindspore_writes(crc: bool, chunk: int) -> None:
 
 @pytest.mark.parametrize("nbytes", [1, 100, 127, 128, 129, 16_255, 16_256, 16_384, 2_097_152])
 def test_lengths_around_the_sizes_of_varints(nbytes: int, tmp_path: Path) -> None:
-    entry = Entry("a" * 100, "U8", (nbytes,))
-    layout = layout_ckpt([entry])
+    entry = Target("a" * 100, "U8", (nbytes,))
+    image = ckpt_image("x.ckpt", [entry], [0])
     plain = record("a" * 100, "UInt8", [nbytes], bytes(nbytes))
-    assert layout.size == layout.end == len(plain)
-    create_ckpt(tmp_path / "x.ckpt", layout, [entry])
+    assert image.size == len(plain) and image.seal is None
+    create(tmp_path, [image], [entry])
     assert (tmp_path / "x.ckpt").read_bytes() == plain
 
 
 def test_a_real_embedding_is_cut_every_512_mib() -> None:
-    layout = layout_ckpt([Entry("wte", "F16", (151936, 4096))])
-    assert [extent.nbytes for extent in layout.extents[0]] == [2**29, 2**29, 170_917_888]
+    image = ckpt_image("x.ckpt", [Target("wte", "F16", (151936, 4096))], [0])
+    assert [extent.nbytes for extent in image.pieces[0].extents] == [2**29, 2**29, 170_917_888]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 30))
 def test_rectangles_tile_the_tensor(rows: int, cols: int, per_chunk: int) -> None:
     """Each element once, in runs; at most three rectangles for each piece."""
-    entry = Entry("w", "F16", (rows, cols))
+    entry = Target("w", "F16", (rows, cols))
     with tempfile.TemporaryDirectory() as folder:
-        layout = layout_ckpt([entry], chunk=2 * per_chunk)
-        (place,) = create_ckpt(Path(folder) / "x.ckpt", layout, [entry])
+        image = ckpt_image("x.ckpt", [entry], [0], chunk=2 * per_chunk)
+        (place,) = create(Path(folder), [image], [entry])
     found = rectangles(place)
     assert len(found) <= 3 * max(1, len(place.extents))
     seen = [
@@ -317,18 +320,18 @@ def test_rectangles_tile_the_tensor(rows: int, cols: int, per_chunk: int) -> Non
 
 def test_what_a_ckpt_cannot_hold(tmp_path: Path) -> None:
     for entry, words in [
-        (Entry("a", "F8_E4M3", (2,)), "a is F8_E4M3, which a .ckpt file cannot hold"),
-        (Entry("a", "F32", (0, 2)), "without elements"),
-        (Entry("", "F32", (2,)), "does not fit"),
-        (Entry("a", "F32", (1,) * 9), "does not fit"),
+        (Target("a", "F8_E4M3", (2,)), "a is F8_E4M3, which a .ckpt file cannot hold"),
+        (Target("a", "F32", (0, 2)), "without elements"),
+        (Target("", "F32", (2,)), "does not fit"),
+        (Target("a", "F32", (1,) * 9), "does not fit"),
     ]:
         with pytest.raises(RequestError, match=words):
-            layout_ckpt([entry])
+            ckpt_image("x.ckpt", [entry], [0])
     with pytest.raises(RequestError, match="written twice"):
-        layout_ckpt([Entry("a", "F32", (2,)), Entry("a", "F32", (2,))])
-    layout = layout_ckpt([Entry("a", "F32", (2,))], chunk=6)
-    (place,) = create_ckpt(tmp_path / "x.ckpt", layout, [Entry("a", "F32", (2,))])
+        ckpt_image("x.ckpt", [Target("a", "F32", (2,))] * 2, [0, 1])
+    image = ckpt_image("x.ckpt", [Target("a", "F32", (2,))], [0], chunk=6)
+    (place,) = create(tmp_path, [image], [Target("a", "F32", (2,))])
     with pytest.raises(CheckpointError, match="cut inside an element"):
         rectangles(place)
-    with pytest.raises(OutputError):
-        create_ckpt(tmp_path / "none" / "x.ckpt", layout, [Entry("a", "F32", (2,))])
+    with pytest.raises(OSError):
+        create(tmp_path / "x.ckpt", [image], [Target("a", "F32", (2,))])

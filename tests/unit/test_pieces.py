@@ -16,8 +16,8 @@ from mmconvert.executor.execute import jobs_of
 from mmconvert.executor.jobs import run_jobs
 from mmconvert.executor.pieces import in_pieces
 from mmconvert.formats.containers.ckpt import read_ckpt
-from mmconvert.formats.containers.ckpt_layout import create_ckpt, layout_ckpt
-from mmconvert.formats.containers.safetensors import Entry
+from mmconvert.formats.containers.ckpt_layout import ckpt_image
+from mmconvert.formats.containers.image import create
 from mmconvert.formats.mindspore.side import Spread, device_source, device_target, whole_spread
 from mmconvert.names import NO_LAYER
 from mmconvert.plan.plan import Copy, Key, Plan, Whole, build, matrix
@@ -67,8 +67,9 @@ def test_a_plan_into_chunks_writes_every_byte(
             copies.append(Copy(len(sources) - 1, 0, 0, 0, 0, left, rows, right - left))
         plan = Plan(sources, [Target("w", "F32", (rows, cols))], copies, [])
         prove(plan)
-        entry = Entry("w", "F32", (rows, cols))
-        places = create_ckpt(folder / "x.ckpt", layout_ckpt([entry], chunk=4 * chunk), [entry])
+        target = Target("w", "F32", (rows, cols))
+        image = ckpt_image("x.ckpt", [target], [0], chunk=4 * chunk)
+        places = create(folder, [image], [target])
         cut = in_pieces(plan, places)
         prove(cut.plan)
         assert all(place.strides is None and not place.extents for place in cut.places)

@@ -8,7 +8,7 @@ import os
 import struct
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmconvert.errors import CheckpointError, FormatError, RequestError
+from mmconvert.formats.containers.image import create
 from mmconvert.formats.containers.pickles import Inert, StorageRef
-from mmconvert.formats.containers.ptfile import PtFile, Slot, layout_pt, read_pt, write_skeleton
-from mmconvert.stored import StoredTensor
+from mmconvert.formats.containers.ptfile import PtFile, Slot, pt_image, read_pt
+from mmconvert.stored import StoredTensor, Target
 
 TORCH = {
     "BF16": torch.bfloat16,
@@ -71,15 +72,39 @@ def content_of(tensor: object) -> torch.Tensor:
     return torch.frombuffer(data, dtype=dtype).as_strided(tensor.shape, strides)
 
 
+def slots_of(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Slot]:
+    """The slots of a tree by the path of their keys, in order."""
+    if isinstance(tree, Slot):
+        return {path: tree}
+    inner = tree.items() if isinstance(tree, dict) else ()
+    return {k: slot for name, part in inner for k, slot in slots_of(part, (*path, name)).items()}
+
+
+def numbered_slots(tree: Any, numbers: Iterator[int]) -> Any:
+    """The tree with its slots numbered in order."""
+    if isinstance(tree, Slot):
+        return tree._replace(target=next(numbers))
+    if isinstance(tree, dict):
+        return {name: numbered_slots(part, numbers) for name, part in tree.items()}
+    return tree
+
+
+def offset_of(tree: Any, *keys: str) -> int:
+    """Where the data of one slot goes."""
+    return pt_image("x", tree).pieces[list(slots_of(tree)).index(keys)].extents[0].offset
+
+
 def write(path: Path, tree: Any, data: dict[tuple[str, ...], torch.Tensor] | None = None) -> None:
-    layout = layout_pt(tree)
     path.unlink(missing_ok=True)  # a file that is there keeps its bytes
-    write_skeleton(path, layout)
+    slots = slots_of(tree)
+    targets = [Target(".".join(key), *slot[:2]) for key, slot in slots.items()]
+    numbered = numbered_slots(tree, iter(range(len(slots))))
+    places = create(path.parent, [pt_image(path.name, numbered)], targets)
     fd = os.open(path, os.O_RDWR)
     try:
         for key, tensor in (data or {}).items():
             raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-            os.pwrite(fd, raw, layout.offsets[key])
+            os.pwrite(fd, raw, places[list(slots).index(key)].offset)
     finally:
         os.close(fd)
 
@@ -159,8 +184,8 @@ def test_we_read_ours(ours: tuple[Path, Any]) -> None:
 
 def test_layout_is_deterministic_and_a_valid_zip(tmp_path: Path) -> None:
     tree = {"a": {"b": Slot("F32", (3,))}, "v": 3.0}
-    assert layout_pt(tree) == layout_pt(tree)
-    assert layout_pt(tree, stem="x") != layout_pt(tree)
+    assert pt_image("x", tree) == pt_image("x", tree)
+    assert pt_image("x", tree, stem="x") != pt_image("x", tree)
     path = tmp_path / "a.pt"
     write(path, tree)
     first = path.read_bytes()
@@ -171,9 +196,9 @@ def test_layout_is_deterministic_and_a_valid_zip(tmp_path: Path) -> None:
         assert archive.read("archive/byteorder") == b"little"
         assert archive.getinfo("archive/data/0").file_size == 12
         assert archive.read("archive/data.pkl")
-    layout = layout_pt(tree)
+    layout = pt_image("x", tree)
     ends = [0]
-    for offset, data in layout.chunks:
+    for offset, data in layout.heads:
         assert offset >= ends[-1]
         ends.append(offset + len(data))
     assert ends[-1] == layout.size == path.stat().st_size
@@ -202,9 +227,9 @@ def layout_offsets(path: Path) -> dict[str, int]:
 
 def test_writer_refuses_dtypes() -> None:
     with pytest.raises(RequestError, match="F8_E4M3"):
-        layout_pt({"t": Slot("F8_E4M3", (1,))})
+        pt_image("x", {"t": Slot("F8_E4M3", (1,))})
     with pytest.raises(RequestError, match="nonsense"):
-        layout_pt({"t": Slot("nonsense", (1,))})
+        pt_image("x", {"t": Slot("nonsense", (1,))})
 
 
 def test_beyond_4_gib_by_us(tmp_path: Path) -> None:
@@ -218,7 +243,7 @@ def test_beyond_4_gib_by_us(tmp_path: Path) -> None:
     }
     write(path, tree, data)
     with open(path, "r+b") as file:
-        file.seek(layout_pt(tree).offsets["m", "big"] + 5 * GIB - 2)
+        file.seek(offset_of(tree, "m", "big") + 5 * GIB - 2)
         file.write(b"\x80\x3f")
     got = torch.load(path, mmap=True)["m"]
     assert got["a"].tolist() == [1, 2, 3] and got["z"].tolist() == [4, 5]
@@ -492,7 +517,7 @@ def test_records_that_overlap(tmp_path: Path) -> None:
     write(path, tree)
     data = bytearray(path.read_bytes())
     # A second local header for data/1 inside the data of data/0, and the directory led there.
-    inside = layout_pt(tree).offsets["a",]
+    inside = offset_of(tree, "a")
     name = b"archive/data/1"
     header = b"PK\3\4" + struct.pack("<5H3I2H", 20, 0x800, 0, 0, 33, 0, 10, 10, len(name), 0) + name
     data[inside : inside + len(header)] = header

@@ -26,12 +26,11 @@ from safetensors import SafetensorError, safe_open
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats.containers.safetensors import (
     MAX_HEADER,
-    Entry,
-    layout_weight_file,
     parse_json,
     read_weight_file,
+    safetensors_image,
 )
-from mmconvert.stored import ITEM_SIZE
+from mmconvert.stored import ITEM_SIZE, Target
 
 Header = dict[str, Any]
 
@@ -94,13 +93,15 @@ def file(tmp_path: Path) -> Path:
 def test_the_library_reads_ours(metadata: dict[str, str], file: Path) -> None:
     shapes = {"a": (3, 4), "scalar": (), "é.weight": (2,), "empty": (0, 5), "z\n": (1, 1, 2)}
     entries = [
-        Entry(f"{name}.{dtype}", dtype, shape)
+        Target(f"{name}.{dtype}", dtype, shape)
         for dtype in TORCH
         if dtype in ITEM_SIZE
         for name, shape in shapes.items()
     ]
     entries.sort(key=lambda e: -ITEM_SIZE[e.dtype])
-    head, starts, size = layout_weight_file(entries, metadata)
+    image = safetensors_image("x", entries, range(len(entries)), metadata)
+    ((_, head),), size = image.heads, image.size
+    starts = [piece.extents[0].offset for piece in image.pieces]
     data = np.arange(size - len(head), dtype=np.uint8) & 1
     file.write_bytes(head + data.tobytes())
     raw = file.read_bytes()
@@ -161,8 +162,9 @@ def test_we_read_the_librarys_from_numpy(file: Path) -> None:
 def test_any_file_of_ours_is_one_of_the_librarys(
     tmp_path_factory: pytest.TempPathFactory, expected: dict[str, tuple[str, list[int]]]
 ) -> None:
-    entries = [Entry(name, dtype, tuple(shape)) for name, (dtype, shape) in expected.items()]
-    head, _, size = layout_weight_file(entries, {"format": "pt"})
+    entries = [Target(name, dtype, tuple(shape)) for name, (dtype, shape) in expected.items()]
+    image = safetensors_image("x", entries, range(len(entries)), {"format": "pt"})
+    ((_, head),), size = image.heads, image.size
     content = head.ljust(size, b"\0")
     try:
         loaded = safetensors.torch.load(content)

@@ -18,8 +18,8 @@ import pytest
 
 from mmconvert.errors import FormatError
 from mmconvert.formats.containers.ckpt import DTYPES, check_crc, read_ckpt
-from mmconvert.formats.containers.ckpt_layout import create_ckpt, layout_ckpt, rectangles, seal
-from mmconvert.formats.containers.safetensors import Entry
+from mmconvert.formats.containers.ckpt_layout import ckpt_image, rectangles
+from mmconvert.formats.containers.image import create, finish
 from mmconvert.formats.mindspore.strategy import Strategy, read_strategy
 from mmconvert.formats.mindspore.strategy_writer import (
     encode_strategy,
@@ -27,6 +27,7 @@ from mmconvert.formats.mindspore.strategy_writer import (
     strategy_json,
 )
 from mmconvert.sharding.slices import Slicing
+from mmconvert.stored import Target
 from msask import MARKS, ask
 from mscodec import KINDS, Named, ckpt, tensor, with_crc
 
@@ -50,20 +51,21 @@ def described(tensors: Sequence[Named]) -> dict[str, list[Any]]:
     }
 
 
-def entries(tensors: Sequence[Named]) -> list[Entry]:
-    return [Entry(t.tag, DTYPES[t.kind], t.shape) for t in tensors]
+def entries(tensors: Sequence[Named]) -> list[Target]:
+    return [Target(t.tag, DTYPES[t.kind], t.shape) for t in tensors]
 
 
 def write(path: Path, tensors: Sequence[Named], *, crc: bool = False) -> None:
     """A file of ours."""
-    layout = layout_ckpt(entries(tensors), crc=crc)
-    stored = create_ckpt(path, layout, entries(tensors))
+    targets = entries(tensors)
+    images = [ckpt_image(path.name, targets, range(len(targets)), crc=crc)]
+    stored = create(path.parent, images, targets)
     with path.open("r+b") as file:
         for t, place in zip(tensors, stored, strict=True):
             for _, _, piece in rectangles(place):
                 file.seek(piece.offset)
                 file.write(t.data)
-    seal(path, layout)
+    finish(path.parent, images)
 
 
 # ---------------------------------------------------------------------------------- .ckpt files
@@ -96,8 +98,8 @@ def test_a_file_above_512_mib(tmp_path: Path) -> None:
     """Two pieces; the second ends inside a row. The data are holes, but for a mark in each."""
     shape = (70_001, 4_099)
     expected = [Named("big", "Float16", shape, b""), tensor("after", "Float32", (5,))]
-    layout = layout_ckpt(entries(expected))
-    big, after = create_ckpt(tmp_path / "x.ckpt", layout, entries(expected))
+    targets = entries(expected)
+    big, after = create(tmp_path, [ckpt_image("x.ckpt", targets, [0, 1])], targets)
     assert [e.nbytes for e in big.extents] == [2**29, 2 * 70_001 * 4_099 - 2**29]
     with (tmp_path / "x.ckpt").open("r+b") as file:
         for extent, mark in zip(big.extents, (b"\1\2", b"\3\4"), strict=True):

@@ -9,8 +9,7 @@ from typing import Annotated
 import tyro
 
 from mmconvert.cli.arguments import Command, Screen, read_plain
-from mmconvert.config import HFConfig, MaybePath
-from mmconvert.config_ms import HFToMS, MSOptions, MSToHF
+from mmconvert.config import HFConfig, HFToMS, MaybePath, MSToHF, Options
 from mmconvert.errors import RequestError
 
 PROG = "mm-convert convert_weight"
@@ -39,7 +38,7 @@ class Asked:
     the output takes."""
     strategy: MaybePath = None
     """With --reversed and rank folders: strategy file or folder, if not beside them."""
-    options: Annotated[MSOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=MSOptions)
+    options: Annotated[Options, tyro.conf.OmitArgPrefixes] = field(default_factory=Options)
     screen: Annotated[Screen, tyro.conf.OmitArgPrefixes] = field(default_factory=Screen)
 
 
@@ -53,10 +52,10 @@ def run(words: list[str]) -> int:
             "other families have converters of their own: see mm-convert -h",
         )
     cfg = _reversed(asked) if asked.reversed else _forward(asked)
-    from mmconvert.cli import mindspore
+    from mmconvert.cli import conversions
 
     verb = "ms_to_hf" if asked.reversed else "hf_to_ms"
-    mindspore.run(MODELS[asked.model], verb, Command(cfg, asked.options, asked.screen))
+    conversions.run(MODELS[asked.model], verb, Command(cfg, asked.options, asked.screen))
     return 0
 
 

@@ -8,12 +8,13 @@ so a file is laid out first and the data is copied into it in place.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 from mmconvert.errors import CheckpointError, RequestError, cannot_write
-from mmconvert.formats.containers.allocate import opened, write_all
+from mmconvert.formats.containers.allocate import write_all
 from mmconvert.formats.containers.ckpt import (
     CRC_BYTES,
     CRC_MARK,
@@ -22,63 +23,75 @@ from mmconvert.formats.containers.ckpt import (
     MAX_RANK,
     crc_of,
 )
+from mmconvert.formats.containers.image import FileImage, Piece
 from mmconvert.formats.containers.protobuf import block, head, number
-from mmconvert.formats.containers.safetensors import Entry
-from mmconvert.stored import ITEM_SIZE, Extent, StoredTensor
+from mmconvert.stored import ITEM_SIZE, Extent, StoredTensor, Target
 
 CHUNK = 512 << 20  # bytes of data that one record holds at most
 _KIND = {dtype: kind for kind, dtype in DTYPES.items()}
 
 
-class CkptLayout(NamedTuple):
-    """A whole file without its tensor data.
+@dataclass(frozen=True)
+class Seal:
+    """The checksum behind the records, which end at ``end``; written when they are complete."""
 
-    Attributes:
-        heads: (absolute offset, bytes) of everything else, ascending.
-        extents: for each tensor where its bytes are to be written.
-        end: bytes of all records.
-        size: bytes of the file: ``end``, and the checksum if there is one.
-    """
-
-    heads: list[tuple[int, bytes]]
-    extents: list[tuple[Extent, ...]]
     end: int
-    size: int
+
+    def __call__(self, path: Path) -> None:
+        """Writes it.
+
+        Raises:
+            OutputError: the file cannot be read back or written.
+        """
+        digits = CRC_BYTES - len(CRC_MARK)
+        try:
+            with path.open("r+b") as file:
+                crc = crc_of(file, self.end)
+                write_all(file.fileno(), crc.to_bytes(digits, "big"), self.end + len(CRC_MARK))
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
 
-def layout_ckpt(entries: Sequence[Entry], *, crc: bool = False, chunk: int = CHUNK) -> CkptLayout:
-    """The layout of a file with these tensors, in this order.
+def ckpt_image(
+    path: str,
+    targets: Sequence[Target],
+    numbers: Sequence[int],
+    *,
+    crc: bool = False,
+    chunk: int = CHUNK,
+) -> FileImage:
+    """A file with some of the targets, in this order.
 
     Args:
-        entries: names, dtypes (safetensors spelling) and shapes.
-        crc: leave room for the checksum, which :func:`seal` fills in.
+        crc: leave room for the checksum, which the image's seal fills in.
         chunk: bytes of data in one record at most; another value than MindSpore's is for tests.
 
     Raises:
         RequestError: a tensor that a .ckpt cannot hold.
     """
     heads: list[tuple[int, bytes]] = []
-    extents: list[tuple[Extent, ...]] = []
+    pieces: list[Piece] = []
     names: set[str] = set()
     at = 0
-    for entry in entries:
-        _check(entry, names)
-        nbytes = prod(entry.shape) * ITEM_SIZE[entry.dtype]
+    for tensor in numbers:
+        target = targets[tensor]
+        _check(target, names)
         found: list[Extent] = []
-        for start in range(0, nbytes, chunk):
-            size = min(chunk, nbytes - start)
-            prefix = _record_head(entry, size)
+        for start in range(0, target.nbytes, chunk):
+            size = min(chunk, target.nbytes - start)
+            prefix = _record_head(target, size)
             heads.append((at, prefix))
             at += len(prefix)
             found.append(Extent(start, at, size))
             at += size
-        extents.append(tuple(found))
-    if crc:
-        heads.append((at, CRC_MARK + bytes(CRC_BYTES - len(CRC_MARK))))
-    return CkptLayout(heads, extents, at, at + (CRC_BYTES if crc else 0))
+        pieces.append(Piece(tensor, tuple(found)))
+    if not crc:
+        return FileImage(path, at, heads, tuple(pieces))
+    heads.append((at, CRC_MARK + bytes(CRC_BYTES - len(CRC_MARK))))
+    return FileImage(path, at + CRC_BYTES, heads, tuple(pieces), Seal(at))
 
 
-def _check(entry: Entry, names: set[str]) -> None:
+def _check(entry: Target, names: set[str]) -> None:
     if entry.name in names:
         raise RequestError(f"{entry.name} would be written twice", "each tensor once")
     names.add(entry.name)
@@ -101,38 +114,13 @@ def _check(entry: Entry, names: set[str]) -> None:
         )
 
 
-def _record_head(entry: Entry, size: int) -> bytes:
+def _record_head(entry: Target, size: int) -> bytes:
     """All of a record that stands before its ``size`` bytes of data, which end it."""
     content = head(3, size)
     dims = b"".join(number(1, n) for n in entry.shape)
     tensor = dims + block(2, _KIND[entry.dtype].encode()) + content
     value = block(1, entry.name.encode()) + head(2, len(tensor) + size) + tensor
     return head(1, len(value) + size) + value
-
-
-def create_ckpt(path: Path, layout: CkptLayout, entries: Sequence[Entry]) -> list[StoredTensor]:
-    """Creates the file, with its data as holes; one that is there already keeps its data.
-
-    Returns:
-        the tensors, as a reader of the complete file will see them.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    try:
-        with opened(path, layout.size) as fd:
-            for at, prefix in layout.heads:
-                write_all(fd, prefix, at)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    return [_stored(e, path, x) for e, x in zip(entries, layout.extents, strict=True)]
-
-
-def _stored(entry: Entry, path: Path, extents: tuple[Extent, ...]) -> StoredTensor:
-    if len(extents) == 1:
-        return StoredTensor(entry.name, entry.dtype, entry.shape, path, extents[0].offset)
-    strides = tuple(prod(entry.shape[i + 1 :]) for i in range(len(entry.shape)))
-    return StoredTensor(*entry, path, extents[0].offset, strides, extents)
 
 
 class Rectangle(NamedTuple):
@@ -175,20 +163,3 @@ def rectangles(tensor: StoredTensor) -> list[Rectangle]:
             found.append(Rectangle(row, col, piece))
             at += count
     return found
-
-
-def seal(path: Path, layout: CkptLayout) -> None:
-    """Writes the checksum of a file whose data is complete, if it has room for one.
-
-    Raises:
-        OutputError: the file cannot be read back or written.
-    """
-    if layout.size == layout.end:
-        return
-    try:
-        with path.open("r+b") as file:
-            crc = crc_of(file, layout.end)
-            digits = CRC_BYTES - len(CRC_MARK)
-            write_all(file.fileno(), crc.to_bytes(digits, "big"), layout.size - digits)
-    except OSError as error:
-        raise cannot_write(path, error) from error

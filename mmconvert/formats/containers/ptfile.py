@@ -15,11 +15,11 @@ from typing import Any, BinaryIO
 from mmconvert.errors import CheckpointError
 from mmconvert.formats.containers.archive import Archive, Record
 from mmconvert.formats.containers.pickles import Inert, StorageRef, TensorRef, load_pickle
-from mmconvert.formats.containers.ptwriter import PtLayout, Slot, layout_pt, write_skeleton
+from mmconvert.formats.containers.ptwriter import Slot, pt_image
 from mmconvert.formats.reading import opened
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
-__all__ = ["PtFile", "PtLayout", "Slot", "layout_pt", "read_pt", "write_skeleton"]
+__all__ = ["PtFile", "Slot", "pt_image", "read_pt"]
 
 # Largest data.pkl that is read into memory; one of 250,000 tensors has about 50 MiB.
 MAX_PICKLE = 512 * 2**20

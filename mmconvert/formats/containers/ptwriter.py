@@ -11,13 +11,11 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import NamedTuple
 
 from mmconvert.errors import RequestError
-from mmconvert.formats.containers.allocate import opened, write_all
+from mmconvert.formats.containers.image import FileImage, Piece, one_run
 from mmconvert.formats.containers.torch_objects import STORAGE_DTYPE
 from mmconvert.stored import ITEM_SIZE
 
@@ -30,10 +28,11 @@ _STORAGE_NAME = {dtype: name for name, dtype in STORAGE_DTYPE.items() if name !=
 
 
 class Slot(NamedTuple):
-    """A tensor to be written: safetensors dtype and shape."""
+    """A tensor to be written: safetensors dtype, shape, its number among all that are written."""
 
     dtype: str
     shape: tuple[int, ...]
+    target: int = 0
 
 
 class TensorSlot(NamedTuple):
@@ -47,21 +46,6 @@ class TensorSlot(NamedTuple):
 Scalar = float | int | str  # bool is an int
 SlotTree = Mapping[str, "SlotTree | Slot | Scalar"]
 StateTree = Mapping[str, "StateTree | TensorSlot | Scalar"]
-
-
-@dataclass(frozen=True, slots=True)
-class PtLayout:
-    """A whole file without its tensor data.
-
-    Attributes:
-        chunks: (absolute offset, bytes) of everything else, ascending.
-        offsets: path of keys in the tree -> absolute offset of the tensor's data.
-        size: bytes of the whole file.
-    """
-
-    chunks: list[tuple[int, bytes]]
-    offsets: dict[tuple[str, ...], int]
-    size: int
 
 
 def emit_state(tree: StateTree) -> bytes:
@@ -171,7 +155,7 @@ def _text(text: object) -> bytes:
     return struct.pack("<cI", b"X", len(data)) + data
 
 
-def layout_pt(tree: SlotTree, stem: str = "archive") -> PtLayout:
+def pt_image(path: str, tree: SlotTree, stem: str = "archive") -> FileImage:
     """Lay out a ``.pt`` file; the same tree gives the same bytes.
 
     The records ``.format_version`` and ``.storage_alignment`` of newer torch versions are left
@@ -180,46 +164,38 @@ def layout_pt(tree: SlotTree, stem: str = "archive") -> PtLayout:
     up, as it does in files of torch 2.1.
 
     Args:
-        tree: nested dict; each :class:`Slot` becomes a tensor with a storage of its own.
+        path: of the file, below the output folder.
+        tree: nested dict; each :class:`Slot` becomes a tensor with a storage of its own, and a
+            piece of the image.
         stem: name of the folder in the archive (torch.save takes the file's stem).
 
     Raises:
         RequestError: as :func:`emit_state`.
     """
-    slots: dict[tuple[str, ...], Slot] = {}
-    pickle = emit_state(_number(tree, (), slots))
+    slots: list[Slot] = []
+    pickle = emit_state(_number(tree, slots))
     archive = _Archive(stem)
     archive.add("data.pkl", pickle)
     archive.add("byteorder", b"little")
-    offsets = {
-        path: archive.reserve(f"data/{number}", prod(slot.shape) * ITEM_SIZE[slot.dtype])
-        for number, (path, slot) in enumerate(slots.items())
-    }
+    pieces: list[Piece] = []
+    for number, slot in enumerate(slots):
+        nbytes = prod(slot.shape) * ITEM_SIZE[slot.dtype]
+        start = archive.reserve(f"data/{number}", nbytes)
+        pieces.append(Piece(slot.target, one_run(start, nbytes)))
     archive.add("version", b"3\n")
     archive.finish()
-    return PtLayout(archive.chunks, offsets, archive.position)
+    return FileImage(path, archive.position, archive.chunks, tuple(pieces))
 
 
-def write_skeleton(path: Path, layout: PtLayout) -> None:
-    """Give a file its size and everything but the tensor data, which reads as zeros at first.
-
-    Raises:
-        OSError: the file system refuses (space, quota, largest file size).
-    """
-    with opened(path, layout.size) as fd:
-        for offset, data in layout.chunks:
-            write_all(fd, data, offset)
-
-
-def _number(tree: SlotTree, path: tuple[str, ...], slots: dict[tuple[str, ...], Slot]) -> StateTree:
+def _number(tree: SlotTree, slots: list[Slot]) -> StateTree:
     """The tree with numbered storages, as torch numbers them: in order of appearance."""
     state: dict[str, StateTree | TensorSlot | Scalar] = {}
     for key, value in tree.items():
         if isinstance(value, Slot):
-            state[key] = TensorSlot(str(len(slots)), *value)
-            slots[(*path, key)] = value
+            state[key] = TensorSlot(str(len(slots)), value.dtype, value.shape)
+            slots.append(value)
         elif isinstance(value, Mapping):
-            state[key] = _number(value, (*path, key), slots)
+            state[key] = _number(value, slots)
         else:
             state[key] = value
     return state

@@ -10,15 +10,15 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
-from math import prod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from mmconvert.causes.quantised import low_bit_dtype
 from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.formats.containers.image import FileImage, Piece, one_run
 from mmconvert.formats.reading import opened
-from mmconvert.stored import ITEM_SIZE, StoredTensor
+from mmconvert.stored import ITEM_SIZE, StoredTensor, Target
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 MAX_DIM = 1 << 48  # no tensor is longer; keeps products of lying shapes small
@@ -165,37 +165,30 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_DIM
 
 
-class Entry(NamedTuple):
-    """A tensor to be written."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its data."""
-        return prod(self.shape) * ITEM_SIZE[self.dtype]
-
-
-def layout_weight_file(
-    entries: list[Entry], metadata: Mapping[str, str]
-) -> tuple[bytes, list[int], int]:
-    """The header of a file with these tensors, their absolute offsets, and the file's size.
+def safetensors_image(
+    path: str, targets: Sequence[Target], numbers: Sequence[int], metadata: Mapping[str, str]
+) -> FileImage:
+    """A file with some of the targets, in this order.
 
     The header is padded with spaces so that the data starts at a multiple of 8 bytes.
     """
     table: dict[str, object] = {}
     if metadata:
         table["__metadata__"] = dict(metadata)
-    begin, starts = 0, []
-    for entry in entries:
-        end = begin + entry.nbytes
-        shape = list(entry.shape)
-        table[entry.name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [begin, end]}
+    begin, starts = 0, list[int]()
+    for number in numbers:
+        target = targets[number]
+        end = begin + target.nbytes
+        shape = list(target.stack or target.shape)
+        entry = {"dtype": target.dtype, "shape": shape, "data_offsets": [begin, end]}
+        table[target.name] = entry
         starts.append(begin)
         begin = end
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     data = 8 + len(text)
-    return struct.pack("<Q", len(text)) + text, [data + s for s in starts], data + begin
+    pieces = tuple(
+        Piece(number, one_run(data + start, targets[number].nbytes))
+        for number, start in zip(numbers, starts, strict=True)
+    )
+    return FileImage(path, data + begin, ((0, struct.pack("<Q", len(text)) + text),), pieces)

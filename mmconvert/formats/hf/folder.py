@@ -57,13 +57,18 @@ def read_json_file(path: Path) -> dict[str, object]:
     Raises:
         CheckpointError: unreadable; FormatError: not a JSON object.
     """
-    value = parse_json(_read_small(path), path)
+    value = parse_json(read_small(path), path)
     if not isinstance(value, dict):
         raise FormatError(f"{path}: not a JSON object", "an object in braces")
     return value
 
 
-def _read_small(path: Path) -> bytes:
+def read_small(path: Path) -> bytes:
+    """The bytes of a file of a model's size.
+
+    Raises:
+        CheckpointError: unreadable; FormatError: too large.
+    """
     try:
         with opened(path) as file:
             text = file.read(MAX_JSON + 1)
@@ -165,7 +170,7 @@ def _read(path: Path) -> WeightFile:
 
 def _indexed(folder: Path, config: Mapping[str, object], index: str) -> HFCheckpoint:
     path = folder / index
-    raw = _read_small(path)
+    raw = read_small(path)
     suffix = hf_bin.SUFFIX if index == hf_bin.INDEX else SAFETENSORS
     weight_map = _weight_map(path, parse_json(raw, path), suffix)
     names = sorted(set(weight_map.values()))
@@ -210,7 +215,7 @@ def read_index(folder: Path, *, pickled: bool = False) -> dict[str, str]:
     """
     path = folder / (hf_bin.INDEX if pickled else INDEX)
     suffix = hf_bin.SUFFIX if pickled else SAFETENSORS
-    return _weight_map(path, parse_json(_read_small(path), path), suffix)
+    return _weight_map(path, parse_json(read_small(path), path), suffix)
 
 
 def _weight_map(path: Path, index: object, suffix: str = SAFETENSORS) -> dict[str, str]:

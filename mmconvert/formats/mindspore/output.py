@@ -1,102 +1,68 @@
-"""Writes MindSpore checkpoints: files without their data, and strategy files."""
+"""The files of a MindSpore checkpoint that is to be written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmconvert.formats.containers.allocate import opened, write_all, write_file
-from mmconvert.formats.containers.ckpt_layout import CkptLayout, create_ckpt, layout_ckpt, seal
-from mmconvert.formats.containers.safetensors import Entry, layout_weight_file
-from mmconvert.stored import StoredTensor
+from mmconvert.config import FileForm
+from mmconvert.errors import RequestError
+from mmconvert.formats.containers.image import FileImage, small
+from mmconvert.formats.mindspore.side import Spread
+from mmconvert.formats.mindspore.strategy import Strategy
+from mmconvert.formats.mindspore.strategy_writer import encode_strategy
 
 METADATA = {"format": "ms"}  # what MindSpore's own save_checkpoint writes into safetensors
 STRATEGIES = "strategy"  # folder, as in MindFormers' output
+MERGED = f"{STRATEGIES}/merged_ckpt_strategy.ckpt"
+SUFFIXES = (".ckpt", ".safetensors")
 
 
 @dataclass(frozen=True)
-class MSFile:
-    """A weight file to be written.
+class Destination:
+    """In which form to write.
 
     Attributes:
-        path: below the output folder.
-        entries: its tensors, in order.
-        targets: their numbers among the plan's targets.
-        layout: of a .ckpt; None for safetensors.
-        head: all bytes before the data of a safetensors file.
-        starts: absolute offsets of the tensors of a safetensors file.
-        size: bytes of the file.
+        single: one file, not a folder.
+        ckpt: .ckpt files, not safetensors.
+        crc: with a checksum.
     """
 
-    path: str
-    entries: tuple[Entry, ...]
-    targets: tuple[int, ...]
-    layout: CkptLayout | None
-    head: bytes
-    starts: tuple[int, ...]
-    size: int
+    single: bool
+    ckpt: bool
+    crc: bool
 
+    @staticmethod
+    def of(path: Path, form: FileForm, spread: Spread, *, crc: bool, folder: bool) -> Destination:
+        """The form that a path and its flags ask for.
 
-def plan_file(
-    path: str, entries: Sequence[Entry], targets: Sequence[int], *, ckpt: bool, crc: bool
-) -> MSFile:
-    """Lays a file out.
+        Args:
+            folder: whether a complete checkpoint may also be a folder with rank_0.
 
-    Raises:
-        RequestError: a tensor that the format cannot hold.
-    """
-    if ckpt:
-        layout = layout_ckpt(entries, crc=crc)
-        return MSFile(path, tuple(entries), tuple(targets), layout, b"", (), layout.size)
-    head, starts, size = layout_weight_file(list(entries), METADATA)
-    return MSFile(path, tuple(entries), tuple(targets), None, head, tuple(starts), size)
-
-
-def create_files(
-    folder: Path, files: Sequence[MSFile], beside: Mapping[str, bytes]
-) -> list[StoredTensor]:
-    """Creates the files in a staging folder, their data as holes; small files complete.
-
-    Args:
-        beside: further files: path below the folder -> content.
-
-    Returns:
-        where each of the plan's targets is to be written, in their order.
-
-    Raises:
-        OSError, OutputError: the file system refuses.
-    """
-    places: dict[int, StoredTensor] = {}
-    for file in files:
-        path = folder / file.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if file.layout is not None:
-            found = create_ckpt(path, file.layout, file.entries)
-        else:
-            with opened(path, file.size) as fd:
-                write_all(fd, file.head, 0)
-            found = [
-                StoredTensor(*entry, path, start)
-                for entry, start in zip(file.entries, file.starts, strict=True)
-            ]
-        places |= dict(zip(file.targets, found, strict=True))
-    for name, content in beside.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, content)
-    return [places[i] for i in range(len(places))]
-
-
-def seal_files(folder: Path, files: Sequence[MSFile]) -> None:
-    """Writes the checksums of files whose data is complete, where they have room for one.
-
-    Raises:
-        OutputError: a file cannot be read back or written.
-    """
-    for file in files:
-        if file.layout is not None:
-            seal(folder / file.path, file.layout)
+        Raises:
+            RequestError: they contradict each other.
+        """
+        ending = next((s for s in SUFFIXES if path.name.endswith(s)), "")
+        if ending and form not in ("auto", ending[1:]):
+            raise RequestError(
+                f"the output {path} ends in {ending}; --cfg.format says {form}",
+                f"a name that ends in .{form}",
+            )
+        if ending and spread.ranks > 1:
+            raise RequestError(
+                f"the output {path} is the name of one file; the layout has {spread.ranks} ranks",
+                "the name of a folder, for rank_0 and so on",
+            )
+        if not ending and spread.ranks == 1 and not folder:
+            raise RequestError(
+                f"the output {path} does not end in .ckpt or .safetensors",
+                "the name of a file: MindSpore loads only files whose name ends so",
+            )
+        ckpt = ending != ".safetensors" and form != "safetensors"
+        if crc and not ckpt:
+            raise RequestError("--crc adds a checksum to .ckpt files; safetensors have none")
+        return Destination(bool(ending), ckpt, crc)
 
 
 def rank_path(rank: int, suffix: str) -> str:
@@ -104,9 +70,13 @@ def rank_path(rank: int, suffix: str) -> str:
     return f"rank_{rank}/checkpoint_{rank}.{suffix}"
 
 
-def strategy_path(rank: int) -> str:
-    """Path of a rank's strategy file."""
-    return f"{STRATEGIES}/ckpt_strategy_rank_{rank}.ckpt"
-
-
-MERGED = f"{STRATEGIES}/merged_ckpt_strategy.ckpt"
+def strategy_images(spread: Spread) -> Iterator[FileImage]:
+    """A strategy file for each rank, and with pipeline stages the merged one."""
+    named = [{key.name(): slicing for key, slicing in stage.items()} for stage in spread.stages]
+    for stage, slicings in enumerate(named):
+        content = encode_strategy(Strategy({stage: slicings}))
+        for local in range(spread.devices):
+            rank = stage * spread.devices + local
+            yield small(f"{STRATEGIES}/ckpt_strategy_rank_{rank}.ckpt", content)
+    if len(named) > 1:
+        yield small(MERGED, encode_strategy(Strategy(dict(enumerate(named)), merged=True)))

@@ -14,19 +14,11 @@ from pathlib import Path
 from mmconvert.causes.folders import other_form
 from mmconvert.causes.tensors import no_model
 from mmconvert.errors import CheckpointError, FormatError
-from mmconvert.formats.containers.allocate import write_file
 from mmconvert.formats.containers.pickles import Inert
-from mmconvert.formats.containers.ptfile import (
-    PtFile,
-    PtLayout,
-    Slot,
-    layout_pt,
-    read_pt,
-    write_skeleton,
-)
+from mmconvert.formats.containers.ptfile import PtFile, read_pt
 from mmconvert.formats.reading import opened
-from mmconvert.sharding.layout import Chunk, Layout, Rank, parse_folder
-from mmconvert.stored import StoredTensor, Target
+from mmconvert.sharding.layout import Chunk, Rank, parse_folder
+from mmconvert.stored import StoredTensor
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
@@ -242,72 +234,3 @@ def rank_parts(pt: PtFile, notes: dict[str, int]) -> dict[str, dict[str, StoredT
     if not found:
         raise no_model(file, pt.content)
     return found
-
-
-@dataclass(frozen=True)
-class RankFilePlan:
-    """A rank file to be written.
-
-    Attributes:
-        rank: whose it is.
-        path: below the checkpoint's folder.
-        image: everything but the data.
-    """
-
-    rank: Rank
-    path: Path
-    image: PtLayout
-
-
-def plan_mm(
-    layout: Layout, targets: Iterable[Target], iteration: str = "release"
-) -> list[RankFilePlan]:
-    """The rank files of an MM checkpoint.
-
-    Args:
-        targets: every tensor with its chunk.
-    """
-    names: dict[Rank, dict[str, dict[str, Slot]]] = {
-        rank: {layout.part(v): {} for v in range(layout.vpp_size)} for rank in layout.ranks()
-    }
-    for target in targets:
-        assert target.chunk is not None  # noqa: S101 - narrows the type of an MM target
-        part = layout.part(target.chunk.virtual)
-        names[target.chunk.rank][part][target.name] = Slot(target.dtype, target.shape)
-    base = Path(iteration if iteration == "release" else f"iter_{int(iteration):07d}")
-    return [
-        RankFilePlan(
-            rank,
-            base / layout.folder(rank) / RANK_FILE,
-            layout_pt({**parts, "checkpoint_version": 3.0}),
-        )
-        for rank, parts in names.items()
-    ]
-
-
-def create_mm(
-    folder: Path,
-    layout: Layout,
-    files: Iterable[RankFilePlan],
-    targets: Iterable[Target],
-    iteration: str = "release",
-) -> list[StoredTensor]:
-    """Creates the rank files of an MM checkpoint in ``folder``, with holes for the data.
-
-    Returns:
-        where each target's data is to be written, in their order.
-    """
-    places: dict[tuple[Rank, str, str], tuple[Path, int]] = {}
-    for file in files:
-        path = folder / file.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_skeleton(path, file.image)
-        for (part, name), offset in file.image.offsets.items():
-            places[file.rank, part, name] = (path, offset)
-    write_file(folder / TRACKER, iteration.encode())
-    created: list[StoredTensor] = []
-    for target in targets:
-        assert target.chunk is not None  # noqa: S101 - as above
-        key = (target.chunk.rank, layout.part(target.chunk.virtual), target.name)
-        created.append(StoredTensor(target.name, target.dtype, target.shape, *places[key]))
-    return created

@@ -1,0 +1,142 @@
+"""Hugging Face checkpoints, as a format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from mmconvert.converters.family import Module
+from mmconvert.errors import CheckpointError, TensorError
+from mmconvert.formats import reading
+from mmconvert.formats.base import Format, Opening, Placed, Placing, Stored
+from mmconvert.formats.containers.image import FileImage, small
+from mmconvert.formats.hf.folder import HFCheckpoint
+from mmconvert.formats.hf.model import hf_model
+from mmconvert.formats.hf.output import weight_images, with_dtype
+from mmconvert.formats.hf.side import hf_side, hf_target
+from mmconvert.formats.hf.sides import SideFiles, side_files
+from mmconvert.formats.registry import load
+from mmconvert.names import summarise
+from mmconvert.plan.plan import Side
+from mmconvert.stored import Target
+from mmconvert.words import parse_size
+
+CONFIG = Path("config.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFStored(Stored):
+    """A Hugging Face checkpoint that was opened."""
+
+    @property
+    def checkpoint(self) -> HFCheckpoint:
+        """Its headers."""
+        if self.model.hf is None:
+            raise CheckpointError("hf_dir holds no weights", "the original checkpoint")
+        return self.model.hf
+
+    def side(self, modules: tuple[Module, ...] | None = None, *, as_hf: bool = False) -> Side:
+        """Its wholes, fused as a table says."""
+        table = self.model.modules if modules is None else modules
+        return hf_side(table, self.model.dims, self.model.hf_tensors, transposed=not as_hf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFPlaced(Placed):
+    """A Hugging Face checkpoint to be written; ``sides`` are the files beside the weights."""
+
+    sides: SideFiles
+
+
+class HuggingFace(Format):
+    """config.json and safetensors (or pickles) in a folder, in the names of transformers."""
+
+    name: ClassVar = "hf"
+    title: ClassVar = "Hugging Face"
+    naming: ClassVar = "hf"
+    writes: ClassVar = frozenset({"max_shard_size"})
+    needs_original: ClassVar = True
+
+    def recognise(self, path: Path) -> bool:
+        """By config.json, which no other format has."""
+        return (path / CONFIG).is_file()
+
+    def open(self, path: Path, told: Opening) -> HFStored:
+        """Every tensor has a row, stays in the folder, or is left out by name."""
+        model = hf_model(
+            told.family,
+            path,
+            told.options,
+            canonical=told.canonical,
+            vit_only=told.encoders_only,
+            llm_dir=told.llm_dir,
+        )
+        inputs = () if told.llm_dir is None else (told.llm_dir,)
+        return HFStored(format=self.name, path=path, model=model, inputs=inputs)
+
+    def place(self, asked: Placing) -> Placed:
+        """The tensors of the original, in the dtypes that the wholes have now."""
+        original, source = _original(asked), asked.source
+        headers = original.side(source.model.plain_modules, as_hf=True)
+        _check_shapes(asked, headers)
+        side = hf_target(headers, asked.wholes)
+        notes = [] if asked.cast else _dtype_notes(headers, side, load(source.format).title)
+        if not original.checkpoint.files[0].header:
+            notes.append("hf_dir holds pytorch_model*.bin; safetensors are written in their place")
+        sides = side_files(original.checkpoint.folder, original.checkpoint.read)
+        notes += sides.notes()
+        return HFPlaced(side=side, notes=tuple(notes), not_copied=sides.left, sides=sides)
+
+    def lay_out(
+        self, targets: Sequence[Target], placed: Placed, asked: Placing
+    ) -> Iterator[FileImage]:
+        """Weight files and index as the original has them, and the files beside them."""
+        assert isinstance(placed, HFPlaced)  # noqa: S101 - narrows the type: it is our own
+        checkpoint = _original(asked).checkpoint
+        limit = asked.options.max_shard_size
+        yield from weight_images(checkpoint, targets, parse_size(limit) if limit else 0)
+        folder, copied = checkpoint.folder, placed.sides.copied
+        reading.note(folder / path for path in copied)
+        for path in copied:
+            if path == CONFIG and asked.cast:
+                yield small(str(path), with_dtype(folder / path, asked.cast))
+            else:
+                size = (folder / path).stat().st_size
+                yield FileImage(str(path), size, copied=folder / path)
+
+
+def _original(asked: Placing) -> HFStored:
+    if not isinstance(asked.original, HFStored):
+        raise CheckpointError("hf_dir holds no weights", "the original checkpoint")
+    return asked.original
+
+
+def _check_shapes(asked: Placing, headers: Side) -> None:
+    """Raises TensorError for wholes of other shapes than the original has."""
+    for key, whole in asked.wholes.items():
+        expected = headers.wholes.get(key)
+        if expected is not None and whole.shape != expected.shape:
+            raise TensorError(
+                f"{asked.source.path}: {key.name()} is {list(whole.shape)} in all; "
+                f"{_original(asked).path} makes it {list(expected.shape)}",
+                "the whole checkpoint, with its own strategy files, and the hf_dir of its model",
+                "give the folder above rank_0, not the file of one rank; or the right hf_dir",
+            )
+
+
+def _dtype_notes(headers: Side, dst: Side, form: str) -> list[str]:
+    """Says so where training has changed a dtype: tensors are written as training left them."""
+    changed: dict[tuple[str, str], list[str]] = {}
+    for old, new in zip(headers.stored, dst.targets, strict=True):
+        if old.dtype != new.dtype:
+            changed.setdefault((old.dtype, new.dtype), []).append(new.name)
+    return [
+        f"warning: {len(names)} tensors are {old} in hf_dir and {new} in the {form} checkpoint; "
+        f"written as {new} (config.json still names its own dtype): {summarise(names)}"
+        for (old, new), names in changed.items()
+    ]
+
+
+FORMAT = HuggingFace()

@@ -1,0 +1,186 @@
+"""MindSpore checkpoints, as MindFormers has them, as a format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from mmconvert.config import DeviceConfig, RankFolders
+from mmconvert.converters.family import Module
+from mmconvert.converters.mindspore import MSFamily
+from mmconvert.errors import RequestError
+from mmconvert.formats.base import Described, Format, Opening, Placed, Placing, Stored
+from mmconvert.formats.containers.ckpt_layout import ckpt_image
+from mmconvert.formats.containers.image import FileImage
+from mmconvert.formats.containers.safetensors import safetensors_image
+from mmconvert.formats.mindspore.folder import is_ms, read_strategies
+from mmconvert.formats.mindspore.layouts import (
+    GivenLayout,
+    by_strategy,
+    device_layout,
+    unchecked_heads,
+)
+from mmconvert.formats.mindspore.model import (
+    MSModel,
+    check_complete,
+    family_spread,
+    in_order,
+    ms_model,
+)
+from mmconvert.formats.mindspore.output import METADATA, Destination, rank_path, strategy_images
+from mmconvert.formats.mindspore.side import Spread, device_target, whole_spread
+from mmconvert.formats.model import Model
+from mmconvert.plan.plan import Side
+from mmconvert.plan.sizes import check_agreement
+from mmconvert.sharding.devices import DeviceLayout
+from mmconvert.stored import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class MSStored(Stored):
+    """A MindSpore checkpoint that was opened; ``ranks`` are its tensors and how they lie."""
+
+    ranks: MSModel
+
+    def side(self, modules: tuple[Module, ...] | None = None, *, as_hf: bool = False) -> Side:
+        """Its wholes; matrices as MindFormers has them, or as Hugging Face."""
+        del modules
+        family = self.model.family
+        table = self.model.modules or family.table(family.variants[0])
+        rows = [row for module in table for row in module.all_rows()]
+        return self.ranks.side(frozenset(r.mm for r in rows if as_hf and r.transposed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MSPlaced(Placed):
+    """A MindSpore checkpoint to be written.
+
+    Attributes:
+        held: for each rank the numbers of its targets.
+        spread: how they are sliced.
+        form: of the files.
+    """
+
+    held: Sequence[Sequence[int]]
+    spread: Spread
+    form: Destination
+
+
+class MindSpore(Format):
+    """A ``.ckpt`` or safetensors file, or rank folders with strategy files."""
+
+    name: ClassVar = "ms"
+    title: ClassVar = "MindSpore"
+    naming: ClassVar = "mindformers"
+    writes: ClassVar = frozenset({"crc"})
+    Layout: ClassVar = RankFolders
+
+    def recognise(self, path: Path) -> bool:
+        """By the name of a file, or rank folders."""
+        return is_ms(path)
+
+    def claims(self, layout: object) -> bool:
+        """Parallel sizes divide by a family's table; strategy files and one file need none."""
+        return isinstance(layout, DeviceConfig) and _sizes(layout) != DeviceConfig()
+
+    def open(self, path: Path, told: Opening) -> MSStored:
+        """By the table of a family, or of any model by the names alone."""
+        family, like = told.family, told.like
+        strategy = told.layout.strategy if isinstance(told.layout, RankFolders) else None
+        variant = like.variant if like else family.variants[0]
+        table: tuple[Module, ...] = ()
+        if told.claims:
+            table = like.modules if like else family.table(variant)
+        found = ms_model(path, strategy, told.options, table or None, name=family.name)
+        dims = like.dims if like else {}
+        if table:
+            check_complete((key for part in found.parts for key in part), table, dims, path)
+        model = Model(
+            family,
+            variant,
+            table,
+            dims,
+            notes=tuple(found.notes),
+            patterns=found.patterns,
+            dropped=found.dropped,
+        )
+        layout = GivenLayout(found.spread.devices, len(found.spread.stages))
+        inputs = () if strategy is None else (strategy,)
+        return MSStored(
+            format=self.name, path=path, model=model, layout=layout, inputs=inputs, ranks=found
+        )
+
+    def place(self, asked: Placing) -> MSPlaced:
+        """Every whole sliced over devices: by the family's rules, or by strategy files."""
+        given = asked.layout if isinstance(asked.layout, RankFolders) else RankFolders()
+        model = asked.source.model
+        family = model.family
+        table = model.modules or family.table(family.variants[0])
+        if isinstance(asked.source, MSStored) and isinstance(family, MSFamily):
+            # The vocabulary may have been padded on MindFormers' side (enable_emb_opt).
+            sizes = {dim: n for dim, n in model.dims.items() if dim != family.vocabulary}
+            check_agreement(asked.wholes, table, sizes, asked.source.path)
+        wholes = in_order(asked.wholes, table)
+        layout: Described
+        notes: list[str] = []
+        if given.strategy is not None:
+            if self.claims(given):
+                raise RequestError(
+                    "--cfg.target_strategy and --cfg.target_parallel_config both say how to slice",
+                    "one of them",
+                )
+            spread = by_strategy(read_strategies(given.strategy), wholes, given.strategy)
+            layout = GivenLayout(spread.devices, len(spread.stages))
+        elif model.modules and isinstance(family, MSFamily):
+            layers = check_complete(wholes, model.modules, model.dims, asked.source.path)
+            devices = device_layout(given, layers["llm"], asked.flags)
+            spread = family_spread(family, model.modules, wholes, layers, model.dims, devices)
+            notes = unchecked_heads(family, model.dims, devices)
+            layout = devices
+        else:
+            spread = whole_spread({key: whole.shape for key, whole in wholes.items()})
+            layout = DeviceLayout()
+        form = Destination.of(
+            asked.path,
+            given.format,
+            spread,
+            crc=asked.options.crc,
+            folder=asked.source.format == self.name,
+        )
+        side, held = device_target(wholes, spread)
+        return MSPlaced(
+            side=side,
+            layout=layout,
+            notes=tuple(notes),
+            about={"source_layout": asked.source.layout.as_dict()} if asked.source.layout else {},
+            single=form.single,
+            held=held,
+            spread=spread,
+            form=form,
+        )
+
+    def lay_out(
+        self, targets: Sequence[Target], placed: Placed, asked: Placing
+    ) -> Iterator[FileImage]:
+        """A file for each rank, and in a folder the strategy files."""
+        assert isinstance(placed, MSPlaced)  # noqa: S101 - narrows the type: it is our own
+        form = placed.form
+        suffix = "ckpt" if form.ckpt else "safetensors"
+        for rank, numbers in enumerate(placed.held):
+            path = asked.path.name if form.single else rank_path(rank, suffix)
+            if form.ckpt:
+                yield ckpt_image(path, targets, numbers, crc=form.crc)
+            else:
+                yield safetensors_image(path, targets, numbers, METADATA)
+        if not form.single:
+            yield from strategy_images(placed.spread)
+
+
+def _sizes(layout: DeviceConfig) -> DeviceConfig:
+    """The parallel sizes alone."""
+    return DeviceConfig(*(getattr(layout, name) for name in DeviceConfig.__dataclass_fields__))
+
+
+FORMAT = MindSpore()

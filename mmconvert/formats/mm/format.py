@@ -1,0 +1,117 @@
+"""MM checkpoints of MindSpeed-MM, as a format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from mmconvert.config import ParallelConfig
+from mmconvert.converters.family import Module
+from mmconvert.errors import CheckpointError, RequestError
+from mmconvert.formats.base import Format, Opening, Placed, Placing, Stored
+from mmconvert.formats.containers.image import FileImage
+from mmconvert.formats.mm.folder import TRACKER, find_weights
+from mmconvert.formats.mm.model import mm_model
+from mmconvert.formats.mm.output import rank_images
+from mmconvert.formats.mm.source import Parts, mm_source
+from mmconvert.formats.mm.target import mm_target
+from mmconvert.formats.model import target_layout, unchecked_units
+from mmconvert.plan.plan import Side
+from mmconvert.plan.reorder import reorder
+from mmconvert.plan.training import cautions
+from mmconvert.sharding.layout import Layout, parse_folder
+from mmconvert.stored import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMStored(Stored):
+    """An MM checkpoint that was opened.
+
+    Attributes:
+        ranks: how it is laid out.
+        parts: its tensors, by name, by chunk.
+    """
+
+    ranks: Layout
+    parts: Parts
+
+    def side(self, modules: tuple[Module, ...] | None = None, *, as_hf: bool = False) -> Side:
+        """Its wholes in the one structure that it has; vision q, k and v interleaved."""
+        del modules
+        model = self.model
+        side = mm_source(model.modules, model.dims, self.ranks, self.parts, transposed=as_hf)
+        return reorder(side, model.modules, model.plain_modules, model.dims)
+
+
+class MM(Format):
+    """Rank folders with a ``model_optim_rng.pt`` each."""
+
+    name: ClassVar = "mm"
+    title: ClassVar = "MM"
+    naming: ClassVar = "mm"
+    reads: ClassVar = frozenset({"vit_qkv"})
+    Layout: ClassVar = ParallelConfig
+
+    def recognise(self, path: Path) -> bool:
+        """By the tracker file, or rank folders."""
+        if not path.is_dir():
+            return False
+        return (path / TRACKER).is_file() or any(parse_folder(p.name) for p in path.iterdir())
+
+    def open(self, path: Path, told: Opening) -> MMStored:
+        """The layout is read off the folder; what the user says of it must be so."""
+        if told.llm_dir is not None:
+            raise RequestError(
+                "--cfg.common_model_config.llm_hf_dir has no meaning for mm_to_hf",
+                "only hf_dir, whose weight files and names the output takes",
+                "leave it out; hf_dir must be a checkpoint with a text decoder of the same sizes",
+            )
+        given = told.layout if isinstance(told.layout, ParallelConfig) else ParallelConfig()
+        model, layout, parts = mm_model(
+            told.family,
+            path,
+            given,
+            told.like,
+            told.options,
+            prefix=told.flags,
+            vit_only=told.encoders_only,
+        )
+        if told.canonical and not model.variant.canonical:
+            raise CheckpointError(
+                "--cfg.common_model_config.enable_canonical_hf_struct says True; the checkpoint "
+                "holds packed linear_qkv and linear_fc1",
+                "the structure that the checkpoint has",
+                "leave the flag out: the structure is recognised by the names",
+            )
+        return MMStored(
+            format=self.name,
+            path=path,
+            model=model,
+            layout=layout,
+            iteration=find_weights(path)[1],
+            ranks=layout,
+            parts=parts,
+        )
+
+    def place(self, asked: Placing) -> Placed:
+        """Every whole divided over tensor-parallel ranks, on its pipeline stage."""
+        model, found = asked.source.model, asked.source.layout
+        given = asked.layout if isinstance(asked.layout, ParallelConfig) else ParallelConfig()
+        layout = target_layout(model, given, prefix=asked.flags)
+        side = mm_target(model.plain_modules, model.dims, layout, asked.wholes)
+        notes = unchecked_units(model, found if isinstance(found, Layout) else None, layout)
+        notes += [f"warning: {words}" for words in cautions(model.modules, model.dims, layout)]
+        return Placed(side=side, layout=layout, notes=tuple(notes))
+
+    def lay_out(
+        self, targets: Sequence[Target], placed: Placed, asked: Placing
+    ) -> Iterator[FileImage]:
+        """A file for each rank, and the tracker file."""
+        del asked
+        assert isinstance(placed.layout, Layout)  # noqa: S101 - narrows the type: it is our own
+        return rank_images(placed.layout, targets)
+
+
+FORMAT = MM()

@@ -1,0 +1,53 @@
+"""The formats: one line each, loaded when they are asked for; and what a path is."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+from mmconvert.errors import RequestError
+from mmconvert.formats.base import Format
+
+ENTRY_POINTS = "mmconvert.formats"  # third-party packages register a Format here
+
+# The order is that in which they are asked whether a path is theirs.
+BUILT_IN = {
+    "hf": "mmconvert.formats.hf.format",
+    "ms": "mmconvert.formats.mindspore.format",
+    "mm": "mmconvert.formats.mm.format",
+}
+
+
+def names() -> list[str]:
+    """The names of all formats, built in and third-party; imports none of them."""
+    return [*BUILT_IN, *(name for name in _third_party() if name not in BUILT_IN)]
+
+
+def load(name: str) -> Format:
+    """The format of a name.
+
+    Raises:
+        RequestError: there is none, or it is no format.
+    """
+    if name in BUILT_IN:
+        return import_module(BUILT_IN[name]).FORMAT
+    entry = _third_party().get(name)
+    if entry is None:
+        raise RequestError(f"there is no format {name}", f"one of {', '.join(names())}")
+    found = entry.load()
+    if not isinstance(found, Format):
+        raise RequestError(f"the entry point {name} is {found!r}", "a formats.base.Format")
+    return found
+
+
+def recognise(path: Path) -> str:
+    """The name of the format that a path is a checkpoint of; "" if it looks like none."""
+    return next((name for name in names() if load(name).recognise(path)), "")
+
+
+@cache
+def _third_party():  # noqa: ANN202 - the type EntryPoint would cost the import it avoids
+    from importlib.metadata import entry_points
+
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
