@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageSequence, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence, PngImagePlugin, UnidentifiedImageError
 
 from mmconvert.errors import RequestError
+
+Picture = Image.Image
 
 # Pillow's own threshold of suspicion. A picture of 3 bytes a pixel needs 270 MB then.
 MOST_PIXELS = 89_478_485
@@ -20,8 +22,11 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SMALLEST, WIDEST, WIDE_AS = 28, 200, 180  # Qwen: sides and ratios that are brought to others
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(path: Path, *, upright: bool = False) -> Image.Image:
     """A picture file, as it is stored: a turn that EXIF asks for is not made, as in MindSpeed-MM.
+
+    Args:
+        upright: make that turn, as MindFormers does.
 
     Raises:
         RequestError: it is none, or larger than any that is taken.
@@ -29,7 +34,7 @@ def open_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
             _check(picture, path)
-            return picture.convert("RGB")
+            return (ImageOps.exif_transpose(picture) if upright else picture).convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RequestError(f"{path}: {error}", "a smaller picture") from None
     except RequestError:
@@ -55,6 +60,11 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not a picture"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def squared(picture: Image.Image, side: int) -> Image.Image:
+    """A picture in RGB brought to a square, bicubic, whatever its ratio."""
+    return picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
 
 
 def scaled(picture: Image.Image, least: int, most: int) -> Image.Image:

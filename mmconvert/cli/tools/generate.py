@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, cast
@@ -25,7 +26,8 @@ class Generated:
     """What to ask whom."""
 
     mm_dir: MaybePath = None
-    """The MM checkpoint; it runs in its own layout, one process for each rank."""
+    """The MM checkpoint; it runs in its own layout, one process for each rank. Of Qwen-VL a .ckpt
+    file or rank folders, in one process; not given: the weights of hf_dir."""
     hf_dir: MaybePath = None
     """The Hugging Face folder with config.json, tokenizer and processor of the model."""
     prompt: str = ""
@@ -42,6 +44,10 @@ class Generated:
     """The most tokens of the answer; 0: 128, or as the inference file says."""
     dtype: Literal["", "fp32", "bf16"] = ""
     """What is computed in; not given: fp32, or as the inference file says."""
+    vocab_file: MaybePath = None
+    """The tokenizer of Qwen-VL: qwen.tiktoken; not given: that in hf_dir."""
+    like: Literal["hub", "mindformers"] = "hub"
+    """Whose numbers Qwen-VL has where the two differ: position tables, tokens, long texts."""
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     """What to compute on; auto takes the accelerator that is there, else the CPU."""
     json: bool = False
@@ -71,6 +77,7 @@ def _answer(asked: Generated, script: Script) -> int:
     from mmconvert.runtime.inferencejson import read_inference
     from mmconvert.runtime.launch import leads
     from mmconvert.runtime.prepare import Prepare
+    from mmconvert.runtime.qwenvl import answer as qwenvl
 
     file = read_inference(asked.mm_model) if asked.mm_model is not None else None
     prepare = Prepare(video_frames=file.frames) if file and file.frames else Prepare()
@@ -102,12 +109,34 @@ def _answer(asked: Generated, script: Script) -> int:
 
     for note in script.notes() if speaks else ():
         print(note, file=sys.stderr)
+    hf_dir = needed(asked.hf_dir, "--hf_dir", "generate")
+    if qwenvl.serves(hf_dir):
+        return _qwenvl(asked, hf_dir, say)
     answer = commands.generate(
-        needed(asked.mm_dir, "--mm_dir (or --load)", "generate"),
-        needed(asked.hf_dir, "--hf_dir", "generate"),
+        needed(asked.mm_dir, "--mm_dir (or --load)", "generate"), hf_dir,
         asked.prompt, asked.image, asked.video, asked.audio,
         asked.max_new_tokens or LONGEST, asked.dtype or "fp32", say, how,
     )  # fmt: skip
     if speaks:
         print(json.dumps({"text": answer}) if asked.json else "")
     return 0
+
+
+def _qwenvl(asked: Generated, hf_dir: Path, say: Callable[[str], None]) -> int:
+    """Qwen-VL answers, in this process."""
+    from mmconvert.runtime.qwenvl import answer as qwenvl
+
+    if asked.video or asked.audio:
+        raise RequestError("Qwen-VL takes pictures alone", "no --video and no --audio")
+    most = asked.max_new_tokens or LONGEST
+    question = qwenvl.question(
+        hf_dir, asked.mm_dir, asked.vocab_file, asked.prompt, asked.image, most, asked.like
+    )
+    answers = qwenvl.ask(question, asked.dtype or "fp32", say, noted)
+    print(json.dumps({"text": answers[0]}) if asked.json else "")
+    return 0
+
+
+def noted(event: object) -> None:
+    """A note, beside the answer."""
+    print(event, file=sys.stderr)

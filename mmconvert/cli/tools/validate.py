@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mmconvert.cli.arguments import read_plain
+from mmconvert.config import MaybePath
 
 if TYPE_CHECKING:
     from mmconvert.runtime.verdict import Report
@@ -23,7 +24,8 @@ class Validated:
     """What to compare, and on what."""
 
     mm_dir: Path
-    """The MM checkpoint; it runs in its own layout, one process for each rank."""
+    """The MM checkpoint; it runs in its own layout, one process for each rank. Of Qwen-VL a .ckpt
+    file or rank folders, in one process."""
     hf_dir: Path
     """The Hugging Face folder with the same model; it runs in one process."""
     prompt: str = ""
@@ -37,6 +39,10 @@ class Validated:
     """What both sides compute in."""
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     """What to compute on; auto takes the accelerator that is there, else the CPU."""
+    vocab_file: MaybePath = None
+    """The tokenizer of Qwen-VL: qwen.tiktoken; not given: that in hf_dir."""
+    like: Literal["hub", "mindformers"] = "hub"
+    """Whose numbers Qwen-VL has where the two differ: position tables, tokens, long texts."""
     tolerance: float = 0.0
     """Largest difference of logits, relative to the largest logit where that is above 1. 0 takes
     fp32: 1e-5 on one tensor-parallel rank, 1e-4 on more; bf16: 2^-8 and 2^-5."""
@@ -63,15 +69,22 @@ def run(words: list[str]) -> int:
     needs.require(asked.device)
     from mmconvert.runtime import commands
     from mmconvert.runtime.launch import leads
+    from mmconvert.runtime.qwenvl import answer, validation
 
     def note(event: object) -> None:
         if not asked.quiet:
             print(event, file=sys.stderr)
 
-    report = commands.validate(
-        asked.mm_dir, asked.hf_dir, asked.prompt, asked.image, asked.audio, asked.dtype,
-        asked.tolerance, note,
-    )  # fmt: skip
+    if answer.serves(asked.hf_dir):
+        report = validation.validate(
+            asked.mm_dir, asked.hf_dir, asked.vocab_file, asked.prompt, asked.image, asked.dtype,
+            asked.tolerance, asked.like, note,
+        )  # fmt: skip
+    else:
+        report = commands.validate(
+            asked.mm_dir, asked.hf_dir, asked.prompt, asked.image, asked.audio, asked.dtype,
+            asked.tolerance, note,
+        )  # fmt: skip
     if leads():
         if asked.json:
             print(json.dumps(report.as_dict()))

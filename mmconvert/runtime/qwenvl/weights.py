@@ -63,7 +63,12 @@ def skeleton(sizes: Sizes, dtype: torch.dtype) -> QwenVL:
 
 @watched
 def load(
-    sizes: Sizes, path: Path, dtype: torch.dtype, device: torch.device, note: Note = lambda _: None
+    sizes: Sizes,
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    note: Note = lambda _: None,
+    stored: Mapping[str, torch.dtype] | None = None,
 ) -> QwenVL:
     """The model with the weights of a checkpoint.
 
@@ -71,13 +76,16 @@ def load(
         path: a Hugging Face folder, a ``.ckpt`` or safetensors file of MindSpore, or a folder of
             ``rank_R`` folders with their strategy files.
         note: gets what is worth knowing of the checkpoint.
+        stored: dtypes that tensors are rounded to first.
 
     Raises:
         CheckpointError: files are missing or damaged; TensorError: tensors that do not make this
             model; ReplicaError: copies of one tensor differ.
     """
     model = skeleton(sizes, dtype)
-    state = {name: t.to(device, dtype) for name, t in tensors(model, path, note)}
+    state: dict[str, Tensor] = {}
+    for name, tensor in tensors(model, path, note):
+        state[name] = tensor.to((stored or {}).get(name, tensor.dtype)).to(device, dtype)
     model.load_state_dict(state, strict=True, assign=True)
     return model
 

@@ -1,0 +1,158 @@
+"""Qwen-VL answers a prompt, greedily."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from mmconvert.errors import RequestError
+from mmconvert.runtime.device import device
+from mmconvert.runtime.qwenvl import prompts, weights
+from mmconvert.runtime.qwenvl.model import Cache, QwenVL
+from mmconvert.runtime.qwenvl.prompts import Prompt
+from mmconvert.runtime.qwenvl.sizes import Positions, Sizes
+from mmconvert.runtime.qwenvl.tokenizer import END, END_TURN, START_TURN, Tokenizer
+
+Form = Literal["chat", "plain"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RANKS = "qwen.tiktoken"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to ask whom.
+
+    Attributes:
+        sizes: of the model.
+        checkpoint: a Hugging Face folder, a ``.ckpt`` file or rank folders.
+        vocab: the ranks of the tokenizer.
+        most: tokens of the answer at most.
+        total: tokens of prompt and answer together at most; 0 for no limit.
+        form: ``plain`` continues the prompt as it is, as the base model and MindFormers do.
+        rows: how many times it is asked, side by side.
+    """
+
+    sizes: Sizes
+    checkpoint: Path
+    vocab: Path
+    words: str
+    pictures: Sequence[Path]
+    most: int
+    form: Form
+    total: int = 0
+    rows: int = 1
+
+
+def serves(hf_dir: Path) -> bool:
+    """Whether a folder's config.json is that of a Qwen-VL."""
+    try:
+        content = json.loads((hf_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # others say what is wrong with it
+        return False
+    return (
+        isinstance(content, dict) and content.get("model_type") == "qwen" and ("visual" in content)
+    )
+
+
+def form_of(hf_dir: Path) -> Form:
+    """``chat`` where generation_config.json says chatml, as Qwen-VL-Chat's does."""
+    try:
+        content = json.loads((hf_dir / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return "plain"
+    chatml = isinstance(content, dict) and content.get("chat_format") == "chatml"
+    return "chat" if chatml else "plain"
+
+
+def ask(
+    question: Question, dtype: str, say: Callable[[str], None], note: weights.Note
+) -> list[str]:
+    """The answers, one for each row; ``say`` gets the words of the first as they come.
+
+    Raises:
+        MMConvertError: the checkpoint, the tokenizer or a picture cannot be used.
+    """
+    sizes = question.sizes
+    tokenizer = Tokenizer.read(question.vocab, sizes.positions)
+    text = prompts.written(question.words, len(question.pictures))
+    stop = {tokenizer.special[END]}
+    if question.form == "chat":
+        text = prompts.chat(text)
+        stop |= {tokenizer.special[END_TURN], tokenizer.special[START_TURN]}
+    asked = prompts.prompt(tokenizer, sizes, text, question.pictures)
+    most, length = question.most, asked.ids.shape[1]
+    if question.total:
+        most = min(most, question.total - length)
+    if most < 1:
+        raise RequestError(
+            f"the prompt has {length} tokens, the limit is {question.total} with the answer",
+            "a shorter prompt, or fewer pictures (258 tokens each)",
+        )
+    where = device()
+    model = weights.load(sizes, question.checkpoint, DTYPES[dtype], where, note)
+    said, found = "", list[int]()
+
+    def hear(token: int) -> None:
+        nonlocal said
+        if token in stop:
+            return
+        found.append(token)
+        now = tokenizer.decode(found)
+        if not now.endswith("\ufffd"):  # half of a character: its other bytes follow
+            say(now[len(said) :])
+            said = now
+
+    rows = generate(model, asked.rows(question.rows, where), most, stop, hear)
+    words = [tokenizer.decode(row) for row in rows]
+    say(words[0][len(said) :])
+    return words
+
+
+@torch.no_grad()
+def generate(
+    model: QwenVL, asked: Prompt, most: int, stop: set[int], hear: Callable[[int], None]
+) -> list[list[int]]:
+    """Greedy tokens of each row, without the one that ends it; ``hear`` gets the first row's."""
+    rows = len(asked.ids)
+    found: list[list[int]] = [[] for _ in range(rows)]
+    ended = [False] * rows
+    cache, ids = Cache(), asked.ids
+    pixels, slots = asked.pixels, asked.slots
+    for _ in range(most):
+        ids = model(ids, pixels, slots, cache=cache, last=True).argmax(-1)
+        pixels = slots = None
+        for row, token in enumerate(ids[:, 0].tolist()):
+            if ended[row]:
+                continue
+            if row == 0:
+                hear(token)
+            ended[row] = token in stop
+            if not ended[row]:
+                found[row].append(token)
+        if all(ended):
+            break
+    return found
+
+
+def question(
+    hf_dir: Path,
+    checkpoint: Path | None,
+    vocab: Path | None,
+    words: str,
+    pictures: Sequence[Path],
+    most: int,
+    like: Positions,
+) -> Question:
+    """A question to the model whose config.json stands in a folder."""
+    if most < 1:
+        raise RequestError(f"--max_new_tokens is {most}", "a number of at least 1")
+    form: Form = form_of(hf_dir) if like == "hub" else "plain"
+    return Question(
+        weights.sizes_of(hf_dir, like), checkpoint or hf_dir, vocab or hf_dir / RANKS,
+        words, pictures, most, form,
+    )  # fmt: skip
