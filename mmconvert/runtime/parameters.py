@@ -18,9 +18,10 @@ LARGEST = 1 << 26  # elements that travel at a time; a gradient in a layer that 
 LAYER = re.compile(r"(?:^|\.)(?:blocks|layers|layer)\.(\d+)\.")
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")  # divided by rows alone
 Found = list[tuple[float, str]]
+Value = Callable[[nn.Parameter], Tensor]
 
 
-def compare_weights(arch: Architecture, run: Engine, model: Any) -> Found:  # noqa: ANN401 - HF's model
+def compare_weights(arch: Architecture, run: Engine, model: Any, theirs: Value | None) -> Found:  # noqa: ANN401 - HF's model
     """(largest difference, MM name) of every parameter, over all processes.
 
     Computing uses few words of the vocabulary, and the same picture in both frames of a patch:
@@ -29,9 +30,10 @@ def compare_weights(arch: Architecture, run: Engine, model: Any) -> Found:  # no
 
     Args:
         model: transformers' model, on process 0.
+        theirs: the values of its parameters, on process 0.
     """
     bindings = [b for s in run.stages for b in s.shard.bindings]
-    return _compare(arch, run, model, bindings, lambda p: p.detach(), None, 0.0)
+    return _compare(arch, run, model, bindings, _value, theirs or _value, None, 0.0)
 
 
 def compare_gradients(arch: Architecture, run: Engine, model: Any) -> Found:  # noqa: ANN401 - as above
@@ -45,7 +47,21 @@ def compare_gradients(arch: Architecture, run: Engine, model: Any) -> Found:  # 
     """
     last = {key: sum(map(sum, grid)) - 1 for key, grid in run.mesh.layout.grids.items()}
     bindings = [b for s in run.stages for b in _sampled(s.shard.bindings, last)]
-    return _compare(arch, run, model, bindings, _gradient, LARGEST, 1e-4)
+    return _compare(arch, run, model, bindings, _gradient, _gradient, LARGEST, 1e-4)
+
+
+def sample(run: Engine) -> None:
+    """Leaves gradients to the parameters that :func:`compare_gradients` looks at."""
+    last = {key: sum(map(sum, grid)) - 1 for key, grid in run.mesh.layout.grids.items()}
+    for stage in run.stages:
+        for b in stage.shard.bindings:
+            b.parameter.requires_grad_(False)
+        for b in _sampled(stage.shard.bindings, last):
+            b.parameter.requires_grad_(True)
+
+
+def _value(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach()
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
@@ -67,32 +83,33 @@ def _compare(
     run: Engine,
     model: Any,  # noqa: ANN401 - as above
     mine: Sequence[Binding],
-    value: Callable[[nn.Parameter], Tensor],
+    value: Value,
+    theirs: Value,
     most: int | None,
     floor: float,
 ) -> Found:
     """(largest difference, name) of each binding.
 
     Args:
-        value: what of a parameter is compared.
+        value, theirs: what of a parameter here, and of one in the model, is compared.
         most: elements of a parameter in a layer at most; None for no limit.
         floor: the least that a difference is relative to, as a share of the largest value of all.
     """
     names = sorted({name for found in gather([b.hf for b in mine]) for name in found})
-    whole: dict[tuple[str, str], Tensor] = {}
+    whole: dict[tuple[str, str], nn.Parameter] = {}
     if run.mesh.lead:
         parts = arch.parts(model)
         for name in names:
             parameter = parts.find(*name)
             if most is None or parameter.numel() <= most or name[1].endswith(VOCABULARY):
-                whole[name] = value(parameter)
-    told = from_lead({n: (tuple(t.shape), float(t.abs().max())) for n, t in whole.items()})
+                whole[name] = parameter
+    told = from_lead({n: (tuple(p.shape), float(theirs(p).abs().max())) for n, p in whole.items()})
     least = max((size for _, size in told.values()), default=0.0) * floor
     found: dict[int, float] = {}
     for name, (shape, size) in told.items():
         for some in _slabs(name[1], shape):
             slab = (
-                whole[name][..., some].contiguous()
+                theirs(whole[name])[..., some].contiguous()
                 if name in whole
                 else torch.empty(_cut(shape, some), dtype=run.dtype, device=run.mesh.device)
             )

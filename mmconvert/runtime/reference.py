@@ -3,63 +3,46 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 import transformers
 from torch import Tensor
 
 from mmconvert.causes.quantised import quantised
-from mmconvert.errors import CheckpointError, FormatError, MMConvertError, TensorError
 from mmconvert.formats.hf.folder import open_hf
-from mmconvert.runtime.batch import Batch
+from mmconvert.runtime.batch import Batch, appended
 from mmconvert.runtime.families import Architecture
+from mmconvert.runtime.hfweights import Weights, qwen_name
 
 
 def load_reference(
     arch: Architecture, hf_dir: Path, dtype: torch.dtype, device: torch.device
-) -> Any:  # noqa: ANN401 - transformers' model
-    """The whole model, as transformers loads it.
+) -> tuple[Any, Weights]:
+    """Transformers' model and its weights, of which the inner layers' stay in their files.
 
     Raises:
         CheckpointError: weights are missing, damaged, or of another model.
     """
     stored = open_hf(hf_dir)  # clear errors for missing and truncated files
-    weights = [t for name, t in stored.tensors().items() if name.endswith(".weight")]
-    if (fault := quantised(stored.tensors().values(), weights, stored.config)) is not None:
+    tensors = stored.tensors()
+    weights = [t for name, t in tensors.items() if name.endswith(".weight")]
+    if (fault := quantised(tensors.values(), weights, stored.config)) is not None:
         raise fault
-    try:
-        model = (
-            _native_intern(arch, hf_dir, dtype) if arch.intern else _pretrained(arch, hf_dir, dtype)
-        )
-    except MMConvertError:
-        raise
-    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FormatError(
-            f"{hf_dir}: transformers cannot load it: {reason}", "a whole model"
-        ) from None
-    return model.to(device).eval()
+    text = arch.text_config
+    heads, groups = text.num_attention_heads, text.num_key_value_heads
 
+    def intern(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+        return native_names(name, tensor, heads, groups)
 
-def _pretrained(arch: Architecture, hf_dir: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 - as above
-    model, found = arch.model_class().from_pretrained(
-        hf_dir, config=arch.config, dtype=dtype, output_loading_info=True, local_files_only=True
-    )
-    missing = sorted(found["missing_keys"])
-    if arch.tied:
-        missing = [name for name in missing if not name.endswith("lm_head.weight")]
-    wrong = sorted(found["mismatched_keys"])
-    if missing or wrong:
-        raise TensorError(
-            f"{hf_dir}: transformers finds no weights for "
-            f"{', '.join(map(str, [*missing, *wrong][:3]))}",
-            "all weights of the model",
-        )
-    return model
+    def qwen(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+        return [(qwen_name(name), tensor)]
+
+    model = arch.skeleton(dtype)
+    naming = intern if arch.intern else qwen
+    return model, Weights(arch, model, tensors, naming, dtype, device)
 
 
 def forward(arch: Architecture, model: Any, batch: Batch) -> Tensor:  # noqa: ANN401 - as above
@@ -72,16 +55,29 @@ def forward(arch: Architecture, model: Any, batch: Batch) -> Tensor:  # noqa: AN
     return model(**inputs, use_cache=False).logits
 
 
-def generate(arch: Architecture, model: Any, batch: Batch, most: int, stop: set[int]) -> list[int]:  # noqa: ANN401 - as above
-    """Greedy tokens by transformers' own ``generate``."""
-    config = transformers.GenerationConfig(
-        max_new_tokens=most, do_sample=False, pad_token_id=0, eos_token_id=sorted(stop) or None
-    )
-    model.generation_config = config  # the folder's own may sample, or penalise repetition
-    inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids)}
+def continued(arch: Architecture, model: Any, batch: Batch, said: Sequence[int]) -> Tensor:  # noqa: ANN401 - as above
+    """Logits (tokens, vocabulary) of the greedy tokens behind a prompt, as far as ``said`` agrees.
+
+    In one pass behind what was said; but a placeholder that the model says itself is a word, and
+    only transformers' ``generate`` takes it for one.
+    """
     with torch.no_grad():
-        out = model.generate(**inputs, **modal_inputs(arch, model, batch), generation_config=config)
-    return out[0, batch.ids.shape[1] :].tolist()
+        if not arch.places & set(said):
+            longer, position = batch, batch.positions.amax()
+            for token in said[:-1]:
+                position = position + 1
+                longer = appended(longer, token, position)
+            return forward(arch, model, longer)[0, -len(said) :].float()
+        config = transformers.GenerationConfig(
+            max_new_tokens=len(said), do_sample=False, pad_token_id=0, eos_token_id=None
+        )
+        model.generation_config = config  # the folder's own may sample, or penalise repetition
+        inputs = {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids)}
+        out = model.generate(
+            **inputs, **modal_inputs(arch, model, batch), generation_config=config,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        return torch.cat(out.logits).float()
 
 
 def modal_inputs(arch: Architecture, model: Any, batch: Batch) -> dict[str, Any]:  # noqa: ANN401 - HF's model
@@ -145,48 +141,6 @@ def _sound_inputs(batch: Batch) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- InternVL's original weights
-def _native_intern(arch: Architecture, hf_dir: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 - as above
-    """Original InternVL weights in transformers' native model, without remote code."""
-    model = arch.skeleton(dtype)
-    text = arch.text_config
-    state: dict[str, Tensor] = {}
-    for name, tensor in _stored(hf_dir):
-        for new, value in native_names(
-            name, tensor, text.num_attention_heads, text.num_key_value_heads
-        ):
-            if new in state:
-                raise TensorError(f"{hf_dir}: {new} is there twice", "each weight once")
-            state[new] = value.to(dtype)
-    if arch.tied:
-        state.setdefault(
-            "lm_head.weight", state.get("model.language_model.embed_tokens.weight", torch.empty(0))
-        )
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    wrong = [n for n in expected if n not in state or tuple(state[n].shape) != expected[n]]
-    wrong += [n for n in state if n not in expected]
-    if wrong:
-        raise TensorError(
-            f"{hf_dir}: {wrong[0]} does not fit config.json", "the model's own weights"
-        )
-    model.load_state_dict(state, strict=True, assign=True)
-    if arch.tied:
-        model.lm_head.weight = arch.parts(model).text.embed_tokens.weight
-    return model
-
-
-def _stored(hf_dir: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the weight files that count."""
-    by_file: dict[Path, list[str]] = {}
-    for tensor in open_hf(hf_dir).tensors().values():
-        by_file.setdefault(tensor.path, []).append(tensor.name)
-    for path, names in by_file.items():
-        if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path.name} is no safetensors file", "safetensors weights")
-        with safetensors.safe_open(path, framework="pt") as file:
-            for name in names:
-                yield name, file.get_tensor(name)
-
-
 # Original name -> native name, by prefix and by word (transformers' InternVL module tree).
 INTERN_WORDS = {
     "embeddings.class_embedding": "embeddings.cls_token",

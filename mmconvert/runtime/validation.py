@@ -13,12 +13,19 @@ from torch import Tensor, nn
 
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import reference
-from mmconvert.runtime.batch import Batch, appended, loss_sum
+from mmconvert.runtime.batch import Batch, loss_sum
 from mmconvert.runtime.engine import Engine
 from mmconvert.runtime.families import Architecture
+from mmconvert.runtime.hfweights import Weights
 from mmconvert.runtime.launch import Emit
 from mmconvert.runtime.mmfiles import Stored
-from mmconvert.runtime.parameters import compare_gradients, compare_weights, from_lead, gather
+from mmconvert.runtime.parameters import (
+    compare_gradients,
+    compare_weights,
+    from_lead,
+    gather,
+    sample,
+)
 from mmconvert.runtime.verdict import GRADIENTS, TOLERANCE, Check, Parting, Report
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,24 +55,30 @@ class Validation:
         run = engines.load(self.arch, self.stored, device, dtype)
         batch = self.batch.to(device)
         emit(f"loaded {run.mesh.stages} stages on {self.stored.world} processes, {device}")
+        sample(run)
         logits = run.logits([batch])[0]
         loss = run.train([batch])
         tokens = run.generate(batch, GREEDY, set(), lambda token: None)
         emit("computed; now transformers")
-        model = None
+        model = weights = None
         checks: list[Check] = []
         if run.mesh.lead:
-            model = reference.load_reference(self.arch, self.hf_dir, dtype, device)
+            model, weights = reference.load_reference(self.arch, self.hf_dir, dtype, device)
             checks = self._outputs(model, batch, logits, loss, tokens)
         checks = from_lead(checks)
         checks.append(self._gradients(run, model))
-        checks.append(self._weights(run, model))
+        checks.append(self._weights(run, model, weights))
         checks += self._void(run)
         parting = None
         if not all(check.passed for check in checks[:2]):
             emit("different; looking for the place")
             parting = find_parting(self.arch, run, model, batch, self._limit())
-        return Report(self.stored.layout.describe(), self.inputs, self.dtype, checks, parting)
+        notes = [
+            f"both sides read {self.hf_dir / 'config.json'}: a wrong number in it alone, "
+            "such as an epsilon or a rope_theta, makes no difference here"
+        ]
+        layout = self.stored.layout.describe()
+        return Report(layout, self.inputs, self.dtype, checks, parting, notes)
 
     def _limit(self) -> float:
         many = self.stored.layout.tp_folders > 1
@@ -94,8 +107,7 @@ class Validation:
             Check("loss", abs(loss - expected) / max(1.0, expected), limit,
                   f"{loss:.6f}, transformers {expected:.6f}"),
         ]  # fmt: skip
-        theirs = reference.generate(self.arch, model, batch, GREEDY, set())
-        checks.append(self._tokens(model, batch, tokens, theirs, limit * scale))
+        checks.append(self._tokens(model, batch, tokens, limit * scale))
         return checks
 
     def _tokens(
@@ -103,22 +115,20 @@ class Validation:
         model: Any,  # noqa: ANN401 - HF's model
         batch: Batch,
         ours: list[int],
-        theirs: list[int],
         slack: float,
     ) -> Check:
+        """The greedy tokens, one by one what transformers says behind those before it.
+
+        Until the first difference that is what it would generate itself, in one pass.
+        """
+        said = reference.continued(self.arch, model, batch, ours)
+        theirs = said.argmax(-1).tolist()
         same = next(
             (i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), GREEDY
         )
         if same == GREEDY:
             return Check("greedy tokens", 0.0, 0.0, f"{GREEDY} of {GREEDY} equal")
-        longer = batch
-        position = batch.positions.amax()
-        for token in theirs[:same]:
-            position = position + 1
-            longer = appended(longer, token, position)
-        with torch.no_grad():
-            last = reference.forward(self.arch, model, longer)[0, -1].float()
-        margin = float(last[theirs[same]] - last[ours[same]])
+        margin = float(said[same, theirs[same]] - said[same, ours[same]])
         note = f"token {same}: {ours[same]}, transformers {theirs[same]}"
         if margin <= 2 * slack:  # both logits may be off by the tolerance
             return Check("greedy tokens", 0.0, 0.0, f"{note}, a tie: {margin:.1e} apart")
@@ -135,9 +145,10 @@ class Validation:
             f"{len(found)} parameters; most at {name}",
         )
 
-    def _weights(self, run: Engine, model: Any) -> Check:  # noqa: ANN401 - HF's model
+    def _weights(self, run: Engine, model: Any, weights: Weights | None) -> Check:  # noqa: ANN401 - HF's model
         """Every parameter, used by these inputs or not."""
-        found = compare_weights(self.arch, run, model)
+        theirs = None if weights is None else weights.value
+        found = compare_weights(self.arch, run, model, theirs)
         worst, name = max(found)
         note = f"{len(found)} parameters" + (f"; most at {name}" if worst else "")
         limit = self.tolerance or TOLERANCE[self.dtype, False]  # no sum is in them

@@ -77,7 +77,7 @@ def average(kind: str, micro_batches: Sequence[list[Tensor]]) -> Tensor:
 def by_hand(hf: Path, data: Path, kind: str) -> list[tuple[float, float, float]]:
     """(loss, rate, gradient norm) of each step, with transformers' model and torch's AdamW."""
     arch = architecture(hf)
-    model = reference.load_reference(arch, hf, torch.float32, torch.device("cpu"))
+    model = arch.model_class().from_pretrained(hf, config=arch.config, dtype=torch.float32).eval()
     feed = Feed(Speaker(arch, hf), read_samples([data], 0), SIZE, COUNT)
     named = list(model.named_parameters())
     plain = {name for name, p in named if p.dim() == 1 or name.endswith(".bias")}
