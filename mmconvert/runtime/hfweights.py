@@ -87,21 +87,27 @@ class Weights:
                 self._place(stored, naming)
         if arch.tied:  # before transformers looks for it
             self._parts.owner.lm_head.weight = self._parts.text.embed_tokens.weight
+        self._look_for_missing(model)
+        self._fill(model)
+        for layer in self._inner():
+            self._stream(layer)
+
+    def _look_for_missing(self, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if parameter not in self._made:
                 raise TensorError(
                     f"the Hugging Face folder has no weights for {name}", "all weights of the model"
                 )
-        inner = self._inner()
-        held = {p for layer in inner for p in layer.parameters()}
+
+    def _fill(self, model: nn.Module) -> None:
+        """Gives data to all but the inner layers."""
+        inner = {p for layer in self._inner() for p in layer.parameters()}
         for module in model.modules():
             for leaf, parameter in module._parameters.items():
-                if parameter is not None and parameter not in held:
+                if parameter is not None and parameter not in inner:
                     module._parameters[leaf] = self._resident(parameter)
             for leaf, buffer in module._buffers.items():
-                module._buffers[leaf] = None if buffer is None else buffer.to(device)
-        for layer in inner:
-            self._stream(layer)
+                module._buffers[leaf] = None if buffer is None else buffer.to(self._device)
 
     def _place(self, stored: StoredTensor, naming: Naming) -> None:
         """Finds the parameters that a stored tensor is for; buffers and others are left."""
