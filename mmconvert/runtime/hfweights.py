@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -43,8 +42,10 @@ def mapped(stored: StoredTensor) -> Tensor:
     count = prod(stored.shape)
     if stored.strides is not None:
         count = 1 + sum((n - 1) * s for n, s in zip(stored.shape, stored.strides, strict=True))
-    raw = np.memmap(stored.path, np.uint8, "c", stored.offset, (count * size,))
-    flat = torch.from_numpy(raw).view(dtype)
+    end = stored.offset + count * size
+    file = torch.from_file(str(stored.path), shared=False, size=end, dtype=torch.uint8)
+    raw = file[stored.offset :]
+    flat = (raw if stored.offset % size == 0 else raw.clone()).view(dtype)
     strides = stored.strides
     return flat.view(stored.shape) if strides is None else flat.as_strided(stored.shape, strides)
 
