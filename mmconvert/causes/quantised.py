@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -34,6 +35,12 @@ MARKS = {
     "weight_scales": "EETQ",
     "W_q": "HQQ",
 }
+# What stands beside weights or activations under the names of tools that are not listed above:
+# k_scale and v_scale of a KV cache, smooth_scale, weight_quantizer._amax ...
+SCALES = re.compile(
+    r"(?:[\w.]*\.)?(?:\w*quantizer\.\w+|(?:[qkv]|kv|kv_cache|weight|input|output|act|smooth|prob_output)"
+    r"_(?:scales?|scaling_factor|zero_points?|zeros|offset)|scaling_factor|zero_point)"
+)
 STATE = ".quant_state.bitsandbytes__"  # then nf4 or fp4
 METHODS = {"gptq": "GPTQ", "awq": "AWQ", "hqq": "HQQ", "aqlm": "AQLM", "eetq": "EETQ"}
 SECTIONS = 3  # how deep sections of config.json are looked through
@@ -118,7 +125,7 @@ def _mark(name: str) -> str | None:
     """Who writes such a name; "" if many do, None if it is no sign of quantisation."""
     if STATE in name:
         return f"bitsandbytes {name.rpartition(STATE)[2][:8]}, 4 bit"
-    return MARKS.get(name.rpartition(".")[2])
+    return MARKS.get(name.rpartition(".")[2], "" if SCALES.fullmatch(name) else None)
 
 
 def _by_dtype(dtypes: Collection[str], scaled: bool) -> str:

@@ -26,7 +26,8 @@ TIE = (
 MAX_CONFIG = 1 << 20  # bytes of an adapter_config.json
 # Part of a module's path that PEFT's tuners put in: what it wraps, and what it adds.
 _ADAPTER = re.compile(
-    r"(?:^|\.)(?:base_layer|lora_[A-Za-z_]+|hada_\w+|lokr_\w+|ia3_l|vera_lambda_\w|oft_[rs])(?:\.|$)"
+    r"(?:^|\.)(?:base_layer|lora_[A-Za-z_]+|hada_\w+|lokr_\w+|ia3_l|vera_lambda_\w|oft_[rs]"
+    r"|modules_to_save|original_module|token_adapter)(?:\.|$)"
 )
 # Words that wrappers put into names, and what they are.
 WRAPPERS = {

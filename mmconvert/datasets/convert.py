@@ -79,8 +79,8 @@ def convert_file(
         some = any(report.counts[kind] for kind in MEDIA)
         if report.counts["missing"] and not some and not none_found_is_ok:
             raise DatasetError(
-                f"{source}: none of the images of {report.counts['missing']} items is there, "
-                f"such as that of {report.examples['missing'][0]}",
+                f"{source}: items with images: {report.counts['missing']}, and none of the images "
+                f"is there, such as that of {report.examples['missing'][0]}",
                 "images below the folder that was given",
                 "check that folder, or give --skip-missing to write the items without an image",
             )
@@ -94,4 +94,5 @@ def _warn(report: Report, events: Events) -> None:
         count = report.counts[kind]
         if count:
             more = f"; and {count - SHOWN} more" if count > SHOWN else ""
+            words = words.replace("s ", " ", 1) if count == 1 else words  # 1 item, 2 items
             events.note(f"warning: {count} {words}: {'; '.join(report.examples[kind])}{more}")

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmconvert import converters
+from mmconvert.causes.folders import other_form
 from mmconvert.causes.tensors import unusable
 from mmconvert.converters.family import Family, mm_index
 from mmconvert.errors import CheckpointError, FormError
 from mmconvert.formats import manifest
-from mmconvert.formats.hf.folder import read_config
-from mmconvert.formats.mm.folder import open_mm
+from mmconvert.formats.hf.folder import has_weights, read_config
+from mmconvert.formats.mm.folder import is_mm, open_mm
 from mmconvert.names import TemplateIndex
 from mmconvert.stored import FLOATS, StoredTensor
 
@@ -66,6 +67,10 @@ def family_of(*folders: Path) -> Family:
     said = content.get("converter") if content else None
     if isinstance(said, str) and said in families:
         return families[said]
+    if has_weights(folders[0]):
+        read_config(folders[0])  # raises, as it is not there
+    if not is_mm(folders[0]) and (fault := other_form(folders[0])) is not None:
+        raise fault
     parts = open_mm(folders[0]).parts
     if (fault := mm_form_of(parts.values(), folders[0])) is not None:
         raise fault

@@ -189,7 +189,6 @@ def _ms(path: Path) -> Inspection:
 
 
 def _mm(path: Path) -> Inspection:
-    find_weights(path)  # a clear error for what is no checkpoint at all
     family = family_of(path)
     model, layout, parts = mm_model(family, path, ParallelConfig(), None, Options(), prefix="")
     side = mm_source(model.modules, model.dims, layout, parts)

@@ -179,9 +179,9 @@ def test_qwenvl_keeps_questions_apart_and_text_only_items(folder: Path) -> None:
     assert mode(folder / "out.json") == 0o640
     assert done.stdout.splitlines() == [
         "wrote out.json: 5 of 6 items",
-        "4 with an image, 1 text only, 1 left out, 1 questions kept apart from their image",
+        "4 with an image, 1 text only, 1 left out, 1 question kept apart from their image",
     ]
-    assert "warning: 1 items left out: their image is not there: item 2: coco/" in done.stderr
+    assert "warning: 1 item left out: their image is not there: item 2: coco/" in done.stderr
     assert "warning: 2 items in which <image> is left as it is" in done.stderr
 
 
@@ -260,6 +260,8 @@ def test_qwenvl_has_every_picture_and_names_what_it_cannot(
     assert ("cannot name" in done.stderr) == bool(others)
     assert json.loads(done.stdout)["text_only"] == 0
     if others:
+        told = qwenvl(given(folder, [item]), "--overwrite").stdout
+        assert "1 with videos or sounds, which stay in the item" in told
         qwenvl(given(folder, [item]), "--strict", "--overwrite", check=3)
 
 
@@ -295,7 +297,7 @@ def test_files_that_are_counted(folder: Path) -> None:
 def test_compat_says_what_the_script_does_not_read(folder: Path) -> None:
     lying(folder)
     done = mllm(given(folder, [asked("<video>\nQ", video="v.mp4"), *USUAL[:1]]), "--compat")
-    assert "warning: 1 items with files under keys that the reference does not read" in done.stderr
+    assert "warning: 1 item with files under keys that the reference does not read" in done.stderr
     assert output(folder)[0]["images"] == []
 
 
@@ -329,7 +331,7 @@ def test_any_root_for_qwenvl(folder: Path) -> None:
 def test_missing_images(folder: Path) -> None:
     none = given(folder, [USUAL[2], USUAL[2]])
     done = mllm(none, check=3)
-    assert "none of the images of 2 items is there" in done.stderr
+    assert "items with images: 2, and none of the images is there" in done.stderr
     assert not (folder / "out.json").exists()
     done = mllm(none, "--skip-missing")
     assert output(folder) == []

@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import mmconvert
 from commands import edit_index, edit_json, edit_rank, edit_single, read_single
 from hfgen import make_hf, nested_config, renamed
 from inprocess import HF, MM, call, to_hf, to_mm, to_other
+from mmconvert.errors import CheckpointError
 from mmread import INDEX
 
 MODEL = "qwen2vl-2b"
@@ -224,6 +226,16 @@ QUANTISED: Mapping[str, tuple[Callable[[str, Tensor], Tensors], Json, str]] = {
         {},
         "(msModelSlim)",
     ),
+    "scales of a cache": (
+        lambda base, w: {f"{base}.weight": w, f"{base}.k_scale": torch.ones(1)},
+        {},
+        "(with scales)",
+    ),
+    "scales of a tool that nobody knows": (
+        lambda base, w: {f"{base}.weight": w, f"{base}.weight_quantizer._amax": torch.ones(1)},
+        {},
+        "(with scales)",
+    ),
     "int8-bare": (integers(torch.int8), {}, "(bare integers: I8)"),
     "int32-bare": (integers(torch.int32), {}, "(bare integers: I32)"),
     "uint8-bare": (integers(torch.uint8), {}, "(bare integers: U8)"),
@@ -362,6 +374,19 @@ def test_an_adapter_alone(hf: Path, name: str, config: bool) -> None:
 def test_an_adapter_in_the_place_of_the_model(hf: Path) -> None:
     save_file(alone(hf), hf / "model.safetensors")
     says(converting(hf), "unmerged-adapter", hf, "(q_proj)")
+
+
+def test_modules_that_peft_trains_whole(hf: Path) -> None:
+    """Neither of the two copies may be dropped: one of them is what was trained."""
+    base = "model.embed_tokens"
+
+    def wrap(tensors: Tensors) -> None:
+        weight = tensors.pop(f"{base}.weight")
+        tensors[f"{base}.original_module.weight"] = weight
+        tensors[f"{base}.modules_to_save.default.weight"] = weight + 1
+
+    edit_single(hf, wrap)
+    says(converting(hf), "unmerged-adapter", hf, "embed_tokens", "merge")
 
 
 def test_lora_in_mm(mm: Path, plain: Path) -> None:
@@ -602,6 +627,20 @@ def test_an_index_beside_a_pickle(hf: Path, tmp_path: Path) -> None:
     to_mm(MODEL, hf, tmp_path / "mm")
 
 
+def test_a_part_of_the_model_in_front_of_the_index(tmp_path: Path) -> None:
+    """The file that is in the way is to go, and not the files of the index, which are the model."""
+    hf = make_hf(MODEL, tmp_path / "hf", shards=2, layers=2, vit_layers=2)
+    shutil.copy(hf / "model-00001-of-00002.safetensors", hf / "model.safetensors")
+    error = converting(hf)
+    assert "tensors that model.safetensors.index.json lists" in error["what"]
+    done = call("doctor", hf, "--json", check=3)
+    (found,) = json.loads(done.stdout)["findings"]
+    assert (found["id"], found["what"]) == ("partial-weight-file", error["what"])
+    assert found["command"] == f"mv {hf / 'model.safetensors'} {hf / 'model.safetensors'}.old"
+    (hf / "model.safetensors").rename(hf / "model.safetensors.old")
+    to_mm(MODEL, hf, tmp_path / "mm")
+
+
 def test_files_of_the_index_that_are_missing(tmp_path: Path) -> None:
     """Some are there: the index is right, and the others must be fetched."""
     hf = make_hf(MODEL, tmp_path / "hf", shards=2, layers=2, vit_layers=2)
@@ -636,3 +675,27 @@ def test_every_command_says_it(hf: Path, tmp_path: Path) -> None:
         assert "quantised checkpoint" in done.stdout, (words, done.stdout, done.stderr)
     done = call("Qwen2VLConverter", "hf_to_mm", HF, hf, MM, tmp_path / "x", "--dry_run", check=3)
     assert "quantised checkpoint" in done.stderr
+
+
+@pytest.mark.parametrize("tool", ["inspect", "verify", "diff", "roundtrip", "suggest"])
+def test_every_tool_says_what_a_folder_is(tool: str, plain: Path, tmp_path: Path) -> None:
+    """Not that it is no MM checkpoint, which nobody said."""
+    top = tmp_path / "all"
+    shutil.copytree(plain, top / "checkpoint-500")
+    more = {"verify": [plain], "diff": [plain], "suggest": ["--pp", "2"]}.get(tool, [])
+    done = call(tool, top, *more, check=3)
+    assert f"give {top / 'checkpoint-500'}" in done.stderr, done.stderr
+    (top / "checkpoint-500/config.json").unlink()
+    done = call(tool, top / "checkpoint-500", *more, check=3)
+    assert "has no config.json" in done.stderr, done.stderr
+
+
+def test_a_hugging_face_folder_in_the_place_of_mm(plain: Path, tmp_path: Path) -> None:
+    done = to_other(MODEL, plain, tmp_path / "out", check=3)
+    assert "it is a Hugging Face checkpoint: hf_to_mm reads it" in done.stderr
+
+
+def test_open_says_it_too(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "all/checkpoint-500")
+    with pytest.raises(CheckpointError, match=r"below it: checkpoint-500"):
+        mmconvert.open(tmp_path / "all")

@@ -176,10 +176,13 @@ def _show(outcome: Outcome) -> None:
     counts = outcome.report.counts
     parts = [f"{counts['images']} with an image", f"{counts['text_only']} text only"]
     parts += [f"{counts[k]} with {k}" for k in ("videos", "audios") if counts[k]]
+    if counts["media"]:
+        parts.append(f"{counts['media']} with videos or sounds, which stay in the item")
     if counts["missing"]:
         parts.append(f"{counts['missing']} left out")
     if counts["mended"]:
-        parts.append(f"{counts['mended']} questions kept apart from their image")
+        questions = "question" if counts["mended"] == 1 else "questions"
+        parts.append(f"{counts['mended']} {questions} kept apart from their image")
     print(f"wrote {outcome.output}: {outcome.written} of {outcome.read} items")
     print(", ".join(parts))
 

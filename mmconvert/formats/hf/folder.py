@@ -107,7 +107,7 @@ def read_config(folder: Path) -> dict[str, object]:
         raise _without_weights(folder) or CheckpointError(
             f"{folder} has no config.json",
             "a Hugging Face checkpoint folder",
-            "point --cfg.hf_config.hf_dir at the folder of the original model",
+            "give the folder of the original model, or download its config.json into this one",
         )
     return read_json_file(folder / "config.json")
 
@@ -127,7 +127,7 @@ def open_hf(folder: Path) -> HFCheckpoint:
         found = _indexed(folder, config, name)
     else:
         found = HFCheckpoint(folder, config, [_read(folder / name)], None)
-        _check_single(found.files[0])
+        check_single(found.files[0])
     read = frozenset({name, *(file.path.name for file in found.files)})
     return replace(found, notes=tuple(not_read(folder, read)), read=read)
 
@@ -143,7 +143,7 @@ def chosen(folder: Path, config: Mapping[str, object]) -> str:
         return name
 
 
-def _check_single(file: WeightFile) -> None:
+def check_single(file: WeightFile) -> None:
     """Raises TensorError for a single file that holds a part of the model alone, where an index
     beside it lists the whole: transformers would start the rest from random numbers.
     """

@@ -59,7 +59,7 @@ FILES: Mapping[str, re.Pattern[str]] = {
 FOLDERS: Mapping[str, re.Pattern[str]] = {
     DOWNLOADS: _words(r"\._+temp", r"\.(cache|huggingface|modelscope|hfd|locks|no_exist)"),
     TRAINING: _words(
-        r"(checkpoint|tmp-checkpoint)-\d+|(global_step|iter_)\d+|mp_rank_[\d_]+",
+        r"(tmp-)?(checkpoint|ckpt)-\w+|(global_step|iter_)\d+|mp_rank_[\d_]+",
         r"(pytorch_model|optimizer)_fsdp.*|(pytorch_model|optimizer)_\d+",
         r"runs|wandb|tensorboard|tb_logs|lightning_logs|mlruns|swanlog|logs",
     ),

@@ -50,6 +50,13 @@ class MMCheckpoint:
     ep_size: int = 1
 
 
+def is_mm(root: Path) -> bool:
+    """Whether a path has the signs of an MM checkpoint: a tracker file, or rank folders."""
+    if not root.is_dir():
+        return False
+    return (root / TRACKER).is_file() or any(parse_folder(path.name) for path in root.iterdir())
+
+
 def find_weights(root: Path) -> tuple[Path, str]:
     """The folder of rank folders, and the iteration that it holds (``release`` or a number).
 
@@ -81,7 +88,9 @@ def find_weights(root: Path) -> tuple[Path, str]:
     raise other_form(root, "mm") or CheckpointError(
         f"{root} has neither {TRACKER} nor mp_rank_* folders",
         f"an MM checkpoint: {TRACKER} with release/ or iter_N/",
-        "check the path; training writes below its --save folder",
+        "it is a Hugging Face checkpoint: hf_to_mm reads it"
+        if (root / "config.json").is_file()
+        else "check the path; training writes below its --save folder",
     )
 
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmconvert.causes.folders import stale_index
-from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.errors import CheckpointError, FormatError, TensorError
 from mmconvert.formats.containers.safetensors import WeightFile, expected_size, read_weight_file
 from mmconvert.formats.hf import bin as hf_bin
 from mmconvert.formats.hf.choice import ADAPTER, INDEX, SINGLE
 from mmconvert.formats.hf.choice import weight_files as safetensors_files
-from mmconvert.formats.hf.folder import chosen, read_config, read_index
+from mmconvert.formats.hf.folder import check_single, chosen, read_config, read_index
 from mmconvert.names import number, summarise
 from mmconvert.tools.doctor.rankfiles import LFS, lfs_pointer
 from mmconvert.tools.doctor.report import Report
@@ -85,6 +85,8 @@ def weight_files(folder: Path, report: Report) -> tuple[list[WeightFile], bool]:
         )
     absent = [name for name in names if not (folder / name).is_file()]
     if name == SINGLE and (folder / INDEX).is_file():
+        if _is_partial(folder, report):
+            return [], False
         _index_not_read(folder / INDEX, report)
     if weight_map is not None and _is_stale(folder / name, names, report):
         return [], False
@@ -136,6 +138,24 @@ def _is_stale(index: Path, names: Sequence[str], report: Report) -> bool:
     return fault is not None
 
 
+def _is_partial(folder: Path, report: Report) -> bool:
+    """A single file that hides the files of the index: it alone is in the way."""
+    try:
+        check_single(read_weight_file(folder / SINGLE))
+    except TensorError as error:
+        report.add(
+            "partial-weight-file",
+            error.what,
+            error.fix,
+            path=folder / SINGLE,
+            command=_away(folder / SINGLE),
+        )
+        return True
+    except CheckpointError:  # said where the file is read
+        pass
+    return False
+
+
 def _index_not_read(index: Path, report: Report) -> None:
     report.add(
         "index-not-read",
@@ -159,12 +179,16 @@ def _absent(
     report: Report,
 ) -> None:
     for name in absent:
-        link = " (a link to nowhere)" if (folder / name).is_symlink() else ""
-        count = sum(file == name for file in weight_map.values())
+        path = folder / name
+        link = " (a link to nowhere)" if path.is_symlink() else ""
+        what = "is a folder, a pipe or a device" if path.exists() else f"is not there{link}"
+        inside = [tensor for tensor, file in weight_map.items() if file == name]
+        if weight_map:
+            what += f"; the index puts {number(inside, 'tensor')} into it "
+            what += f"({len(names) - len(absent)} of {len(names)} weight files are there)"
         report.add(
             "missing-weight-file",
-            f"{folder / name} is not there{link}; the index puts {count} tensors into it "
-            f"({len(names) - len(absent)} of {len(names)} weight files are there)",
+            f"{path} {what}",
             AGAIN,
             path=folder / name,
         )
@@ -239,7 +263,8 @@ def _index_fits(
 
 def _stray(folder: Path, stray: Sequence[str], indexed: bool, report: Report) -> None:
     if stray:
-        why = "the index does not name" if indexed else f"stand beside {SINGLE}"
+        stand = "stands" if len(stray) == 1 else "stand"
+        why = "the index does not name" if indexed else f"{stand} beside {SINGLE}"
         report.add(
             "stray-weight-file",
             f"{number(stray, 'weight file')} that {why}: {summarise(stray)}; not read here, but "

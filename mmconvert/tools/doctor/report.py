@@ -91,6 +91,7 @@ SEVERITY: dict[str, str] = {
     "missing-index": ERROR,
     "damaged-index": ERROR,
     "stale-index": ERROR,
+    "partial-weight-file": ERROR,
     "index-not-read": WARNING,
     "no-safetensors": ERROR,
     "missing-weight-file": ERROR,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from mmconvert.causes.folders import other_form
 from mmconvert.converters.family import Variant
 from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.formats.hf.folder import read_config
@@ -147,7 +148,7 @@ def suggest(folder: Path, expected: Goal) -> Suggestion:
         if size < 1:
             raise LayoutError(f"--{flag} is {size}", "a number of at least 1")
     if not is_hf(folder):
-        raise CheckpointError(
+        raise other_form(folder, "hf") or CheckpointError(
             f"{folder} {'has no config.json' if folder.is_dir() else 'is not a folder'}",
             "the folder of a Hugging Face checkpoint, or one with its config.json alone",
             "give that folder as HF_DIR",
