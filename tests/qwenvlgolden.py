@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
 from mmconvert.runtime.qwenvl import weights
 from mmconvert.runtime.qwenvl.model import QwenVL
@@ -76,3 +77,8 @@ def mindformers(model: QwenVL) -> dict[str, float]:
         ids = recorded(f"{name}_ids")
         found[name] = away(model(ids, keep=ids != PAD), f"{name}_logits") / LOGITS
     return found
+
+
+def yaml_of(text: str) -> dict[object, object]:
+    """A YAML file's content."""
+    return yaml.safe_load(text)

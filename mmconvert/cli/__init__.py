@@ -37,6 +37,7 @@ TOOLS = {
     "validate": "--mm_dir D --hf_dir H runs both and compares what they compute",
     "generate": "--mm_dir D --hf_dir H --prompt P answers, from pictures, videos and sounds too",
     "finetune": "--mm_dir D --hf_dir H --data F --save S trains on conversations",
+    "predict": "single YAML X.ckpt VOCAB IMAGE PROMPT 1, as MindFormers' Qwen-VL script has it",
     "data": "CONVERSION brings a dataset's annotations to the form that training reads",
     "convert_weight": "--model qwenvl --input_path HF --output_path X.ckpt, as MindFormers has it",
     "completion": "bash|zsh prints a script that completes these words in the shell",
@@ -45,10 +46,11 @@ TOOLS = {
 SCRIPTS = {
     "convert_weight": ["convert_weight"],
     "data_convert": ["data", "llava-to-qwenvl"],
+    "run_qwenvl_predict": ["predict"],
     "llava_instruct_2_mllm_demo_format": ["data", "llava-to-mllm"],
 }
 # These bring torch's process groups themselves, one process for each rank of the checkpoint.
-RUNTIME = ("validate", "generate", "finetune")
+RUNTIME = ("validate", "generate", "finetune", "predict")
 VERBS = {
     "hf_to_mm": (
         "HFToMM",
@@ -268,8 +270,9 @@ def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_top_help([AUTO, *converter_names()], list(MINDSPORE)))
         return 0 if words else 2
-    script = words[0].rpartition("/")[2] if words[0].endswith(".py") else words[0]
-    script_words = SCRIPTS.get(script.removesuffix(".py"), words[:1])
+    name, _, ending = words[0].rpartition(".")
+    script = name.rpartition("/")[2] if ending in ("py", "sh") else words[0]
+    script_words = SCRIPTS.get(script, words[:1])
     converter, rest = script_words[0], [*script_words[1:], *words[1:]]
     if converter in TOOLS:
         return _tool(converter, rest)

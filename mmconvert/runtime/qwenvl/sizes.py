@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mmconvert.errors import CheckpointError
 
@@ -83,6 +83,40 @@ class Sizes:
         found.check(where)
         return found
 
+    @staticmethod
+    def of_yaml(
+        content: Mapping[object, object], where: str, positions: Positions = "hub"
+    ) -> Sizes:
+        """From MindFormers' configuration; what is absent is as in its 9.6B model.
+
+        Raises:
+            CheckpointError: it has no section of the model, or a size makes no sense.
+        """
+        model = _part(_part(content, "model", where), "model_config", where)
+        vision, text = (
+            _part(_part(model, key, where), "model_config", where)
+            for key in ("vision_model", "llm_model")
+        )
+        hub = positions == "hub"
+        found = Sizes(
+            vocab=_count(text, "vocab_size", where, 151936),
+            hidden=_count(text, "hidden_size", where, 4096),
+            heads=_count(text, "num_heads", where, 32),
+            layers=_count(text, "num_layers", where, 32),
+            inner=_count(text, "intermediate_size", where, 11008),
+            width=_count(vision, "hidden_size", where, 1664),
+            vision_heads=_count(vision, "num_attention_heads", where, 16),
+            vision_layers=_count(vision, "num_hidden_layers", where, 48),
+            vision_inner=_count(vision, "intermediate_size", where, 8192),
+            side=_count(vision, "image_size", where, 448),
+            trained=_count(text, "seq_length", where, 2048),
+            ntk=hub,
+            logn=hub,
+            positions=positions,
+        )
+        found.check(where)
+        return found
+
     def check(self, where: str) -> None:
         """Raises CheckpointError for heads and patches that do not divide."""
         for name, size, parts in (
@@ -95,7 +129,14 @@ class Sizes:
                 raise CheckpointError(f"{where}: {name} is {size}", f"a multiple of {parts}")
 
 
-def _count(part: Mapping[str, object], key: str, where: str, default: int = 0) -> int:
+def _part(content: Mapping[Any, object], key: str, where: str) -> Mapping[Any, object]:
+    part = content.get(key)
+    if not isinstance(part, dict):
+        raise CheckpointError(f"{where} has no section {key}", "MindFormers' yaml of a Qwen-VL")
+    return part
+
+
+def _count(part: Mapping[Any, object], key: str, where: str, default: int = 0) -> int:
     value = part.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 24:
         raise CheckpointError(f"{where}: {key} is {value!r}", "a whole number above 0")
