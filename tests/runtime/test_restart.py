@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ import talking
 import tinyfamilies
 from cli import run_cli
 from commands import mm_to_hf, rank_files
-from mmconvert.errors import CheckpointError
+from mmconvert.errors import CheckpointError, OutputError
+from mmconvert.runtime import commands
+from mmconvert.runtime.beginning import Load
+from mmconvert.runtime.dataset import Data
+from mmconvert.runtime.journal import Line
+from mmconvert.runtime.samples import Source
+from mmconvert.runtime.training import Plan
 
 STEPS, HALF = 6, 3
 
@@ -125,3 +132,43 @@ def test_a_restart_with_other_frozen_parts_is_refused(tmp_path: Path) -> None:
     what = talking.plan(save, 2, frozen=("image_encoder",))
     with pytest.raises(CheckpointError, match="does not fit the parameters that learn"):
         talking.learn(mm, hf, data, what, resume=True)
+
+
+# ------------------------------------------------------------------------- what a restart says
+def said_by(mm: Path, hf: Path, data: Path, what: Plan, **more: Any) -> list[str]:
+    heard: list[str] = []
+    commands.finetune(
+        None, hf, Data((Source((data,)),)), what, "fp32", False,
+        lambda event: heard.append(str(event)), load=Load(mm, **more),
+    )  # fmt: skip
+    return heard
+
+
+@pytest.mark.slow
+def test_load_goes_on_from_an_iteration_and_says_what_has_changed(tmp_path: Path) -> None:
+    """Without optimizer state too: --freeze is written down in every checkpoint."""
+    hf = talking.make("qwen2_vl", tmp_path / "hf")
+    mm = tinyfamilies.convert("qwen2_vl", hf, tmp_path / "mm", "[4]", "[3]")
+    data, save = talking.write_data(tmp_path), tmp_path / "save"
+    what = replace(talking.plan(save, 4, save_every=1), save_optimizer=False)
+    whole = talking.learn(mm, hf, [data], what)
+    frozen = talking.plan(tmp_path / "other", 4, frozen=("image_encoder",))
+    heard = said_by(save, hf, data, frozen, iteration=2)
+    assert any("--freeze was [] and is ['image_encoder']" in line for line in heard)
+    assert any("no optimizer state" in line for line in heard)
+    assert "going on from iteration 2" in heard
+    # moments and schedule anew: the warm-up's first rate is 0, and the weights are those saved
+    again = talking.plan(tmp_path / "anew", 4)
+    lines: list[Line] = []
+    commands.finetune(
+        None, hf, Data((Source((data,)),)), again, "fp32", False,
+        lambda event: lines.append(event) if isinstance(event, Line) else None,
+        load=Load(save, 2, optimizer=False),
+    )  # fmt: skip
+    assert [(line.iteration, line.rate) for line in lines] == [(3, 0.0), (4, 1.5e-3)]
+    assert lines[0].loss == pytest.approx(whole[2][1], rel=1e-6)
+    # a folder with later iterations is not written into
+    with pytest.raises(OutputError, match="holds iter_0000003, later than"):
+        said_by(save, hf, data, talking.plan(save, 4), iteration=2)
+    with pytest.raises(CheckpointError, match="has no iteration 9"):
+        said_by(save, hf, data, talking.plan(tmp_path / "none", 4), iteration=9)
