@@ -157,6 +157,8 @@ def convert(
         not_copied=placed.not_copied,
     )
     about = {"kind": writer.name, **_about(source.model, result), **placed.about}
+    if source.iteration.isdigit() and source.format == writer.name:  # training goes on from there
+        about["iteration"] = int(source.iteration)
     inputs = [*_inputs(asked, writer), *source.inputs]
     return run.write(result, placed, about, inputs)
 

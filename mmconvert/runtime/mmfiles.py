@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmconvert import durable
 from mmconvert.errors import CheckpointError, FormatError, cannot_write
+from mmconvert.formats import manifest
 from mmconvert.formats.mm.folder import EXTRA_STATE, RANK_FILE, TRACKER, MMCheckpoint, open_mm
 from mmconvert.runtime.families import Architecture
 from mmconvert.sharding.layout import Layout, Rank
@@ -39,7 +40,7 @@ class Stored:
 
     Attributes:
         folder: the folder of the rank folders.
-        iteration: 0 for ``release``.
+        iteration: 0 for a ``release`` that was not resplit from one.
         layout: how it is divided.
     """
 
@@ -83,8 +84,16 @@ def find(mm_dir: Path, arch: Architecture) -> Stored:
             "as many folders as the largest tp size",
             "give the hf_dir of the model that this checkpoint was made from",
         )
-    number = 0 if checkpoint.iteration == "release" else int(checkpoint.iteration)
-    return Stored(checkpoint.folder, number, layout)
+    return Stored(checkpoint.folder, _iteration(checkpoint), layout)
+
+
+def _iteration(checkpoint: MMCheckpoint) -> int:
+    """The iteration of training; of a release, that of the checkpoint that was resplit to it."""
+    if checkpoint.iteration != "release":
+        return int(checkpoint.iteration)
+    content, _ = manifest.read(checkpoint.root)
+    found = (content or {}).get("iteration", 0)
+    return found if type(found) is int and found > 0 else 0
 
 
 def _layers(visual: Any) -> list[Any]:  # noqa: ANN401 - an encoder of any model

@@ -172,3 +172,25 @@ def test_load_goes_on_from_an_iteration_and_says_what_has_changed(tmp_path: Path
         said_by(save, hf, data, talking.plan(save, 4), iteration=2)
     with pytest.raises(CheckpointError, match="has no iteration 9"):
         said_by(save, hf, data, talking.plan(tmp_path / "none", 4), iteration=9)
+
+
+@pytest.mark.slow
+def test_iteration_and_schedule_survive_a_resplit(tmp_path: Path) -> None:
+    hf = talking.make("qwen2_vl", tmp_path / "hf")
+    mm = tinyfamilies.convert("qwen2_vl", hf, tmp_path / "mm", "[4]", "[3]")
+    data, save, other = talking.write_data(tmp_path), tmp_path / "save", tmp_path / "other"
+    what = talking.plan(save, 4, save_every=2)
+    whole = talking.learn(mm, hf, [data], what)
+    layout = ("--cfg.target_parallel_config.llm_pp_layers", "[1,3]")
+    layout += ("--cfg.target_parallel_config.vit_pp_layers", "[3,0]")
+    layout += ("--cfg.target_parallel_config.tp_size", "1")
+    where = ("--cfg.source_dir", save / "iter_0000002", "--cfg.target_dir", other)
+    run_cli("Qwen2VLConverter", "resplit", *where, *layout, check=0)
+    lines: list[Line] = []
+    commands.finetune(
+        None, hf, Data((Source((data,)),)), talking.plan(tmp_path / "rest", 4), "fp32", False,
+        lambda event: lines.append(event) if isinstance(event, Line) else None, load=Load(other),
+    )  # fmt: skip
+    assert [line.iteration for line in lines] == [3, 4]
+    assert [line.rate for line in lines] == [line[2] for line in whole[2:]]
+    assert lines[0].loss == pytest.approx(whole[2][1], rel=1e-6)
