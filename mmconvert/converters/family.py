@@ -305,6 +305,7 @@ def read_dims(
             raise CheckpointError(
                 f"config.json: {where} {' or '.join(keys)} is {value!r}",
                 f"a whole number from 1 to {limit}",
+                "take config.json from the model's page",
             )
         dims[dim] = value
     return dims
@@ -330,7 +331,11 @@ def section(config: Mapping[str, object], key: str) -> Mapping[str, object]:
     value = config.get(key)
     if not isinstance(value, dict):
         found = "is missing" if value is None else "is not an object"
-        raise CheckpointError(f"config.json: {key} {found}", f"an object {key} with its sizes")
+        raise CheckpointError(
+            f"config.json: {key} {found}",
+            f"an object {key} with its sizes",
+            "take config.json from the model's page",
+        )
     return value
 
 

@@ -223,3 +223,18 @@ def test_a_file_that_is_none_is_refused(text: str, expected: str, work: Work) ->
     flags = ("--cfg.model_json", str(work.folder / "bad.json"))
     done = to_mm("qwen2vl-2b", work.hf, out, *flags, check=2)
     assert expected in done.stderr
+
+
+@pytest.mark.parametrize("value", [-1, 0, True, "64", 64.0, 1 << 40])
+def test_sizes_that_no_model_has_are_refused(value: object, tmp_path: Path) -> None:
+    """In the words of the conversion, and with the way out."""
+    hf = make_hf("qwen2vl-2b", tmp_path / "hf", layers=2, vit_layers=2)
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps({**config, "num_hidden_layers": value}))
+    words = ("model_json", hf, "--output", tmp_path / "model.json", "--json")
+    error = json.loads(call(*words, check=3).stdout)
+    assert f"num_hidden_layers is {value!r}" in error["what"] and error["fix"]
+    assert not (tmp_path / "model.json").exists()
+    done = call("doctor", hf, "--json", check=3)
+    found = [f for f in json.loads(done.stdout)["findings"] if f["severity"] == "error"]
+    assert [(f["what"], f["fix"]) for f in found] == [(error["what"], error["fix"])]

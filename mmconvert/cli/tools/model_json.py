@@ -59,8 +59,11 @@ def run(words: list[str]) -> int:
     """Writes, and prints the script's flags."""
     asked = read_plain(Asked, words, "mm-convert model_json", TEXT)
     from mmconvert.formats.hf.folder import read_config
+    from mmconvert.formats.recognise import family_of
 
-    content = model_keys(read_config(asked.path))
+    config = read_config(asked.path)
+    family_of(asked.path).dims(config)  # sizes that no model has are refused as everywhere
+    content = model_keys(config)
     layout = _layout(asked, content)
     layout.check()
     content = with_layout(content, layout)

@@ -217,7 +217,10 @@ class Report:
     ) -> None:
         """Notes what a function of the converter refused, under its cause where it names one."""
         id = error.cause if isinstance(error, FormError) else id  # noqa: A001 - as above
-        self.add(id, error.what, fix or error.fix or error.expected, path=path, tensor=tensor)
+        fix = fix or error.fix
+        alone = error.expected and not fix
+        what = f"{error.what}; expected: {error.expected}" if alone else error.what
+        self.add(id, what, fix, path=path, tensor=tensor)
 
     def has(self, ids: Iterable[str]) -> bool:
         """Whether there is a finding of one of these ids."""
