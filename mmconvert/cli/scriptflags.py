@@ -6,7 +6,7 @@ cannot be honoured is refused by name: :mod:`mmconvert.cli.scripttable`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,6 +22,7 @@ from mmconvert.cli.scripttable import (
     STANDS_FOR,
 )  # fmt: skip
 from mmconvert.errors import LayoutError, RequestError
+from mmconvert.modeljson.compare import against_config
 from mmconvert.modeljson.file import ModelJson
 from mmconvert.sharding.layout import Layout
 
@@ -209,6 +210,25 @@ def check_layout(layout: Layout, model: ModelJson | None, script: Script) -> Non
             "one layout",
             "mm-convert resplit brings the checkpoint to another layout",
         )
+
+
+def check_sizes(model: ModelJson, config: Mapping[str, Any]) -> list[str]:
+    """Notes on values of model.json that config.json, which counts here, has otherwise.
+
+    Raises:
+        RequestError: sizes differ: it is another model's file.
+    """
+    found = [d for d in against_config(model, config) if not d.absent]
+    apart = [d for d in found if d.shape]
+    if apart:
+        more = f", and {len(apart) - 3} more" if len(apart) > 3 else ""
+        raise RequestError(
+            f"{model.path} is of another model: {'; '.join(d.what for d in apart[:3])}{more}",
+            "the sizes of config.json",
+            "mm-convert doctor --model_json lists what differs",
+        )
+    own = [d.what for d in found if d.key != "img_context_token_id"]
+    return [f"note: {model.path}: config.json counts: {'; '.join(own)}"] if own else []
 
 
 def needed(value: Path | None, flag: str, tool: str) -> Path:

@@ -31,12 +31,27 @@ ABSENT = {
 FROM_FLAGS = {"normalization", "kv_channels"}  # absent: the script, or hidden_size / heads
 
 
+# Of these, what decides the shapes of the checkpoint: where they differ it is another model.
+SHAPES = {
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+    "kv_channels", "vocab_size", "untie_embeddings_and_output_weights", "gated_linear_unit",
+    "input_size", "d_model", "num_mel_bins", "output_dim", "vit_hidden_size", "llm_hidden_size",
+    "in_channels", "patch_size", "temporal_patch_size", "spatial_merge_size", "qk_layernorm",
+}  # fmt: skip
+
+
 class Difference(NamedTuple):
     """A key of a model.json that is not as it should be."""
 
     key: str
     found: str
     expected: str
+    absent: bool = False
+
+    @property
+    def shape(self) -> bool:
+        """Whether it makes it another model's file."""
+        return self.key.rpartition(".")[2] in SHAPES
 
     @property
     def what(self) -> str:
@@ -76,14 +91,16 @@ def _differences(found: object, expected: Mapping[str, Any], where: str) -> Iter
             if key in given:
                 yield from _differences(given[key], cast("Mapping[str, Any]", value), path)
             else:
-                yield Difference(path, "missing", "a part of the model")
+                yield Difference(path, "missing", "a part of the model", absent=True)
         elif key in CHECKED and where:
             one = given.get(key, ABSENT.get(key))
             if one is None and key in FROM_FLAGS:
                 continue
             if one != value:
                 absent = "missing" + (f" (there: {one})" if one is not None else "")
-                yield Difference(path, str(one) if key in given else absent, str(value))
+                yield Difference(
+                    path, str(one) if key in given else absent, str(value), key not in given
+                )
 
 
 def against_layout(model: ModelJson, layout: Layout) -> list[Difference]:

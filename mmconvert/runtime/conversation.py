@@ -20,7 +20,7 @@ from mmconvert.runtime.inputs import assemble, audio_tokens
 from mmconvert.runtime.media import Media
 from mmconvert.runtime.pictures import open_picture
 from mmconvert.runtime.prepare import Prepare
-from mmconvert.runtime.samples import PLACE, Clip, Sample
+from mmconvert.runtime.samples import PLACE, Sample
 from mmconvert.runtime.template import Turn, line, template_of
 
 VIDEO = re.compile("<video>")
@@ -230,7 +230,7 @@ class Speaker:
         if sample.videos and self.arch.intern:
             sample = self._stills(sample, parts, tokens)
         elif sample.videos:
-            self._films(sample, parts, tokens, sounds)
+            self._films(sample, parts, tokens)
         tokens["audio"] = [audio_tokens(s.shape[1]) for s in sounds]
         empty = self.no_pixels()
         tensors = (
@@ -247,15 +247,12 @@ class Speaker:
         sample: Sample,
         parts: list[tuple[Tensor, Tensor]],
         tokens: dict[str, list[int]],
-        sounds: list[Tensor],
     ) -> None:
-        """Adds the frames of videos, and where they are to be heard, their sounds."""
+        """Adds the frames of videos."""
         for video in sample.videos:
             pixels, grid, count = self.media.video(self.media.frames(video))
             parts.append((pixels, grid))
             tokens["video"].append(count)
-            if self.prepare.sound_of_video and not sample.audios:
-                sounds.append(self.media.sound(video.path if isinstance(video, Clip) else video))
 
     def _stills(
         self, sample: Sample, parts: list[tuple[Tensor, Tensor]], tokens: dict[str, list[int]]

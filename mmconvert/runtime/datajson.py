@@ -21,7 +21,8 @@ from mmconvert.runtime.samples import KINDS, Columns, Source, listed
 IDLE_BASIC = {
     "cache_dir", "preprocessing_batch_size", "preprocessing_num_workers", "overwrite_cache",
     "tool_format", "packing", "neat_packing", "streaming", "preprocess_on_fly", "async_preprocess",
-    "async_preprocess_buffer_size", "return_type", "data_storage_mode", "val_dataset_dir",
+    "async_preprocess_buffer_size", "enable_thinking", "return_type", "data_storage_mode",
+    "val_dataset_dir",
 }  # fmt: skip
 IDLE_PREPROCESS = {
     "use_fast_tokenizer", "split_special_tokens", "image_resolution", "video_resolution",
@@ -141,13 +142,17 @@ def _huggingface(param: dict[str, Any], path: Path) -> DataJson:
         video_pixels=(pre.count("video_min_pixels", 256), pre.count("video_max_pixels", 65536)),
         video_rate=pre.take("video_fps", float, 2.0),
         video_frames=pre.count("video_maxlen", 128),
-        sound_of_video=pre.take("use_audio_in_video", bool, False),
         learn_questions=basic.take("train_on_prompt", bool, False),
         learn_last=basic.take("mask_history", bool, False),
-        thinking=basic.take("enable_thinking", bool, True),
     )
     if pre.count("audio_sampling_rate", 16000) != 16000:
         raise RequestError(f"{path}: audio_sampling_rate", "16000, as the audio encoder takes it")
+    if pre.take("use_audio_in_video", bool, False):
+        raise RequestError(
+            f"{path}: use_audio_in_video, the sound of a video between its frames, is not possible",
+            "sounds of their own",
+            'leave it out, and name the video in "audios" too, with <video><audio> in the question',
+        )
     check = basic.take("val_dataset", str, "")
     rate, limit = basic.take("val_rate", float, 0.0), basic.count("val_max_samples", 0)
     if not named:

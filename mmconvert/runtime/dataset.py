@@ -14,10 +14,11 @@ from mmconvert.errors import DatasetError, RequestError
 from mmconvert.runtime.batch import IGNORED, Batch, alike
 from mmconvert.runtime.checking import checked
 from mmconvert.runtime.conversation import Speaker
+from mmconvert.runtime.dialects import read_source
 from mmconvert.runtime.encoding import Encoder
 from mmconvert.runtime.inputs import joined
 from mmconvert.runtime.prepare import Prepare
-from mmconvert.runtime.samples import Sample, Source, read_source
+from mmconvert.runtime.samples import Sample, Source
 
 Order = Literal["epoch", "seed", "file", "once"]
 

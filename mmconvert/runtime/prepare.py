@@ -32,10 +32,8 @@ class Prepare:
             is scaled before the model's processor sees it. None: the processor alone decides.
         video_rate: frames a second that are taken.
         video_frames: frames of a video at most.
-        sound_of_video: the sound of a video goes to the audio encoder, too.
         learn_questions: what the user says is learnt, too.
         learn_last: only the last answer is learnt.
-        thinking: as the templates of later models want it; no effect here.
         length: tokens of a sample; longer ones are cut. 0: none is cut.
         tiling: of InternVL; None takes that of config.json.
         newline: the newline behind an answer in Qwen's template is learnt, as MindSpeed-MM does.
@@ -46,10 +44,8 @@ class Prepare:
     video_pixels: tuple[int, int] | None = None
     video_rate: float = 2.0
     video_frames: int = 16
-    sound_of_video: bool = False
     learn_questions: bool = False
     learn_last: bool = False
-    thinking: bool = True
     length: int = 0
     newline: bool = True
     tiling: Tiling | None = None

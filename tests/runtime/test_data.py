@@ -19,9 +19,10 @@ from mmconvert.runtime.batch import IGNORED, Batch
 from mmconvert.runtime.checking import checked
 from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.dataset import Data, Feed, Order, Share, read_samples, split
+from mmconvert.runtime.dialects import read_source
 from mmconvert.runtime.encoding import Encoder, nbytes
 from mmconvert.runtime.families import architecture
-from mmconvert.runtime.samples import Source, read_source
+from mmconvert.runtime.samples import Source
 from mmconvert.runtime.stage import pooled
 
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from mmconvert.cli.arguments import read_plain
-from mmconvert.cli.scriptflags import Script, check_layout, needed, read_script
+from mmconvert.cli.scriptflags import Script, check_layout, check_sizes, needed, read_script
 from mmconvert.cli.scripttable import DEFAULTS
+from mmconvert.cli.training import check, data_of, plan_of
 from mmconvert.config import MaybePath
-from mmconvert.errors import RequestError
 from mmconvert.modeljson.file import read_model_json
 from mmconvert.sharding.layout import Layout
 
 if TYPE_CHECKING:
     from mmconvert.runtime.beginning import Load
-    from mmconvert.runtime.dataset import Data
-    from mmconvert.runtime.training import Plan
 
 INTERRUPTED = 130
 
@@ -161,7 +159,7 @@ def run(words: list[str]) -> int:
     if script.given:
         script.fill(DEFAULTS)
     asked = read_plain(Finetuned, script.words, prog, f"{text}\n\nexample:\n  {example}")
-    _check(asked, script)
+    check(asked, script)
     from mmconvert.runtime import needs
 
     needs.require(asked.device)
@@ -170,6 +168,7 @@ def run(words: list[str]) -> int:
 
 def _train(asked: Finetuned, script: Script) -> int:
     """Trains, with torch at hand."""
+    from mmconvert.formats.hf.folder import read_config
     from mmconvert.runtime import commands
     from mmconvert.runtime.launch import leads
 
@@ -177,13 +176,14 @@ def _train(asked: Finetuned, script: Script) -> int:
         _tell(event, asked)
 
     model = read_model_json(script.model) if script.model is not None else None
-    hf_dir, data, notes = _data(asked)
+    hf_dir, data, notes = data_of(asked)
     evaluate = asked.eval_interval if data.check or data.rate else 0
     frozen = (*asked.freeze, *(model.frozen() if model is not None else ()))
     save = needed(asked.save, "--save", "finetune")
-    plan = _plan(asked, save, evaluate, frozen)
+    plan = plan_of(asked, save, evaluate, frozen)
+    sizes = check_sizes(model, read_config(hf_dir)) if model is not None else []
     if leads():
-        for note in (*script.notes(), *notes):
+        for note in (*script.notes(), *notes, *sizes):
             tell(note)
 
     def expected(layout: Layout) -> None:
@@ -231,63 +231,6 @@ def _beginning(asked: Finetuned) -> tuple[Path | None, Load | None]:
     return asked.mm_dir, Load(asked.load, asked.ckpt_step, not asked.no_load_optim)
 
 
-def _plan(asked: Finetuned, save: Path, evaluate: int, frozen: tuple[str, ...]) -> Plan:
-    """The flags as the runtime takes them."""
-    from mmconvert.runtime.optimizer import Recipe
-    from mmconvert.runtime.schedule import Schedule
-    from mmconvert.runtime.training import Plan
-
-    steps = asked.lr_decay_iters or asked.train_iters
-    warmup = asked.warmup_iters or asked.lr_warmup_fraction * steps
-    schedule = Schedule(
-        asked.lr, asked.min_lr, warmup, steps, asked.lr_warmup_init, asked.lr_decay_style
-    )
-    recipe = Recipe(
-        schedule, asked.weight_decay, asked.adam_beta1, asked.adam_beta2, asked.adam_eps,
-        asked.clip_grad, asked.use_distributed_optimizer,
-    )  # fmt: skip
-    kind = asked.loss_type
-    if asked.calculate_per_sample_loss or asked.calculate_per_token_loss:
-        kind = "per_token" if asked.calculate_per_token_loss else "per_sample"
-    return Plan(
-        save, asked.train_iters, None if asked.save_interval < 0 else asked.save_interval,
-        evaluate, asked.eval_iters, asked.log_interval, asked.micro_batch_size,
-        asked.global_batch_size // asked.micro_batch_size, asked.seed, frozen,
-        not asked.no_save_optim, recipe, kind, asked.order,
-        asked.recompute_granularity == "full", asked.data_parallel_size, asked.num_workers or 1,
-    )  # fmt: skip
-
-
-def _data(asked: Finetuned) -> tuple[Path, Data, tuple[str, ...]]:
-    """The Hugging Face folder, the data, and what is to be said of them."""
-    from mmconvert.runtime.datajson import read_data_json
-    from mmconvert.runtime.dataset import Data
-    from mmconvert.runtime.prepare import Prepare
-    from mmconvert.runtime.samples import Source
-
-    if asked.mm_data is None:
-        train, check = _files(asked.data), _files(asked.val_data)
-        data = Data(
-            (Source(train, asked.max_samples),),
-            (Source(check),) if check else (),
-            asked.val_rate,
-            Prepare(length=asked.seq_length, newline=not asked.skip_newline),
-            asked.strict,
-        )
-        return needed(asked.hf_dir, "--hf_dir", "finetune"), data, ()
-    found = read_data_json(asked.mm_data)
-    hf_dir = asked.hf_dir or found.hf_dir
-    if hf_dir is None:
-        raise RequestError(
-            f"{asked.mm_data} names no model folder", "model_name_or_path or from_pretrained",
-            "write it there, or give --hf_dir",
-        )  # fmt: skip
-    newline = not asked.skip_newline
-    prepare = replace(found.prepare, length=asked.seq_length, newline=newline)
-    data = Data(found.train, found.check, found.rate, prepare, asked.strict)
-    return hf_dir, data, found.notes
-
-
 def _interrupted(asked: Finetuned, how: str) -> int:
     from mmconvert.runtime.mmfiles import last_saved
 
@@ -302,66 +245,6 @@ def _interrupted(asked: Finetuned, how: str) -> int:
         print(json.dumps(told | {"exit_code": INTERRUPTED}))
     print(f"{what}; {fix}" if fix else what, file=sys.stderr)
     return INTERRUPTED
-
-
-def _files(listed: str) -> tuple[Path, ...]:
-    return tuple(Path(name.strip()) for name in listed.split(",") if name.strip())
-
-
-def _check(asked: Finetuned, script: Script) -> None:
-    """What is missing, and numbers that make no sense."""
-    needed(asked.mm_dir or asked.load, "--mm_dir (or --load)", "finetune")
-    needed(asked.save, "--save", "finetune")
-    if not asked.data and asked.mm_data is None:
-        raise RequestError("there is no data", "--data train.json, or --mm_data data.json")
-    if asked.data and asked.mm_data is not None:
-        raise RequestError("--data and --mm_data are both given", "one of them")
-    _check_numbers(asked)
-    pairs = (
-        ("calculate_per_sample_loss", "calculate_per_token_loss"),
-        ("warmup_iters", "lr_warmup_fraction"), ("mm_dir", "load"),
-    )  # fmt: skip
-    for one, two in pairs:
-        if getattr(asked, one) and getattr(asked, two):
-            raise RequestError(f"--{one} and --{two} are both given", "one of them")
-    if asked.global_batch_size % asked.micro_batch_size:
-        raise RequestError(
-            f"--global_batch_size {asked.global_batch_size} is no multiple of --micro_batch_size "
-            f"{asked.micro_batch_size}",
-            "whole micro-batches",
-        )
-    if not script.given:  # scripts evaluate where data.json has data for it
-        _check_evaluation(asked)
-
-
-def _check_numbers(asked: Finetuned) -> None:
-    """The bounds of each number for itself."""
-    least = {
-        "train_iters": 1, "save_interval": -1, "lr_decay_iters": 0, "data_parallel_size": 0,
-        "ckpt_step": 0, "eval_interval": 0, "eval_iters": 1, "max_samples": 0,
-        "log_interval": 0, "warmup_iters": 0, "micro_batch_size": 1, "global_batch_size": 0,
-        "seq_length": 0, "num_workers": 0,
-    }  # fmt: skip
-    for name, bound in least.items():
-        if getattr(asked, name) < bound:
-            raise RequestError(f"--{name} is {getattr(asked, name)}", f"at least {bound}")
-    for name in ("lr", "min_lr", "lr_warmup_init", "weight_decay", "adam_eps", "clip_grad"):
-        if not 0 <= getattr(asked, name) < float("inf"):
-            raise RequestError(f"--{name} is {getattr(asked, name)}", "a number of at least 0")
-    for name in ("adam_beta1", "adam_beta2", "val_rate", "lr_warmup_fraction"):
-        if not 0 <= getattr(asked, name) < 1:
-            raise RequestError(f"--{name} is {getattr(asked, name)}", "a number from 0 to 1")
-
-
-def _check_evaluation(asked: Finetuned) -> None:
-    """Evaluation needs data and an interval."""
-    if asked.val_data and asked.val_rate:
-        raise RequestError("--val_data and --val_rate are both given", "one of them")
-    if asked.eval_interval and not (asked.val_data or asked.val_rate):
-        raise RequestError("--eval_interval is given without data", "--val_data or --val_rate")
-    if (asked.val_data or asked.val_rate) and not asked.eval_interval:
-        given = "--val_data" if asked.val_data else "--val_rate"
-        raise RequestError(f"{given} is given without --eval_interval", "when to evaluate")
 
 
 def words_of(line: object, asked: Finetuned) -> str:
