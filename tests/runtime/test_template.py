@@ -1,0 +1,109 @@
+"""Ids and labels against the template that MindSpeed-MM trains Qwen models with.
+
+There, each turn is one text that is tokenised alone: the system text with its marks, a question
+with the marks around it and the start of the answer, an answer with its end and a newline
+(LLaMA-Factory's ``qwen2_vl``). What is learnt is the answer's text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import talking
+from mmconvert.runtime.batch import IGNORED
+from mmconvert.runtime.conversation import Speaker
+from mmconvert.runtime.families import architecture
+from mmconvert.runtime.prepare import Prepare
+from mmconvert.runtime.samples import Sample
+
+# How Qwen's tokenizer cuts a text before it merges: runs of newlines and of blanks are one piece.
+PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+AWKWARD = [
+    [("user", "Hello."), ("assistant", "Hi.")],
+    [("user", "\nHello"), ("assistant", "\nHi\n")],
+    [("user", "\n\n  Hello  "), ("assistant", "  Hi  \n\n")],
+    [("user", ""), ("assistant", "")],
+    [("user", "user\n"), ("assistant", "assistant\n")],
+    [("system", "\nBe brief.\n"), ("user", " a\n\n\nb "), ("assistant", "c")],
+    [("user", "one"), ("assistant", "1"), ("user", "\ntwo"), ("assistant", "\n2")],
+    [("user", "né漢字\u200d🙂"), ("assistant", "e\u0301\t\r\n")],
+    [("user", "a<|im_end|>b"), ("assistant", "c<|im_start|>d")],
+]
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose tokenizer has merges over newlines and blanks."""
+    folder = talking.make("qwen2_vl", tmp_path_factory.mktemp("template") / "hf")
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PIECES), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    words.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=1
+    )
+    words.train_from_iterator(["\n\n", "\n\n\n", "  ", "user\n\n", " a\n\n"] * 9, trainer)
+    words.add_special_tokens([AddedToken(mark, normalized=False) for mark in MARKS])
+    made: Any = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")
+    made.save_pretrained(folder)
+    return folder
+
+
+def by_template(tokenizer: Any, messages: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+    """(ids, labels) of the template, text by text."""
+    ids: list[int] = []
+    labels: list[int] = []
+
+    def add(text: str, *, learnt: bool) -> None:
+        found = tokenizer.encode(text, add_special_tokens=False)
+        ids.extend(found)
+        labels.extend(found if learnt else [IGNORED] * len(found))
+
+    if messages[0][0] != "system":
+        messages = [("system", "You are a helpful assistant."), *messages]
+    for role, text in messages:
+        if role == "system":
+            add(f"<|im_start|>system\n{text}<|im_end|>\n", learnt=False)
+        elif role == "user":
+            add(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", learnt=False)
+        else:
+            add(f"{text}<|im_end|>\n", learnt=True)
+    return ids, labels
+
+
+@pytest.mark.parametrize("messages", AWKWARD)
+def test_ids_and_labels_are_the_templates(messages: list[tuple[str, str]], hf: Path) -> None:
+    speaker = Speaker(architecture(hf), hf)
+    batch = speaker.batch(Sample(messages), answer=False)
+    ids, labels = by_template(speaker.tokenizer, messages)
+    assert batch.ids[0].tolist() == ids
+    assert batch.labels[0].tolist() == labels
+
+
+def test_the_newline_can_be_left_out_of_what_is_learnt(hf: Path) -> None:
+    speaker = Speaker(architecture(hf), hf, Prepare(newline=False))
+    batch = speaker.batch(Sample([("user", "a"), ("assistant", "b")]), answer=False)
+    learnt = batch.labels[0][batch.labels[0] != IGNORED].tolist()
+    assert speaker.tokenizer.decode(learnt) == "b<|im_end|>"
+
+
+def test_the_tokenizer_joins_what_the_template_joins(hf: Path) -> None:
+    """Else the awkward texts would show nothing."""
+    tokenizer = Speaker(architecture(hf), hf).tokenizer
+    joined = tokenizer.encode("user\n\nHello", add_special_tokens=False)
+    apart = [
+        *tokenizer.encode("user\n", add_special_tokens=False),
+        *tokenizer.encode("\nHello", add_special_tokens=False),
+    ]
+    assert joined != apart
