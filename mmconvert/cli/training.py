@@ -35,7 +35,7 @@ def check(asked: Finetuned, script: Script) -> None:
     Raises:
         RequestError: naming the flag.
     """
-    needed(asked.mm_dir or asked.load, "--mm_dir (or --load)", "finetune")
+    needed(asked.mm_dir or asked.load or asked.hf_dir, "--mm_dir (or --load)", "finetune")
     needed(asked.save, "--save", "finetune")
     if not asked.data and asked.mm_data is None:
         raise RequestError("there is no data", "--data train.json, or --mm_data data.json")
@@ -111,9 +111,10 @@ def data_of(asked: Finetuned) -> tuple[Path, Data, tuple[str, ...]]:
 
     if asked.mm_data is None:
         train, check = _files(asked.data), _files(asked.val_data)
+        folders = (asked.dataset_dir,) if asked.dataset_dir is not None else ()
         data = Data(
-            (Source(train, asked.max_samples),),
-            (Source(check),) if check else (),
+            (Source(train, asked.max_samples, folders),),
+            (Source(check, 0, folders),) if check else (),
             asked.val_rate,
             Prepare(length=asked.seq_length, newline=not asked.skip_newline),
             asked.strict,

@@ -15,11 +15,14 @@ from mmconvert.cli.scriptflags import Script, check_layout, check_sizes, needed,
 from mmconvert.cli.scripttable import DEFAULTS
 from mmconvert.cli.training import check, data_of, plan_of
 from mmconvert.config import MaybePath
+from mmconvert.errors import RequestError
 from mmconvert.modeljson.file import read_model_json
 from mmconvert.sharding.layout import Layout
 
 if TYPE_CHECKING:
     from mmconvert.runtime.beginning import Load
+    from mmconvert.runtime.dataset import Data
+    from mmconvert.runtime.training import Outcome, Plan
 
 INTERRUPTED = 130
 
@@ -30,7 +33,8 @@ class Finetuned:
 
     mm_dir: MaybePath = None
     """The MM checkpoint whose weights to start from; it trains in its own layout, one process for
-    each rank, or replicas of these."""
+    each rank, or replicas of these. Of Qwen-VL a .ckpt file or rank folders, in one process; not
+    given: the weights of hf_dir."""
     hf_dir: MaybePath = None
     """The Hugging Face folder with config.json, tokenizer and processor of the model."""
     data: str = ""
@@ -41,6 +45,13 @@ class Finetuned:
     """MindSpeed-MM's data.json, in place of --data, and of --hf_dir where it names that folder."""
     mm_model: MaybePath = None
     """MindSpeed-MM's model.json: what is frozen; its layer lists must be the checkpoint's."""
+    dataset_dir: MaybePath = None
+    """The folder that the paths in --data start from; also tried are the data file's own folder
+    and the working directory."""
+    vocab_file: MaybePath = None
+    """The tokenizer of Qwen-VL: qwen.tiktoken; not given: that in hf_dir."""
+    like: Literal["hub", "mindformers"] = "hub"
+    """Whose numbers Qwen-VL has where the two differ: position tables, tokens."""
     seq_length: int = 0
     """Tokens of a sample; longer ones are cut, or left out without --mm_data. 0: no limit."""
     strict: bool = False
@@ -171,6 +182,7 @@ def _train(asked: Finetuned, script: Script) -> int:
     from mmconvert.formats.hf.folder import read_config
     from mmconvert.runtime import commands
     from mmconvert.runtime.launch import leads
+    from mmconvert.runtime.qwenvl import answer
 
     def tell(event: object) -> None:
         _tell(event, asked)
@@ -189,12 +201,16 @@ def _train(asked: Finetuned, script: Script) -> int:
     def expected(layout: Layout) -> None:
         check_layout(layout, model, script)
 
-    start, load = _beginning(asked)
     try:
-        ended = commands.finetune(
-            start, hf_dir, data, plan, asked.dtype, asked.resume, tell,
-            expected if script.given else None, load,
-        )  # fmt: skip
+        if answer.serves(hf_dir):
+            ended = _qwenvl(asked, hf_dir, data, plan)
+        else:
+            needed(asked.mm_dir or asked.load, "--mm_dir (or --load)", "finetune")
+            start, load = _beginning(asked)
+            ended = commands.finetune(
+                start, hf_dir, data, plan, asked.dtype, asked.resume, tell,
+                expected if script.given else None, load,
+            )  # fmt: skip
     except KeyboardInterrupt:
         return _interrupted(asked, "interrupted") if leads() else INTERRUPTED
     code = INTERRUPTED if ended.stopped else 0
@@ -205,6 +221,23 @@ def _train(asked: Finetuned, script: Script) -> int:
     last = {"iteration": ended.iteration, "loss": ended.loss, "save": str(save)}
     print(json.dumps(last) if asked.json else f"done: loss {ended.loss:.6f}, {save}")
     return code
+
+
+def _qwenvl(asked: Finetuned, hf_dir: Path, data: Data, plan: Plan) -> Outcome:
+    """Trains a Qwen-VL, in this process."""
+    from mmconvert.runtime.qwenvl import answer, training
+
+    if asked.load is not None:
+        raise RequestError("Qwen-VL's checkpoints are no MM checkpoints", "--resume, not --load")
+    if asked.data_parallel_size > 1:
+        raise RequestError("Qwen-VL trains in one process", "no --data_parallel_size")
+    source = training.Source(
+        hf_dir, asked.mm_dir or hf_dir, asked.vocab_file or hf_dir / answer.RANKS, asked.like,
+        data.prepare.length, data.strict,
+    )  # fmt: skip
+    return training.finetune(
+        source, data, plan, asked.dtype, lambda event: _tell(event, asked), resume=asked.resume
+    )
 
 
 def _tell(event: object, asked: Finetuned) -> None:
