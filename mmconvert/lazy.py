@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmconvert.config import Options, ParallelConfig
-from mmconvert.errors import CheckpointError
 from mmconvert.executor.blockio import Region, Window, read_region
 from mmconvert.executor.fileio import open_files
-from mmconvert.formats.hf.folder import open_hf
-from mmconvert.formats.mm.model import mm_model
-from mmconvert.formats.mm.source import mm_source
-from mmconvert.formats.recognise import family_of, is_hf
-from mmconvert.formats.single import adapter_of, open_file
+from mmconvert.formats.look import look
 from mmconvert.loading import torch_tensor
-from mmconvert.plan.plan import Block, Whole, matrix
+from mmconvert.plan.plan import Whole, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 if TYPE_CHECKING:
@@ -32,7 +26,7 @@ class Tensors(Mapping[str, "Tensor"]):
     model's own layer numbers, each tensor put together from its ranks.
     """
 
-    def __init__(self, wholes: Mapping[str, Whole], stored: list[StoredTensor]) -> None:
+    def __init__(self, wholes: Mapping[str, Whole], stored: Sequence[StoredTensor]) -> None:
         self._wholes = wholes
         self._stored = stored
 
@@ -69,29 +63,10 @@ class Tensors(Mapping[str, "Tensor"]):
 
 
 def open_checkpoint(path: Path) -> Tensors:
-    """Opens a Hugging Face folder, an MM folder, an adapter's folder, or one weight file of any.
+    """Opens a checkpoint of any format, an adapter's folder, or one weight file of any.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    if path.is_file():
-        return _plain(open_file(path).tensors())
-    if is_hf(path):
-        return _plain(open_hf(path).tensors())
-    if (adapter := adapter_of(path)) is not None:
-        return _plain(open_file(adapter).tensors())
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not there", "a checkpoint's folder, or a rank file")
-    family = family_of(path)
-    model, layout, parts = mm_model(family, path, ParallelConfig(), None, Options(), prefix="")
-    side = mm_source(model.modules, model.dims, layout, parts)
-    return Tensors({key.name(): whole for key, whole in side.wholes.items()}, side.stored)
-
-
-def _plain(tensors: Mapping[str, StoredTensor]) -> Tensors:
-    """Tensors that are stored whole."""
-    wholes: dict[str, Whole] = {}
-    for number, (name, tensor) in enumerate(tensors.items()):
-        block = Block(number, 0, 0, 0, 0, *matrix(tensor.shape))
-        wholes[name] = Whole(tensor.shape, tensor.dtype, [[block]])
-    return Tensors(wholes, list(tensors.values()))
+    found = look(path)
+    return Tensors(found.wholes, found.stored)

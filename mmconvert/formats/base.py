@@ -16,8 +16,10 @@ from typing import ClassVar, Protocol
 from mmconvert.config import Options
 from mmconvert.converters.family import Family, Module
 from mmconvert.formats.containers.image import FileImage
+from mmconvert.formats.contents import Box
 from mmconvert.formats.model import Model
-from mmconvert.plan.plan import Key, Side, Whole
+from mmconvert.plan.plan import Block, Key, Side, Whole, matrix
+from mmconvert.sharding.layout import Layout
 from mmconvert.stored import StoredTensor, Target
 
 
@@ -152,12 +154,48 @@ class Placed:
     single: bool = False
 
 
-@dataclass(frozen=True)
-class Holder:
-    """One file, or one part of a rank, and the tensors in it, in the names that stand there."""
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What was seen.
 
-    name: str
-    tensors: Mapping[str, StoredTensor]
+    Attributes:
+        kind: as in JSON: the name of the format, or which kind of file it is.
+        title: the kind in words.
+        family: the family's name; "" if it is not known.
+        listing: every stored tensor.
+        wholes: tensors by name, each whole; their blocks refer to ``stored``.
+        stored: the tensors that the wholes are made of.
+        boxes: what each file, rank or model chunk holds.
+        unit: what a box is, in words.
+        iteration: of training, where it tells.
+        layout: of an MM checkpoint.
+        notes: what is worth knowing, in words.
+    """
+
+    kind: str
+    title: str
+    family: str
+    listing: Sequence[StoredTensor]
+    wholes: Mapping[str, Whole]
+    stored: Sequence[StoredTensor]
+    boxes: Sequence[Box]
+    unit: str = "file"
+    iteration: str = ""
+    layout: Layout | None = None
+    notes: Sequence[str] = ()
+
+
+def plain(
+    tensors: Iterable[tuple[str, StoredTensor]],
+) -> tuple[dict[str, Whole], list[StoredTensor]]:
+    """Tensors that are stored whole, by name."""
+    wholes: dict[str, Whole] = {}
+    stored: list[StoredTensor] = []
+    for name, tensor in tensors:
+        block = Block(len(stored), 0, 0, 0, 0, *matrix(tensor.shape))
+        wholes[name] = Whole(tensor.shape, tensor.dtype, [[block]])
+        stored.append(tensor)
+    return wholes, stored
 
 
 class Format(ABC):
@@ -183,6 +221,22 @@ class Format(ABC):
     @abstractmethod
     def recognise(self, path: Path) -> bool:
         """Whether a path is, by its looks, a checkpoint of this format; reads no tensors."""
+
+    @abstractmethod
+    def family(self, path: Path) -> Family | None:
+        """The family of a checkpoint's model; None where any names will do and none is known.
+
+        Raises:
+            CheckpointError: no family here serves it.
+        """
+
+    @abstractmethod
+    def look(self, path: Path) -> Look:
+        """What a checkpoint holds, in the names that stand there; no family need serve it.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
 
     @abstractmethod
     def open(self, path: Path, told: Opening) -> Stored:

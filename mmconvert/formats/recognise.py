@@ -14,6 +14,7 @@ from mmconvert.errors import CheckpointError, FormError
 from mmconvert.formats import manifest
 from mmconvert.formats.hf.folder import has_weights, read_config
 from mmconvert.formats.mm.folder import is_mm, open_mm
+from mmconvert.formats.registry import load, recognise
 from mmconvert.names import TemplateIndex
 from mmconvert.stored import FLOATS, StoredTensor
 
@@ -21,60 +22,80 @@ if TYPE_CHECKING:
     from mmconvert.converters.mindspore import MSFamily
 
 
-def is_hf(folder: Path) -> bool:
-    """Whether a folder is an HF checkpoint (else it is taken for an MM checkpoint)."""
-    return (folder / "config.json").is_file()
-
-
-def ms_family_of(folder: Path) -> MSFamily | None:
-    """The family of an HF checkpoint that has a MindSpore form; None if it has none.
+def hf_family(folder: Path) -> Family:
+    """The family of an HF checkpoint, by ``model_type`` of its config.json.
 
     Raises:
-        CheckpointError: config.json cannot be read.
+        CheckpointError: config.json cannot be read, or no family serves it.
     """
     kind = read_config(folder).get("model_type")
-    families = converters.ms_registry().values()
-    return next((f for f in families if isinstance(kind, str) and kind in f.model_types), None)
+    families = converters.registry()
+    for family in (*families.values(), *converters.ms_registry().values()):
+        if isinstance(kind, str) and kind in family.model_types:
+            return family
+    raise CheckpointError(
+        f"{folder / 'config.json'} is of model_type {kind!r}",
+        "one of " + ", ".join(sorted(t for f in families.values() for t in f.model_types)),
+    )
 
 
-def knows_all(family: Family, names: Iterable[str]) -> bool:
-    """Whether a family's table knows every one of these MM names."""
-    index = mm_index(family.modules(family.variants[0]))
-    return all(index.find(name) for name in names)
-
-
-def family_of(*folders: Path) -> Family:
-    """The family of checkpoints that belong together: an HF folder among them tells it, else
-    the first MM folder's tensors.
+def mm_family(folder: Path) -> Family:
+    """The family of an MM checkpoint, by mmconvert.json, else by its tensors' names.
 
     Raises:
-        CheckpointError: no family here serves them.
+        CheckpointError: no family here serves it.
     """
-    families = converters.registry()
-    for folder in folders:
-        if is_hf(folder):
-            kind = read_config(folder).get("model_type")
-            for family in families.values():
-                if isinstance(kind, str) and kind in family.model_types:
-                    return family
-            other = ms_family_of(folder)
-            raise CheckpointError(
-                f"{folder / 'config.json'} is of model_type {kind!r}",
-                "one of " + ", ".join(sorted(t for f in families.values() for t in f.model_types)),
-                f"{other.name} goes to MindSpore: use {other.converter} hf_to_ms" if other else "",
-            )
-    content, _ = manifest.read(folders[0])
+    content, _ = manifest.read(folder)
     said = content.get("converter") if content else None
+    families = converters.registry()
     if isinstance(said, str) and said in families:
         return families[said]
-    if has_weights(folders[0]):
-        read_config(folders[0])  # raises, as it is not there
-    if not is_mm(folders[0]) and (fault := other_form(folders[0])) is not None:
+    if has_weights(folder):
+        read_config(folder)  # raises, as it is not there
+    if not is_mm(folder) and (fault := other_form(folder)) is not None:
         raise fault
-    parts = open_mm(folders[0]).parts
-    if (fault := mm_form_of(parts.values(), folders[0])) is not None:
+    parts = open_mm(folder).parts
+    if (fault := mm_form_of(parts.values(), folder)) is not None:
         raise fault
-    return by_names({name for part in parts.values() for name in part}, folders[0])
+    return by_names({name for part in parts.values() for name in part}, folder)
+
+
+def ms_family(names: Iterable[str]) -> MSFamily | None:
+    """The family whose table knows every one of MindSpore's names; None if there is none."""
+    names = list(names)
+    for family in converters.ms_registry().values():
+        index = mm_index(family.table(family.variants[0]))
+        if all(index.find(name) for name in names):
+            return family
+    return None
+
+
+def family_of(*paths: Path, naming: str = "mm") -> Family:
+    """The family of checkpoints that belong together: a Hugging Face folder among them tells it,
+    else the first one's tensors.
+
+    Args:
+        naming: that its table must lead to; "" takes any.
+
+    Raises:
+        CheckpointError: no family here serves them, or only one that leads elsewhere.
+    """
+    kinds = {path: recognise(path) for path in paths}
+    path = next((path for path in paths if kinds[path] == "hf"), paths[0])
+    family = load(kinds[path] or "mm").family(path)
+    if family is None:
+        raise CheckpointError(
+            f"{path}: no family here knows these tensors", "a checkpoint of a known model"
+        )
+    if naming and family.naming != naming:
+        kind = read_config(path).get("model_type") if kinds[path] == "hf" else family.name
+        types = {t for f in converters.registry().values() for t in f.model_types}
+        raise CheckpointError(
+            f"{path / 'config.json'} is of model_type {kind!r}",
+            "one of " + ", ".join(sorted(types)),
+            f"{family.name} goes to MindSpore: use {family.converter} hf_to_ms",
+        )
+    return family
 
 
 def mm_form_of(parts: Iterable[Mapping[str, StoredTensor]], folder: Path) -> FormError | None:

@@ -43,7 +43,10 @@ def load(name: str) -> Format:
 
 def recognise(path: Path) -> str:
     """The name of the format that a path is a checkpoint of; "" if it looks like none."""
-    return next((name for name in names() if load(name).recognise(path)), "")
+    try:
+        return next((name for name in names() if load(name).recognise(path)), "")
+    except OSError:  # a folder that may not be listed
+        return ""
 
 
 @cache

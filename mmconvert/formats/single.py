@@ -14,19 +14,27 @@ from typing import NamedTuple
 from mmconvert import converters
 from mmconvert.converters.family import Family, hf_templates
 from mmconvert.errors import CheckpointError, MMConvertError
+from mmconvert.formats import contents
+from mmconvert.formats.base import Look, plain
 from mmconvert.formats.containers.ckpt import read_ckpt
 from mmconvert.formats.containers.ptfile import read_pt
-from mmconvert.formats.containers.safetensors import read_weight_file
+from mmconvert.formats.containers.safetensors import WeightFile, read_weight_file
 from mmconvert.formats.hf import bin as hf_bin
 from mmconvert.formats.hf.choice import ADAPTER, SAFETENSORS
-from mmconvert.formats.hf.folder import read_json_file
+from mmconvert.formats.hf.folder import HFCheckpoint, read_config, read_json_file
 from mmconvert.formats.mm.folder import part_names, rank_parts
-from mmconvert.formats.recognise import family_of, is_hf, knows_all
+from mmconvert.formats.recognise import family_of, ms_family
+from mmconvert.formats.registry import load, recognise
 from mmconvert.names import summarise
 from mmconvert.stored import StoredTensor
 
 HF_FILE, ADAPTER_FILE = "hf_weight_file", "adapter_file"
 MS_FILE, RANK_FILE = "ms_file", "mm_rank_file"
+TITLES = {
+    HF_FILE: "Hugging Face weight file",
+    ADAPTER_FILE: "adapter",
+    RANK_FILE: "MM rank file",
+}
 ADAPTER_CONFIG = "adapter_config.json"
 # Names that PEFT gives: base_model.model.MODULE.lora_A.weight, and others for its other methods.
 _LEARNED = re.compile(
@@ -83,9 +91,44 @@ def open_file(path: Path) -> WeightParts:
     return WeightParts(RANK_FILE, {name: parts[name] for name in part_names(path, parts)})
 
 
+def look(path: Path) -> Look:
+    """Looks at one file.
+
+    Raises:
+        FormatError: a damaged file, or one of no kind; CheckpointError: it cannot be read.
+    """
+    file = open_file(path)
+    if file.kind == MS_FILE:
+        return load("ms").look(path)
+    found, wholes = file.tensors(), plain(file.tensors().items())
+    if file.kind == RANK_FILE:
+        others = [key for key in read_pt(path).content if not str(key).startswith("model")]
+        notes = (f"beside the weights: {', '.join(map(str, others))}",) if others else ()
+        boxes = contents.of_rank_file(file.parts, converters.registry().values())
+        name, unit = "", "model chunk"
+    else:
+        family = family_of_file(path, found) if file.kind == HF_FILE else None
+        in_hf = family is not None and recognise(path.parent) == "hf"
+        config = read_config(path.parent) if in_hf else {}
+        weights = WeightFile(path, b"", {}, list(found.values()))
+        boxes = contents.of_hf(HFCheckpoint(path.parent, config, [weights], None), family)
+        notes, name, unit = file.notes, family.name if family else "", "file"
+    return Look(
+        kind=file.kind,
+        title=TITLES[file.kind],
+        family=name,
+        listing=list(found.values()),
+        wholes=wholes[0],
+        stored=wholes[1],
+        boxes=boxes,
+        unit=unit,
+        notes=notes,
+    )
+
+
 def adapter_of(folder: Path) -> Path | None:
     """The weight file of a folder that holds an adapter and no model; None for any other."""
-    if is_hf(folder) or not (folder / ADAPTER_CONFIG).is_file():
+    if recognise(folder) == "hf" or not (folder / ADAPTER_CONFIG).is_file():
         return None
     found = (
         p for p in sorted(folder.glob("adapter_model.*")) if p.suffix in (".safetensors", ".bin")
@@ -97,9 +140,9 @@ def family_of_file(path: Path, names: Collection[str]) -> Family | None:
     """The family of a Hugging Face weight file: by the config.json beside it, else by its names
     if only one family knows them all; None if neither tells.
     """
-    if is_hf(path.parent):
+    if recognise(path.parent) == "hf":
         try:
-            return family_of(path.parent)
+            return family_of(path.parent, naming="")
         except MMConvertError:
             return None
     fitting = [f for f in converters.registry().values() if names and _knows(f, names)]
@@ -140,7 +183,7 @@ def _base(folder: Path) -> str:
 
 def _of_mindspore(names: Iterable[str]) -> bool:
     """Whether a family that MindSpore has knows these names, as MindSpore spells them."""
-    return any(knows_all(family, names) for family in converters.ms_registry().values())
+    return ms_family(names) is not None
 
 
 def _is_zip(path: Path) -> bool:

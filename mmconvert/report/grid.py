@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mmconvert.formats.contents import Box
 from mmconvert.report.style import SHADES
 from mmconvert.report.svg import Drawing, width_of
 from mmconvert.sharding.layout import TP_FLAG, Chunk, Layout
-from mmconvert.tools.contents import Box
 from mmconvert.words import amount
 
 EDGE, GAP, PAD = 20, 3, 8  # pixels: around the picture, between cells, inside cells

@@ -11,7 +11,7 @@ from mmconvert.report.svg import Drawing
 from mmconvert.sharding.layout import GRID_FLAG
 from mmconvert.sharding.stages import show
 from mmconvert.stored import StoredTensor
-from mmconvert.tools.inspection import KINDS, UNITS, Inspection
+from mmconvert.tools.inspection import Inspection
 from mmconvert.words import amount
 
 
@@ -21,14 +21,14 @@ def title_of(found: Inspection, path: Path) -> str:
     name = path.name
     name = f"{path.parent.name}/{name}" if found.kind == "mm_rank_file" else name
     family = f", {found.family}" if found.family else ""
-    return f"{name}: {KINDS[found.kind]}{family}, {amount(found.nbytes)}"
+    return f"{name}: {found.title}{family}, {amount(found.nbytes)}"
 
 
 def inspect_drawing(found: Inspection, title: str) -> Drawing:
     """The picture that fits the kind."""
     if found.layout is not None:
         return layout_drawing(found.layout, found.boxes, title)
-    return stacks_drawing(found.boxes, title, UNITS[found.kind])
+    return stacks_drawing(found.boxes, title, found.unit)
 
 
 def inspect_svg(found: Inspection, path: Path) -> str:
@@ -41,7 +41,7 @@ def inspect_page(found: Inspection, path: Path, *, tensors: bool) -> str:
     """The whole page; ``tensors`` lists every stored tensor."""
     facts = {
         "path": str(path),
-        "kind": KINDS[found.kind],
+        "kind": found.title,
         "family": found.family,
         "parameters": f"{found.parameters:,}",
         "dtype": ", ".join(found.dtype),

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
+from mmconvert.formats.contents import WORDS, Box
 from mmconvert.sharding.layout import TP_FLAG, Chunk, Layout
 from mmconvert.sharding.stages import first_stage, flat, last_stage
-from mmconvert.tools.contents import WORDS, Box
 from mmconvert.words import amount, printable
 
 COLORS = {"vit": "cyan", "audio": "magenta", "llm": "green"}

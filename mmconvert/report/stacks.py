@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mmconvert.formats.contents import WORDS, Box
 from mmconvert.report.style import module_class
 from mmconvert.report.svg import Drawing, width_of
-from mmconvert.tools.contents import WORDS, Box
 from mmconvert.words import amount, printable
 
 EDGE, ROW, BAR = 20, 26, 420  # pixels: around the picture, of one place, of the longest bar

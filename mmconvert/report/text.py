@@ -30,7 +30,8 @@ def facts(side: Facts) -> str:
     """A checkpoint in one line."""
     more = f", iteration {side.iteration}" if side.iteration else ""
     dtypes = "/".join(side.dtypes)
-    return f"{printable(str(side.path))} ({KINDS[side.kind]}, {side.family}, {dtypes}{more})"
+    kind = KINDS.get(side.kind, side.kind)
+    return f"{printable(str(side.path))} ({kind}, {side.family}, {dtypes}{more})"
 
 
 def headline(found: Diff) -> str:

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmconvert.errors import OutputError
+from mmconvert.formats.contents import Box, Holding
 from mmconvert.report.chart import SPREAD, Bar, axis_for, bar_chart
 from mmconvert.report.files import write_report
 from mmconvert.report.grid import layout_drawing
 from mmconvert.report.stacks import stacks_drawing
 from mmconvert.report.svg import Drawing, width_of
 from mmconvert.sharding.layout import Chunk, Layout, Rank
-from mmconvert.tools.contents import Box, Holding
 from mmconvert.words import amount, printable, ranges
 
 NAMES = st.text(max_size=300)

@@ -82,10 +82,9 @@ def _show(found: Inspection, asked: Inspected) -> None:
     from rich.console import Console
 
     from mmconvert.report.picture import boxes_table, layout_table
-    from mmconvert.tools.inspection import KINDS, UNITS
 
     family = found.family or "unknown family"
-    print(f"{printable(str(asked.path), LONG)}: {KINDS[found.kind]}, {family}")
+    print(f"{printable(str(asked.path), LONG)}: {found.title}, {family}")
     print(
         f"{found.parameters:,} parameters, {'/'.join(found.dtype)}, {found.tensors} tensors, ",
         end="",
@@ -98,7 +97,7 @@ def _show(found: Inspection, asked: Inspected) -> None:
         sizes = {b.chunk: b.nbytes for b in found.boxes if b.chunk is not None}
         table = layout_table(found.layout, sizes=sizes, unicode=shows_blocks())
     elif found.boxes:
-        table = boxes_table(found.boxes, UNITS[found.kind], unicode=shows_blocks())
+        table = boxes_table(found.boxes, found.unit, unicode=shows_blocks())
     if table is not None:
         Console().print(table)
     if asked.tensors:

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mmconvert.converters.family import Module
+from mmconvert.converters.family import Family, Module
 from mmconvert.errors import CheckpointError, TensorError
-from mmconvert.formats import reading
-from mmconvert.formats.base import Format, Opening, Placed, Placing, Stored
+from mmconvert.formats import contents, reading
+from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, Stored, plain
 from mmconvert.formats.containers.image import FileImage, small
-from mmconvert.formats.hf.folder import HFCheckpoint
+from mmconvert.formats.hf.folder import HFCheckpoint, open_hf
 from mmconvert.formats.hf.model import hf_model
 from mmconvert.formats.hf.output import weight_images, with_dtype
 from mmconvert.formats.hf.side import hf_side, hf_target
 from mmconvert.formats.hf.sides import SideFiles, side_files
+from mmconvert.formats.recognise import hf_family
 from mmconvert.formats.registry import load
 from mmconvert.names import summarise
 from mmconvert.plan.plan import Side
@@ -62,6 +63,31 @@ class HuggingFace(Format):
     def recognise(self, path: Path) -> bool:
         """By config.json, which no other format has."""
         return (path / CONFIG).is_file()
+
+    def family(self, path: Path) -> Family:
+        """By model_type of config.json."""
+        return hf_family(path)
+
+    def look(self, path: Path) -> Look:
+        """Its weight files."""
+        checkpoint = open_hf(path)
+        try:
+            family = hf_family(path)
+        except CheckpointError:
+            family = None
+        found = checkpoint.tensors()
+        wholes, stored = plain(found.items())
+        return Look(
+            kind=self.name,
+            title="Hugging Face checkpoint",
+            family=family.name if family else "",
+            listing=list(found.values()),
+            wholes=wholes,
+            stored=stored,
+            boxes=contents.of_hf(checkpoint, family),
+            unit="weight file",
+            notes=checkpoint.notes,
+        )
 
     def open(self, path: Path, told: Opening) -> HFStored:
         """Every tensor has a row, stays in the folder, or is left out by name."""

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mmconvert.config import DeviceConfig, RankFolders
-from mmconvert.converters.family import Module
+from mmconvert.config import DeviceConfig, Options, RankFolders
+from mmconvert.converters import ms_registry
+from mmconvert.converters.family import Family, Module
 from mmconvert.converters.mindspore import MSFamily
 from mmconvert.errors import RequestError
-from mmconvert.formats.base import Described, Format, Opening, Placed, Placing, Stored
+from mmconvert.formats import contents
+from mmconvert.formats.base import Described, Format, Look, Opening, Placed, Placing, Stored
 from mmconvert.formats.containers.ckpt_layout import ckpt_image
 from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.containers.safetensors import safetensors_image
-from mmconvert.formats.mindspore.folder import is_ms, read_strategies
+from mmconvert.formats.mindspore.folder import is_ms, open_ms, read_strategies
 from mmconvert.formats.mindspore.layouts import (
     GivenLayout,
     by_strategy,
@@ -32,6 +34,7 @@ from mmconvert.formats.mindspore.model import (
 from mmconvert.formats.mindspore.output import METADATA, Destination, rank_path, strategy_images
 from mmconvert.formats.mindspore.side import Spread, device_target, whole_spread
 from mmconvert.formats.model import Model
+from mmconvert.formats.recognise import ms_family
 from mmconvert.plan.plan import Side
 from mmconvert.plan.sizes import check_agreement
 from mmconvert.sharding.devices import DeviceLayout
@@ -84,6 +87,30 @@ class MindSpore(Format):
     def claims(self, layout: object) -> bool:
         """Parallel sizes divide by a family's table; strategy files and one file need none."""
         return isinstance(layout, DeviceConfig) and _sizes(layout) != DeviceConfig()
+
+    def family(self, path: Path) -> Family | None:
+        """By the tensors' names. Where no family knows them, names alone will do."""
+        return ms_family([name for part in open_ms(path).parts for name in part])
+
+    def look(self, path: Path) -> Look:
+        """Its file, or its ranks; its wholes put together as the strategy files say."""
+        model = ms_model(path, None, Options())
+        side, single = model.side(), path.is_file()
+        files = model.checkpoint.parts
+        found = [tensor for part in files for tensor in part.values()]
+        family = ms_family(tensor.name for tensor in found)
+        parts = {path.name if single else f"rank_{n}": part for n, part in enumerate(files)}
+        return Look(
+            kind="ms_file" if single else self.name,
+            title="MindSpore file" if single else "MindSpore checkpoint",
+            family=family.name if family else "",
+            listing=found,
+            wholes={key.name(): whole for key, whole in side.wholes.items()},
+            stored=side.stored,
+            boxes=contents.of_rank_file(parts, ms_registry().values()),
+            unit="file" if single else "rank",
+            notes=model.notes,
+        )
 
     def open(self, path: Path, told: Opening) -> MSStored:
         """By the table of a family, or of any model by the names alone."""

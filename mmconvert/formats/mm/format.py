@@ -7,21 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mmconvert.config import ParallelConfig
-from mmconvert.converters.family import Module
+from mmconvert.config import Options, ParallelConfig
+from mmconvert.converters.family import Family, Module
 from mmconvert.errors import CheckpointError, RequestError
-from mmconvert.formats.base import Format, Opening, Placed, Placing, Stored
+from mmconvert.formats import contents
+from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, Stored
 from mmconvert.formats.containers.image import FileImage
-from mmconvert.formats.mm.folder import TRACKER, find_weights
+from mmconvert.formats.mm.folder import find_weights, is_mm
 from mmconvert.formats.mm.model import mm_model
 from mmconvert.formats.mm.output import rank_images
 from mmconvert.formats.mm.source import Parts, mm_source
 from mmconvert.formats.mm.target import mm_target
 from mmconvert.formats.model import target_layout, unchecked_units
+from mmconvert.formats.recognise import mm_family
 from mmconvert.plan.plan import Side
 from mmconvert.plan.reorder import reorder
 from mmconvert.plan.training import cautions
-from mmconvert.sharding.layout import Layout, parse_folder
+from mmconvert.sharding.layout import Layout
 from mmconvert.stored import Target
 
 
@@ -56,9 +58,29 @@ class MM(Format):
 
     def recognise(self, path: Path) -> bool:
         """By the tracker file, or rank folders."""
-        if not path.is_dir():
-            return False
-        return (path / TRACKER).is_file() or any(parse_folder(p.name) for p in path.iterdir())
+        return is_mm(path)
+
+    def family(self, path: Path) -> Family:
+        """By mmconvert.json, else by the tensors' names."""
+        return mm_family(path)
+
+    def look(self, path: Path) -> Look:
+        """Its ranks; its wholes under MM names with the model's own layer numbers."""
+        stored = self.open(path, Opening(mm_family(path), Options()))
+        model, layout = stored.model, stored.ranks
+        side = mm_source(model.modules, model.dims, layout, stored.parts)
+        return Look(
+            kind=self.name,
+            title="MM checkpoint",
+            family=model.family.name,
+            listing=[tensor for part in stored.parts.values() for tensor in part.values()],
+            wholes={key.name(): whole for key, whole in side.wholes.items()},
+            stored=side.stored,
+            boxes=contents.of_mm(model.modules, layout, stored.parts),
+            iteration=stored.iteration,
+            layout=layout,
+            notes=model.notes,
+        )
 
     def open(self, path: Path, told: Opening) -> MMStored:
         """The layout is read off the folder; what the user says of it must be so."""

@@ -17,10 +17,8 @@ from mmconvert.events import Events
 from mmconvert.executor.differences import place as place_of
 from mmconvert.executor.distance import NOTHING, Distance, distances, nbytes_of, pieces_of
 from mmconvert.executor.jobs import default_workers
-from mmconvert.formats.mm.folder import find_weights
 from mmconvert.formats.model import idle_patterns
 from mmconvert.formats.reading import steady
-from mmconvert.formats.recognise import is_hf
 from mmconvert.names import NO_LAYER, number
 from mmconvert.plan.plan import Block, Key, Whole, matrix
 from mmconvert.stored import StoredTensor
@@ -110,7 +108,7 @@ def _add_carried(a: Opened, b: Opened) -> list[str]:
         (side, [(Key(_hub_name(side, t), NO_LAYER), t) for t in side.model.carried])
         for side in (a, b)
     ]
-    if a.layout is None and b.layout is None:
+    if a.format == b.format == "hf":
         for side, carried in sides:
             for key, tensor in carried:
                 rows, cols = matrix(tensor.shape)
@@ -135,9 +133,7 @@ def _facts(side: Opened) -> Facts:
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     dtypes = tuple(sorted(sizes, key=lambda dtype: -sizes[dtype]))
     family = side.model.family.name
-    if side.layout is None:
-        return Facts(side.path, "hf" if is_hf(side.path) else "ms", family, dtypes)
-    return Facts(side.path, "mm", family, dtypes, find_weights(side.path)[1])
+    return Facts(side.path, side.format, family, dtypes, side.iteration)
 
 
 def _findings(found: Diff) -> list[str]:
@@ -190,7 +186,7 @@ class _Places:
 
     def _hf_names(self, key: Key, row: Row | None) -> tuple[str, ...]:
         for side in (self._a, self._b):
-            if side.layout is None:
+            if side.format == "hf":
                 numbers = dict.fromkeys(block.tensor for block in side.side.wholes[key].copies[0])
                 return tuple(side.side.stored[number].name for number in numbers)
         return tuple(row.hf_names(key.layer, key.expert)) if row else ()

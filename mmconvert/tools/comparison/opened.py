@@ -16,12 +16,16 @@ class Opened:
 
     Attributes:
         path: as it was given.
+        format: the name of its format.
         model: its table and sizes.
         side: its wholes, vision q, k and v interleaved.
-        layout: of an MM checkpoint; None for HF and MindSpore.
+        layout: of an MM checkpoint; None for others.
+        iteration: of training, where it tells.
     """
 
     path: Path
+    format: str
     model: Model
     side: Side
     layout: Layout | None
+    iteration: str

@@ -1,62 +1,94 @@
-"""Opens two checkpoints of one family, HF, MM or MindSpore, as sides of one comparison."""
+"""Opens two checkpoints of one model, of any formats, as sides of one comparison."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from mmconvert.config import Options, ParallelConfig
+from mmconvert.config import Options
+from mmconvert.converters.family import Dims, Family, Module, Variant
 from mmconvert.errors import CheckpointError
-from mmconvert.formats.hf.model import hf_model
-from mmconvert.formats.hf.side import hf_side
-from mmconvert.formats.mm.model import mm_model
-from mmconvert.formats.mm.source import Parts, mm_source
-from mmconvert.formats.model import Model
-from mmconvert.formats.recognise import family_of, is_hf
-from mmconvert.plan.reorder import reorder
+from mmconvert.formats.base import Opening, Stored
+from mmconvert.formats.registry import load, recognise
+from mmconvert.plan.plan import Side
 from mmconvert.sharding.layout import Layout
 from mmconvert.tools.comparison.opened import Opened
-from mmconvert.tools.comparison.pairing_ms import is_ms_pair, open_ms_pair
 
 
 def open_pair(a: Path, b: Path, options: Options) -> tuple[Opened, Opened]:
-    """Opens both. An HF checkpoint tells an MM one's sizes, and takes its structure.
+    """Opens both. A Hugging Face checkpoint tells the other's sizes, and takes its structure.
+    Where no family knows the names of either, a model of any kind will do: names are compared.
 
     Raises:
         CheckpointError: one cannot be read, or they are of two families.
     """
-    if is_ms_pair(a, b):
-        return open_ms_pair(a, b, options)
-    family, other = family_of(a), family_of(b)
-    if family.converter != other.converter:
-        raise CheckpointError(
-            f"{a} is a checkpoint of {family.name}, {b} of {other.name}", "two of one family"
-        )
-    hf = [hf_model(family, folder, options) if is_hf(folder) else None for folder in (a, b)]
-    hint = hf[0] or hf[1]
-    mm = [
-        None if model else mm_model(family, folder, ParallelConfig(), hint, options, prefix="")
-        for folder, model in zip((a, b), hf, strict=True)
-    ]
-    canonical = any(found[0].variant.canonical for found in mm if found)
-    left, right = (
-        _open_hf(path, one, canonical) if one else _open_mm(path, two)
-        for path, one, two in zip((a, b), hf, mm, strict=True)
-    )
+    kinds = [recognise(path) or "mm" for path in (a, b)]
+    family = _family((a, b), kinds)
+    told = Opening(family, options, claims=bool(family.converter))
+    found: dict[int, Stored] = {}
+    for number in sorted((0, 1), key=lambda i: kinds[i] != "hf"):
+        kind, path = load(kinds[number]), (a, b)[number]
+        hints = [stored.model for stored in found.values() if stored.format == "hf"]
+        like = hints[0] if hints and kind.name != "hf" else None
+        found[number] = kind.open(path, replace(told, like=like))
+    canonical = any(s.model.variant.canonical for s in found.values())
+    left, right = (_opened(found[number], canonical=canonical) for number in (0, 1))
     return left, right
 
 
-def _open_hf(path: Path, model: Model, canonical: bool) -> Opened:
-    """An HF checkpoint in the structure of the MM checkpoint that it is compared with."""
-    variant = replace(model.variant, canonical=canonical, vit_qkv="interleaved")
-    modules = model.family.table(variant)
-    side = hf_side(modules, model.dims, model.hf_tensors, transposed=True)
-    return Opened(path, replace(model, variant=variant, modules=modules), side, None)
+def _family(paths: tuple[Path, Path], kinds: list[str]) -> Family:
+    """The one family of both; one without a table if neither tells."""
+    found = [load(kind).family(path) for kind, path in zip(kinds, paths, strict=True)]
+    known = [family for family in found if family is not None]
+    if not known:
+        return any_family()
+    if known[0].converter != known[-1].converter:
+        a, b = paths
+        raise CheckpointError(
+            f"{a} is a checkpoint of {known[0].name}, {b} of {known[-1].name}", "two of one family"
+        )
+    for kind, path in zip(kinds, paths, strict=True):
+        if load(kind).naming not in ("", "hf", known[0].naming):
+            raise CheckpointError(
+                f"{path} is a {load(kind).title} checkpoint; {known[0].name} has no form there",
+                "two of one family",
+            )
+    return known[0]
 
 
-def _open_mm(path: Path, found: tuple[Model, Layout, Parts] | None) -> Opened:
-    assert found is not None  # noqa: S101 - narrows the type: what is not HF was opened as MM
-    model, layout, parts = found
-    side = mm_source(model.modules, model.dims, layout, parts)
-    side = reorder(side, model.modules, model.plain_modules, model.dims)
-    return Opened(path, model, side, layout)
+def _opened(stored: Stored, *, canonical: bool) -> Opened:
+    """One of the two; Hugging Face in the structure of the other."""
+    model, modules = stored.model, None
+    if stored.format == "hf":
+        variant = replace(model.variant, canonical=canonical, vit_qkv="interleaved")
+        modules = model.family.table(variant)
+        model = replace(model, variant=variant, modules=modules)
+    side: Side = stored.side(modules)
+    layout = stored.layout if isinstance(stored.layout, Layout) else None
+    return Opened(stored.path, stored.format, model, side, layout, stored.iteration)
+
+
+def any_family() -> Family:
+    """No table: every tensor goes by its own name."""
+
+    def no_dims(config: Mapping[str, object]) -> Dims:
+        del config
+        return {}
+
+    def no_modules(variant: Variant) -> tuple[Module, ...]:
+        del variant
+        return ()
+
+    def same(config: Mapping[str, object]) -> Mapping[str, object]:
+        return config
+
+    return Family(
+        name="",
+        converter="",
+        model_types=frozenset(),
+        dims=no_dims,
+        modules=no_modules,
+        text_config=same,
+        variants=(Variant(),),
+    )

@@ -13,7 +13,8 @@ from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.formats.hf.folder import read_config
 from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.model import Model
-from mmconvert.formats.recognise import family_of, is_hf
+from mmconvert.formats.recognise import family_of
+from mmconvert.formats.registry import recognise
 from mmconvert.plan.training import cautions
 from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
 from mmconvert.sharding.stages import StageGrid, first_stage, flat, show
@@ -147,7 +148,7 @@ def suggest(folder: Path, expected: Goal) -> Suggestion:
     for flag, size in {"pp": expected.pp, "vpp": expected.vpp}.items():
         if size < 1:
             raise LayoutError(f"--{flag} is {size}", "a number of at least 1")
-    if not is_hf(folder):
+    if recognise(folder) != "hf":
         raise other_form(folder, "hf") or CheckpointError(
             f"{folder} {'has no config.json' if folder.is_dir() else 'is not a folder'}",
             "the folder of a Hugging Face checkpoint, or one with its config.json alone",

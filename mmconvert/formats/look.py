@@ -1,0 +1,26 @@
+"""What a checkpoint is, from its headers: for looking at it and for reading single tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmconvert.errors import CheckpointError
+from mmconvert.formats.base import Look
+from mmconvert.formats.registry import load, recognise
+
+
+def look(path: Path) -> Look:
+    """Looks at a checkpoint of any format, at an adapter's folder, or at a single weight file.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    from mmconvert.formats import single
+
+    if path.is_file():
+        return single.look(path)
+    if (adapter := single.adapter_of(path)) is not None:
+        return single.look(adapter)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not there", "a checkpoint's folder, or a weight file")
+    return load(recognise(path) or "mm").look(path)
