@@ -25,15 +25,18 @@ from mmconvert.errors import (
 
 if TYPE_CHECKING:
     from mmconvert.api import (
+        convert_to,
         hf_to_mm,
+        hf_to_ms,
         inspect,
         load_rank,
         mm_to_hf,
+        ms_to_hf,
         open,  # noqa: A004 - its public name is mmconvert.open
         reshard,
         verify,
     )
-    from mmconvert.config import Options, ParallelConfig, Patterns
+    from mmconvert.config import Options, ParallelConfig, Patterns, RankFolders
 
 __version__ = version.VERSION
 
@@ -48,15 +51,19 @@ __all__ = [
     "OutputError",
     "ParallelConfig",
     "Patterns",
+    "RankFolders",
     "ReplicaError",
     "RequestError",
     "TensorError",
     "UnknownSizeError",
     "__version__",
+    "convert_to",
     "hf_to_mm",
+    "hf_to_ms",
     "inspect",
     "load_rank",
     "mm_to_hf",
+    "ms_to_hf",
     "open",
     "reshard",
     "verify",
@@ -67,7 +74,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module attribute can be a
     """Loads a public function when it is first asked for: ``import mmconvert`` stays cheap."""
     from importlib import import_module
 
-    if name in ("Options", "ParallelConfig", "Patterns"):
+    if name in ("Options", "ParallelConfig", "Patterns", "RankFolders"):
         return getattr(import_module("mmconvert.config"), name)
     if name in __all__:
         return getattr(import_module("mmconvert.api"), name)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmconvert import convert, converters, lazy
 from mmconvert.config import (
@@ -24,15 +24,14 @@ from mmconvert.config import (
     HFConfig,
     HFToMM,
     MMToHF,
-    OptionalHFConfig,
     Options,
     ParallelConfig,
-    Resplit,
+    RankFolders,
 )
 from mmconvert.converters.family import Family
 from mmconvert.errors import LayoutError
 from mmconvert.events import Events
-from mmconvert.formats import recognise
+from mmconvert.formats import recognise, registry
 from mmconvert.lazy import Tensors
 from mmconvert.result import Result
 from mmconvert.sharding.stages import parse_grid
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
 
 AnyPath = str | PathLike[str]
 AnyLayout = ParallelConfig | Mapping[str, Any] | None
+L = TypeVar("L")
 
 
 def parallel_config(layout: AnyLayout) -> ParallelConfig:
@@ -52,17 +52,30 @@ def parallel_config(layout: AnyLayout) -> ParallelConfig:
     Raises:
         LayoutError: an unknown key, or a list that is no stage grid.
     """
-    if isinstance(layout, ParallelConfig):
+    return layout_of(ParallelConfig, layout)
+
+
+def layout_of(form: type[L], layout: L | Mapping[str, Any] | None) -> L:
+    """A layout in a format's own class: from one, from a mapping with its keys, or from nothing.
+
+    Raises:
+        LayoutError: an unknown key, or a list that is no stage grid.
+    """
+    if isinstance(layout, form):
         return layout
-    given = dict(layout or {})
-    known = ParallelConfig.__dataclass_fields__
+    if layout is not None and not isinstance(layout, Mapping):
+        raise LayoutError(f"the layout is {layout!r:.200}", f"a {form.__name__}, or a mapping")
+    given: dict[str, Any] = dict(layout or {})
+    known = getattr(form, "__dataclass_fields__", {})
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise LayoutError(f"the layout has a key {unknown[0]}", f"keys among {', '.join(known)}")
     for key, value in given.items():
         if key.endswith("_pp_layers") and value is not None:
             given[key] = parse_grid(value, key)
-    return ParallelConfig(**given)
+    if isinstance(given.get("strategy"), str):
+        given["strategy"] = Path(given["strategy"])
+    return form(**given)
 
 
 def _family(converter: str | None, *folders: Path) -> Family:
@@ -119,38 +132,128 @@ def mm_to_hf(
     return convert.mm_to_hf(_family(converter, Path(hf_dir)), cfg, options, events)
 
 
+def hf_to_ms(
+    hf_dir: AnyPath,
+    ms_path: AnyPath,
+    layout: RankFolders | Mapping[str, Any] | None = None,
+    *,
+    converter: str | None = None,
+    options: Options | None = None,
+    events: Events | None = None,
+) -> Result:
+    """Hugging Face -> MindSpore: a file, or with a layout of several ranks a folder.
+
+    Raises:
+        MMConvertError: see :mod:`mmconvert.errors`; nothing is left under the final name.
+    """
+    return convert_to(
+        "ms", hf_dir, ms_path, layout, converter=converter, options=options, events=events
+    )
+
+
+def ms_to_hf(
+    ms_path: AnyPath,
+    hf_dir: AnyPath,
+    save_hf_dir: AnyPath,
+    *,
+    strategy: AnyPath | None = None,
+    converter: str | None = None,
+    options: Options | None = None,
+    events: Events | None = None,
+) -> Result:
+    """MindSpore -> Hugging Face, in the weight files and names of ``hf_dir``.
+
+    Args:
+        strategy: strategy file or folder of them, if not beside the rank folders.
+
+    Raises:
+        MMConvertError: see :mod:`mmconvert.errors`; nothing is left under the final name.
+    """
+    given = RankFolders(strategy=None if strategy is None else Path(strategy))
+    return convert_to(
+        "hf",
+        ms_path,
+        save_hf_dir,
+        hf_dir=hf_dir,
+        source_layout=given,
+        converter=converter,
+        options=options,
+        events=events,
+    )
+
+
 def reshard(
     source_dir: AnyPath,
     target_dir: AnyPath,
-    layout: AnyLayout = None,
+    layout: AnyLayout | RankFolders = None,
     *,
-    source_layout: AnyLayout = None,
+    source_layout: AnyLayout | RankFolders = None,
     hf_dir: AnyPath | None = None,
     converter: str | None = None,
     options: Options | None = None,
     events: Events | None = None,
 ) -> Result:
-    """MM -> MM in another layout. ``source_layout`` only asserts.
+    """MM -> MM, or MindSpore -> MindSpore, in another layout; an MM ``source_layout`` only asserts.
 
     Raises:
         MMConvertError: see :mod:`mmconvert.errors`; nothing is left under the final name.
     """
-    model = Path(hf_dir) if hf_dir is not None else None
-    cfg = Resplit(
-        source_dir=Path(source_dir),
-        target_dir=Path(target_dir),
-        source_parallel_config=parallel_config(source_layout),
-        target_parallel_config=parallel_config(layout),
-        hf_config=OptionalHFConfig(model),
+    kind = registry.recognise(Path(source_dir))
+    return convert_to(
+        "ms" if kind == "ms" else "mm",
+        source_dir,
+        target_dir,
+        layout,
+        source_layout=source_layout,
+        hf_dir=hf_dir,
+        converter=converter,
+        options=options,
+        events=events,
     )
-    folders = [path for path in (model, Path(source_dir)) if path is not None]
-    return convert.resplit(_family(converter, *folders), cfg, options, events)
+
+
+def convert_to(
+    to: str,
+    source: AnyPath,
+    target: AnyPath,
+    layout: object = None,
+    *,
+    source_layout: object = None,
+    hf_dir: AnyPath | None = None,
+    converter: str | None = None,
+    options: Options | None = None,
+    events: Events | None = None,
+) -> Result:
+    """Any format -> any format, those of other packages included.
+
+    Args:
+        to: the name of the target's format, such as ``hf``, ``mm`` or ``ms``.
+        layout: what to write: the format's own layout, or a mapping with its keys.
+        source_layout: what is known of the source's, in the same form.
+        hf_dir: the original model: needed to write Hugging Face, else a help with sizes.
+
+    Raises:
+        MMConvertError: see :mod:`mmconvert.errors`; nothing is left under the final name.
+    """
+    path, original = Path(source), None if hf_dir is None else Path(hf_dir)
+    start = registry.recognise(path) or "mm"
+    asked = convert.Request(
+        "resplit" if start == to else f"{start}_to_{to}",
+        convert.End(start, path, layout_of(registry.load(start).Layout, source_layout)),
+        convert.End(to, Path(target), layout_of(registry.load(to).Layout, layout)),
+        original=original,
+    )
+    if converter:
+        family = converters.load(converter)
+    else:
+        family = recognise.family_of(*(p for p in (original, path) if p is not None), naming="")
+    return convert.convert(family, asked, options, events)
 
 
 def verify(
     a: AnyPath, b: AnyPath, *, options: Options | None = None, events: Events | None = None
 ) -> verification.Verdict:
-    """Compares two checkpoints, HF or MM, in any two layouts of one family.
+    """Compares two checkpoints of any formats, in any two layouts of one family.
 
     Raises:
         MMConvertError: a checkpoint that cannot be read, or that lacks tensors of the other.
@@ -159,7 +262,7 @@ def verify(
 
 
 def inspect(path: AnyPath) -> inspection.Inspection:
-    """What an HF folder, an MM folder or a rank file is; reads headers only.
+    """What a checkpoint or a weight file is; reads headers only.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
@@ -168,7 +271,7 @@ def inspect(path: AnyPath) -> inspection.Inspection:
 
 
 def open(path: AnyPath) -> Tensors:  # noqa: A001 - read as mmconvert.open
-    """A lazy mapping of names to torch tensors over an HF folder, an MM folder or a rank file.
+    """A lazy mapping of names to torch tensors over a checkpoint or a weight file.
 
     Headers are read at once, a tensor's data when it is asked for. MM tensors come whole, put
     together from their ranks, under MM names with the model's own layer numbers.

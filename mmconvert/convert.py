@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from mmconvert.config import (
     DeviceConfig,
@@ -196,6 +197,12 @@ def _original(
     family: Family, asked: Request, options: Options, writer: Format
 ) -> tuple[Stored | None, Model | None]:
     """The original checkpoint, where the output is made like it; and its model."""
+    if writer.needs_original and asked.original is None and asked.source.format != writer.name:
+        raise RequestError(
+            f"{asked.command} needs the original checkpoint: its files, names and tokenizer",
+            "the folder of the original model",
+            "give --cfg.hf_config.hf_dir",
+        )
     if writer.needs_original:
         folder = asked.original or asked.source.path
         found = load(writer.name).open(folder, Opening(family, options))
@@ -342,6 +349,18 @@ def resplit(
         cfg=cfg,
     )
     return convert(family, asked, options, events)
+
+
+def between(command: str, cfg: Any) -> Request:  # noqa: ANN401 - made of the formats' flags
+    """The request of a verb such as hf_to_npy, between any two formats."""
+    first, _, second = command.partition("_to_")
+    return Request(
+        command,
+        End(first, cfg.source, cfg.source_layout, "--cfg.source_layout."),
+        End(second, cfg.target, cfg.target_layout, "--cfg.target_layout."),
+        original=cfg.hf_config.hf_dir,
+        cfg=cfg,
+    )
 
 
 def _ranks(sizes: DeviceConfig, more: RankFolders) -> RankFolders:

@@ -95,9 +95,15 @@ MS_VERBS = {
 
 def verbs_of(converter: str) -> dict[str, tuple[str, str, str]]:
     """The verbs of a converter: the class of their flags, what they do, an example."""
-    from mmconvert.converters import MINDSPORE
+    from mmconvert.converters import BUILT_IN, MINDSPORE, load
 
-    return MS_VERBS if converter in MINDSPORE else VERBS
+    if converter == AUTO:
+        return MS_VERBS | VERBS
+    if converter not in BUILT_IN and (
+        converter in MINDSPORE or load(converter).naming == "mindformers"
+    ):
+        return MS_VERBS
+    return VERBS
 
 
 def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
@@ -286,11 +292,26 @@ def _dispatch(words: list[str]) -> int:
         return 0 if rest else 2
     verb, flags = rest[0], rest[1:]
     verbs = verbs_of(converter)
-    if verb not in verbs:
-        raise _unknown("verb", verb, list(verbs), f"mm-convert {converter} -h")
-    from mmconvert.cli.conversions import convert
+    from mmconvert.cli.conversions import between, convert
 
-    return convert(converter, verb, flags)
+    if verb in verbs:
+        return convert(converter, verb, flags)
+    if (formats := _formats_of(verb)) is None:
+        raise _unknown("verb", verb, list(verbs), f"mm-convert {converter} -h")
+    return between(converter, verb, formats, flags)
+
+
+def _formats_of(verb: str) -> tuple[str, str] | None:
+    """The formats that a verb such as hf_to_npy goes between; None if it is no such verb, or one
+    between our own, which have verbs of their own.
+    """
+    from mmconvert.formats.registry import BUILT_IN, names
+
+    first, _, second = verb.partition("_to_")
+    known = names()
+    if first in known and second in known and not {first, second} <= BUILT_IN.keys():
+        return first, second
+    return None
 
 
 def _tool(name: str, words: list[str]) -> int:

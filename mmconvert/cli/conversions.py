@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import field, make_dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmconvert import config
-from mmconvert.cli import AUTO, verbs_of
-from mmconvert.cli.arguments import Command, read
+from mmconvert.cli import AUTO, MS_VERBS, verbs_of
+from mmconvert.cli.arguments import Command, normalise, read
 from mmconvert.cli.screen import screen_events
-from mmconvert.config import HFToMM, MMToHF, Resplit
+from mmconvert.config import OptionalHFConfig
 from mmconvert.words import amount
 
 if TYPE_CHECKING:
@@ -19,9 +21,48 @@ if TYPE_CHECKING:
 
 def convert(converter: str, verb: str, flags: list[str]) -> int:
     """Runs one conversion."""
-    form, text, example = verbs_of(converter)[verb]
+    form, text, example = _form(converter, verb, flags)
     prog = f"mm-convert {converter} {verb}"
     command = read(getattr(config, form), flags, prog, f"{text}.\n\nexample:\n  {prog} {example}")
+    run(converter, verb, command)
+    return 0
+
+
+def _form(converter: str, verb: str, flags: list[str]) -> tuple[str, str, str]:
+    """The class of a verb's flags, what it does, an example. Of ``resplit``, which two kinds of
+    checkpoints have, AutoConverter takes the one that fits the source.
+    """
+    if (converter, verb) == (AUTO, "resplit"):
+        from mmconvert.formats.registry import recognise
+
+        words = normalise(flags, config.MSResplit)
+        given = dict(pairwise(words))
+        given |= {
+            flag: value for flag, _, value in (word.partition("=") for word in words) if value
+        }
+        if recognise(Path(given.get("--cfg.source_dir", ""))) == "ms":
+            return MS_VERBS[verb]
+    return verbs_of(converter)[verb]
+
+
+def between(converter: str, verb: str, formats: tuple[str, str], flags: list[str]) -> int:
+    """Runs a conversion from or to a format of another package."""
+    from mmconvert.formats.registry import load
+
+    reader, writer = map(load, formats)
+    form = make_dataclass(
+        "Conversion",
+        [
+            ("source", Path),
+            ("target", Path),
+            ("hf_config", OptionalHFConfig, field(default_factory=OptionalHFConfig)),
+            ("source_layout", reader.Layout, field(default_factory=reader.Layout)),
+            ("target_layout", writer.Layout, field(default_factory=writer.Layout)),
+        ],
+        frozen=True,
+    )
+    prog = f"mm-convert {converter} {verb}"
+    command = read(form, flags, prog, f"{reader.title} -> {writer.title}.")
     run(converter, verb, command)
     return 0
 
@@ -46,26 +87,29 @@ def _converted(converter: str, verb: str, command: Command) -> Result:
     from mmconvert.executor import group
     from mmconvert.formats.recognise import family_of
 
-    direction = {
+    directions_of = {
         "hf_to_mm": directions.hf_to_mm,
         "mm_to_hf": directions.mm_to_hf,
         "hf_to_ms": directions.hf_to_ms,
         "ms_to_hf": directions.ms_to_hf,
         "resplit": directions.resplit,
-    }[verb]
-    auto = converter == AUTO
-    family = family_of(*_inputs(command.cfg)) if auto else converters.load(converter)
+    }
+    inputs = _inputs(command.cfg)
+    family = family_of(*inputs, naming="") if converter == AUTO else converters.load(converter)
     with screen_events(quiet=command.screen.quiet or not group.current().leads) as events:
-        return direction(family, command.cfg, command.options, events)
+        if verb in directions_of:
+            return directions_of[verb](family, command.cfg, command.options, events)
+        asked = directions.between(verb, command.cfg)
+        return directions.convert(family, asked, command.options, events)
 
 
-def _inputs(cfg: object) -> list[Path]:
+def _inputs(cfg: Any) -> list[Path]:  # noqa: ANN401 - one of many dataclasses
     """The input folders of a request, that of the original model first."""
-    if isinstance(cfg, Resplit):
-        return [path for path in (cfg.hf_config.hf_dir, cfg.source_dir) if path is not None]
-    if isinstance(cfg, (HFToMM, MMToHF)):
-        return [cfg.hf_config.hf_dir]
-    raise TypeError(f"no conversion request: {cfg!r}")
+    names = ("mm_dir", "ms_path", "source_dir", "source")
+    if isinstance(cfg, (config.HFToMM, config.HFToMS)):
+        names = ()
+    paths = [cfg.hf_config.hf_dir, *(getattr(cfg, name, None) for name in names)]
+    return [path for path in paths if path is not None]
 
 
 def _summary(verb: str, result: Result) -> str:

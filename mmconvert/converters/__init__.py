@@ -46,14 +46,12 @@ def load(converter: str) -> Family:
     return load_plugin(converter, entry)
 
 
-def load_ms(converter: str) -> MSFamily:
-    """The family of a converter of :data:`MINDSPORE`."""
-    return import_module(MINDSPORE[converter]).FAMILY
-
-
 def ms_registry() -> dict[str, MSFamily]:
     """All families whose other side is MindSpore, by converter name."""
-    return {name: load_ms(name) for name in MINDSPORE}
+    from mmconvert.converters.mindspore import MSFamily
+
+    everything = {name: load(name) for name in MINDSPORE} | _plugins()
+    return {name: f for name, f in everything.items() if isinstance(f, MSFamily)}
 
 
 def registry() -> dict[str, Family]:
@@ -61,8 +59,15 @@ def registry() -> dict[str, Family]:
 
     One of another package that cannot be loaded is left out, and noted in :data:`BROKEN`.
     """
+    everything = {name: load(name) for name in BUILT_IN} | _plugins()
+    return {name: f for name, f in sorted(everything.items()) if f.naming == "mm"}
+
+
+def _plugins() -> dict[str, Family]:
     found: dict[str, Family] = {}
-    for name in converter_names():
+    for name in third_party():
+        if name in BUILT_IN or name in MINDSPORE:
+            continue
         try:
             found[name] = load(name)
         except RequestError as error:

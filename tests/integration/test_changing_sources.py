@@ -144,7 +144,7 @@ def test_resplit_with_digests(tied_mm22: Path, tmp_path: Path, out: Path) -> Non
 @pytest.mark.parametrize("name", ["rank_1/checkpoint_1.ckpt", "strategy/ckpt_strategy_rank_0.ckpt"])
 def test_mindspore(name: str, tmp_path: Path, out: Path) -> None:
     """Weights of ranks, and their strategy files."""
-    family = converters.load_ms("QwenVLConverter")
+    family = converters.load("QwenVLConverter")
     hf, ranks = make_qwenvl(tmp_path / "hf"), tmp_path / "ranks"
     hf_to_ms(family, HFToMS(ranks, HFConfig(hf), parallel_config=DeviceConfig(model_parallel=2)))
     events = At("converting", lambda: written(ranks / name))
