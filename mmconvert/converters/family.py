@@ -255,6 +255,31 @@ def bound(modules: tuple[Module, ...], lists: Mapping[str, tuple[int, ...]]) -> 
     )
 
 
+def any_family() -> Family:
+    """No table: every tensor goes by its own name."""
+
+    def nothing(config: Mapping[str, object]) -> Dims:
+        del config
+        return {}
+
+    def no_modules(variant: Variant) -> tuple[Module, ...]:
+        del variant
+        return ()
+
+    def same(config: Mapping[str, object]) -> Mapping[str, object]:
+        return config
+
+    return Family(
+        name="",
+        converter="",
+        model_types=frozenset(),
+        dims=nothing,
+        modules=no_modules,
+        text_config=same,
+        variants=(Variant(),),
+    )
+
+
 def mm_index(modules: tuple[Module, ...]) -> TemplateIndex[tuple[Module, Row]]:
     """Finds the row of an MM name."""
     return TemplateIndex((r.mm, (m, r)) for m in modules for r in m.all_rows())

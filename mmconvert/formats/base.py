@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from mmconvert.config import Options
-from mmconvert.converters.family import Family, Module
+from mmconvert.converters.family import Family, Module, mm_index
+from mmconvert.errors import TensorError
 from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.contents import Box
+from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.model import Model
 from mmconvert.plan.plan import Block, Key, Side, Whole, matrix
 from mmconvert.sharding.layout import Layout
@@ -62,6 +64,7 @@ class Opening:
         encoders_only: the text decoder is left out.
         canonical: q, k, v and gate, up are apart (``enable_canonical_hf_struct``).
         llm_dir: another folder that the text decoder is taken from.
+        faults: where those go after which the reader can go on.
     """
 
     family: Family
@@ -73,6 +76,7 @@ class Opening:
     encoders_only: bool = False
     canonical: bool = False
     llm_dir: Path | None = None
+    faults: Faults = STRICT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +200,37 @@ def plain(
         wholes[name] = Whole(tensor.shape, tensor.dtype, [[block]])
         stored.append(tensor)
     return wholes, stored
+
+
+def claimed(
+    modules: tuple[Module, ...], tensors: Mapping[str, StoredTensor], path: Path, faults: Faults
+) -> Side:
+    """The side of tensors that are each one whole, in the names of a table.
+
+    Raises:
+        TensorError: a name that no row has.
+    """
+    index, side = mm_index(modules), Side()
+    for name, tensor in tensors.items():
+        hit = index.find(name)
+        if hit is None:
+            faults.add(TensorError(f"{path}: {name} has no place in the model", "its tensors only"))
+            continue
+        (_, row), layer, expert = hit
+        block = Block(len(side.stored), 0, 0, 0, 0, *matrix(tensor.shape))
+        side.wholes[Key(row.mm, layer, expert)] = Whole(tensor.shape, tensor.dtype, [[block]])
+        side.stored.append(tensor)
+    return side
+
+
+def one_each(wholes: Mapping[Key, Whole]) -> Side:
+    """The side of a checkpoint to be written that holds every whole as one tensor."""
+    side = Side()
+    for number, (key, whole) in enumerate(wholes.items()):
+        block = Block(number, 0, 0, 0, 0, *matrix(whole.shape))
+        side.wholes[key] = Whole(whole.shape, whole.dtype, [[block]])
+        side.targets.append(Target(key.name(), whole.dtype, whole.shape))
+    return side
 
 
 class Format(ABC):

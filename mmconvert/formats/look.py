@@ -22,5 +22,7 @@ def look(path: Path) -> Look:
     if (adapter := single.adapter_of(path)) is not None:
         return single.look(adapter)
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not there", "a checkpoint's folder, or a weight file")
+        raise CheckpointError(
+            f"{path} is not there, or is not a folder", "a checkpoint's folder, or a weight file"
+        )
     return load(recognise(path) or "mm").look(path)

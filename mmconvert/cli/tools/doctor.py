@@ -21,6 +21,7 @@ KINDS = {
     "hf": "Hugging Face checkpoint",
     "mm": "MM checkpoint",
     "mm_rank_file": "MM rank file",
+    "ms": "MindSpore checkpoint",
     "hf_weight_file": "safetensors file",
 }
 
@@ -30,7 +31,7 @@ class Patient:
     """What to examine."""
 
     path: tyro.conf.Positional[Path]
-    """A checkpoint folder, Hugging Face or MM, or one of its weight files."""
+    """A checkpoint of any format, or one of its weight files."""
     hf_dir: MaybePath = None
     """For MM: the original checkpoint. Gives sizes, ties, and the order of vision q, k, v."""
     model_json: MaybePath = None
@@ -58,16 +59,10 @@ def run(words: list[str]) -> int:
     from mmconvert.errors import RequestError
     from mmconvert.executor.jobs import default_workers
     from mmconvert.tools.doctor.asked import Asked
-    from mmconvert.tools.doctor.examine import examine, is_mindspore
+    from mmconvert.tools.doctor.examine import examine
 
     if asked.workers < 0:
         raise RequestError(f"--workers is {asked.workers}", "a number of threads, or 0")
-    if is_mindspore(asked.path):
-        raise RequestError(
-            f"{asked.path} is a MindSpore checkpoint, which doctor does not examine",
-            "a Hugging Face or MM checkpoint",
-            "mm-convert inspect reads it, and mm-convert verify compares it with another",
-        )
     expected = Asked(
         asked.hf_dir, asked.quick, asked.values, asked.workers or default_workers(),
         asked.model_json,
@@ -88,7 +83,7 @@ def _show(report: Report) -> None:
         print("\n".join(_lines(finding)))
     for name, count in report.more.items():
         print(f"and {count} more of {name}")
-    kind = KINDS.get(report.kind, "no checkpoint")
+    kind = KINDS.get(report.kind, report.kind and f"{report.kind} checkpoint") or "no checkpoint"
     whose = f" of {report.family}" if report.family else ""
     numbers = f"{counted(report.files, 'weight file')}, {counted(report.tensors, 'tensor')} read"
     print(plain(f"{report.path}: {kind}{whose}, {numbers}"))

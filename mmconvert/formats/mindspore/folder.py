@@ -13,6 +13,7 @@ from mmconvert.causes.folders import unified
 from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.formats.containers.ckpt import check_crc, read_ckpt
 from mmconvert.formats.containers.safetensors import read_weight_file
+from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.mindspore.output import STRATEGIES
 from mmconvert.formats.mindspore.strategy import MAX_STRATEGY, Strategy, read_strategy
 from mmconvert.formats.mindspore.strategy_writer import merge_strategies
@@ -64,13 +65,14 @@ def is_ms(path: Path) -> bool:
     return path.is_dir() and bool(_rank_folders(path))
 
 
-def open_ms(path: Path, strategy: Path | None = None) -> MSCheckpoint:
+def open_ms(path: Path, strategy: Path | None = None, faults: Faults = STRICT) -> MSCheckpoint:
     """Reads the headers of a MindSpore checkpoint.
 
     Args:
         path: a file, or a folder of ``rank_R`` folders.
         strategy: a strategy file, or a folder of them; None looks beside the rank folders. A
             checkpoint of one rank is complete, and needs none.
+        faults: where those go after which reading goes on.
 
     Raises:
         CheckpointError: missing or ambiguous files; FormatError: damaged ones; LayoutError: files
@@ -81,10 +83,10 @@ def open_ms(path: Path, strategy: Path | None = None) -> MSCheckpoint:
             f"{path} does not exist", "a .ckpt or safetensors file, or a folder of rank_R folders"
         )
     if not path.is_dir():
-        found = _Opened([path])
+        found = _Opened([path], faults)
         return found.checkpoint(path, _given(strategy))
     files = _rank_files(path)
-    found = _Opened(files)
+    found = _Opened(files, faults)
     given = _given(strategy)
     if given is None and (len(files) > 1 or (path / STRATEGIES).is_dir()):
         given = _beside(path, found.notes)
@@ -96,13 +98,17 @@ def open_ms(path: Path, strategy: Path | None = None) -> MSCheckpoint:
 class _Opened:
     """The tensors of some files, records of training apart."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], faults: Faults) -> None:
         self.notes: list[str] = []
         self.parts: list[dict[str, StoredTensor]] = []
         self.training: dict[str, None] = {}
         others: dict[str, None] = {}
         for file in files:
-            tensors, leftovers = _read(file)
+            try:
+                tensors, leftovers = _read(file)
+            except CheckpointError as error:
+                faults.add(error)
+                tensors, leftovers = list[StoredTensor](), list[str]()
             part: dict[str, StoredTensor] = {}
             for tensor in tensors:
                 if is_training(tensor.name):
@@ -111,7 +117,7 @@ class _Opened:
                     part[tensor.name] = tensor
             others |= dict.fromkeys(leftovers)
             if not part:
-                raise CheckpointError(f"{file} holds no weights", "a checkpoint of a model")
+                faults.add(CheckpointError(f"{file} holds no weights", "a checkpoint of a model"))
             self.parts.append(part)
         if self.training:
             self.notes.append(

@@ -17,6 +17,7 @@ from mmconvert.formats.base import Described, Format, Look, Opening, Placed, Pla
 from mmconvert.formats.containers.ckpt_layout import ckpt_image
 from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.containers.safetensors import safetensors_image
+from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.mindspore.folder import is_ms, open_ms, read_strategies
 from mmconvert.formats.mindspore.layouts import (
     GivenLayout,
@@ -46,6 +47,7 @@ class MSStored(Stored):
     """A MindSpore checkpoint that was opened; ``ranks`` are its tensors and how they lie."""
 
     ranks: MSModel
+    faults: Faults = STRICT
 
     def side(self, modules: tuple[Module, ...] | None = None, *, as_hf: bool = False) -> Side:
         """Its wholes; matrices as MindFormers has them, or as Hugging Face."""
@@ -53,7 +55,8 @@ class MSStored(Stored):
         family = self.model.family
         table = self.model.modules or family.table(family.variants[0])
         rows = [row for module in table for row in module.all_rows()]
-        return self.ranks.side(frozenset(r.mm for r in rows if as_hf and r.transposed))
+        seen_transposed = frozenset(r.mm for r in rows if as_hf and r.transposed)
+        return self.ranks.side(seen_transposed, self.faults)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +123,13 @@ class MindSpore(Format):
         table: tuple[Module, ...] = ()
         if told.claims:
             table = like.modules if like else family.table(variant)
-        found = ms_model(path, strategy, told.options, table or None, name=family.name)
+        found = ms_model(
+            path, strategy, told.options, table or None, name=family.name, faults=told.faults
+        )
         dims = like.dims if like else {}
         if table:
-            check_complete((key for part in found.parts for key in part), table, dims, path)
+            keys = (key for part in found.parts for key in part)
+            check_complete(keys, table, dims, path, told.faults)
         model = Model(
             family,
             variant,
@@ -136,7 +142,13 @@ class MindSpore(Format):
         layout = GivenLayout(found.spread.devices, len(found.spread.stages))
         inputs = () if strategy is None else (strategy,)
         return MSStored(
-            format=self.name, path=path, model=model, layout=layout, inputs=inputs, ranks=found
+            format=self.name,
+            path=path,
+            model=model,
+            layout=layout,
+            inputs=inputs,
+            ranks=found,
+            faults=told.faults,
         )
 
     def place(self, asked: Placing) -> MSPlaced:

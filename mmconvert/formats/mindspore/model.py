@@ -10,6 +10,7 @@ from mmconvert.config import Options
 from mmconvert.converters.family import MAX_SIZE, Dims, Module, mm_index
 from mmconvert.converters.mindspore import MSFamily
 from mmconvert.errors import LayoutError, RequestError, TensorError
+from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.mindspore.folder import MSCheckpoint, is_training, open_ms
 from mmconvert.formats.mindspore.side import Spread, device_source
 from mmconvert.formats.mindspore.strategy import Strategy
@@ -44,9 +45,9 @@ class MSModel:
     dropped: dict[str, tuple[str, ...]] = field(default_factory=dict)
     patterns: frozenset[str] = frozenset()
 
-    def side(self, transposed: frozenset[str] = frozenset()) -> Side:
+    def side(self, transposed: frozenset[str] = frozenset(), faults: Faults = STRICT) -> Side:
         """Its wholes; see :func:`mmconvert.formats.mindspore.side.device_source`."""
-        return device_source(self.parts, self.spread, transposed)
+        return device_source(self.parts, self.spread, transposed, faults)
 
 
 def ms_model(
@@ -56,6 +57,7 @@ def ms_model(
     table: Sequence[Module] | None = None,
     *,
     name: str = "",
+    faults: Faults = STRICT,
 ) -> MSModel:
     """Opens a MindSpore checkpoint.
 
@@ -63,12 +65,13 @@ def ms_model(
         strategy: a strategy file or folder; None looks beside the rank folders.
         table: the modules whose rows must claim every tensor; None takes any name.
         name: of the table's family, for messages.
+        faults: where those go after which reading goes on.
 
     Raises:
         CheckpointError: files that are missing, damaged or no such checkpoint; TensorError:
             tensors that no row claims.
     """
-    found = open_ms(path, strategy)
+    found = open_ms(path, strategy, faults)
     model = MSModel(found, [], Spread([]), list(found.notes))
     key_of = _table_keys(table) if table is not None else _plain_key
     lost: dict[str, None] = {}
@@ -92,7 +95,7 @@ def ms_model(
                 mine[key] = tensor
         model.parts.append(mine)
     if lost:
-        raise _unknown(path, lost, table or (), name)
+        faults.add(_unknown(path, lost, table or (), name))
     for pattern, names in dropped.items():
         if names:
             why = f"--drop {pattern}"
@@ -179,7 +182,11 @@ def _named_slicings(
 
 
 def check_complete(
-    keys: Iterable[Key], table: Sequence[Module], dims: Dims, path: Path
+    keys: Iterable[Key],
+    table: Sequence[Module],
+    dims: Dims,
+    path: Path,
+    faults: Faults = STRICT,
 ) -> dict[str, int]:
     """The numbers of layers, by module key.
 
@@ -208,11 +215,12 @@ def check_complete(
         if Key(item.row.mm, item.layer) not in found
     ]
     if missing:
-        raise TensorError(
+        fault = TensorError(
             f"{path}: {number(missing, 'tensor')} missing: {summarise(missing)}",
             "every tensor of the model",
             "copy the checkpoint again, with all its rank folders",
         )
+        faults.add(fault)
     return layers
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mmconvert.errors import LayoutError, ReplicaError, TensorError
+from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.names import number, summarise
 from mmconvert.plan.plan import Block, Key, Side, Whole
 from mmconvert.sharding.slices import Slicing, slice_parts
@@ -100,11 +101,13 @@ def device_source(
     parts: Sequence[Mapping[Key, StoredTensor]],
     spread: Spread,
     transposed: frozenset[str] = frozenset(),
+    faults: Faults = STRICT,
 ) -> Side:
     """An existing MindSpore checkpoint as wholes.
 
     Args:
         parts: for each rank its tensors.
+        faults: where those go after which reading goes on.
         transposed: templates of MM names whose wholes have the orientation of Hugging Face: seen
             transposed.
 
@@ -119,24 +122,27 @@ def device_source(
         stage = spread.stages[rank // spread.devices]
         missing = [key.name() for key in stage if key not in tensors]
         if missing:
-            raise TensorError(
+            fault = TensorError(
                 f"rank {rank}: {number(missing, 'tensor')} of the strategy missing: "
                 f"{summarise(missing)}",
                 "all tensors that the strategy names on the stage of this rank",
                 "copy the rank folder again, or give the strategy files of this checkpoint",
             )
+            faults.add(fault)
         for key, tensor in tensors.items():
             slicing = stage[key]
             shape = _whole_shape(tensor, slicing)
             first = shapes.setdefault(key, shape)
             whole = side.wholes.setdefault(key, Whole(first, tensor.dtype))
             if (shape, tensor.dtype) != (first, whole.dtype):
-                raise ReplicaError(
+                fault = ReplicaError(
                     f"{tensor.name} in {tensor.path} is a slice of {tensor.dtype} {list(shape)}; "
                     f"ranks before it have {whole.dtype} {list(first)}",
                     "slices of one tensor on all ranks",
                     "copy the rank folders of one checkpoint, with its strategy files",
                 )
+                faults.add(fault)
+                continue
             box = slicing.box(shape, rank % spread.devices, tensor.name)
             slices.setdefault(key, []).append(_Slice(len(side.stored), box))
             side.stored.append(tensor)

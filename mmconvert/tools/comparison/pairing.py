@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from mmconvert.config import Options
-from mmconvert.converters.family import Dims, Family, Module, Variant
+from mmconvert.converters.family import Family, any_family
 from mmconvert.errors import CheckpointError
 from mmconvert.formats.base import Opening, Stored
 from mmconvert.formats.registry import load, recognise
@@ -43,17 +42,18 @@ def _family(paths: tuple[Path, Path], kinds: list[str]) -> Family:
     known = [family for family in found if family is not None]
     if not known:
         return any_family()
+    for kind in map(load, kinds):
+        for path, family in zip(paths, found, strict=True):
+            if family is not None and kind.naming not in ("", "hf", family.naming):
+                raise CheckpointError(
+                    f"{path} is of a family that has no {kind.title} form here",
+                    "two of one family",
+                )
     if known[0].converter != known[-1].converter:
         a, b = paths
         raise CheckpointError(
             f"{a} is a checkpoint of {known[0].name}, {b} of {known[-1].name}", "two of one family"
         )
-    for kind, path in zip(kinds, paths, strict=True):
-        if load(kind).naming not in ("", "hf", known[0].naming):
-            raise CheckpointError(
-                f"{path} is a {load(kind).title} checkpoint; {known[0].name} has no form there",
-                "two of one family",
-            )
     return known[0]
 
 
@@ -67,28 +67,3 @@ def _opened(stored: Stored, *, canonical: bool) -> Opened:
     side: Side = stored.side(modules)
     layout = stored.layout if isinstance(stored.layout, Layout) else None
     return Opened(stored.path, stored.format, model, side, layout, stored.iteration)
-
-
-def any_family() -> Family:
-    """No table: every tensor goes by its own name."""
-
-    def no_dims(config: Mapping[str, object]) -> Dims:
-        del config
-        return {}
-
-    def no_modules(variant: Variant) -> tuple[Module, ...]:
-        del variant
-        return ()
-
-    def same(config: Mapping[str, object]) -> Mapping[str, object]:
-        return config
-
-    return Family(
-        name="",
-        converter="",
-        model_types=frozenset(),
-        dims=no_dims,
-        modules=no_modules,
-        text_config=same,
-        variants=(Variant(),),
-    )

@@ -66,7 +66,7 @@ class Asked:
         model: Model | None = None
         try:
             read_config(folder)
-            family = family_of(folder)
+            family = family_of(folder, naming="")
             model = config_model(family, folder)
             if any(folder.glob("*.safetensors")):
                 full = hf_model(family, folder, Options())

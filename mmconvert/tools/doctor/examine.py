@@ -9,14 +9,16 @@ from mmconvert.causes.folders import other_form
 from mmconvert.errors import MMConvertError
 from mmconvert.events import Events
 from mmconvert.formats.hf.folder import INDEX, has_weights
-from mmconvert.formats.mindspore.folder import is_ms
 from mmconvert.formats.mm.folder import TRACKER
+from mmconvert.formats.registry import load, recognise
+from mmconvert.formats.single import MS_FILE, open_file
 from mmconvert.tools.doctor.asked import Asked
 from mmconvert.tools.doctor.folder import has_ranks, iterations
 from mmconvert.tools.doctor.hf import examine_hf
 from mmconvert.tools.doctor.leftovers import is_locked, look_beside, staged_for
 from mmconvert.tools.doctor.mm import examine_mm
 from mmconvert.tools.doctor.modelfile import look_at_model_json
+from mmconvert.tools.doctor.others import examine_other
 from mmconvert.tools.doctor.report import Report
 from mmconvert.tools.doctor.single import examine_file
 
@@ -40,17 +42,21 @@ def examine(path: Path, asked: Asked, events: Events) -> Report:
     return report
 
 
-def is_mindspore(path: Path) -> bool:
-    """Whether a path is a ``.ckpt`` file, or has rank folders and no sign of another checkpoint."""
+def _other(path: Path) -> str:
+    """The name of the format, where neither Hugging Face nor MM; "" if it is one of these."""
     if path.is_file():
-        return path.name.endswith(".ckpt")
-    try:
-        return path.is_dir() and not any(_signs(path)) and is_ms(path)
-    except (MMConvertError, OSError):
-        return False
+        try:
+            return "ms" if open_file(path).kind == MS_FILE else ""
+        except (MMConvertError, OSError):
+            return "ms" if path.name.endswith(".ckpt") else ""
+    name = recognise(path)
+    return name if name not in ("hf", "mm") and not any(_signs(path)) else ""
 
 
 def _dispatch(path: Path, asked: Asked, events: Events, report: Report) -> None:
+    if path.exists() and (name := _other(path)):
+        examine_other(load(name), path, asked, events, report)
+        return
     if path.is_file():
         examine_file(path, asked, events, report)
         return
