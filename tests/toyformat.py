@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -73,12 +73,11 @@ class Npy(Format):
         )
 
     def open(self, path: Path, told: Opening) -> NpyStored:
-        index = read_json_file(path / INDEX)
+        index: Any = read_json_file(path / INDEX)
         variant = told.like.variant if told.like else Variant(tied=bool(index["tied"]))
         modules = told.family.table(variant)
-        dims = {str(k): int(n) for k, n in dict(index["dims"]).items()}  # type: ignore[call-overload]
         own = claimed(modules, _tensors(path), path, told.faults)
-        model = Model(told.family, variant, modules, dims)
+        model = Model(told.family, variant, modules, index["dims"])
         return NpyStored(format=self.name, path=path, model=model, own=own)
 
     def place(self, asked: Placing) -> Placed:
@@ -106,8 +105,9 @@ class Npy(Format):
 
 
 def _tensors(path: Path) -> dict[str, StoredTensor]:
+    index: Any = read_json_file(path / INDEX)
     found: dict[str, StoredTensor] = {}
-    for name, (number, dtype) in dict(read_json_file(path / INDEX)["tensors"]).items():  # type: ignore[call-overload]
+    for name, (number, dtype) in index["tensors"].items():
         file = path / f"{number:05d}.npy"
         with opened(file) as stream:
             np.lib.format.read_magic(stream)
