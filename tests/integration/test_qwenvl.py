@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -486,9 +487,19 @@ def test_doctor_reads_bin_files(files: int, tmp_path: Path) -> None:
     assert [f["id"] for f in report["findings"]] == ["damaged-weight-file"]
 
 
-def test_doctor_says_that_mindspore_is_not_its_matter(ckpt: Path, ranks: Path) -> None:
+def test_doctor_examines_mindspore(hf: Path, ckpt: Path, ranks: Path, tmp_path: Path) -> None:
+    """By the reader of conversions, whose faults are all collected."""
     for path in (ckpt, ranks):
-        refused(run_cli("doctor", path), 2, "MindSpore", "mm-convert inspect")
+        found = json.loads(run_cli("doctor", path, "--values", "--json", check=0).stdout)
+        assert (found["kind"], found["family"], found["findings"]) == ("ms", "Qwen-VL", [])
+    assert "healthy" in run_cli("doctor", ranks, "--hf_dir", hf).stdout
+    shutil.copytree(ranks, tmp_path / "ill")
+    for rank in (1, 2):
+        path = tmp_path / "ill" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt"
+        path.write_bytes(path.read_bytes()[:-100])
+    found = json.loads(run_cli("doctor", tmp_path / "ill", "--json", check=3).stdout)
+    whats = [finding["what"] for finding in found["findings"]]
+    assert all(any(f"checkpoint_{rank}.ckpt" in what for what in whats) for rank in (1, 2))
 
 
 def test_what_is_no_such_checkpoint(hf: Path, tmp_path: Path) -> None:
