@@ -108,7 +108,8 @@ class _Opened:
                 tensors, leftovers = _read(file)
             except CheckpointError as error:
                 faults.add(error)
-                tensors, leftovers = list[StoredTensor](), list[str]()
+                self.parts.append({})
+                continue
             part: dict[str, StoredTensor] = {}
             for tensor in tensors:
                 if is_training(tensor.name):

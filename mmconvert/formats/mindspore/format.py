@@ -17,7 +17,7 @@ from mmconvert.formats.base import Described, Format, Look, Opening, Placed, Pla
 from mmconvert.formats.containers.ckpt_layout import ckpt_image
 from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.containers.safetensors import safetensors_image
-from mmconvert.formats.faults import STRICT, Faults
+from mmconvert.formats.faults import STRICT, Collected, Faults
 from mmconvert.formats.mindspore.folder import is_ms, open_ms, read_strategies
 from mmconvert.formats.mindspore.layouts import (
     GivenLayout,
@@ -93,7 +93,11 @@ class MindSpore(Format):
 
     def family(self, path: Path) -> Family | None:
         """By the tensors' names. Where no family knows them, names alone will do."""
-        return ms_family([name for part in open_ms(path).parts for name in part])
+        faults = Collected()  # some of the files will do
+        names = [name for part in open_ms(path, faults=faults).parts for name in part]
+        if not names and faults.errors:
+            raise faults.errors[0]
+        return ms_family(names)
 
     def look(self, path: Path) -> Look:
         """Its file, or its ranks; its wholes put together as the strategy files say."""
