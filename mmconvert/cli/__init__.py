@@ -38,6 +38,7 @@ TOOLS = {
     "generate": "--mm_dir D --hf_dir H --prompt P answers, from pictures, videos and sounds too",
     "finetune": "--mm_dir D --hf_dir H --data F --save S trains on conversations",
     "predict": "single YAML X.ckpt VOCAB IMAGE PROMPT 1, as MindFormers' Qwen-VL script has it",
+    "run_qwenvl": "--config YAML --load_checkpoint X.ckpt --hf_dir H, as MindFormers' line has it",
     "data": "CONVERSION brings a dataset's annotations to the form that training reads",
     "convert_weight": "--model qwenvl --input_path HF --output_path X.ckpt, as MindFormers has it",
     "completion": "bash|zsh prints a script that completes these words in the shell",
@@ -47,10 +48,11 @@ SCRIPTS = {
     "convert_weight": ["convert_weight"],
     "data_convert": ["data", "llava-to-qwenvl"],
     "run_qwenvl_predict": ["predict"],
+    "run_qwenvl": ["run_qwenvl"],
     "llava_instruct_2_mllm_demo_format": ["data", "llava-to-mllm"],
 }
 # These bring torch's process groups themselves, one process for each rank of the checkpoint.
-RUNTIME = ("validate", "generate", "finetune", "predict")
+RUNTIME = ("validate", "generate", "finetune", "predict", "run_qwenvl")
 VERBS = {
     "hf_to_mm": (
         "HFToMM",

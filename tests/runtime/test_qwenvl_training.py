@@ -226,3 +226,43 @@ def test_finetune_on_the_command_line(folder: Path, tmp_path: Path) -> None:
     new = tmp_path / "out" / "iter_0000002"
     run_cli(QWENVL, "hf_to_ms", "--cfg.hf_config.hf_dir", new, "--cfg.ms_path", tmp_path / "y.ckpt")
     assert (new / "qwen.tiktoken").is_file()
+
+
+YAML = """
+output_dir: './output'
+train_dataset: &train_dataset
+  data_loader: {{type: BaseMultiModalDataLoader, annotation_file: "{data}", shuffle: True}}
+  modal_to_text_transform:
+    model_transform_template:
+      dataset_dir: "{coco}"
+      system_message: "You are a helpful assistant."
+      user_prompt: ""
+    max_length: 400
+train_dataset_task:
+  dataset_config: *train_dataset
+runner_config: {{epochs: 3, batch_size: 1}}
+optimizer: {{beta1: 0.9, beta2: 0.95, eps: 1.e-8, weight_decay: 0.1}}
+lr_schedule: {{learning_rate: 1.e-5, lr_end: 1.e-6, warmup_lr_init: 1e-6, warmup_steps: 1}}
+callbacks:
+  - {{type: CheckpointMonitor, save_checkpoint_steps: 10000}}
+parallel_config: {{data_parallel: 2, micro_batch_num: 1}}
+recompute_config: {{recompute: True}}
+model:
+  model_config: {{freeze_vision: True, freeze_resampler: False, compute_dtype: "bfloat16"}}
+"""
+
+
+def test_the_guides_line_of_finetuning(folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "finetune_qwenvl_9.6b_bf16.yaml"
+    config.write_text(YAML.format(data=folder / "train.json", coco=folder / "coco"))
+    words = ["run_qwenvl.py", "--config", config.name, "--run_mode", "finetune"]
+    words += ["--load_checkpoint", folder / "x.ckpt", "--use_parallel", "True"]
+    words += ["--auto_trans_ckpt", "True", "--vocab_file", folder / "hf" / "qwen.tiktoken"]
+    done = run_cli(*words, "--hf_dir", folder / "hf", cwd=tmp_path, check=0)
+    assert "--lr 1e-05" in done.stderr
+    assert (tmp_path / "output" / "checkpoint" / "iter_0000003" / "config.json").is_file()
+    lines = (tmp_path / "output" / "checkpoint" / "loss.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["rate"] == 1e-6
+    config.write_text(config.read_text().replace('user_prompt: ""', 'user_prompt: "Q: "'))
+    done = run_cli(*words, "--hf_dir", folder / "hf", cwd=tmp_path, check=2)
+    assert "user_prompt" in done.stderr
