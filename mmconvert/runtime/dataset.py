@@ -132,7 +132,7 @@ class Feed:
     ) -> None:
         self._speaker, self._samples = speaker, samples
         self._say, self._strict = say, strict
-        self.bad: set[int] = set()
+        self.bad: dict[int, str] = {}  # sample -> what is wrong with it
         self._counts: dict[int, int] = {}
         self._size, self._count, self._kind, self._seed = size, count, order, seed
         self._share = share
@@ -180,7 +180,7 @@ class Feed:
         if self._strict:
             raise fault
         if index not in self.bad:
-            self.bad.add(index)
+            self.bad[index] = fault.what
             if self._say is not None and not self._samples[index].fault:
                 self._say(f"warning: left out, {len(self.bad)} so far: {fault.what}")
 

@@ -219,16 +219,17 @@ class Run:
         speaker = Speaker(job.arch, job.hf_dir, job.prepare)
         mesh = run.mesh
         share = Share(mesh.replica, mesh.replicas)
-        self._left_out = 0  # samples, as far as has been said
+        self._left_out = 0  # samples, counted by each replica for itself
+        self._told = {i for i, sample in enumerate(job.train) if sample.fault}
 
-        def feed(samples: Sequence[Sample], order: Order, seed: int) -> Feed:
+        def feed(samples: Sequence[Sample], order: Order, seed: int, say: Emit | None) -> Feed:
             return Feed(
-                speaker, samples, plan.size, plan.count, order, seed, share, emit,
+                speaker, samples, plan.size, plan.count, order, seed, share, say,
                 strict=job.strict, threads=plan.workers,
             )  # fmt: skip
 
-        self._feed = feed(job.train, plan.order, plan.seed)
-        self._check = feed(job.check, "once", 0) if job.check else None
+        self._feed = feed(job.train, plan.order, plan.seed, None)  # of all replicas: _agree
+        self._check = feed(job.check, "once", 0, emit) if job.check else None
         self._journal = Journal(plan.save, self._first) if mesh.lead else None
         self._saved, self._clock = self._first, time.monotonic()
 
@@ -287,9 +288,9 @@ class Run:
         flags = torch.tensor([self._stop.asked, late, wrong, tokens, bad], device=mesh.device)
         dist.all_reduce(flags)
         stop, late, wrong, tokens, bad = flags.tolist()
-        if bad > max(self._left_out, len(self._feed.bad)):  # other replicas' do not speak
-            self._emit(f"warning: {bad} samples were left out so far, in all replicas")
-        self._left_out = bad
+        if bad != self._left_out:
+            self._left_out = bad
+            self._tell_left_out()
         if wrong:
             mine = self._ahead if isinstance(self._ahead, MMConvertError) else None
             found = [error for error in gather(mine) if error is not None]
@@ -297,6 +298,15 @@ class Run:
             raise found[0]
         self._tokens, self._next_tokens = self._next_tokens, tokens
         return Agreed(bool(stop), bool(late), bool(late or (every and number % every == 0)))
+
+    def _tell_left_out(self) -> None:
+        """Names the samples that turned out to be useless, on whichever process."""
+        found: dict[int, str] = {}
+        for one in gather(self._feed.bad):
+            found |= one
+        for number in sorted(found.keys() - self._told):
+            self._told.add(number)
+            self._emit(f"warning: left out, {len(self._told)} so far: {found[number]}")
 
     def _step(self, step: int) -> tuple[float, float, float, float]:
         """(loss, learning rate, gradient norm, seconds) of an update."""

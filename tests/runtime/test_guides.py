@@ -227,3 +227,20 @@ def test_an_inference_file_that_draws_words_is_refused(guide: Guide) -> None:
     words = ("--load", "mm", "--mm-model", "hot.json", "--pipeline-model-parallel-size", "2")
     done = run_cli("generate", *words, cwd=guide.folder, check=2)
     assert "temperature 0.7 and top_k 20 draw words at random" in done.stderr
+
+
+@pytest.mark.slow
+def test_replicas_name_a_bad_sample_once(guide: Guide) -> None:
+    """Whichever replica meets it, and both on another pass."""
+    items = json.loads((guide.folder / "mllm.json").read_text())
+    raw = bytearray((guide.folder / "red.png").read_bytes())
+    raw[60:66] = bytes(6)  # inside: its end is that of a whole file
+    (guide.folder / "torn.png").write_bytes(raw)
+    items.insert(1, talking.talk("<image>?", "A", images=["torn.png"]))
+    (guide.folder / "torn.json").write_text(json.dumps(items))
+    words = ("--mm_dir", "mm", "--hf_dir", "hf", "--data", "torn.json", "--save", "torn")
+    more = ("--train_iters", "3", "--global_batch_size", "4", "--data_parallel_size", "2")
+    done = run_cli("finetune", *words, *more, cwd=guide.folder, check=0)
+    assert len(trained(guide.folder / "torn")) == 3
+    assert done.stderr.count("torn.png") == 1
+    assert "left out, 1 so far: torn.json, entry 1: torn.png: " in done.stderr
