@@ -213,6 +213,92 @@ INTERNVL_TENSORS = (
 )
 
 
+QWEN3_LAYER = """
+    input_layernorm           w   hidden
+    self_attn.q_proj          w   q hidden
+    self_attn.k_proj          w   k hidden
+    self_attn.v_proj          w   k hidden
+    self_attn.o_proj          w   hidden q
+    self_attn.q_norm          w   head_dim
+    self_attn.k_norm          w   head_dim
+    post_attention_layernorm  w   hidden
+    mlp.gate_proj             w   inter hidden       ?dense
+    mlp.up_proj               w   inter hidden       ?dense
+    mlp.down_proj             w   hidden inter       ?dense
+    mlp.gate                  w   experts hidden     ?moe
+    mlp.experts.gate_up_proj  -   experts hidden 2*moe_inter  ?moe
+    mlp.experts.down_proj     -   experts moe_inter hidden    ?moe
+"""
+QWEN3_BLOCK = """
+    attn.proj       wb  vit_dim vit_dim
+    attn.qkv        wb  3*vit_dim vit_dim
+    mlp.linear_fc1  wb  vit_inter vit_dim
+    mlp.linear_fc2  wb  vit_dim vit_inter
+    norm1           wb  vit_dim
+    norm2           wb  vit_dim
+"""
+QWEN3_MERGER = """
+    linear_fc1  wb  4*vit_dim 4*vit_dim
+    linear_fc2  wb  hidden 4*vit_dim
+"""
+QWEN3_PATCHES = """
+    patch_embed.proj  wb  vit_dim 3 2 16 16
+    pos_embed         w   64 vit_dim
+"""
+QWEN3VL_TENSORS = (
+    Section("model.language_model.", EMBEDDING),
+    Section("model.language_model.layers.#.", QWEN3_LAYER, "layers"),
+    Section("model.language_model.", NORM),
+    Section("model.visual.blocks.#.", QWEN3_BLOCK, "vit_layers"),
+    Section("model.visual.deepstack_merger_list.#.", QWEN3_MERGER, "mergers"),
+    Section("model.visual.deepstack_merger_list.#.", "norm  wb  4*vit_dim", "mergers"),
+    Section("model.visual.merger.", QWEN3_MERGER + "    norm  wb  vit_dim"),
+    Section("model.visual.", QWEN3_PATCHES),
+    Section("", LM_HEAD),
+)
+GLM_LAYER = """
+    input_layernorm           w   hidden
+    mlp.down_proj             w   hidden inter
+    mlp.gate_up_proj          w   2*inter hidden
+    post_attention_layernorm  w   hidden
+    post_mlp_layernorm        w   hidden
+    post_self_attn_layernorm  w   hidden
+    self_attn.k_proj          wb  k hidden
+    self_attn.o_proj          w   hidden q
+    self_attn.q_proj          wb  q hidden
+    self_attn.v_proj          wb  k hidden
+"""
+GLM_BLOCK = """
+    attn.proj      w  vit_dim vit_dim
+    attn.qkv       w  3*vit_dim vit_dim
+    mlp.down_proj  w  vit_dim hidden
+    mlp.gate_proj  w  hidden vit_dim
+    mlp.up_proj    w  hidden vit_dim
+    norm1          w  vit_dim
+    norm2          w  vit_dim
+"""
+GLM_VISION = """
+    downsample                     wb  hidden vit_dim 2 2
+    embeddings.position_embedding  w   576 vit_dim
+    merger.down_proj               w   hidden inter
+    merger.gate_proj               w   inter hidden
+    merger.post_projection_norm    wb  hidden
+    merger.proj                    w   hidden hidden
+    merger.up_proj                 w   inter hidden
+    patch_embed.proj               wb  vit_dim 3 2 14 14
+    post_conv_layernorm            w   vit_dim
+    post_layernorm                 w   vit_dim
+"""
+GLM_TENSORS = (
+    Section("", LM_HEAD),
+    Section("model.language_model.", EMBEDDING),
+    Section("model.language_model.layers.#.", GLM_LAYER, "layers"),
+    Section("model.language_model.", NORM),
+    Section("model.visual.blocks.#.", GLM_BLOCK, "vit_layers"),
+    Section("model.visual.", GLM_VISION),
+)
+
+
 def _flags(sizes: Json) -> Json:
     """The sizes together with what follows from them: flags and projection widths."""
     internlm2 = sizes.get("arch") == "InternLM2ForCausalLM"
@@ -232,6 +318,9 @@ def _flags(sizes: Json) -> Json:
         "not_internlm2": not internlm2,
         "vit_6b": six_b,
         "vit_300m": not six_b,
+        "dense": not sizes.get("experts"),
+        "moe": bool(sizes.get("experts")),
+        "mergers": len(sizes.get("deepstack", ())),
     }
 
 
@@ -536,6 +625,64 @@ def _internvl(s: Json) -> Json:
     }
 
 
+def _qwen3vl(s: Json) -> Json:
+    kind = "qwen3_vl_moe" if s["experts"] else "qwen3_vl"
+    text = {**_text(s), "model_type": f"{kind}_text", "head_dim": s["head_dim"]}
+    text |= {"attention_bias": False, "dtype": "bfloat16", "rms_norm_eps": 1e-06}
+    if s["experts"]:
+        del text["tie_word_embeddings"]
+        text |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+        text |= {"moe_intermediate_size": s["moe_inter"], "num_experts": s["experts"]}
+        text |= {"num_experts_per_tok": 2}
+    moe = "Moe" if s["experts"] else ""
+    return {
+        "architectures": [f"Qwen3VL{moe}ForConditionalGeneration"],
+        "model_type": kind,
+        "image_token_id": 151655,
+        "text_config": text,
+        "tie_word_embeddings": s["tie"],
+        "transformers_version": "4.57.0.dev0",
+        "vision_config": {
+            "deepstack_visual_indexes": s["deepstack"],
+            "depth": s["vit_layers"],
+            "hidden_size": s["vit_dim"],
+            "in_channels": 3,
+            "intermediate_size": s["vit_inter"],
+            "model_type": kind,
+            "num_heads": s["vit_heads"],
+            "num_position_embeddings": 64,
+            "out_hidden_size": s["hidden"],
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+    }
+
+
+def _glm(s: Json) -> Json:
+    text = {**_text(s), "attention_bias": True, "torch_dtype": "bfloat16"}
+    config = {
+        "architectures": ["Glm4vForConditionalGeneration"],
+        "model_type": "glm4v",
+        "tie_word_embeddings": False,
+        "transformers_version": "4.57.1",
+        "vision_config": {
+            "depth": s["vit_layers"],
+            "hidden_size": s["vit_dim"],
+            "image_size": 336,
+            "intermediate_size": s["inter"],
+            "num_heads": s["vit_heads"],
+            "out_hidden_size": s["hidden"],
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+    }
+    if s["nested_config"]:
+        return {**config, "text_config": {"model_type": "glm4v_text", **text}}
+    return {**text, **config}
+
+
 # -------------------------------------------------------------------------------- models
 class Model(NamedTuple):
     """A catalogue entry; `shards` is the number of weight files."""
@@ -580,6 +727,17 @@ def _internvl_model(arch: str, llm: Json, vit: Json, shards: int, tie: bool = Fa
     return Model(INTERNVL_TENSORS, _internvl, {**vit, **llm, "arch": arch, "tie": tie}, shards)
 
 
+QWEN3_8B = {**_llm(36, 32, 8, 6, 192, 304), "hidden": 64, "experts": 0, "moe_inter": 0}
+
+
+def _qwen3vl_model(
+    depth: int, ffn: int, deepstack: list[int], *, tie: bool, shards: int, llm: Json = QWEN3_8B
+) -> Model:
+    vit = {"vit_layers": depth, "vit_dim": 32, "vit_heads": 16, "vit_inter": ffn}
+    more = {"deepstack": deepstack, "tie": tie}
+    return Model(QWEN3VL_TENSORS, _qwen3vl, {**vit, **llm, **more}, shards)
+
+
 MODELS: Mapping[str, Model] = {
     "qwen2vl-2b": Model(
         QWEN2VL_TENSORS,
@@ -613,6 +771,23 @@ MODELS: Mapping[str, Model] = {
     ),
     "internvl2.5-4b": _internvl_model(
         "Qwen2ForCausalLM", _llm(36, 16, 2, 4, 172, 362), VIT_300M, shards=2, tie=True
+    ),
+    "glm4.1v-9b": Model(
+        GLM_TENSORS,
+        _glm,
+        {"vit_layers": 24, "vit_dim": 48, "vit_heads": 12, "nested_config": False}
+        | _llm(40, 32, 2, 2, 104, 304),
+        4,
+    ),
+    "qwen3vl-4b": _qwen3vl_model(24, 128, [5, 11, 17], tie=True, shards=2),
+    "qwen3vl-8b": _qwen3vl_model(27, 120, [8, 16, 24], tie=False, shards=4),
+    "qwen3vl-30b-a3b": _qwen3vl_model(
+        27,
+        120,
+        [8, 16, 24],
+        tie=False,
+        shards=4,
+        llm={**_llm(12, 8, 4, 6, 96, 304), "experts": 16, "moe_inter": 16},
     ),
     "internvl3-8b": _internvl_model(
         "Qwen2ForCausalLM", _llm(28, 28, 4, 2, 148, 362), VIT_300M, shards=4

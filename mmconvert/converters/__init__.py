@@ -19,6 +19,8 @@ BUILT_IN = {
     "Qwen2_5_VLConverter": "mmconvert.converters.qwen2_5vl",
     "Qwen2_5_OmniConverter": "mmconvert.converters.qwen2_5omni",
     "InternVLConverter": "mmconvert.converters.internvl",
+    "Qwen3VLMegatronConverter": "mmconvert.converters.qwen3vl",
+    "GlmConverter": "mmconvert.converters.glm",
 }
 
 # Families whose other side is MindSpore (MindFormers) instead of MM format; verbs of their own.

@@ -6,6 +6,7 @@ Names and divisions: names.md and mm-checkpoints.md section 2 (derived from gold
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mmconvert.converters.family import (
     CONCAT,
@@ -96,9 +97,9 @@ def qkv_rows(mm: str, hf: str, variant: Variant, bias: bool) -> tuple[Row, ...]:
 
 
 def gated_rows(
-    mm: str, hf: str, width: str, ffn: str, variant: Variant, bias: bool
+    mm: str, hf: str, width: str, ffn: str, variant: Variant, bias: bool, only: str = ""
 ) -> tuple[Row, ...]:
-    """A gated MLP: gate and up (packed or separate), and down."""
+    """A gated MLP: gate and up (packed or separate), and down; in the layers of ``only``."""
     out: list[Row] = []
     for kind, cols in (("weight", width), ("bias", "")):
         if kind == "bias" and not bias:
@@ -115,7 +116,7 @@ def gated_rows(
     )
     if bias:
         out.append(row(f"{mm}.linear_fc2.bias", f"{hf}.down_proj.bias", rows=width))
-    return tuple(out)
+    return tuple(replace(r, only=only) for r in out)
 
 
 def qwen2_text_layer(hf: str, variant: Variant, bias: bool = True) -> tuple[Row, ...]:
@@ -211,10 +212,34 @@ def qwen2_text(model: str, head: str, variant: Variant) -> Module:
     )
 
 
-def norms(kinds: tuple[str, ...], width: str, *pairs: tuple[str, str]) -> tuple[Row, ...]:
+def two_linears(
+    mm: str, hf: str, width: str, ffn: str, out: str, only: str = ""
+) -> tuple[Row, ...]:
+    """``linear_fc1`` and ``linear_fc2``, named so in HF too, with biases."""
+    one, two = "linear_fc1", "linear_fc2"
+    return (
+        row(
+            f"{mm}.{one}.weight",
+            f"{hf}.{one}.weight",
+            rows=ffn,
+            cols=width,
+            shard=COLUMN,
+            only=only,
+        ),
+        row(f"{mm}.{one}.bias", f"{hf}.{one}.bias", rows=ffn, shard=COLUMN, only=only),
+        row(f"{mm}.{two}.weight", f"{hf}.{two}.weight", rows=out, cols=ffn, shard=ROW, only=only),
+        row(f"{mm}.{two}.bias", f"{hf}.{two}.bias", rows=out, only=only),
+    )
+
+
+def norms(
+    kinds: tuple[str, ...], width: str, *pairs: tuple[str, str], only: str = ""
+) -> tuple[Row, ...]:
     """Norms, replicated on every rank: (MM name, HF name) without ``.weight`` / ``.bias``."""
     return tuple(
-        row(f"{mm}.{kind}", f"{hf}.{kind}", rows=width) for mm, hf in pairs for kind in kinds
+        row(f"{mm}.{kind}", f"{hf}.{kind}", rows=width, only=only)
+        for mm, hf in pairs
+        for kind in kinds
     )
 
 

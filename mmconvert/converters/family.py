@@ -198,6 +198,8 @@ class Family:
         form: the format that its table leads to, for messages.
         naming: whose names those are; a format of another naming has no place for its tensors.
         preprocessor: whether its models come with a configuration of their image processor.
+        ordered: whether a text layer before the end of an encoder is refused; else a warning, as
+            its checkpoints are written so elsewhere.
     """
 
     name: str
@@ -221,6 +223,7 @@ class Family:
     form: str = "MM format"
     naming: str = "mm"
     preprocessor: bool = True
+    ordered: bool = True
 
     def table(self, variant: Variant) -> tuple[Module, ...]:
         """The table, whose rows know the layers that have them as far as ``variant`` does."""
@@ -372,6 +375,26 @@ def section_or_defaults(config: Mapping[str, object], key: str) -> Mapping[str, 
         CheckpointError: something that is not an object.
     """
     return {} if config.get(key) is None else section(config, key)
+
+
+def layer_list(value: object, where: str, layers: int) -> tuple[int, ...]:
+    """A list of layers from config.json, in its order.
+
+    Args:
+        where: its key, for messages.
+        layers: how many there are.
+
+    Raises:
+        CheckpointError: no list of different layers.
+    """
+    if isinstance(value, list):
+        numbers = [n for n in value if isinstance(n, int) and not isinstance(n, bool)]
+        known = all(0 <= n < layers for n in numbers)
+        if len(set(numbers)) == len(value) and known:
+            return tuple(numbers)
+    raise CheckpointError(
+        f"config.json: {where} is {value!r}", f"a list of different layers below {layers}"
+    )
 
 
 def flag(configs: tuple[Mapping[str, object], ...], key: str) -> bool | None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any
 
+from mmconvert.converters.checks import check_family
 from mmconvert.converters.family import Family, Module, Row
 from mmconvert.errors import MMConvertError, RequestError
 
@@ -16,6 +17,8 @@ RETURNS: dict[str, type] = {
     "modules": tuple,
     "text_config": Mapping,
     "traits": frozenset,
+    "shape_traits": frozenset,
+    "lists": dict,
 }
 
 
@@ -44,8 +47,7 @@ def load_plugin(converter: str, entry: Any) -> Family:  # noqa: ANN401 - see thi
     try:
         if not all(isinstance(kind, str) for kind in family.model_types):
             raise TypeError(f"model_types is {family.model_types!r:.200}")
-        for variant in family.variants:
-            family.modules(variant)
+        check_family(family)
     except MMConvertError:
         raise
     except Exception as error:

@@ -139,7 +139,7 @@ def target_layout(model: Model, given: ParallelConfig, prefix: str) -> Layout:
     layout = Layout(
         {key: sizes.get(key, sizes.get("llm", 1)) for key in grids}, grids, given.ep_size or 1
     )
-    layout.check()
+    layout.check(ordered=model.family.ordered)
     for key, grid in grids.items():
         want = model.dims.get(f"{key}.layers", total(grid))
         if total(grid) != want:

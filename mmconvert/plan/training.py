@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from mmconvert.converters.family import Dims, Module
+from mmconvert.errors import LayoutError
+from mmconvert.names import INDEX
 from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
-from mmconvert.sharding.stages import first_stage, flat, show, total
+from mmconvert.sharding.stages import check_order, first_stage, flat, show, total
 
 LARGEST = 64  # tp sizes that are named as a way out
 
@@ -21,7 +23,35 @@ def cautions(modules: Sequence[Module], dims: Dims, layout: Layout) -> list[str]
     Args:
         dims: sizes of the model as far as they are known.
     """
-    return [*_encoders_beside_text(modules, layout), *_uneven_rows(modules, dims, layout)]
+    return [
+        *_encoders_beside_text(modules, layout),
+        *_order(layout),
+        *_deepstack(modules, layout),
+        *_uneven_rows(modules, dims, layout),
+    ]
+
+
+def _order(layout: Layout) -> Iterator[str]:
+    """Text layers before the end of an encoder, in families whose checkpoints may be so."""
+    try:
+        check_order(layout.grids, GRID_FLAG)
+    except LayoutError as error:
+        yield f"{error.what}: the text reads features that are not there yet"
+
+
+def _deepstack(modules: Sequence[Module], layout: Layout) -> Iterator[str]:
+    """Encoders whose layers hand features to the text, on several stages: each stage keeps its
+    own (read in the model code of MindSpeed-MM 26.1).
+    """
+    for module in modules:
+        grid = layout.grids.get(module.key, ())
+        inner = any(INDEX in name for r in module.layer for name in r.hf)
+        if inner and sum(map(bool, flat(grid))) > 1:
+            yield (
+                f"{GRID_FLAG[module.key]} {show(grid)} has {module.label} on several stages: "
+                "training looks for its mergers by the layer's number within a stage, and hands "
+                "their features on within a stage only"
+            )
 
 
 def _encoders_beside_text(modules: Sequence[Module], layout: Layout) -> Iterator[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mmconvert.errors import LayoutError
-from mmconvert.sharding.stages import StageGrid, check_grids, show
+from mmconvert.sharding.stages import StageGrid, check_grids, check_order, show
 
 # Module key -> the user's name of its stage grid and of its tensor-parallel size.
 GRID_FLAG = {"vit": "vit_pp_layers", "audio": "audio_pp_layers", "llm": "llm_pp_layers"}
@@ -98,13 +98,15 @@ class Layout:
             out[GRID_FLAG[key]] = [list(row) for row in grid]
         return out
 
-    def check(self) -> None:
-        """Sizes that fit each other, and the order rule.
+    def check(self, *, ordered: bool = True) -> None:
+        """Sizes that fit each other, and the order rule if the modules must be ``ordered``.
 
         Raises:
             LayoutError: naming the numbers that do not fit.
         """
         check_grids(self.grids, GRID_FLAG)
+        if ordered:
+            check_order(self.grids, GRID_FLAG)
         if self.ep < 1:
             raise LayoutError(f"ep_size is {self.ep}", "a size of at least 1")
         for key, size in self.tp.items():

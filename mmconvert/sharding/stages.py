@@ -74,14 +74,14 @@ def show(grid: StageGrid) -> str:
 
 
 def check_grids(grids: Mapping[str, StageGrid], flags: Mapping[str, str]) -> None:
-    """All modules use the same pipeline, and no text layer stands before an encoder ends.
+    """All modules use the same pipeline.
 
     Args:
-        grids: stage grid by module key; ``llm`` is the text decoder.
+        grids: stage grid by module key.
         flags: how the user names each module's grid.
 
     Raises:
-        LayoutError: different numbers of stages, an empty grid, or the order rule broken.
+        LayoutError: different numbers of stages, or an empty grid.
     """
     shapes = {(len(grid), len(grid[0])) for grid in grids.values()}
     if len(shapes) > 1:
@@ -96,6 +96,18 @@ def check_grids(grids: Mapping[str, StageGrid], flags: Mapping[str, str]) -> Non
     for key, grid in grids.items():
         if total(grid) == 0:
             raise LayoutError(f"{flags[key]} {show(grid)} holds no layer", "at least one layer")
+
+
+def check_order(grids: Mapping[str, StageGrid], flags: Mapping[str, str]) -> None:
+    """No text layer stands before an encoder ends.
+
+    Args:
+        grids: stage grid by module key; ``llm`` is the text decoder.
+        flags: how the user names each module's grid.
+
+    Raises:
+        LayoutError: naming both grids.
+    """
     if "llm" not in grids:
         return
     text = first_stage(grids["llm"])

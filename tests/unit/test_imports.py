@@ -55,6 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "datasets": set(),
     "tools": STORY,
     "api": {*STORY, "lazy", "loading", "tools"},
+    "testing": STORY,
     "report": {"executor", "formats", "sharding", "stored", "tools"},
     "runtime": {*FILES_ROOM, "loading"},
     "cli": {*STORY, "api", "datasets", "report", "runtime", "tools"},

@@ -63,7 +63,7 @@ def _look_at_layers(chart: Chart, layout: Layout, report: Report) -> None:
         report.add_error("layer-count", error, path=chart.folder)
         return
     try:
-        layout.check()
+        layout.check(ordered=chart.family.ordered)
     except LayoutError as error:
         report.add("stage-order", error.what, "resplit it into another layout", path=chart.folder)
 

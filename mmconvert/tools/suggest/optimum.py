@@ -13,7 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from mmconvert.errors import LayoutError
-from mmconvert.sharding.stages import StageGrid, check_grids
+from mmconvert.sharding.stages import StageGrid, check_grids, check_order
 from mmconvert.tools.suggest import narrow, wide
 from mmconvert.tools.suggest.chains import Chain, Problem, grid, rank_loads
 from mmconvert.tools.suggest.effort import Effort, EffortSpent
@@ -148,7 +148,9 @@ def _smallest(
 def _checked(problem: Problem, found: Found, proven: int) -> Balance:
     """The layout as grids, after what no layout may break has been checked once more."""
     grids = {c.key: grid(found.placed[c.key], problem.pp) for c in problem.chains}
-    check_grids(grids, {c.key: f"{c.key}_pp_layers" for c in problem.chains})
+    flags = {c.key: f"{c.key}_pp_layers" for c in problem.chains}
+    check_grids(grids, flags)
+    check_order(grids, flags)
     loads = rank_loads(problem, found.placed)
     sums_fit = all(sum(found.placed[c.key]) == c.layers for c in problem.chains)
     filled = all(map(any, zip(*found.placed.values(), strict=True)))

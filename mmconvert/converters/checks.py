@@ -1,0 +1,94 @@
+"""What must hold of every family's table, whatever its model: asked when a family is loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+from mmconvert.converters.family import ZEROS, Family, Module, Row
+from mmconvert.errors import RequestError
+from mmconvert.names import EXPERT, INDEX, LAYER
+from mmconvert.sharding.layout import GRID_FLAG
+from mmconvert.sharding.spans import Concat, Interleave, Part, Split
+
+
+def check_family(family: Family) -> None:
+    """Raises RequestError for a family whose table cannot be meant, naming the first bad row."""
+    for variant in family.variants:
+        for tied in (False, True):
+            found = next(faults(family, family.modules(replace(variant, tied=tied))), "")
+            if found:
+                raise RequestError(
+                    f"{family.converter}: the table of {family.name} is wrong: {found}",
+                    "a table as CONTRIBUTING.md describes it",
+                    "mend the family; mmconvert.testing.contract tells all that is wrong",
+                )
+
+
+def faults(family: Family, modules: tuple[Module, ...]) -> Iterator[str]:
+    """What is wrong with a table, row by row, in words."""
+    keys = [m.key for m in modules]
+    if tuple(keys) != tuple(family.module_keys):
+        yield f"its modules are {keys}, module_keys says {list(family.module_keys)}"
+    for key in set(keys) - set(GRID_FLAG) if family.form == "MM format" else ():
+        yield f"{key!r} is no module key; one of {sorted(GRID_FLAG)}"
+    rows = [r for m in modules for r in m.all_rows()]
+    for name, count in Counter(r.mm for r in rows).items():
+        if count > 1:
+            yield f"{name} stands in {count} rows"
+    origins = {r.mm for r in rows if not r.tied_to}
+    for module in modules:
+        for row in module.all_rows():
+            inside = any(row is one for one in module.layer)
+            words = [*_fields(row, inside=inside), *_makes(row), *_sizes(row, family)]
+            if row.tied_to and row.tied_to not in origins:
+                words.append(f"it is tied to {row.tied_to}, which has no row")
+            yield from (f"{row.mm}: {word}" for word in words)
+
+
+def _fields(row: Row, *, inside: bool) -> Iterator[str]:
+    """The fields of the names, and the list of layers."""
+    names = (row.mm, *(name for name in row.hf if name != ZEROS))
+    if len(names) < 2:
+        yield "it is made of no tensor"
+    for name in names:
+        rest = name
+        for field in (LAYER, EXPERT, INDEX):
+            rest = rest.replace(field, "", 1)
+        if "{" in rest or "}" in rest:
+            yield f"{name} has a field that is none of {LAYER}, {EXPERT}, {INDEX}, or one twice"
+        counted = LAYER in name or (INDEX in name and name != row.mm)
+        if counted != inside:
+            where = "of the layers" if inside else "outside the layers"
+            yield f"{name} {'lacks' if inside else 'has'} {LAYER}, in a row {where}"
+        if EXPERT in name and EXPERT not in row.mm:
+            yield f"{name} has {EXPERT}, the MM name has not"
+    if row.only and not inside:
+        yield f"only={row.only!r} in a row outside the layers"
+    if any(INDEX in name for name in row.hf) and not row.only:
+        yield f"{INDEX} without only="
+
+
+def _makes(row: Row) -> Iterator[str]:
+    """How the tensor is made and divided."""
+    if not isinstance(row.fuse, (Concat, Interleave, Part)):
+        yield f"fuse is {row.fuse!r}, none of Concat, Interleave, Part"
+    if row.shard is not None and not isinstance(row.shard, Split):
+        yield f"shard is {row.shard!r}, no Split"
+    one = (isinstance(row.fuse, Interleave) and row.fuse.packed_qkv) or row.transposed
+    if one and len(row.hf) != 1:
+        yield f"it is made of {len(row.hf)} tensors; packed_qkv and transposed are for one"
+    if row.transposed and row.fuse != Concat():
+        yield "a transposed tensor cannot be fused"
+
+
+def _sizes(row: Row, family: Family) -> Iterator[str]:
+    """The names of dimensions; whether config.json gives them, a conversion sees."""
+    if len(row.rows) not in (0, len(row.hf)):
+        yield f"rows names {len(row.rows)} sizes for {len(row.hf)} tensors"
+    groups = getattr(row.fuse, "groups", "")
+    unit = getattr(row.shard, "unit", "")
+    for dim in filter(None, (*row.rows, row.cols, groups, unit)):
+        if dim.partition(".")[0] not in family.module_keys or not dim.partition(".")[2]:
+            yield f"{dim!r} is no dimension; it begins with one of {list(family.module_keys)}"
