@@ -53,7 +53,7 @@ class Finetuned:
     like: Literal["hub", "mindformers"] = "hub"
     """Whose numbers Qwen-VL has where the two differ: position tables, tokens."""
     seq_length: int = 0
-    """Tokens of a sample; longer ones are cut, or left out without --mm_data. 0: no limit."""
+    """Tokens of a sample; longer ones are cut, turn by turn. 0: no limit."""
     strict: bool = False
     """End with an error at a sample that cannot be used; else it is left out and counted."""
     train_iters: int = 100

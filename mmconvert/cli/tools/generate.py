@@ -37,9 +37,9 @@ class Generated:
     image: Files = ()
     """Pictures."""
     video: Files = ()
-    """Videos: folders of pictures, or animated pictures."""
+    """Videos: files (extra media), folders of pictures, or animated pictures."""
     audio: Files = ()
-    """Sounds (WAV), for Qwen2.5-Omni."""
+    """Sounds, for Qwen2.5-Omni: PCM WAV; others, and those of videos, with the extra media."""
     max_new_tokens: int = 0
     """The most tokens of the answer; 0: 128, or as the inference file says."""
     dtype: Literal["", "fp32", "bf16"] = ""
