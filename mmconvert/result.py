@@ -39,9 +39,9 @@ class Result:
     layout: Described
     seconds: float
     files: tuple[FileImage, ...] = ()
-    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     carried: tuple[str, ...] = ()
-    not_copied: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    not_copied: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     estimate: Estimate | None = None
     moved: Moved = field(default_factory=Moved)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmconvert.errors import FormError
 from mmconvert.names import number, summarise
+from mmconvert.narrow import is_object
 from mmconvert.stored import FLOATS, StoredTensor
 
 CAUSE = "quantised"
@@ -95,7 +96,7 @@ def left_over(config: Mapping[str, object]) -> str:
 def without_method(config: Mapping[str, object], depth: int = SECTIONS) -> dict[str, object]:
     """config.json as it would be had nobody quantised the model."""
     return {
-        key: without_method(value, depth - 1) if depth and isinstance(value, dict) else value
+        key: without_method(value, depth - 1) if depth and is_object(value) else value
         for key, value in config.items()
         if key not in KEYS
     }
@@ -105,9 +106,9 @@ def said_method(config: Mapping[str, object], depth: int = SECTIONS) -> str:
     """How config.json or a section of it says that weights are quantised; "" if it does not."""
     for key in KEYS:
         said = config.get(key)
-        if isinstance(said, dict):
+        if is_object(said):
             return _in_words(said, "MLX" if key == "quantization" else "")
-    sections = [part for part in config.values() if isinstance(part, dict)] if depth else []
+    sections = [part for part in config.values() if is_object(part)] if depth else []
     return next((words for part in sections if (words := said_method(part, depth - 1))), "")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from mmconvert.causes.quantised import quantised
 from mmconvert.errors import FormError, TensorError
 from mmconvert.names import number, summarise
+from mmconvert.narrow import is_dict, is_object
 from mmconvert.stored import StoredTensor
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -98,7 +99,7 @@ def base_model(folder: Path) -> str:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return ""
-    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    base = content.get("base_model_name_or_path") if is_object(content) else None
     return base[:200] if isinstance(base, str) else ""
 
 
@@ -177,7 +178,7 @@ def _holders(content: Mapping[str, object]) -> list[str]:
     return [
         key
         for key, value in content.items()
-        if isinstance(value, dict) and any(isinstance(v, StoredTensor) for v in value.values())
+        if is_dict(value) and any(isinstance(v, StoredTensor) for v in value.values())
     ]
 
 

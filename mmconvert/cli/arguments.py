@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -14,15 +14,16 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from mmconvert.cli.settings import read_yaml
 from mmconvert.config import MaybePath, Options, Patterns
 from mmconvert.errors import LayoutError, RequestError
+from mmconvert.narrow import is_array, is_dict
 from mmconvert.sharding.stages import StageGrid, parse_grid, show
 
 REGISTRY = ConstructorRegistry()
 
 
-@REGISTRY.primitive_rule
+@REGISTRY.primitive_rule  # pyright: ignore[reportUnknownMemberType] - open in tyro
 def _grid(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """A stage grid is one word: ``[1,10,10,7]`` or ``[[0,1],[4,4]]``."""
-    if info.type != StageGrid:
+    if info.type != StageGrid:  # pyright: ignore[reportUnknownMemberType] - as above
         return None
 
     def read(words: list[str]) -> StageGrid:
@@ -42,10 +43,10 @@ def _grid(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
-@REGISTRY.primitive_rule
+@REGISTRY.primitive_rule  # pyright: ignore[reportUnknownMemberType] - open in tyro
 def _patterns(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """The --drop patterns: one word, which ``_repeated_joined`` has made of them all."""
-    if info.type != Patterns:
+    if info.type != Patterns:  # pyright: ignore[reportUnknownMemberType] - as above
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
@@ -117,7 +118,7 @@ def read(
             ("screen", Annotated[Screen, flat, flags]),
         ],
     )
-    found = tyro.cli(
+    made = tyro.cli(  # pyright: ignore[reportUnknownVariableType] - a class made here
         form,
         prog=prog,
         description=description,
@@ -126,6 +127,7 @@ def read(
         registry=REGISTRY,
         config=(tyro.conf.DisallowNone,),
     )
+    found = cast("Any", made)
     return Command(found.cfg, found.conversion, found.screen)
 
 
@@ -255,9 +257,9 @@ def _flatten(content: Mapping[object, object]) -> Iterator[tuple[str, object]]:
     for prefix, content in waiting:  # grows while it is read
         for key, value in content.items():
             flag = _underscored(f"--{key}" if prefix == "-" else f"{prefix}.{key}")
-            if isinstance(value, dict):
+            if is_dict(value):
                 waiting.append((flag, value))
-            elif isinstance(value, list) and flag in REPEATED:
+            elif is_array(value) and flag in REPEATED:
                 yield from ((flag, item) for item in value)
             elif value is not None:
                 yield flag, value

@@ -6,9 +6,9 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
 from mmconvert.events import Events
 from mmconvert.words import one_line
@@ -28,8 +28,9 @@ def prepare() -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until this process ends
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until this process ends
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name may be no valid text
-        sys.stdout.reconfigure(errors="backslashreplace")
+    stdout = cast("object", sys.stdout)
+    if isinstance(stdout, io.TextIOWrapper):  # a folder's name may be no valid text
+        stdout.reconfigure(errors="backslashreplace")
     if shutil.get_terminal_size().columns < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)
 
@@ -84,7 +85,7 @@ def labelled(text: str) -> str:
 
 
 @contextmanager
-def screen_events(*, quiet: bool) -> Iterator[Events]:
+def screen_events(*, quiet: bool) -> Generator[Events]:
     """What fits the screen: bars on a terminal, else notes only; nothing if ``quiet``."""
     if quiet or not sys.stderr.isatty():
         yield Events() if quiet else Lines()

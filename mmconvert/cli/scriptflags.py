@@ -39,12 +39,12 @@ class Script:
         idle: flags without effect here, by the reason.
     """
 
-    words: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list[str])
     model: Path | None = None
     data: Path | None = None
-    sizes: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict[str, int])
     hetero: bool = False
-    idle: dict[str, list[str]] = field(default_factory=dict)
+    idle: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     @property
     def given(self) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from mmconvert.errors import RequestError
+from mmconvert.narrow import is_dict
 
 if TYPE_CHECKING:
     import yaml
@@ -34,7 +35,8 @@ def read_yaml(path: Path, flag: str) -> dict[object, object]:
         node = loader.get_single_node()
         for part in _nodes(node, where):
             _check(part, where)
-        content = loader.construct_document(node) if node else None
+        plain = cast("Any", loader)  # its types say nothing of what it constructs
+        content: object = plain.construct_document(node) if node else None
     except OSError as error:
         raise RequestError(f"{where}: {error.strerror}", "a readable file") from error
     except RequestError:
@@ -42,7 +44,7 @@ def read_yaml(path: Path, flag: str) -> dict[object, object]:
     except Exception as error:  # the library's own, and whatever a tag makes of a wrong value
         reason = " ".join(str(error).split())[:200]
         raise RequestError(f"{where}: not valid YAML: {reason}") from None
-    if not isinstance(content, dict):
+    if not is_dict(content):
         raise RequestError(f"{where}: no keys", "keys such as cfg:, nested as the flags")
     return content
 

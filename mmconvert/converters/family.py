@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from mmconvert.errors import CheckpointError
 from mmconvert.names import EXPERT, NO_EXPERT, NameTemplate, TemplateIndex, fields, fill
+from mmconvert.narrow import is_object
 from mmconvert.sharding.spans import Concat, Interleave, Part, Split
 
 # Sizes by name, such as "llm.layers" or "vit.heads"; see each family's `dims`.
@@ -357,7 +358,7 @@ def section(config: Mapping[str, object], key: str) -> Mapping[str, object]:
         CheckpointError: absent, or not an object.
     """
     value = config.get(key)
-    if not isinstance(value, dict):
+    if not is_object(value):
         found = "is missing" if value is None else "is not an object"
         raise CheckpointError(
             f"config.json: {key} {found}",

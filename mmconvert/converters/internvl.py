@@ -27,6 +27,7 @@ from mmconvert.converters.family import (
 )
 from mmconvert.errors import CheckpointError
 from mmconvert.names import NameTemplate
+from mmconvert.narrow import is_array
 from mmconvert.sharding.spans import GATED, ROW, Split, head_columns, heads
 
 V = "image_encoder.encoder.encoder.layers.{}"
@@ -60,7 +61,7 @@ def traits(config: Mapping[str, object]) -> frozenset[str]:
         CheckpointError: a text decoder that is none of the three.
     """
     named = text_config(config).get("architectures")
-    kind = named[0] if isinstance(named, list) and named else None
+    kind = named[0] if is_array(named) and named else None
     if not isinstance(kind, str) or kind not in TEXTS:
         raise CheckpointError(
             f"config.json: llm_config.architectures is {named!r}", f"one of {', '.join(TEXTS)}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 from mmconvert.converters.checks import check_family
 from mmconvert.converters.family import Family, Module, Row
@@ -45,7 +45,7 @@ def load_plugin(converter: str, entry: Any) -> Family:  # noqa: ANN401 - see thi
         found, **{name: _guarded(converter, name, getattr(found, name)) for name in RETURNS}
     )
     try:
-        if not all(isinstance(kind, str) for kind in family.model_types):
+        if not all(isinstance(kind, str) for kind in cast("Iterable[object]", family.model_types)):
             raise TypeError(f"model_types is {family.model_types!r:.200}")
         check_family(family)
     except MMConvertError:
@@ -75,13 +75,13 @@ def _guarded(converter: str, name: str, function: Callable[..., Any]) -> Callabl
     return called
 
 
-def _check_table(modules: tuple[Module, ...]) -> None:
+def _check_table(modules: Iterable[object]) -> None:
     """Raises TypeError for what is no table at all; names and sizes are checked by the plan."""
     for module in modules:
         if not isinstance(module, Module):
             raise TypeError(f"a module is {module!r:.200}")
-        for row in module.all_rows():
-            if not isinstance(row, Row) or not isinstance(row.mm, str):
+        for row in cast("Iterable[object]", module.all_rows()):
+            if not isinstance(row, Row) or not isinstance(cast("object", row.mm), str):
                 raise TypeError(f"a row of {module.key!r:.80} is {row!r:.200}")
 
 

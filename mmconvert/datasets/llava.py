@@ -25,6 +25,7 @@ from typing import Literal, NoReturn
 
 from mmconvert.datasets.jsonlist import Item
 from mmconvert.errors import DatasetError
+from mmconvert.narrow import is_array, is_object
 
 TAG = "<image>"
 # Key of the MLLM form -> the keys that LLaVA items of several origins have for it. A value is one
@@ -38,8 +39,8 @@ SHOWN = 5  # examples of each kind that are named
 class Report:
     """What has been met, by kind; see :data:`KINDS`."""
 
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter[str])
+    examples: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     def add(self, kind: str, example: str) -> None:
         """Counts one, and keeps the first few examples."""
@@ -143,16 +144,18 @@ class Converter:
         if self.compat and (unread := [key for key in given if key != "image"]):
             self.noticed("unread", index, f"{unread[0]} is {given[unread[0]]!r:.80}")
             given = {key: value for key, value in given.items() if key == "image"}
-        listed = [value if isinstance(value, list) else [value] for value in given.values()]
+        listed = [value if is_array(value) else [value] for value in given.values()]
         if len(listed) > 1 and listed[0] != listed[1]:
             self.fail(index, f": {' and '.join(given)} differ", "one of the two")
+        found: dict[str, list[str]] = {}
         for key, value in given.items():
-            for name in value if isinstance(value, list) else [value]:
+            for name in value if is_array(value) else [value]:
                 if not isinstance(name, str) or not name or "\0" in name:
                     self.fail(index, f": {key} is {value!r:.80}", "the name of a file, or a list")
+                found.setdefault(key, []).append(name)
         if self.compat and isinstance(given.get("image"), list):
             self.fail(index, f": image is {given['image']!r:.80}", "the name of one file")
-        return listed[0] if listed else []
+        return next(iter(found.values()), list[str]())
 
     def found(self, item: Item, index: int, kind: str) -> list[str] | None:
         """The paths that the output names; None if a file is not there."""
@@ -168,17 +171,18 @@ class Converter:
     def turns(self, item: Item, index: int) -> list[Item]:
         """The item's conversations, checked."""
         turns = item.get("conversations")
-        if not isinstance(turns, list):
+        if not is_array(turns):
             what = "has no conversations" if turns is None else "conversations is not a list"
             self.fail(index, f": {what}", 'a list of {"from": ..., "value": ...}')
+        found: list[Item] = []
         for number, turn in enumerate(turns):
-            good = isinstance(turn, dict) and all(
+            if not is_object(turn) or not all(
                 isinstance(turn.get(key), str) for key in ("from", "value")
-            )
-            if not good:
+            ):
                 where = f", turn {number}: {turn!r:.80}"
                 self.fail(index, where, 'an object with the texts "from" and "value"')
-        return turns
+            found.append(turn)
+        return found
 
 
 class ToMLLM(Converter):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmconvert.formats.reading import State
+from mmconvert.narrow import is_object
 from mmconvert.plan.plan import Plan
 from mmconvert.version import VERSION
 
@@ -27,7 +28,7 @@ def of_request(command: str, cfg: Any, options: Any) -> dict[str, str]:  # noqa:
 
 def _flat(values: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     for key, value in values.items():
-        if isinstance(value, dict):
+        if is_object(value):
             yield from ((f"{key}.{inner}", words) for inner, words in _flat(value))
         else:
             yield key, os.path.realpath(value) if isinstance(value, Path) else str(value)

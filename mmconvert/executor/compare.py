@@ -83,11 +83,16 @@ def _alike(
 
 def _equal(left: memoryview, right: memoryview) -> bool:
     # Two memoryviews are compared element by element; a bytearray in one go.
-    return bytearray(left) == right
+    return bytearray(left) == right  # pyright: ignore[reportUnnecessaryComparison] - they do
 
 
-def _job(look, batch: list[Comparison], size: int) -> Job:  # noqa: ANN001 - the closure above
-    return Job((), ("", 0), size, lambda files: look(files, batch))
+def _job(
+    look: Callable[[Files, Sequence[Comparison]], None], batch: list[Comparison], size: int
+) -> Job:
+    def run(files: Files) -> None:
+        look(files, batch)
+
+    return Job((), ("", 0), size, run)
 
 
 def _pieces(comparisons: Sequence[Comparison], a: Sequence[StoredTensor]) -> list[Comparison]:

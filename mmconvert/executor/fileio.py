@@ -10,7 +10,7 @@ import errno
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +60,7 @@ class Files:
 
 
 @contextmanager
-def open_files() -> Iterator[Files]:
+def open_files() -> Generator[Files]:
     """Descriptors for the length of one job."""
     files = Files()
     try:

@@ -110,7 +110,7 @@ class Launched(Group):
                 "torch, which carries the messages between the processes",
                 "pip install 'mmconvert[runtime]', or run mm-convert without torchrun",
             ) from None
-        self._dist = dist
+        self._dist: Any = dist  # its functions for objects have no types
         try:
             # Processes may finish days apart; one that dies is noticed at once all the same.
             dist.init_process_group("gloo", timeout=timedelta(days=7))

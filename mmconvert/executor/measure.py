@@ -1,5 +1,8 @@
 """How far apart two runs of elements are, as sums in float64. Needs numpy."""
 
+# numpy's own types are written for a newer Python than the oldest that is served here.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import math
@@ -8,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmconvert.executor.values import as_floats
+from mmconvert.executor.values import Array, as_floats
 from mmconvert.stored import ITEM_SIZE
 
 # Elements taken at a time. With few, threads wait for the interpreter's lock between the steps:
@@ -88,7 +91,7 @@ def add(first: Measured, second: Measured, start: int) -> Measured:
     )
 
 
-def _measure(a: np.ndarray, b: np.ndarray, dtypes: tuple[str, str]) -> Measured:
+def _measure(a: Array, b: Array, dtypes: tuple[str, str]) -> Measured:
     x = _load(a, dtypes[0], _ROOM.x)
     square = _sum_of_squares(x)
     same = dtypes[0] == dtypes[1]
@@ -106,7 +109,7 @@ def _measure(a: np.ndarray, b: np.ndarray, dtypes: tuple[str, str]) -> Measured:
     return _with_largest(x, y, gap, Measured(total, square, different))
 
 
-def _load(data: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
+def _load(data: Array, dtype: str, out: Array) -> Array:
     """The values behind bits, as float64, at the beginning of ``out``."""
     out = out[: data.size]
     if dtype == "BF16":  # by far the most: the upper half of a float32, without fresh arrays
@@ -119,11 +122,11 @@ def _load(data: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
     return out
 
 
-def _sum_of_squares(values: np.ndarray) -> float:
+def _sum_of_squares(values: Array) -> float:
     return float(np.einsum("i,i->", values, values))  # one pass, no array in between
 
 
-def _with_largest(x: np.ndarray, y: np.ndarray, gap: np.ndarray, found: Measured) -> Measured:
+def _with_largest(x: Array, y: Array, gap: Array, found: Measured) -> Measured:
     if not found.different:
         return found
     np.abs(gap, out=gap)
@@ -133,7 +136,7 @@ def _with_largest(x: np.ndarray, y: np.ndarray, gap: np.ndarray, found: Measured
     )
 
 
-def _measure_odd(x: np.ndarray, y: np.ndarray) -> Measured:
+def _measure_odd(x: Array, y: Array) -> Measured:
     """The same where some values are NaN or infinite, or too large to be squared."""
     nan_x, nan_y = np.isnan(x), np.isnan(y)
     inf_x, inf_y = np.isinf(x), np.isinf(y)

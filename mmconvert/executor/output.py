@@ -82,7 +82,7 @@ class Output:
         """Whether the target is free, or may be replaced."""
         try:
             exists = os.path.lexists(self.final)
-            names = set(os.listdir(self.final)) if exists else set()
+            names = set(os.listdir(self.final)) if exists else set[str]()
         except NotADirectoryError:
             raise OutputError(
                 f"{self.final} is a file", "a folder that does not exist yet"

@@ -1,12 +1,18 @@
 """Bits read as numbers: to say how two tensors differ, and to cast. The one place for numpy."""
 
+# numpy's own types are written for a newer Python than the oldest that is served here.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmconvert.stored import ITEM_SIZE
+
+Array = NDArray[Any]
 
 
 class Gap(NamedTuple):
@@ -30,8 +36,8 @@ class Gap(NamedTuple):
 def gaps(left: memoryview, right: memoryview, dtypes: tuple[str, str], cols: int) -> Gap:
     """Describes the difference of two regions of ``cols`` columns whose bits are not equal."""
     kind = f"<u{ITEM_SIZE[dtypes[0]]}"
-    a = np.frombuffer(left, kind).reshape(-1, cols)
-    b = np.frombuffer(right, kind).reshape(-1, cols)
+    a: Array = np.frombuffer(left, kind).reshape(-1, cols)
+    b: Array = np.frombuffer(right, kind).reshape(-1, cols)
     unequal = a != b
     row, col = (int(x) for x in np.argwhere(unequal)[0])
     x, y = as_floats(a, dtypes[0]), as_floats(b, dtypes[1])
@@ -43,7 +49,7 @@ def gaps(left: memoryview, right: memoryview, dtypes: tuple[str, str], cols: int
 
 def nonzero(data: memoryview, dtype: str, cols: int) -> Gap | None:
     """Describes the values of a region that are not zero; None if all are (minus zero is)."""
-    bits = np.frombuffer(data, f"<u{ITEM_SIZE[dtype]}").reshape(-1, cols)
+    bits: Array = np.frombuffer(data, f"<u{ITEM_SIZE[dtype]}").reshape(-1, cols)
     values = as_floats(bits, dtype)
     if (values == 0).all():
         return None
@@ -52,7 +58,7 @@ def nonzero(data: memoryview, dtype: str, cols: int) -> Gap | None:
     return Gap(row, col, float(values[row, col]), 0.0, largest, int((values != 0).sum()))
 
 
-def _e4m3_values() -> np.ndarray:
+def _e4m3_values() -> Array:
     """The value of each of the 256 bytes of F8_E4M3: bias 7, no infinity, NaN is all ones.
 
     Source: the OCP 8-bit floating point specification (OFP8), revision 1.0, section 5.
@@ -92,7 +98,7 @@ def not_finite(data: memoryview, dtype: str, cols: int) -> NotFinite | None:
     if dtype not in _EXPONENT:
         return None
     item = ITEM_SIZE[dtype]
-    bits = np.frombuffer(data, f"<u{item}")
+    bits: Array = np.frombuffer(data, f"<u{item}")
     mask = bits.dtype.type(_EXPONENT[dtype])
     special = (bits & mask) == mask
     if not special.any():
@@ -103,7 +109,7 @@ def not_finite(data: memoryview, dtype: str, cols: int) -> NotFinite | None:
     return NotFinite(row, col, int(special.sum()) - infinities, infinities)
 
 
-def as_floats(data: np.ndarray, dtype: str) -> np.ndarray:
+def as_floats(data: Array, dtype: str) -> Array:
     """The values behind bits, as float64."""
     if dtype == "BF16":  # the upper half of a float32
         return (data.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
@@ -150,14 +156,14 @@ def cast(data: memoryview, old: str, new: str) -> Cast:
     return Cast(np.ascontiguousarray(bits).data.cast("B"), overflowed, underflowed)
 
 
-def _floats(data: memoryview, dtype: str) -> np.ndarray:
+def _floats(data: memoryview, dtype: str) -> Array:
     """The values behind bits in the smallest numpy type that holds them all."""
     if dtype == "BF16":  # the upper half of a float32
         return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
     return np.frombuffer(data, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype])
 
 
-def _to_bf16(values: np.ndarray) -> np.ndarray:
+def _to_bf16(values: Array) -> Array:
     """The bits of bfloat16 values."""
     wide = values.astype("<f4")
     if values.dtype.itemsize > wide.dtype.itemsize:

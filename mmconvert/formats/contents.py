@@ -87,7 +87,7 @@ class Box:
 
 @dataclass
 class _Pile:
-    layers: set[int] = field(default_factory=set)
+    layers: set[int] = field(default_factory=set[int])
     nbytes: int = 0
     tensors: int = 0
 

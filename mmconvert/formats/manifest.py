@@ -11,6 +11,7 @@ from mmconvert.errors import MMConvertError
 from mmconvert.formats.containers.allocate import write_file
 from mmconvert.formats.hf.folder import read_json_file
 from mmconvert.formats.reading import State
+from mmconvert.narrow import is_array, is_object, is_texts
 from mmconvert.version import VERSION
 
 NAME = "mmconvert.json"
@@ -67,7 +68,7 @@ def digests(folder: Path) -> tuple[dict[str, str] | None, str]:
     if content is None:
         return None, note or f"{folder} has no {NAME}"
     found = content.get("digests")
-    if not isinstance(found, dict) or not all(isinstance(d, str) for d in found.values()):
+    if not is_texts(found):
         return None, f"{folder / NAME} holds no digests (a conversion writes them with --digests)"
     changed = _changed(folder, content, times=True) or _added(folder, content)
     return (None, f"{folder / NAME} is not relied on: {changed}") if changed else (found, "")
@@ -76,14 +77,14 @@ def digests(folder: Path) -> tuple[dict[str, str] | None, str]:
 def _changed(folder: Path, content: Mapping[str, object], *, times: bool) -> str:
     """What does not fit the files that are there; "" if all does."""
     files = content.get("files")
-    if not isinstance(files, dict) or not files:
+    if not is_object(files) or not files:
         return "it lists no files"
     for name, noted in files.items():
         try:
             now = state(folder / name)
         except (OSError, ValueError):  # gone, or no name of a file
             now = []
-        size = noted[0] if isinstance(noted, list) and noted else noted
+        size = noted[0] if is_array(noted) and noted else noted
         if not now or type(size) is not int or now[0] != size:
             return f"{name} has changed since it was written"
         if times and now != noted:
@@ -94,7 +95,7 @@ def _changed(folder: Path, content: Mapping[str, object], *, times: bool) -> str
 def _added(folder: Path, content: Mapping[str, object]) -> str:
     """A weight file that is not listed; "" if there is none. Training may have gone on here."""
     files = content.get("files")
-    listed = {str(name) for name in files} if isinstance(files, dict) else set[str]()
+    listed = set(files) if is_object(files) else set[str]()
     suffixes = WEIGHTS | {Path(name).suffix for name in listed}
     names = (str(path.relative_to(folder)) for path in _ending(folder, suffixes))
     new = [name for name in names if name not in listed]
@@ -104,10 +105,10 @@ def _added(folder: Path, content: Mapping[str, object]) -> str:
 def sizes(content: Mapping[str, object]) -> Dims:
     """The model's sizes from a manifest; whatever is no plain number is left out."""
     found = content.get("dims")
-    if not isinstance(found, dict):
+    if not is_object(found):
         return {}
     return {
-        str(name): value
+        name: value
         for name, value in found.items()
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
     }

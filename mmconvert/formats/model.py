@@ -60,12 +60,12 @@ class Model:
     modules: tuple[Module, ...]
     dims: Dims
     hf: HFCheckpoint | None = None
-    hf_tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    hf_tensors: Mapping[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
     notes: tuple[str, ...] = ()
     carried: tuple[StoredTensor, ...] = ()
     patterns: frozenset[str] = frozenset()
     tied_known: bool = True
-    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     @property
     def plain_modules(self) -> tuple[Module, ...]:

@@ -69,7 +69,7 @@ def against_config(model: ModelJson, config: Mapping[str, Any]) -> list[Differen
     found = list(_differences(model.content, expected, ""))
     known = {config.get(f"{kind}_token_id") for kind in ("image", "video")}
     thinker = config.get("thinker_config")
-    inner = cast("Mapping[str, Any]", thinker) if isinstance(thinker, Mapping) else {}
+    inner = cast("Mapping[str, Any]", thinker if isinstance(thinker, Mapping) else {})
     known |= {inner.get(f"{kind}_token_{end}") for kind in ("image", "video") for end in ENDS}
     known |= {expected["img_context_token_id"]}
     token = model.content.get("img_context_token_id")
@@ -84,7 +84,7 @@ ENDS = ("id", "index")
 
 
 def _differences(found: object, expected: Mapping[str, Any], where: str) -> Iterator[Difference]:
-    given = cast("Mapping[str, Any]", found) if isinstance(found, Mapping) else {}
+    given = cast("Mapping[str, Any]", found if isinstance(found, Mapping) else {})
     for key, value in expected.items():
         path = f"{where}.{key}" if where else key
         if isinstance(value, Mapping):

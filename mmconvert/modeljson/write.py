@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from mmconvert.errors import OutputError, cannot_write
 from mmconvert.modeljson.file import FREEZE, LISTS, PLACES
+from mmconvert.narrow import is_object
 from mmconvert.sharding.layout import Layout
 
 
@@ -54,8 +55,8 @@ def frozen_ranks(content: Mapping[str, Any], layout: Layout) -> list[int]:
     for place, (_, default) in FREEZE.items():
         part: object = content
         for name in place:
-            part = cast("Mapping[str, Any]", part).get(name) if isinstance(part, Mapping) else None
-        if isinstance(part, Mapping) and not cast("Mapping[str, Any]", part).get("freeze", default):
+            part = part.get(name) if is_object(part) else None
+        if is_object(part) and not part.get("freeze", default):
             learns |= {key for key, known in PLACES.items() if known[0] == place[0]}
     return [
         rank

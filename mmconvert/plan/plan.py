@@ -65,8 +65,8 @@ class Whole:
 
     shape: tuple[int, ...]
     dtype: str
-    copies: list[list[Block]] = field(default_factory=list)
-    zeros: list[tuple[int, int]] = field(default_factory=list)
+    copies: list[list[Block]] = field(default_factory=list[list[Block]])
+    zeros: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     mixed: str = ""
 
 
@@ -81,10 +81,10 @@ class Side:
             whose rows are those of all experts one below the other.
     """
 
-    stored: list[StoredTensor] = field(default_factory=list)
-    targets: list[Target] = field(default_factory=list)
-    wholes: dict[Key, Whole] = field(default_factory=dict)
-    stacks: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    stored: list[StoredTensor] = field(default_factory=list[StoredTensor])
+    targets: list[Target] = field(default_factory=list[Target])
+    wholes: dict[Key, Whole] = field(default_factory=dict[Key, Whole])
+    stacks: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
 
 
 class Copy(NamedTuple):
@@ -137,9 +137,9 @@ class Plan:
     targets: Sequence[Target]
     copies: list[Copy]
     replicas: list[Comparison]
-    notes: list[str] = field(default_factory=list)
-    fills: list[Zeros] = field(default_factory=list)
-    zeros: list[Zeros] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list[str])
+    fills: list[Zeros] = field(default_factory=list[Zeros])
+    zeros: list[Zeros] = field(default_factory=list[Zeros])
     cast: str = ""
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ Choose = Callable[[int, float], list[int]]  # (frames, seconds) -> numbers of fr
 
 
 @contextmanager
-def _opened(path: Path, kind: str) -> Iterator[tuple[Any, Any]]:
+def _opened(path: Path, kind: str) -> Generator[tuple[Any, Any]]:
     """The file and its first stream of a kind (``video`` or ``audio``).
 
     Raises:

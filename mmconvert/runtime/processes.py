@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -84,7 +84,7 @@ def spawn(job: Job, world: int, on_event: Emit, method: str) -> object:
 
 
 @contextmanager
-def _passing_on(job: Job, processes: Sequence[Any]) -> Iterator[Callable[[object], object]]:
+def _passing_on(job: Job, processes: Sequence[Any]) -> Generator[Callable[[object], object]]:
     """Passes a SIGTERM on to processes that end by themselves then, once they have spoken.
 
     A second one, or one before that, ends the run as Ctrl-C does.

@@ -102,9 +102,9 @@ class Found:
         unread: keys of entries that nothing is done with.
     """
 
-    samples: list[Sample] = field(default_factory=list)
-    faults: list[DatasetError] = field(default_factory=list)
-    unread: set[str] = field(default_factory=set)
+    samples: list[Sample] = field(default_factory=list[Sample])
+    faults: list[DatasetError] = field(default_factory=list[DatasetError])
+    unread: set[str] = field(default_factory=set[str])
 
     def notes(self) -> list[str]:
         """What to say of it."""

@@ -7,7 +7,7 @@ absent is an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ class Binding(NamedTuple):
 
 
 @contextmanager
-def params_on_meta(dtype: torch.dtype) -> Iterator[None]:
+def params_on_meta(dtype: torch.dtype) -> Generator[None]:
     """Modules made in here have parameters without data, and buffers with theirs.
 
     Args:

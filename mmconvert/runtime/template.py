@@ -61,9 +61,9 @@ def template_of(arch: Architecture, hf_dir: Path, name: str) -> Template:
 class Turn:
     """What is asked, and what is answered: ids, and which of the answer's are learnt."""
 
-    asked: list[int] = field(default_factory=list)
-    answer: list[int] = field(default_factory=list)
-    learnt: list[bool] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list[int])
+    answer: list[int] = field(default_factory=list[int])
+    learnt: list[bool] = field(default_factory=list[bool])
 
     def add(self, ids: Sequence[int], *, answer: bool, learnt: bool = False) -> None:
         """Appends ids to one of both."""

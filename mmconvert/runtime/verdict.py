@@ -93,7 +93,7 @@ class Report:
     dtype: str
     checks: list[Check]
     parting: Parting | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list[str])
 
     @property
     def passed(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mmconvert.errors import LayoutError
+from mmconvert.narrow import is_sequence
 
 StageGrid = tuple[tuple[int, ...], ...]
 
@@ -20,18 +21,20 @@ def parse_grid(value: object, flag: str) -> StageGrid:
         LayoutError: not such a list, rows of different lengths, or a negative number.
     """
     expected = "a list of layer counts such as [1,10,10,7], or one list per virtual stage"
-    if not isinstance(value, (list, tuple)) or not value:
+    if not is_sequence(value) or not value:
         raise LayoutError(f"{flag} is {value!r}", expected)
-    nested = any(isinstance(row, (list, tuple)) for row in value)
+    nested = any(is_sequence(row) for row in value)
     rows: Sequence[object] = value if nested else [value]
     grid: list[tuple[int, ...]] = []
     for row in rows:
-        if not isinstance(row, (list, tuple)) or not row:
+        if not is_sequence(row) or not row:
             raise LayoutError(f"{flag} is {value!r}: {row!r} is not a list of numbers", expected)
+        counts: list[int] = []
         for count in row:
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
                 raise LayoutError(f"{flag} is {value!r}: {count!r} is not a layer count", expected)
-        grid.append(tuple(row))
+            counts.append(count)
+        grid.append(tuple(counts))
     if len({len(row) for row in grid}) > 1:
         lengths = [len(row) for row in grid]
         raise LayoutError(

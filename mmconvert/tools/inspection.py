@@ -42,9 +42,9 @@ class Inspection:
     tensors: int
     iteration: str = ""
     layout: Layout | None = None
-    listing: list[StoredTensor] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    boxes: list[Box] = field(default_factory=list)
+    listing: list[StoredTensor] = field(default_factory=list[StoredTensor])
+    notes: list[str] = field(default_factory=list[str])
+    boxes: list[Box] = field(default_factory=list[Box])
     title: str = ""
     unit: str = "file"
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import Family
@@ -41,7 +41,7 @@ from mmconvert.plan.plan import (
     matrix,
 )
 from mmconvert.plan.proof import Rect, covers, prove
-from mmconvert.sharding.layout import GRID_FLAG, Layout
+from mmconvert.sharding.layout import GRID_FLAG, Chunk, Layout
 from mmconvert.sharding.stages import StageGrid
 from mmconvert.stored import StoredTensor
 
@@ -161,12 +161,12 @@ def _plan(
             raise
         return name, error
     prove(there)
-    parts: dict = defaultdict(dict)
+    parts: defaultdict[Chunk, dict[str, StoredTensor]] = defaultdict(dict)
     stored = [
         StoredTensor(t.name, t.dtype, t.shape, NOWHERE, i) for i, t in enumerate(there.targets)
     ]
     for target, tensor in zip(there.targets, stored, strict=True):
-        parts[target.chunk][target.name] = tensor
+        parts[cast("Chunk", target.chunk)][target.name] = tensor  # in MM format each has one
     back_side = _read_back(model, layout, parts)
     back = build(back_side, hf_target(side, back_side.wholes))
     prove(back)

@@ -15,6 +15,7 @@ from mmconvert.cli.settings import read_yaml
 from mmconvert.cli.tools.junit import Case, write_junit
 from mmconvert.config import NO_PATTERNS, MaybePath, Options, ParallelConfig, Patterns
 from mmconvert.errors import RequestError
+from mmconvert.narrow import is_dict
 from mmconvert.words import amount
 
 DIFFERENT = 1
@@ -98,8 +99,8 @@ def _layout(path: Path) -> ParallelConfig:
 
     content: object = read_yaml(path, "--layout")
     for key in ("cfg", "parallel_config"):
-        if isinstance(content, dict) and key in content:
+        if is_dict(content) and key in content:
             content = content[key]
-    if not isinstance(content, dict):
+    if not is_dict(content):
         raise RequestError(f"--layout {path}: parallel_config has no keys", "llm_pp_layers: ...")
     return parallel_config({str(key): value for key, value in content.items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ _NOT_HERE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV}
 
 
 @contextmanager
-def opened(path: Path, nbytes: int) -> Iterator[int]:
+def opened(path: Path, nbytes: int) -> Generator[int]:
     """A file of a staging folder, open for writing, with its size set.
 
     One that is there already, left by an interrupted run, keeps its bytes.

@@ -77,7 +77,7 @@ class CkptFile:
 
     path: Path
     tensors: list[StoredTensor]
-    leftovers: list[Leftover] = field(default_factory=list)
+    leftovers: list[Leftover] = field(default_factory=list[Leftover])
     end: int = 0
     crc: int | None = None
 

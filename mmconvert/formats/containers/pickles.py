@@ -12,7 +12,7 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Callable
 from sys import getsizeof
-from typing import Any
+from typing import Any, cast
 
 from mmconvert.errors import FormatError
 from mmconvert.formats.containers.torch_objects import (
@@ -23,6 +23,7 @@ from mmconvert.formats.containers.torch_objects import (
     rebuild,
     storage_ref,
 )
+from mmconvert.narrow import is_array, is_dict, is_frozenset, is_sequence, is_set, is_tuple
 
 __all__ = ["Global", "Inert", "StorageRef", "TensorRef", "load_pickle"]
 
@@ -152,7 +153,7 @@ class _Machine:
         pending, left = [key], MAX_KEY_PARTS
         while pending:
             item = pending.pop()
-            if isinstance(item, (tuple, frozenset)):
+            if is_tuple(item) or is_frozenset(item):
                 left -= len(item)
                 if left < 0:
                     raise ValueError(f"a key of more than {MAX_KEY_PARTS} parts")
@@ -166,7 +167,7 @@ class _Machine:
 
     def add_items(self) -> None:
         items, target = self.pop_mark(), self.top()
-        if not isinstance(target, set):
+        if not is_set(target):
             raise ValueError(f"items are added to a {type(target).__name__}")
         self.spend(0, _ENTRY * len(items))
         target.update(map(self.key, items))
@@ -175,8 +176,8 @@ class _Machine:
         target = self.top()
         if isinstance(target, Inert):
             target.items = [] if target.items is None else target.items
-            target = target.items
-        if not isinstance(target, list):
+            target = cast("object", target.items)
+        if not is_array(target):
             raise ValueError(f"items are appended to a {type(target).__name__}")
         target.extend(items)
 
@@ -184,8 +185,8 @@ class _Machine:
         target = self.top()
         if isinstance(target, Inert):
             target.entries = {} if target.entries is None else target.entries
-            target = target.entries
-        if not isinstance(target, dict) or len(flat) % 2:
+            target = cast("object", target.entries)
+        if not is_dict(target) or len(flat) % 2:
             raise ValueError(f"{len(flat)} keys and values for a {type(target).__name__}")
         self.spend(0, _ENTRY * (len(flat) // 2))
         for key, value in zip(flat[::2], flat[1::2], strict=True):
@@ -209,7 +210,7 @@ class _Machine:
 
     def new_with_keywords(self) -> None:
         keywords, args, function = self.pop(), self.pop(), self.pop()
-        if not isinstance(keywords, dict) or not isinstance(args, tuple):
+        if not is_dict(keywords) or not is_tuple(args):
             raise ValueError("wrong arguments for a new object")
         self.spend(len(args), _WORD * len(args))  # memoized arguments may be copied many times
         made = Inert(function, (*args, keywords)) if keywords else self.call(function, args)
@@ -227,7 +228,7 @@ class _Machine:
 
     def call(self, function: object, args: object) -> object:
         """What the call would give if it is known here, else an inert object."""
-        if not isinstance(function, (Global, Inert)) or not isinstance(args, tuple):
+        if not isinstance(function, (Global, Inert)) or not is_tuple(args):
             raise ValueError(f"a call of a {type(function).__name__}")
         if isinstance(function, Global):
             known = _CALLS.get((function.module, function.name))
@@ -241,7 +242,7 @@ class _Machine:
     def items_of(self, args: tuple[Any, ...]) -> list[Any] | tuple[Any, ...]:
         """The one list or tuple that a collection is made of."""
         items = args[0] if args else ()
-        if len(args) > 1 or not isinstance(items, (list, tuple)):
+        if len(args) > 1 or not is_sequence(items):
             raise ValueError("a collection of something else than a list or tuple")
         self.spend(len(items), _ENTRY * len(items))  # a memoized list may be copied many times
         return items
@@ -249,7 +250,7 @@ class _Machine:
     def ordered_dict(self, args: tuple[Any, ...]) -> object:
         made: dict[Any, Any] = {}
         for pair in self.items_of(args):
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            if not is_sequence(pair) or len(pair) != 2:
                 raise ValueError("an OrderedDict of something else than pairs")
             made[self.key(pair[0])] = pair[1]
         return made

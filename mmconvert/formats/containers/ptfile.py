@@ -10,13 +10,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from mmconvert.errors import CheckpointError
 from mmconvert.formats.containers.archive import Archive, Record
 from mmconvert.formats.containers.pickles import Inert, StorageRef, TensorRef, load_pickle
 from mmconvert.formats.containers.ptwriter import Slot, pt_image
 from mmconvert.formats.reading import opened
+from mmconvert.narrow import is_dict, is_frozenset, is_sequence, is_set
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 __all__ = ["PtFile", "Slot", "pt_image", "read_pt"]
@@ -51,7 +52,7 @@ class PtFile:
         """
         keys: set[str] = set()
         seen: set[int] = set()
-        pending = [subtree]
+        pending: list[object] = [subtree]
         while pending:
             item = pending.pop()
             if isinstance(item, StoredTensor):
@@ -62,15 +63,18 @@ class PtFile:
             elif isinstance(item, (TensorRef, StorageRef)):
                 keys.add(item.storage.key if isinstance(item, TensorRef) else item.key)
             elif (
-                isinstance(item, (dict, list, tuple, set, frozenset, Inert))
-                and id(item) not in seen
-            ):
+                is_dict(item)
+                or is_sequence(item)
+                or is_set(item)
+                or is_frozenset(item)
+                or isinstance(item, Inert)
+            ) and id(item) not in seen:
                 seen.add(id(item))
                 if isinstance(item, Inert):
                     pending += [item.function, item.args, item.state, item.items, item.entries]
                 else:
                     pending += item
-                    pending += item.values() if isinstance(item, dict) else ()
+                    pending += item.values() if is_dict(item) else ()
         return sum(self.storage_bytes.get(key, 0) for key in keys)
 
 
@@ -118,7 +122,7 @@ class _Reader:
         tree = load_pickle(
             self.archive.pread(record.size, record.start), f"{self.path}: {pickles[0]}"
         )
-        if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        if not is_dict(tree) or not all(isinstance(key, str) for key in tree):
             raise self.error(
                 f"the top level is a {type(tree).__name__}",
                 expected="a dict with text keys, such as {'model': ..., 'checkpoint_version': 3.0}",
@@ -131,7 +135,7 @@ class _Reader:
         }
         starts = sorted((record.start, key) for key, record in storages.items())
         sizes = {key: record.size for key, record in storages.items()}
-        return PtFile(self.path, tree, sizes, starts)
+        return PtFile(self.path, cast("dict[str, Any]", tree), sizes, starts)
 
     def check_byte_order(self) -> None:
         record = self.records.get(f"{self.root}byteorder")
@@ -160,7 +164,7 @@ class _Reader:
         if isinstance(item, StorageRef):
             self.storage(item)
             return item
-        if not isinstance(item, (dict, list, tuple, Inert)):
+        if not (is_dict(item) or is_sequence(item) or isinstance(item, Inert)):
             return item
         if id(item) in self.done:
             return self.done[id(item)]

@@ -12,7 +12,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from mmconvert.errors import RequestError
 from mmconvert.formats.containers.image import FileImage, Piece, one_run
@@ -99,11 +99,7 @@ class _Emitter:
         if isinstance(value, TensorSlot):
             self.tensor(value)
         elif isinstance(value, Mapping):
-            self.out += b"}" + b"(" * (len(value) > 1)
-            for key, item in value.items():
-                self.out += _text(key)
-                self.value(item)
-            self.out += (b"", b"s", b"u")[min(len(value), 2)]
+            self.mapping(cast("Mapping[str, object]", value))
         elif isinstance(value, bool):
             self.out += b"\x88" if value else b"\x89"
         elif isinstance(value, int):
@@ -117,6 +113,13 @@ class _Emitter:
                 f"a {type(value).__name__} cannot be written to a .pt file",
                 expected="dicts with text keys, tensors, numbers and text",
             )
+
+    def mapping(self, items: Mapping[str, object]) -> None:
+        self.out += b"}" + b"(" * (len(items) > 1)
+        for key, item in items.items():
+            self.out += _text(key)
+            self.value(item)
+        self.out += (b"", b"s", b"u")[min(len(items), 2)]
 
     def tensor(self, slot: TensorSlot) -> None:
         if slot.dtype not in _STORAGE_NAME:

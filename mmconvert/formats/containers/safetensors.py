@@ -12,12 +12,13 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from mmconvert.causes.quantised import low_bit_dtype
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats.containers.image import FileImage, Piece, one_run
 from mmconvert.formats.reading import opened
+from mmconvert.narrow import is_array, is_object, is_texts
 from mmconvert.stored import ITEM_SIZE, StoredTensor, Target
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
@@ -91,10 +92,21 @@ def expected_size(path: Path) -> int | None:
     try:
         entries = _parse(path, header)
         entries.pop("__metadata__", None)
-        sizes = [e["data_offsets"][1] for e in entries.values() if isinstance(e, dict)]
+        ends = [_end(entry) for entry in entries.values() if is_object(entry)]
     except (FormatError, LookupError, TypeError):
         return None
-    return 8 + length + max(sizes, default=0) if all(map(_is_size, sizes)) else None
+    sizes = [end for end in ends if _is_size(end)]
+    return 8 + length + max(sizes, default=0) if len(sizes) == len(ends) else None
+
+
+def _end(entry: Mapping[str, object]) -> object:
+    """Where an entry says that its data ends.
+
+    Raises:
+        LookupError: it says nothing.
+    """
+    offsets = entry["data_offsets"]
+    return offsets[1] if is_array(offsets) else None
 
 
 def _damaged(path: Path, what: str) -> FormatError:
@@ -127,7 +139,7 @@ def parse_json(text: bytes, where: Path) -> object:
 
 def _parse(path: Path, header: bytes) -> dict[str, object]:
     entries = parse_json(header, path)
-    if not isinstance(entries, dict):
+    if not is_object(entries):
         raise _damaged(path, "the header is not a JSON object")
     return entries
 
@@ -135,22 +147,22 @@ def _parse(path: Path, header: bytes) -> dict[str, object]:
 def _metadata(path: Path, value: object) -> dict[str, str]:
     if value is None:  # null is no metadata, to the safetensors library too
         return {}
-    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+    if not is_texts(value):
         raise _damaged(path, "__metadata__ is not an object of strings")
     return value
 
 
 def _tensor(path: Path, name: str, entry: object, start: int, size: int) -> StoredTensor:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not is_object(entry) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _damaged(path, f"the entry of {name!r} is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
         raise low_bit_dtype(path, name, dtype) or _damaged(
             path, f"{name} has the unknown dtype {dtype!r}"
         )
-    if not isinstance(shape, list) or not all(_is_size(n) for n in shape) or len(shape) > 8:
+    if not is_array(shape) or not _are_sizes(shape) or len(shape) > 8:
         raise _damaged(path, f"{name} has the shape {shape!r:.80}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+    if not is_array(offsets) or len(offsets) != 2 or not _are_sizes(offsets):
         raise _damaged(path, f"{name} has the data_offsets {offsets!r:.80}")
     begin, end = offsets
     tensor = StoredTensor(name, dtype, tuple(shape), path, start + begin)
@@ -161,8 +173,12 @@ def _tensor(path: Path, name: str, entry: object, start: int, size: int) -> Stor
     return tensor
 
 
-def _is_size(value: object) -> bool:
+def _is_size(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_DIM
+
+
+def _are_sizes(values: list[object]) -> TypeGuard[list[int]]:
+    return all(map(_is_size, values))
 
 
 def safetensors_image(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeGuard
 
+from mmconvert.narrow import is_tuple
 from mmconvert.stored import ITEM_SIZE
 
 # torch's typed storages (torch/_utils.py, _dtype_to_storage_type_map) and dtypes by attribute
@@ -122,7 +123,7 @@ def storage_ref(ident: object) -> StorageRef:
     Raises:
         ValueError: it is not such a tuple.
     """
-    if not isinstance(ident, tuple) or len(ident) != 5 or ident[0] != "storage":
+    if not is_tuple(ident) or len(ident) != 5 or ident[0] != "storage":
         raise ValueError("a persistent id that is not a storage")
     _, kind, key, _, numel = ident
     if not isinstance(kind, Global) or not isinstance(key, str) or not _is_size(numel):
@@ -146,7 +147,7 @@ def rebuild(function: Global, args: tuple[Any, ...]) -> TensorRef | Inert | None
         return args[0]
     if function == _FROM_TYPE:
         # A tensor with attributes: (rebuilder, type, arguments of the rebuilder, attributes).
-        if len(args) != 4 or not isinstance(args[0], Global) or not isinstance(args[2], tuple):
+        if len(args) != 4 or not isinstance(args[0], Global) or not is_tuple(args[2]):
             raise ValueError(f"wrong arguments for {function}")
         arity = _arity(args[0])
         if args[1] not in _PLAIN_TENSOR or arity is None:
@@ -209,9 +210,9 @@ def _tensor(
     return TensorRef(storage, dtype, shape, strides, offset)
 
 
-def _is_size(value: object) -> bool:
+def _is_size(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < _INT64
 
 
 def _is_sizes(values: object) -> bool:
-    return isinstance(values, tuple) and len(values) <= MAX_DIMS and all(map(_is_size, values))
+    return is_tuple(values) and len(values) <= MAX_DIMS and all(map(_is_size, values))

@@ -20,6 +20,7 @@ from mmconvert.formats.hf.choice import (
     weight_files,
 )
 from mmconvert.formats.reading import opened
+from mmconvert.narrow import is_object
 from mmconvert.stored import StoredTensor
 
 MAX_JSON = 64 << 20  # bytes
@@ -58,7 +59,7 @@ def read_json_file(path: Path) -> dict[str, object]:
         CheckpointError: unreadable; FormatError: not a JSON object.
     """
     value = parse_json(read_small(path), path)
-    if not isinstance(value, dict):
+    if not is_object(value):
         raise FormatError(f"{path}: not a JSON object", "an object in braces")
     return value
 
@@ -219,17 +220,25 @@ def read_index(folder: Path, *, pickled: bool = False) -> dict[str, str]:
 
 
 def _weight_map(path: Path, index: object, suffix: str = SAFETENSORS) -> dict[str, str]:
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
+    weight_map = index.get("weight_map") if is_object(index) else None
+    if not is_object(weight_map) or not weight_map:
         raise FormatError(f"{path}: there is no weight_map", "an object: tensor name -> file name")
+    found: dict[str, str] = {}
     for tensor, name in weight_map.items():
-        plain = isinstance(name, str) and name.endswith(suffix) and "\0" not in name
-        if not plain or Path(name).name != name or "\\" in name or len(name) > MAX_NAME:
+        if not isinstance(name, str) or not _is_plain(name, suffix):
             raise FormatError(
                 f"{path}: weight_map puts {tensor!r:.80} into {name!r:.80}",
                 f"the name of a *{suffix} file in the same folder, without a path",
             )
-    return weight_map
+        found[tensor] = name
+    return found
+
+
+def _is_plain(name: str, suffix: str) -> bool:
+    """Whether it is the name of a file of that kind, without a path."""
+    if not name.endswith(suffix) or "\0" in name:
+        return False
+    return Path(name).name == name and "\\" not in name and len(name) <= MAX_NAME
 
 
 def _check_map(path: Path, weight_map: Mapping[str, str], files: list[WeightFile]) -> None:

@@ -11,6 +11,7 @@ from mmconvert.formats.containers.image import FileImage, Piece, one_run, small
 from mmconvert.formats.containers.safetensors import parse_json, safetensors_image
 from mmconvert.formats.hf import bin as hf_bin
 from mmconvert.formats.hf.folder import INDEX, SINGLE, HFCheckpoint, read_small
+from mmconvert.narrow import is_object
 from mmconvert.stored import Target
 
 # Where config.json names the dtype of the weights: torch_dtype until transformers 4.55, then dtype.
@@ -137,7 +138,7 @@ def with_dtype(path: Path, cast: str) -> bytes:
 
 def _objects(value: object) -> Iterator[dict[str, object]]:
     """Every JSON object in a value, at any depth: Qwen2.5-Omni's configs lie three deep."""
-    if isinstance(value, dict):
+    if is_object(value):
         yield value
         for inner in value.values():
             yield from _objects(inner)

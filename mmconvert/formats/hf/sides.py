@@ -79,7 +79,7 @@ class SideFiles:
     """
 
     copied: tuple[Path, ...]
-    left: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    left: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
 
     def notes(self) -> list[str]:
         """What to say of those that are not copied."""

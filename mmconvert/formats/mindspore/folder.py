@@ -55,7 +55,7 @@ class MSCheckpoint:
     parts: list[dict[str, StoredTensor]]
     strategy: Strategy | None
     training: tuple[str, ...] = ()
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list[str])
 
 
 def is_ms(path: Path) -> bool:

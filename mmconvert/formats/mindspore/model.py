@@ -41,8 +41,8 @@ class MSModel:
     checkpoint: MSCheckpoint
     parts: list[dict[Key, StoredTensor]]
     spread: Spread
-    notes: list[str] = field(default_factory=list)
-    dropped: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list[str])
+    dropped: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     patterns: frozenset[str] = frozenset()
 
     def side(self, transposed: frozenset[str] = frozenset(), faults: Faults = STRICT) -> Side:

@@ -24,12 +24,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
 from mmconvert.errors import CheckpointError, FormatError, LayoutError
 from mmconvert.formats.containers.protobuf import LENGTH, VARINT, Field, WireFile, signed
 from mmconvert.formats.containers.safetensors import parse_json
 from mmconvert.formats.reading import opened, size_of_file
+from mmconvert.narrow import is_array, is_object
 from mmconvert.sharding.slices import Slicing
 
 MAX_STRATEGY = 256 << 20  # bytes; a file for 10,000 tensors has 1 MiB
@@ -217,21 +218,21 @@ def _slicing(path: Path, name: str, layout: _Layout) -> Slicing:
 
 
 def _from_json(path: Path, content: object) -> Strategy:
-    if not isinstance(content, dict):
+    if not is_object(content):
         _bad(path, "not a JSON object")
-    items = content.get("parallel_strategy_item") or {}
+    items = content.get("parallel_strategy_item") or dict[str, object]()
     layouts = content.get("parallel_layout_item")
-    if not isinstance(items, dict) or not isinstance(layouts, dict):
+    if not is_object(items) or not is_object(layouts):
         _bad(path, "parallel_strategy_item or parallel_layout_item is not an object")
     stage = 0
     for item in items.values():
-        stage = item.get("stage", 0) if isinstance(item, dict) else -1
+        stage = item.get("stage", 0) if is_object(item) else -1
         if not _whole(stage, 0, MAX_STAGES):
             _bad(path, "an item of parallel_strategy_item has no sensible stage")
         break
     found: dict[str, _Layout] = {}
     for name, value in layouts.items():
-        if not isinstance(value, dict) or not name:
+        if not is_object(value) or not name:
             _bad(path, f"the layout of {name!r:.80} is not an object")
         found[name] = _json_layout(path, name, value)
     return _checked(path, stage, found)
@@ -241,8 +242,8 @@ def _json_layout(path: Path, name: str, value: Mapping[str, object]) -> _Layout:
     where = f"{path}: {name:.80}"
     devices = _numbers(where, "dev_matrix", value.get("dev_matrix"))
     axes = value.get("tensor_map")
-    if isinstance(axes, list) and any(isinstance(axis, list) for axis in axes):
-        parts = [_numbers(where, "tensor_map", a if isinstance(a, list) else [a]) for a in axes]
+    if is_array(axes) and any(is_array(axis) for axis in axes):
+        parts = [_numbers(where, "tensor_map", a if is_array(a) else [a]) for a in axes]
         parts.append([])  # one list for each dimension, even if there is only one
     else:
         parts = [_numbers(where, "tensor_map", axes)]
@@ -253,14 +254,16 @@ def _json_layout(path: Path, name: str, value: Mapping[str, object]) -> _Layout:
     return _Layout([devices], parts, uneven, *numbers)
 
 
-def _whole(value: object, least: int, most: int) -> bool:
+def _whole(value: object, least: int, most: int) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _numbers(where: str, key: str, value: object) -> list[int]:
-    if not isinstance(value, list) or len(value) > MAX_AXES:
+    if not is_array(value) or len(value) > MAX_AXES:
         raise FormatError(f"{where}: {key} is {value!r:.80}", f"a list of at most {MAX_AXES}")
+    found: list[int] = []
     for item in value:
         if not _whole(item, -1, MAX_DEVICES):
             raise FormatError(f"{where}: {key} has {item!r:.80}", "whole numbers from -1 on")
-    return [int(item) for item in value]
+        found.append(int(item))
+    return found

@@ -17,6 +17,7 @@ from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats.containers.pickles import Inert
 from mmconvert.formats.containers.ptfile import PtFile, read_pt
 from mmconvert.formats.reading import opened
+from mmconvert.narrow import is_dict
 from mmconvert.sharding.layout import Chunk, Rank, parse_folder
 from mmconvert.stored import StoredTensor
 
@@ -46,7 +47,7 @@ class MMCheckpoint:
     pp_size: int
     vpp_size: int
     parts: Mapping[Chunk, Mapping[str, StoredTensor]]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list[str])
     ep_size: int = 1
 
 
@@ -179,8 +180,9 @@ def _rank_folders(folder: Path) -> dict[Rank, Path]:
         # may be very many
         places = (Rank(t, p, e) for p in range(pp) for e in range(ep) for t in range(tp))
         absent = islice((rank for rank in places if rank not in ranks), 5)
-        also = (lambda r: f" ep {r.ep}") if ep > 1 else (lambda r: "")
-        listed = ", ".join(f"tp {r.tp} pp {r.pp}{also(r)}" for r in absent)
+        listed = ", ".join(
+            f"tp {r.tp} pp {r.pp} ep {r.ep}" if ep > 1 else f"tp {r.tp} pp {r.pp}" for r in absent
+        )
         raise CheckpointError(
             f"{folder} has {len(ranks)} rank folders; missing: {listed}",
             f"{tp} x {pp} x {ep} folders (tp x pp x ep)"
@@ -218,11 +220,11 @@ def rank_parts(pt: PtFile, notes: dict[str, int]) -> dict[str, dict[str, StoredT
     file = pt.path
     found: dict[str, dict[str, StoredTensor]] = {}
     for key, value in pt.content.items():
-        if not isinstance(key, str) or not _PART.fullmatch(key):
+        if not _PART.fullmatch(key):
             if not isinstance(value, (bool, int, float, str, type(None))):
-                notes[str(key)] = notes.get(str(key), 0) + pt.referenced_bytes(value)
+                notes[key] = notes.get(key, 0) + pt.referenced_bytes(value)
             continue
-        if not isinstance(value, dict):
+        if not is_dict(value):
             raise FormatError(f"{file}: {key} is not a dictionary", "tensors by name")
         found[key] = {}
         for name, tensor in value.items():

@@ -32,6 +32,7 @@ from mmconvert.formats.mm.source import Parts, claim_mm
 from mmconvert.formats.model import ENCODERS, Model, Notes, dropped_by, drops_too_much
 from mmconvert.formats.recognise import by_names, mm_form_of
 from mmconvert.names import TemplateIndex, number, summarise
+from mmconvert.narrow import is_object
 from mmconvert.sharding.layout import GRID_FLAG, Chunk, Layout
 from mmconvert.sharding.stages import total
 from mmconvert.stored import StoredTensor
@@ -286,7 +287,7 @@ def _looks_tied(
         TensorError: several text stages without an output layer: missing, or never written.
     """
     said = content.get("variant") if content else None
-    if isinstance(said, dict) and isinstance(said.get("tied"), bool):
+    if is_object(said) and isinstance(said.get("tied"), bool):
         return bool(said["tied"])
     table = family.modules(replace(variant, tied=True))
     rows = [r for m in table for r in m.all_rows() if r.tied_to]

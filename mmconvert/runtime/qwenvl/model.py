@@ -25,7 +25,7 @@ MASKED = -10000.0  # added to the scores of what must not be seen; a row of such
 class Cache:
     """Keys and values of what has been read, by layer, and the prompt's share in the angles."""
 
-    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list[tuple[Tensor, Tensor]])
     alpha: float = 1.0
 
     def __len__(self) -> int:

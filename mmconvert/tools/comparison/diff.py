@@ -137,7 +137,7 @@ def _facts(side: Opened) -> Facts:
 
 
 def _findings(found: Diff) -> list[str]:
-    notes = []
+    notes: list[str] = []
     dtypes: dict[tuple[str, str], int] = {}
     for t in found.tensors:
         if t.dtype_a != t.dtype_b:

@@ -98,7 +98,7 @@ class Diff:
     only_b: list[str]
     other_shapes: list[OtherShape]
     nbytes: int
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list[str])
 
     @property
     def equal(self) -> bool:

@@ -15,6 +15,7 @@ from mmconvert.formats.mm.model import TEXT, variant_of
 from mmconvert.formats.model import ENCODERS, Model
 from mmconvert.formats.recognise import by_names, mm_form_of
 from mmconvert.names import NO_LAYER, TemplateIndex
+from mmconvert.narrow import is_object
 from mmconvert.sharding.layout import Chunk
 from mmconvert.sharding.stages import StageGrid
 from mmconvert.stored import StoredTensor
@@ -155,7 +156,7 @@ def make_chart(
         hf = None
     content, _ = manifest.read(root)
     said = content.get("variant") if content else None
-    tied = said.get("tied") if isinstance(said, dict) else None
+    tied = said.get("tied") if is_object(said) else None
     if hf is not None and hf.tied_known:
         tied = hf.variant.tied
     variant = variant_of(

@@ -12,6 +12,7 @@ from mmconvert.formats.hf.folder import read_json_file
 from mmconvert.formats.mm.folder import RANK_FILE
 from mmconvert.formats.mm.model import mm_model
 from mmconvert.formats.mm.source import mm_source
+from mmconvert.narrow import is_array, is_object
 from mmconvert.sharding.layout import Layout, parse_folder
 from mmconvert.tools.doctor.asked import Asked, Original
 from mmconvert.tools.doctor.chart import Chart, make_chart
@@ -140,9 +141,9 @@ def _listed_files(root: Path, folder: Path) -> dict[str, int]:
     except MMConvertError:
         return {}
     found: dict[str, int] = {}
-    for name, noted in files.items() if isinstance(files, dict) else ():
-        size = noted[0] if isinstance(noted, list) and noted else noted  # with the time
-        words = str(name).split("/")
+    for name, noted in files.items() if is_object(files) else ():
+        size = noted[0] if is_array(noted) and noted else noted  # with the time
+        words = name.split("/")
         parsed = parse_folder(words[1]) if len(words) == 3 else None
         if parsed and words[0] == folder.name and words[2] == RANK_FILE and isinstance(size, int):
             found[words[1]] = size

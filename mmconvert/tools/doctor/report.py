@@ -181,10 +181,10 @@ class Report:
     path: Path
     kind: str = ""
     family: str = ""
-    findings: list[Finding] = field(default_factory=list)
-    more: dict[str, int] = field(default_factory=dict)
-    checked: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list[Finding])
+    more: dict[str, int] = field(default_factory=dict[str, int])
+    checked: list[str] = field(default_factory=list[str])
+    skipped: list[str] = field(default_factory=list[str])
     files: int = 0
     tensors: int = 0
 

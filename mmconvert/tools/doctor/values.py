@@ -179,11 +179,14 @@ def look_for_nan(
                 lines[tensor] = words
 
     events.start("reading values", sum(t.nbytes for t in listed))
-    jobs = [
-        Job((), (str(t.path), t.offset), t.nbytes, lambda files, t=t: look(files, t))
-        for t in listed
-    ]
-    run_jobs(jobs, workers, lambda job, _: events.advance(job.nbytes))
+
+    def job(t: StoredTensor) -> Job:
+        def run(files: Files) -> None:
+            look(files, t)
+
+        return Job((), (str(t.path), t.offset), t.nbytes, run)
+
+    run_jobs([job(t) for t in listed], workers, lambda job, _: events.advance(job.nbytes))
     for tensor in sorted(lines):
         report.add(
             "not-finite",

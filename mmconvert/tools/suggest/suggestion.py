@@ -44,7 +44,7 @@ class Goal:
 
     pp: int
     vpp: int = 1
-    tp: Mapping[str, int] = field(default_factory=dict)
+    tp: Mapping[str, int] = field(default_factory=dict[str, int])
     freeze: tuple[str, ...] = ()
     by: str = "flops"
     work: Workload = field(default_factory=Workload)

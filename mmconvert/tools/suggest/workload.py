@@ -14,6 +14,7 @@ from typing import NamedTuple
 from mmconvert.converters.family import Dims, read_dims, section_or_defaults
 from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.formats.model import Model
+from mmconvert.narrow import is_array
 
 WINDOWED = {"qwen2_5_vl", "qwen2_5_omni"}  # most vision layers attend within windows
 TILED = {"internvl_chat"}  # images are cut into tiles; each is a sequence of its own
@@ -112,11 +113,11 @@ def _full_layers(model: Model, vision: Mapping[str, object]) -> int:
     if not model.family.model_types & WINDOWED:
         return layers
     listed = vision.get("fullatt_block_indexes", FULL_LAYERS)
-    if not isinstance(listed, list) or not all(type(i) is int and i >= 0 for i in listed):
+    if not is_array(listed) or not all(type(i) is int and i >= 0 for i in listed):
         raise CheckpointError(
             f"config.json: fullatt_block_indexes is {listed!r}", "a list of layer numbers"
         )
-    return len({i for i in listed if i < layers})
+    return len({i for i in listed if isinstance(i, int) and i < layers})
 
 
 def flows(model: Model, sizes: Dims, work: Workload) -> dict[str, Flow]:
