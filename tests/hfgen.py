@@ -299,6 +299,69 @@ GLM_TENSORS = (
 )
 
 
+MLA_LAYER = """
+    input_layernorm               w  hidden
+    self_attn.kv_a_layernorm      w  kv_lora
+    self_attn.kv_a_proj_with_mqa  w  kv_a hidden
+    self_attn.kv_b_proj           w  kv_b kv_lora
+    self_attn.o_proj              w  hidden heads*v_dim
+    self_attn.q_proj              w  mla_q hidden
+    post_attention_layernorm      w  hidden
+"""
+DENSE_MLP = """
+    gate_proj  w  inter hidden
+    up_proj    w  inter hidden
+    down_proj  w  hidden inter
+"""
+SIGLIP_BLOCK = """
+    attn.proj  wb  vit_dim vit_dim
+    attn.qkv   wb  3*vit_dim vit_dim
+    mlp.fc1    wb  vit_inter vit_dim
+    mlp.fc2    wb  vit_dim vit_inter
+    norm1      wb  vit_dim
+    norm2      wb  vit_dim
+"""
+SIGLIP_POOL = """
+    latent   -   1 1 vit_dim
+    q        wb  vit_dim vit_dim
+    kv       wb  2*vit_dim vit_dim
+    proj     wb  vit_dim vit_dim
+    mlp.fc1  wb  vit_inter vit_dim
+    mlp.fc2  wb  vit_dim vit_inter
+    norm     wb  vit_dim
+"""
+
+
+def _deepseek_tensors(layers: int, experts: int) -> tuple[Section, ...]:
+    """The first text layer is dense, the others have experts."""
+    found = [Section("", "image_newline  -  hidden"), Section("", "view_seperator  -  hidden")]
+    found.append(Section("language.model.", EMBEDDING))
+    for layer in range(layers):
+        prefix = f"language.model.layers.{layer}."
+        found.append(Section(prefix, MLA_LAYER))
+        if not layer:
+            found.append(Section(f"{prefix}mlp.", DENSE_MLP))
+            continue
+        one = {"inter": "moe_inter"}
+        found += [
+            Section(f"{prefix}mlp.experts.{e}.", DENSE_MLP, sizes=one) for e in range(experts)
+        ]
+        found.append(Section(f"{prefix}mlp.", "gate  w  experts hidden"))
+        found.append(Section(f"{prefix}mlp.", "gate.e_score_correction_bias  -  experts"))
+        shared = {"inter": "shared_inter"}
+        found.append(Section(f"{prefix}mlp.shared_experts.", DENSE_MLP, sizes=shared))
+    return (
+        *found,
+        Section("language.model.", NORM),
+        Section("language.", LM_HEAD),
+        Section("projector.layers.", "0  wb  hidden 4*vit_dim\n2  wb  hidden hidden"),
+        Section("vision.attn_pool.", SIGLIP_POOL),
+        Section("vision.blocks.#.", SIGLIP_BLOCK, "vit_layers"),
+        Section("vision.", "norm  wb  vit_dim\npatch_embed.proj  wb  vit_dim 3 14 14"),
+        Section("vision.", "pos_embed  -  1 729 vit_dim"),
+    )
+
+
 def _flags(sizes: Json) -> Json:
     """The sizes together with what follows from them: flags and projection widths."""
     internlm2 = sizes.get("arch") == "InternLM2ForCausalLM"
@@ -659,6 +722,26 @@ def _qwen3vl(s: Json) -> Json:
     }
 
 
+def _deepseek(s: Json) -> Json:
+    language = {**_text(s), "model_type": "deepseek_v2", "first_k_dense_replace": 1}
+    language |= {"kv_lora_rank": s["kv_lora"], "q_lora_rank": None, "n_shared_experts": 2}
+    language |= {"moe_intermediate_size": s["moe_inter"], "n_routed_experts": s["experts"]}
+    language |= {"num_key_value_heads": s["heads"], "qk_nope_head_dim": s["nope"]}
+    language |= {"qk_rope_head_dim": s["rope"], "v_head_dim": s["v_dim"]}
+    language |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    vision = {"layers": s["vit_layers"], "width": s["vit_dim"], "heads": s["vit_heads"]}
+    return {
+        "architectures": ["DeepseekVLV2ForCausalLM"],
+        "model_type": "deepseek_vl_v2",
+        "tile_tag": "2D",
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.38.2",
+        "language_config": language,
+        "projector_config": {"model_type": "mlp_projector", "n_embed": s["hidden"]},
+        "vision_config": {**vision, "mlp_ratio": 3.7362, "patch_size": 14},
+    }
+
+
 def _glm(s: Json) -> Json:
     text = {**_text(s), "attention_bias": True, "torch_dtype": "bfloat16"}
     config = {
@@ -777,6 +860,15 @@ MODELS: Mapping[str, Model] = {
         _glm,
         {"vit_layers": 24, "vit_dim": 48, "vit_heads": 12, "nested_config": False}
         | _llm(40, 32, 2, 2, 104, 304),
+        4,
+    ),
+    "deepseekvl2": Model(
+        _deepseek_tensors(30, 16),
+        _deepseek,
+        {"vit_layers": 27, "vit_dim": 32, "vit_heads": 16, "vit_inter": 120}
+        | {**_llm(30, 4, 4, 10, 96, 304), "experts": 16, "moe_inter": 12, "shared_inter": 24}
+        | {"kv_lora": 16, "nope": 8, "rope": 4, "v_dim": 8}
+        | {"kv_a": 16 + 4, "kv_b": 4 * (8 + 8), "mla_q": 4 * (8 + 4)},
         4,
     ),
     "qwen3vl-4b": _qwen3vl_model(24, 128, [5, 11, 17], tie=True, shards=2),

@@ -21,6 +21,7 @@ BUILT_IN = {
     "InternVLConverter": "mmconvert.converters.internvl",
     "Qwen3VLMegatronConverter": "mmconvert.converters.qwen3vl",
     "GlmConverter": "mmconvert.converters.glm",
+    "DeepSeekVLConverter": "mmconvert.converters.deepseekvl2",
 }
 
 # Families whose other side is MindSpore (MindFormers) instead of MM format; verbs of their own.
