@@ -602,8 +602,8 @@ FAMILIES: dict[str, tuple[str, Json, list[str]]] = {
         {"layers": 4, "vit_layers": 2, "audio_layers": 2},
         ["--cfg.parallel_config.audio_pp_layers", "[2,0]"],
     ),
-    "internvl2-2b": ("InternVLConverter", {"layers": 4, "vit_layers": 2, "vocab_size": 360}, []),
-    "internvl2-76b": ("InternVLConverter", {"layers": 4, "vit_layers": 2, "vocab_size": 264}, []),
+    "internvl2-2b": ("InternVLConverter", {"layers": 4, "vit_layers": 2}, []),
+    "internvl2-76b": ("InternVLConverter", {"layers": 4, "vit_layers": 2}, []),
 }
 
 
