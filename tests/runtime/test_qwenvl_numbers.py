@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name torch's own pages use
 
 import qwenvlgolden as golden
-from mmconvert.errors import MMConvertError
+from mmconvert.errors import CheckpointError, MMConvertError, ReplicaError
 from mmconvert.runtime.qwenvl import model as text
 from mmconvert.runtime.qwenvl import vision
 from mmconvert.runtime.qwenvl.model import Cache, Places, QwenVL
@@ -80,6 +80,27 @@ def test_mindspore_files_and_rank_folders_hold_the_same_model(hf: Path, tmp_path
         found = golden.load(path, config=hf).state_dict()
         assert list(found) == list(expected)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_copies_that_differ_are_refused(hf: Path, tmp_path: Path) -> None:
+    hf_to_ms(hf, tmp_path / "x.ckpt")
+    resplit_ms(tmp_path / "x.ckpt", tmp_path / "ranks", *devices(data_parallel=2))
+    path = tmp_path / "ranks" / "rank_1" / "checkpoint_1.ckpt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.chmod(0o600)
+    path.write_bytes(content)
+    with pytest.raises(ReplicaError) as error:
+        golden.load(tmp_path / "ranks", config=hf)
+    assert "differ" in error.value.what
+
+
+@pytest.mark.parametrize("name", ["none.ckpt", "notes.txt", "."])
+def test_what_is_no_checkpoint_is_said(name: str, hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no weights")
+    with pytest.raises(CheckpointError) as error:
+        golden.load(tmp_path / name, config=hf)
+    assert str(tmp_path) in error.value.what
 
 
 def test_a_checkpoint_of_other_sizes_is_refused(hf: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmconvert.config import Options
 from mmconvert.converters.qwenvl import FAMILY
-from mmconvert.errors import ReplicaError, TensorError
+from mmconvert.errors import CheckpointError, ReplicaError, TensorError
 from mmconvert.executor import compare
 from mmconvert.executor.differences import in_words
 from mmconvert.executor.fileio import open_files
@@ -123,6 +123,11 @@ def tensors(model: QwenVL, path: Path, note: Note) -> Iterator[tuple[str, Tensor
 
 def _source(path: Path, dims: Mapping[str, int]) -> tuple[Side, list[str]]:
     """A checkpoint as wholes in the hub's orientation, and its notes."""
+    if not (path.is_dir() or is_ms(path)):
+        raise CheckpointError(
+            f"{path} is no checkpoint" if path.exists() else f"{path} does not exist",
+            "a .ckpt or safetensors file, a folder of rank_R folders, or a Hugging Face folder",
+        )
     if not is_ms(path):
         model = hf_model(FAMILY, path, Options())
         return hf_side(model.modules, model.dims, model.hf_tensors), list(model.notes)
