@@ -242,3 +242,10 @@ def needed(value: Path | None, flag: str, tool: str) -> Path:
             f"{flag} is missing", f"{flag} FOLDER", f"mm-convert {tool} -h shows the flags"
         )
     return value
+
+
+def check_only_qwenvl(vocab: Path | None, like: str) -> None:
+    """Raises RequestError where flags of Qwen-VL alone are given for another family."""
+    if vocab is not None or like != "hub":
+        flag = "--vocab_file" if vocab is not None else "--like"
+        raise RequestError(f"{flag} is for Qwen-VL alone", f"no {flag} with this model")

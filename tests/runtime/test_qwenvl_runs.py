@@ -12,6 +12,7 @@ from PIL import Image
 
 import qwenvlgolden as golden
 from cli import run_cli
+from hfgen import make_hf
 from mmconvert.runtime.qwenvl import answer, validation
 from mmconvert.runtime.qwenvl.prompts import Prompt
 from qwenvl import devices, hf_to_ms, make_qwenvl, resplit_ms
@@ -101,3 +102,24 @@ def test_a_file_in_half_precision_is_compared_as_it_is_stored(folder: Path, tmp_
     )
     assert report.passed
     assert "float16" in report.notes[0]
+
+
+def test_flags_of_qwenvl_are_for_it_alone(tmp_path: Path) -> None:
+    make_hf("qwen2vl-2b", tmp_path / "hf")
+    words = ["generate", "--hf_dir", tmp_path / "hf", "--mm_dir", tmp_path, "--prompt", "Hi"]
+    done = run_cli(*words, "--like", "mindformers", check=2)
+    assert "--like is for Qwen-VL alone" in done.stderr
+
+
+def test_an_answer_in_half_precision_and_a_video_that_is_refused(folder: Path) -> None:
+    words = ["generate", "--hf_dir", folder / "hf", "--prompt", "Hi", "--max_new_tokens", "2"]
+    assert json.loads(run_cli(*words, "--dtype", "bf16", "--json", check=0).stdout)["text"]
+    done = run_cli(*words, "--video", folder / "a.png", check=2)
+    assert "pictures alone" in done.stderr
+
+
+def test_the_form_of_a_chat_is_that_of_generation_config(folder: Path, tmp_path: Path) -> None:
+    assert answer.form_of(folder / "hf") == "plain"
+    (tmp_path / "generation_config.json").write_text('{"chat_format": "chatml"}')
+    assert answer.form_of(tmp_path) == "chat"
+    assert answer.form_of(tmp_path / "none") == "plain"

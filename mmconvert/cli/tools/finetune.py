@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mmconvert.cli.arguments import read_plain
-from mmconvert.cli.scriptflags import Script, check_layout, check_sizes, needed, read_script
+from mmconvert.cli.scriptflags import (
+    Script,
+    check_layout,
+    check_only_qwenvl,
+    check_sizes,
+    needed,
+    read_script,
+)
 from mmconvert.cli.scripttable import DEFAULTS
 from mmconvert.cli.training import check, data_of, plan_of
 from mmconvert.config import MaybePath
@@ -205,6 +212,7 @@ def _train(asked: Finetuned, script: Script) -> int:
         if answer.serves(hf_dir):
             ended = _qwenvl(asked, hf_dir, data, plan)
         else:
+            check_only_qwenvl(asked.vocab_file, asked.like)
             needed(asked.mm_dir or asked.load, "--mm_dir (or --load)", "finetune")
             start, load = _beginning(asked)
             ended = commands.finetune(

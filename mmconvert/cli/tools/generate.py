@@ -12,7 +12,13 @@ from typing import Annotated, Literal, cast
 import tyro
 
 from mmconvert.cli.arguments import read_plain
-from mmconvert.cli.scriptflags import Script, check_layout, needed, read_script
+from mmconvert.cli.scriptflags import (
+    Script,
+    check_layout,
+    check_only_qwenvl,
+    needed,
+    read_script,
+)
 from mmconvert.config import MaybePath
 from mmconvert.errors import RequestError
 from mmconvert.sharding.layout import Layout
@@ -112,6 +118,7 @@ def _answer(asked: Generated, script: Script) -> int:
     hf_dir = needed(asked.hf_dir, "--hf_dir", "generate")
     if qwenvl.serves(hf_dir):
         return _qwenvl(asked, hf_dir, say)
+    check_only_qwenvl(asked.vocab_file, asked.like)
     answer = commands.generate(
         needed(asked.mm_dir, "--mm_dir (or --load)", "generate"), hf_dir,
         asked.prompt, asked.image, asked.video, asked.audio,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mmconvert.cli.arguments import read_plain
+from mmconvert.cli.scriptflags import check_only_qwenvl
 from mmconvert.config import MaybePath
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def run(words: list[str]) -> int:
             asked.tolerance, asked.like, note,
         )  # fmt: skip
     else:
+        check_only_qwenvl(asked.vocab_file, asked.like)
         report = commands.validate(
             asked.mm_dir, asked.hf_dir, asked.prompt, asked.image, asked.audio, asked.dtype,
             asked.tolerance, note,
