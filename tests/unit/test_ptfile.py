@@ -611,3 +611,11 @@ def test_mutations_give_a_result_or_an_error(
             content_of(item)  # raises if it leaves the file
         elif isinstance(item, dict):
             pending += item.values()
+
+
+def test_a_file_of_another_kind_may_be_whole(tmp_path: Path) -> None:
+    """Copying it again would not make it one of torch.save's."""
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(600))
+    with pytest.raises(FormatError, match="not a zip archive") as caught:
+        read_pt(tmp_path / "a.gguf")
+    assert "files of other kinds are not read" in caught.value.fix

@@ -67,7 +67,11 @@ class Archive:
                 fix="re-save it: torch.save(torch.load(f, weights_only=True), f)",
             )
         kind = "a tar archive" if head[257:262] == b"ustar" else "not a zip archive"
-        raise self.error(f"{kind} (begins with {head[:4]!r})")
+        raise self.error(
+            f"{kind} (begins with {head[:4]!r})",
+            fix="copy it again from where it was made, if torch.save wrote it; files of other "
+            "kinds are not read",
+        )
 
     def read_directory(self) -> dict[str, Record]:
         """The records by name, proved to be plain bytes that lie apart inside the file."""
