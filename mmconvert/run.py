@@ -15,7 +15,7 @@ from mmconvert.events import Events
 from mmconvert.executor import agreement, compare, group, journal, staging
 from mmconvert.executor.casts import DTYPES
 from mmconvert.executor.differences import Difference, in_words
-from mmconvert.executor.digests import ALGORITHM, digests
+from mmconvert.executor.digests import ALGORITHM, as_mm, digests
 from mmconvert.executor.jobs import default_workers
 from mmconvert.executor.moving import Moved, Staged, move
 from mmconvert.executor.output import FileOutput, Output
@@ -120,6 +120,12 @@ class Run:
             inputs: the files and folders that were read: none of them is written to.
         """
         plan = result.plan
+        if placed.single and self.options.digests:
+            raise RequestError(
+                f"--digests are noted in {manifest.NAME}; {result.output} is a single file",
+                "an output folder",
+                "leave --digests out",
+            )
         boots = set(self.group.gather(journal.boot_id()))
         size = sum(image.size for image in result.listed)
         request = journal.request_of(plan, (about, result.files, self._sources(plan)))
@@ -180,10 +186,9 @@ class Run:
             },
         }
         if self.options.digests:
-            mine = dict(self.group.share(list(placed.side.wholes.items()), lambda _: 1))
-            parts = self.group.together(
-                lambda: digests(mine, staged.places, self.workers, self.events)
-            )
+            wholes, places = as_mm(placed.side.wholes, staged.places, placed.transposed)
+            mine = dict(self.group.share(list(wholes.items()), lambda _: 1))
+            parts = self.group.together(lambda: digests(mine, places, self.workers, self.events))
             whole = {name: digest for part in parts for name, digest in part.items()}
             extra |= {"digest": ALGORITHM, "digests": whole}
         return extra

@@ -7,14 +7,14 @@ it (vision q, k, v interleaved), row by row.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from mmconvert.events import Events
 from mmconvert.executor.blockio import Region, Window, read_region
 from mmconvert.executor.fileio import BAND, BUFFERS, Files
 from mmconvert.executor.jobs import Job, run_jobs
 from mmconvert.plan.plan import Block, Key, Whole, matrix
-from mmconvert.stored import ITEM_SIZE, StoredTensor
+from mmconvert.stored import ITEM_SIZE, StoredTensor, transpose
 
 ALGORITHM = "sha256 of dtype, shape and row-major bytes of the whole MM tensor"
 
@@ -46,6 +46,30 @@ def digests(
     events.start("digests", sum(job.nbytes for job in jobs))
     run_jobs(jobs, workers, lambda job, _: events.advance(job.nbytes))
     return dict(sorted(found.items()))
+
+
+def as_mm(
+    wholes: Mapping[Key, Whole], places: Sequence[StoredTensor], transposed: Collection[str]
+) -> tuple[dict[Key, Whole], list[StoredTensor]]:
+    """Wholes as MM format has them, of a checkpoint that stores some the other way round.
+
+    Args:
+        transposed: templates of their names.
+    """
+    found, stored = dict(wholes), list(places)
+    for key, whole in wholes.items():
+        if key.mm not in transposed or len(whole.shape) != 2:
+            continue
+        numbers: dict[int, int] = {}
+        blocks: list[Block] = []
+        for b in whole.copies[0]:
+            if b.tensor not in numbers:
+                numbers[b.tensor] = len(stored)
+                stored.append(transpose(places[b.tensor]))
+            number = numbers[b.tensor]
+            blocks.append(Block(number, b.col, b.row, b.whole_col, b.whole_row, b.cols, b.rows))
+        found[key] = Whole((whole.shape[1], whole.shape[0]), whole.dtype, [blocks])
+    return found, stored
 
 
 def _digest(files: Files, whole: Whole, stored: Sequence[StoredTensor]) -> str:

@@ -147,6 +147,7 @@ class Placed:
         notes: what is worth knowing, in words.
         about: what its manifest says beside what all manifests say.
         not_copied: reason -> files of the original that are left out of the output.
+        transposed: templates of the wholes that are stored the other way round than in MM format.
         single: the output is one file, not a folder.
     """
 
@@ -155,6 +156,7 @@ class Placed:
     notes: tuple[str, ...] = ()
     about: Mapping[str, object] = field(default_factory=dict[str, object])
     not_copied: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
+    transposed: frozenset[str] = frozenset()
     single: bool = False
 
 
@@ -300,6 +302,28 @@ class Format(ABC):
         Raises:
             RequestError: a tensor that the format cannot hold.
         """
+
+    def read_back(self, stored: Sequence[StoredTensor], placed: Placed, asked: Placing) -> Side:
+        """A placed checkpoint as the reader will see it, for a rehearsal without any files.
+
+        Args:
+            stored: the targets of ``placed``, in their order.
+
+        Raises:
+            MMConvertError: tensors that would not be read back.
+        """
+        del asked
+        return Side(stored=list(stored), wholes=placed.side.wholes)
+
+    def samples(self, model: Model) -> list[tuple[str, object]]:
+        """Names of a few layouts that are unlike each other, and the layouts."""
+        del model
+        return [("complete", self.Layout())]
+
+    def file_name(self, layout: object) -> str:
+        """A name for an output in this layout."""
+        del layout
+        return self.name
 
     def claims(self, layout: object) -> bool:
         """Whether writing this layout needs a table that knows every tensor."""

@@ -54,3 +54,15 @@ def _third_party():  # noqa: ANN202 - the type EntryPoint would cost the import 
     from importlib.metadata import entry_points
 
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+
+
+def of_naming(naming: str) -> str:
+    """The name of the format whose tensors are named so.
+
+    Raises:
+        RequestError: there is none.
+    """
+    found = next((name for name in names() if load(name).naming == naming), "")
+    if not found:
+        raise RequestError(f"no format here has names of {naming}", "a family of a format here")
+    return found

@@ -1,4 +1,4 @@
-"""HF -> MM -> HF through the plans, streaming: what would come back, without writing anything.
+"""Hugging Face -> MM or MindSpore, and back, without writing anything: what would come back.
 
 Both plans are made and proven as a conversion makes them. Joined in the tensors of the rank files,
 which never exist, they say of every byte that would come back where it was read; those bytes are
@@ -12,21 +12,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
-from mmconvert.config import Options, ParallelConfig
+from mmconvert.config import Options
 from mmconvert.converters.family import Family
 from mmconvert.errors import LayoutError, MMConvertError
 from mmconvert.events import Events
 from mmconvert.executor import compare
 from mmconvert.executor.digests import digests
 from mmconvert.executor.jobs import default_workers
-from mmconvert.formats.hf.model import hf_model
-from mmconvert.formats.hf.side import hf_side, hf_target
-from mmconvert.formats.mm.source import Parts, claim_mm, mm_source
-from mmconvert.formats.mm.target import mm_target
-from mmconvert.formats.model import Model, target_layout
+from mmconvert.formats.base import Described, Format, NoLayout, Opening, Placing, Stored
+from mmconvert.formats.hf.side import hf_target
 from mmconvert.formats.reading import steady
+from mmconvert.formats.registry import load, of_naming
 from mmconvert.names import NO_LAYER
 from mmconvert.plan.plan import (
     Block,
@@ -41,8 +38,6 @@ from mmconvert.plan.plan import (
     matrix,
 )
 from mmconvert.plan.proof import Rect, covers, prove
-from mmconvert.sharding.layout import GRID_FLAG, Chunk, Layout
-from mmconvert.sharding.stages import StageGrid
 from mmconvert.stored import StoredTensor
 
 NOWHERE = Path("not written")
@@ -62,7 +57,7 @@ class Outcome:
     """
 
     name: str
-    layout: Layout | None
+    layout: Described | None
     tensors: int
     nbytes: int
     unequal: tuple[str, ...]
@@ -74,7 +69,7 @@ class Outcome:
 def roundtrip(
     family: Family,
     hf_dir: Path,
-    layouts: Sequence[tuple[str, ParallelConfig]],
+    layouts: Sequence[tuple[str, object]],
     options: Options | None = None,
     events: Events | None = None,
 ) -> list[Outcome]:
@@ -89,11 +84,11 @@ def roundtrip(
         MMConvertError: a checkpoint that cannot be read.
     """
     options, events = options or Options(), events or Events()
-    model = hf_model(family, hf_dir, options)
-    side = hf_side(model.modules, model.dims, model.hf_tensors, transposed=True)
+    hf = load("hf").open(hf_dir, Opening(family, options))
+    kind, side = load(of_naming(family.naming)), hf.side()
     planned = [
-        _plan(model, side, name, given, must=bool(layouts))
-        for name, given in layouts or representative(model)
+        _plan(hf, side, kind, name, given, must=bool(layouts))
+        for name, given in layouts or kind.samples(hf.model)
     ]
     workers = options.workers or default_workers()
     original = digests(_straight(side.stored), side.stored, workers, events)
@@ -115,70 +110,28 @@ def roundtrip(
     return outcomes
 
 
-def representative(model: Model) -> list[tuple[str, ParallelConfig]]:
-    """One rank; tensor and pipeline parallel; virtual stages with a encoder over two of them."""
-    counts = {key: model.dims[f"{key}.layers"] for key in model.family.module_keys}
-
-    def config(stages: int, virtual: int, tp: int) -> ParallelConfig:
-        grids: dict[str, Any] = {
-            GRID_FLAG[key]: _grid(_spread(count, stages * virtual, key == "llm"), stages)
-            for key, count in counts.items()
-        }
-        return ParallelConfig(tp_size=tp, **grids)
-
-    return [
-        ("tp1 pp1", config(1, 1, 1)),
-        ("tp2 pp2", config(2, 1, 2)),
-        ("tp1 pp2 vpp2", config(2, 2, 1)),
-    ]
-
-
-def _spread(count: int, stages: int, text: bool) -> list[int]:
-    """Towers on the first two stages, text from the second on: the order rule holds."""
-    first = 1 if text and stages > 1 else 0
-    last = stages if text or stages == 1 else 2
-    width = last - first
-    counts = [0] * stages
-    for i in range(width):
-        counts[first + i] = count * (i + 1) // width - count * i // width
-    return counts
-
-
-def _grid(counts: Sequence[int], stages: int) -> StageGrid:
-    return tuple(tuple(counts[i : i + stages]) for i in range(0, len(counts), stages))
-
-
 def _plan(
-    model: Model, side: Side, name: str, given: ParallelConfig, *, must: bool
-) -> tuple[str, tuple[Layout, Plan] | MMConvertError]:
+    hf: Stored, side: Side, kind: Format, name: str, given: object, *, must: bool
+) -> tuple[str, tuple[Described, Plan] | MMConvertError]:
     """The joined plan of one layout, or why there is none."""
+    path = Path(kind.file_name(given))
+    asked = Placing(hf, in_dtype(side.wholes, ""), path, given, "", Options())
     try:
-        layout = target_layout(model, given, prefix="")
-        wholes = in_dtype(side.wholes, "")
-        there = build(side, mm_target(model.modules, model.dims, layout, wholes))
+        placed = kind.place(asked)
+        there = build(side, placed.side)
     except LayoutError as error:
         if must:
             raise
         return name, error
     prove(there)
-    parts: defaultdict[Chunk, dict[str, StoredTensor]] = defaultdict(dict)
     stored = [
         StoredTensor(t.name, t.dtype, t.shape, NOWHERE, i) for i, t in enumerate(there.targets)
     ]
-    for target, tensor in zip(there.targets, stored, strict=True):
-        parts[cast("Chunk", target.chunk)][target.name] = tensor  # in MM format each has one
-    back_side = _read_back(model, layout, parts)
+    back_side = kind.read_back(stored, placed, asked)
     back = build(back_side, hf_target(side, back_side.wholes))
     prove(back)
     number = [tensor.offset for tensor in back_side.stored]  # of the target that it is
-    return name, (layout, join_plans(there, back, number))
-
-
-def _read_back(model: Model, layout: Layout, parts: Parts) -> Side:
-    lost = claim_mm(model.modules, model.dims, layout, parts)
-    if lost:
-        raise MMConvertError(f"{lost[0]} would not be read back", "every tensor that is written")
-    return mm_source(model.modules, model.dims, layout, parts)
+    return name, (placed.layout or NoLayout(), join_plans(there, back, number))
 
 
 def join_plans(there: Plan, back: Plan, number: Sequence[int]) -> Plan:

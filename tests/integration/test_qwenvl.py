@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import mmconvert
 import mscodec
 from cli import run_cli
 from commands import litter, none, refused
@@ -470,8 +471,61 @@ def test_a_padded_vocabulary(ckpt: Path, hf: Path, tmp_path: Path) -> None:
     resplit_ms(tmp_path / "x.ckpt", tmp_path / "r", *words)
 
 
-def test_other_tools_name_the_converter(hf: Path) -> None:
-    refused(run_cli("roundtrip", hf), 3, "use QwenVLConverter hf_to_ms")
+def test_roundtrip(hf: Path, tmp_path: Path) -> None:
+    """Three usual layouts, and one that is given."""
+    found = json.loads(run_cli("roundtrip", hf, "--json", check=0).stdout)
+    assert [layout["name"] for layout in found["layouts"]] == [
+        "complete",
+        "mp2",
+        "dp2 pp2 optimizer",
+    ]
+    assert all(layout["equal"] for layout in found["layouts"])
+    (tmp_path / "two.yaml").write_text("model_parallel: 2\ndata_parallel: 2\n")
+    found = json.loads(run_cli("roundtrip", hf, "--layout", tmp_path / "two.yaml", "--json").stdout)
+    (only,) = found["layouts"]
+    assert only["equal"] and only["layout"]["data_parallel"] == 2
+
+
+def test_the_python_api(hf: Path, tmp_path: Path) -> None:
+    layout = {"model_parallel": 2, "data_parallel": 2}
+    mmconvert.hf_to_ms(hf, tmp_path / "ranks", layout, options=mmconvert.Options(digests=True))
+    mmconvert.reshard(tmp_path / "ranks", tmp_path / "x.ckpt")
+    mmconvert.reshard(
+        tmp_path / "x.ckpt", tmp_path / "two", layout, options=mmconvert.Options(digests=True)
+    )
+    mmconvert.ms_to_hf(
+        tmp_path / "ranks", hf, tmp_path / "back", options=mmconvert.Options(digests=True)
+    )
+    same(hf, tmp_path / "back")
+    assert mmconvert.verify(tmp_path / "two", hf).equal
+    for other in ("two", "back"):
+        quick = run_cli("verify", tmp_path / "ranks", tmp_path / other, "--quick", "--json")
+        found = json.loads(quick.stdout)
+        assert (found["equal"], found["by_digest"]) == (True, True), other
+    whole, ranks = mmconvert.open(tmp_path / "x.ckpt"), mmconvert.open(tmp_path / "ranks")
+    assert whole.keys() == ranks.keys()
+    for name in whole:
+        assert torch.equal(whole[name], ranks[name]), name
+
+
+def test_auto_converter(hf: Path, ranks: Path, tmp_path: Path) -> None:
+    """The family is told by the checkpoint, and the flags of resplit by the source."""
+    out = ("--cfg.ms_path", tmp_path / "x.ckpt")
+    run_cli("AutoConverter", "hf_to_ms", "--cfg.hf_config.hf_dir", hf, *out, check=0)
+    flags = ("--cfg.source_dir", ranks, "--cfg.target_dir", tmp_path / "y.ckpt")
+    run_cli("AutoConverter", "resplit", *flags, check=0)
+    assert (tmp_path / "x.ckpt").read_bytes() == (tmp_path / "y.ckpt").read_bytes()
+    back = ("--cfg.save_hf_dir", tmp_path / "back", "--cfg.hf_config.hf_dir", hf)
+    run_cli("AutoConverter", "ms_to_hf", "--cfg.ms_path", ranks, *back, check=0)
+    same(hf, tmp_path / "back")
+
+
+def test_digests_of_one_file_have_no_place(hf: Path, tmp_path: Path) -> None:
+    words = ("--cfg.hf_config.hf_dir", hf, "--cfg.ms_path", tmp_path / "x.ckpt", "--digests")
+    refused(run_cli("QwenVLConverter", "hf_to_ms", *words), 2, "--digests", "mmconvert.json")
+
+
+def test_doctor_tells_the_family(hf: Path) -> None:
     assert "Qwen-VL" in run_cli("doctor", hf).stdout
 
 

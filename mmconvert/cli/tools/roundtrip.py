@@ -13,7 +13,7 @@ from mmconvert.cli.arguments import read_plain
 from mmconvert.cli.screen import screen_events
 from mmconvert.cli.settings import read_yaml
 from mmconvert.cli.tools.junit import Case, write_junit
-from mmconvert.config import NO_PATTERNS, MaybePath, Options, ParallelConfig, Patterns
+from mmconvert.config import NO_PATTERNS, MaybePath, Options, Patterns
 from mmconvert.errors import RequestError
 from mmconvert.narrow import is_dict
 from mmconvert.words import amount
@@ -46,18 +46,21 @@ class Trip:
 def run(words: list[str]) -> int:
     """Sends it there and back; exit code 1 if anything came back changed."""
     text = (
-        "Streams a checkpoint HF -> MM -> HF through the plans of a conversion, writes nothing, "
-        "and compares digests. Exit code 0 if every byte would come back, 1 if not."
+        "Streams a checkpoint HF -> MM (or MindSpore) -> HF through the plans of a conversion, "
+        "writes nothing, and compares digests. Exit code 0 if every byte would come back, 1 if not."
     )
     prog = "mm-convert roundtrip"
     asked = read_plain(Trip, words, prog, f"{text}\n\nexample:\n  {prog} HF_DIR --junit trip.xml")
     from mmconvert.formats.recognise import family_of
+    from mmconvert.formats.registry import load, of_naming
     from mmconvert.tools.roundtrip import roundtrip
 
-    layouts = [(Path(name).stem, _layout(Path(name))) for name in asked.layout]
+    family = family_of(asked.hf_dir, naming="")
+    form = load(of_naming(family.naming)).Layout
+    layouts = [(Path(name).stem, _layout(Path(name), form)) for name in asked.layout]
     with screen_events(quiet=asked.quiet) as events:
         options = Options(workers=asked.workers, drop=asked.drop)
-        found = roundtrip(family_of(asked.hf_dir), asked.hf_dir, layouts, options, events)
+        found = roundtrip(family, asked.hf_dir, layouts, options, events)
     if asked.junit is not None:
         cases = [
             Case(o.name, o.seconds, "\n".join(f"changed: {n}" for n in o.unequal), o.skipped)
@@ -93,9 +96,9 @@ def run(words: list[str]) -> int:
     return DIFFERENT if any(o.unequal for o in found) else 0
 
 
-def _layout(path: Path) -> ParallelConfig:
+def _layout(path: Path, form: type) -> object:
     """A layout from a YAML file, also from one that is made for --config."""
-    from mmconvert.api import parallel_config
+    from mmconvert.api import layout_of
 
     content: object = read_yaml(path, "--layout")
     for key in ("cfg", "parallel_config"):
@@ -103,4 +106,4 @@ def _layout(path: Path) -> ParallelConfig:
             content = content[key]
     if not is_dict(content):
         raise RequestError(f"--layout {path}: parallel_config has no keys", "llm_pp_layers: ...")
-    return parallel_config({str(key): value for key, value in content.items()})
+    return layout_of(form, {str(key): value for key, value in content.items()})

@@ -113,7 +113,11 @@ class HuggingFace(Format):
             notes.append("hf_dir holds pytorch_model*.bin; safetensors are written in their place")
         sides = side_files(original.checkpoint.folder, original.checkpoint.read)
         notes += sides.notes()
-        return HFPlaced(side=side, notes=tuple(notes), not_copied=sides.left, sides=sides)
+        rows = [row for module in source.model.plain_modules for row in module.all_rows()]
+        transposed = frozenset(row.mm for row in rows if row.transposed)
+        return HFPlaced(
+            transposed=transposed, side=side, notes=tuple(notes), not_copied=sides.left, sides=sides
+        )
 
     def lay_out(
         self, targets: Sequence[Target], placed: Placed, asked: Placing

@@ -33,13 +33,18 @@ from mmconvert.formats.mindspore.model import (
     ms_model,
 )
 from mmconvert.formats.mindspore.output import METADATA, Destination, rank_path, strategy_images
-from mmconvert.formats.mindspore.side import Spread, device_target, whole_spread
+from mmconvert.formats.mindspore.side import (
+    Spread,
+    device_source,
+    device_target,
+    whole_spread,
+)
 from mmconvert.formats.model import Model
 from mmconvert.formats.recognise import ms_family
 from mmconvert.plan.plan import Side
 from mmconvert.plan.sizes import check_agreement
 from mmconvert.sharding.devices import DeviceLayout
-from mmconvert.stored import Target
+from mmconvert.stored import StoredTensor, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +224,35 @@ class MindSpore(Format):
                 yield safetensors_image(path, targets, numbers, METADATA)
         if not form.single:
             yield from strategy_images(placed.spread)
+
+    def read_back(self, stored: Sequence[StoredTensor], placed: Placed, asked: Placing) -> Side:
+        """By the names in each rank's file and the strategy."""
+        del asked
+        assert isinstance(placed, MSPlaced)  # noqa: S101 - narrows the type: it is our own
+        keys = {key.name(): key for key in placed.side.wholes}
+        parts = [{keys[stored[i].name]: stored[i] for i in held} for held in placed.held]
+        return device_source(parts, placed.spread)
+
+    def samples(self, model: Model) -> list[tuple[str, object]]:
+        """One file, weights divided, weights divided by the optimizer over two stages."""
+        del model
+        return [
+            ("complete", RankFolders()),
+            ("mp2", RankFolders(model_parallel=2)),
+            (
+                "dp2 pp2 optimizer",
+                RankFolders(
+                    data_parallel=2,
+                    pipeline_stage=2,
+                    optimizer_parallel=True,
+                    optimizer_threshold=0,
+                ),
+            ),
+        ]
+
+    def file_name(self, layout: object) -> str:
+        """A file's for one rank, else a folder's."""
+        return "ranks" if self.claims(layout) else "x.ckpt"
 
 
 def _sizes(layout: DeviceConfig) -> DeviceConfig:

@@ -9,22 +9,23 @@ from typing import ClassVar
 
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import Family, Module
-from mmconvert.errors import CheckpointError, RequestError
+from mmconvert.errors import CheckpointError, MMConvertError, RequestError
 from mmconvert.formats import contents
 from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, Stored
 from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.mm.folder import find_weights, is_mm
 from mmconvert.formats.mm.model import mm_model
 from mmconvert.formats.mm.output import rank_images
-from mmconvert.formats.mm.source import Parts, mm_source
+from mmconvert.formats.mm.samples import representative
+from mmconvert.formats.mm.source import Parts, claim_mm, mm_source
 from mmconvert.formats.mm.target import mm_target
-from mmconvert.formats.model import target_layout, unchecked_units
+from mmconvert.formats.model import Model, target_layout, unchecked_units
 from mmconvert.formats.recognise import mm_family
 from mmconvert.plan.plan import Side
 from mmconvert.plan.reorder import reorder
 from mmconvert.plan.training import cautions
-from mmconvert.sharding.layout import Layout
-from mmconvert.stored import Target
+from mmconvert.sharding.layout import Chunk, Layout
+from mmconvert.stored import StoredTensor, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,24 @@ class MM(Format):
         del asked
         assert isinstance(placed.layout, Layout)  # noqa: S101 - narrows the type: it is our own
         return rank_images(placed.layout, targets)
+
+    def read_back(self, stored: Sequence[StoredTensor], placed: Placed, asked: Placing) -> Side:
+        """By the names and places of the rank files."""
+        model, layout = asked.source.model, placed.layout
+        assert isinstance(layout, Layout)  # noqa: S101 - narrows the type: it is our own
+        parts: dict[Chunk, dict[str, StoredTensor]] = {}
+        for target, tensor in zip(placed.side.targets, stored, strict=True):
+            assert target.chunk is not None  # noqa: S101 - as above
+            parts.setdefault(target.chunk, {})[target.name] = tensor
+        if lost := claim_mm(model.modules, model.dims, layout, parts):
+            raise MMConvertError(
+                f"{lost[0]} would not be read back", "every tensor that is written"
+            )
+        return mm_source(model.modules, model.dims, layout, parts)
+
+    def samples(self, model: Model) -> list[tuple[str, object]]:
+        """One rank, several, and virtual stages."""
+        return list(representative(model))
 
 
 FORMAT = MM()
