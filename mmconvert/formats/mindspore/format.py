@@ -235,7 +235,7 @@ class MindSpore(Format):
 
     def samples(self, model: Model) -> list[tuple[str, object]]:
         """One file, weights divided, weights divided by the optimizer over two stages."""
-        del model
+        layers = model.dims["llm.layers"]
         return [
             ("complete", RankFolders()),
             ("mp2", RankFolders(model_parallel=2)),
@@ -243,7 +243,7 @@ class MindSpore(Format):
                 "dp2 pp2 optimizer",
                 RankFolders(
                     data_parallel=2,
-                    pipeline_stage=2,
+                    llm_pp_layers=((layers - layers // 2, layers // 2),),
                     optimizer_parallel=True,
                     optimizer_threshold=0,
                 ),
