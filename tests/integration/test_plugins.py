@@ -70,8 +70,13 @@ def test_a_package_that_cannot_be_loaded(code: str | None, hf: Path, tmp_path: P
 @pytest.mark.parametrize("code", AT_USE.values(), ids=AT_USE.keys())
 def test_a_family_that_fails_when_it_is_used(code: str, tmp_path: Path) -> None:
     env = site(tmp_path, GOOD + code)
-    mine = {"edit_config": lambda config: config | {"model_type": "qwen2_vl_of_mine"}}
-    hf = make_hf("qwen2vl-2b", tmp_path / "hf", layers=2, vit_layers=1, **mine)
+    hf = make_hf(
+        "qwen2vl-2b",
+        tmp_path / "hf",
+        edit_config=lambda config: config | {"model_type": "qwen2_vl_of_mine"},
+        layers=2,
+        vit_layers=1,
+    )
     words = ("hf_to_mm", "--cfg.hf_config.hf_dir", hf, "--cfg.mm_dir", tmp_path / "mm", "--dry-run")
     done = run_cli("BrokenConverter", *words, env=env, check=2)
     assert "BrokenConverter" in done.stderr and "fails in" in done.stderr

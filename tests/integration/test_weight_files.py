@@ -13,7 +13,7 @@ from commands import layout, litter, none, refused, untouched
 from hfgen import make_hf
 from inprocess import call, to_hf, to_mm, to_other
 from mmconvert.errors import RequestError
-from mmconvert.formats.hf.output import parse_size
+from mmconvert.words import parse_size
 from mmread import INDEX, compare_side_files, read_weight_file, weight_files
 
 OMNI = layout("[1]", "[1]", 1, "audio_pp_layers=[1]")
