@@ -7,6 +7,7 @@ are dense; the others have a router, shared experts and routed ones.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mmconvert.converters.blocks import T, embedding, norms, text_dims, text_tail, vision_dims
 from mmconvert.converters.family import (
@@ -214,7 +215,8 @@ def text(variant: Variant) -> Module:
             *norms(("weight",), w, (f"{T}.pre_mlp_layernorm", f"{L}.post_attention_layernorm")),
             *gated(mm, hf, "llm.ffn", DENSE),
             row(f"{router}.weight", f"{gate}.weight", rows="llm.experts", cols=w, only=EXPERTS),
-            *((bias,) if BIAS in variant.traits else ()),
+            # A buffer in fp32: in fewer bits it would choose other experts.
+            *((replace(bias, keeps_dtype=True),) if BIAS in variant.traits else ()),
             *gated(f"{mm}.shared_experts", f"{hf}.shared_experts", "llm.shared_ffn", EXPERTS),
             *gated(local, f"{hf}.experts.{{expert}}", "llm.expert_ffn", EXPERTS),
         ),

@@ -44,6 +44,7 @@ class Row:
         transposed: the one HF tensor, a matrix or a stack of them, is stored the other way round.
         only: name of the list of layers that have this row; "" is all of them.
         layers: that list, where it is known; None is all layers.
+        keeps_dtype: no ``--dtype`` casts it.
     """
 
     mm: str
@@ -56,6 +57,7 @@ class Row:
     transposed: bool = False
     only: str = ""
     layers: tuple[int, ...] | None = None
+    keeps_dtype: bool = False
 
     @property
     def of_expert(self) -> bool:

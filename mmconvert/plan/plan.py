@@ -61,6 +61,7 @@ class Whole:
             (tensor-parallel ranks, tied embeddings), equal to it by meaning.
         zeros: (first row, number of rows) that no tensor of this side stores: they are zero.
         mixed: which tensors have which dtype, in words, where the dtype is a joint one.
+        keeps_dtype: no cast touches it.
     """
 
     shape: tuple[int, ...]
@@ -68,6 +69,7 @@ class Whole:
     copies: list[list[Block]] = field(default_factory=list[list[Block]])
     zeros: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     mixed: str = ""
+    keeps_dtype: bool = False
 
 
 @dataclass
@@ -131,6 +133,7 @@ class Plan:
         fills: rectangles of targets that are filled with zeros.
         zeros: rectangles of sources that have no place in the targets, as they must be zero.
         cast: the dtype that floating-point tensors are cast to; "" leaves each as it is.
+        kept: targets that are not cast.
     """
 
     sources: Sequence[StoredTensor]
@@ -141,6 +144,7 @@ class Plan:
     fills: list[Zeros] = field(default_factory=list[Zeros])
     zeros: list[Zeros] = field(default_factory=list[Zeros])
     cast: str = ""
+    kept: set[int] = field(default_factory=set[int])
 
     @property
     def nbytes(self) -> int:
@@ -197,7 +201,10 @@ def in_dtype(wholes: Mapping[Key, Whole], dtype: str) -> dict[Key, Whole]:
     Raises:
         TensorError: a whole of several dtypes, and no dtype that all of it is cast to.
     """
-    found = {key: replace(w, dtype=cast_dtype(w.dtype, dtype)) for key, w in wholes.items()}
+    found = {
+        key: replace(w, dtype=w.dtype if w.keeps_dtype else cast_dtype(w.dtype, dtype))
+        for key, w in wholes.items()
+    }
     if mixed := mixed_dtypes(found):
         raise TensorError(mixed, ONE_DTYPE, CAST_ALL)
     return found
@@ -218,6 +225,7 @@ def build(src: Side, dst: Side, notes: Sequence[str] = (), cast: str = "") -> Pl
         original, *others = whole.copies
         for blocks in dst.wholes[key].copies:
             plan.copies += join(original, blocks)
+            plan.kept |= {b.tensor for b in blocks} if whole.keeps_dtype else set()
             plan.fills += zeros_of(key, whole, blocks)
         for blocks in others:
             plan.replicas += [Comparison(key, copy) for copy in join(original, blocks)]

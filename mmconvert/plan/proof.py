@@ -23,7 +23,8 @@ def prove(plan: Plan) -> None:
     for c in plan.copies:
         reads[c.src].append(Rect(c.src_row, c.src_col, c.rows, c.cols))
         writes[c.dst].append(Rect(c.dst_row, c.dst_col, c.rows, c.cols))
-        if plan.targets[c.dst].dtype != cast_dtype(plan.sources[c.src].dtype, plan.cast):
+        cast = "" if c.dst in plan.kept else plan.cast
+        if plan.targets[c.dst].dtype != cast_dtype(plan.sources[c.src].dtype, cast):
             raise _unproven(f"{plan.targets[c.dst].name} would change its dtype")
     for check in plan.replicas:
         c = check.copy

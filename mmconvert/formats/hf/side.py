@@ -135,6 +135,7 @@ def _sources(
 
 def _add_whole(side: Side, item: Instance, tensor: StoredTensor, whole: Whole) -> None:
     """Adds a whole; a tied head that the checkpoint stores too is a copy of the embedding."""
+    whole.keeps_dtype = item.row.keeps_dtype
     known = side.wholes.setdefault(item.key, whole)
     if known is whole:
         return

@@ -132,7 +132,8 @@ def _add_shards(
         shape = tuple(sum(lengths) if i == axis else n for i, n in enumerate(group[0].shape))
         _check_division(item, shape, size, spans, dims, group[0])
     _check_whole(item, shape, dims, group[0])
-    whole = side.wholes.setdefault(item.key, Whole(shape, group[0].dtype))
+    kept = item.row.keeps_dtype
+    whole = side.wholes.setdefault(item.key, Whole(shape, group[0].dtype, keeps_dtype=kept))
     dtype = joint_dtype((whole.dtype, group[0].dtype))
     if whole.shape != shape or not dtype:
         raise ReplicaError(
