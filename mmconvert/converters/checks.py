@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 from mmconvert.converters.family import ZEROS, Family, Module, Row
 from mmconvert.errors import RequestError
@@ -72,10 +73,11 @@ def _fields(row: Row, *, inside: bool) -> Iterator[str]:
 
 def _makes(row: Row) -> Iterator[str]:
     """How the tensor is made and divided."""
-    if not isinstance(row.fuse, (Concat, Interleave, Part)):
-        yield f"fuse is {row.fuse!r}, none of Concat, Interleave, Part"
-    if row.shard is not None and not isinstance(row.shard, Split):
-        yield f"shard is {row.shard!r}, no Split"
+    fuse, shard = cast(object, row.fuse), cast(object, row.shard)  # a stranger's may be anything
+    if not isinstance(fuse, (Concat, Interleave, Part)):
+        yield f"fuse is {fuse!r}, none of Concat, Interleave, Part"
+    if shard is not None and not isinstance(shard, Split):
+        yield f"shard is {shard!r}, no Split"
     one = (isinstance(row.fuse, Interleave) and row.fuse.packed_qkv) or row.transposed
     if one and len(row.hf) != 1:
         yield f"it is made of {len(row.hf)} tensors; packed_qkv and transposed are for one"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 from mmconvert.errors import CheckpointError
 from mmconvert.names import EXPERT, NO_EXPERT, NameTemplate, TemplateIndex, fields, fill
@@ -391,9 +392,10 @@ def layer_list(value: object, where: str, layers: int) -> tuple[int, ...]:
         CheckpointError: no list of different layers.
     """
     if isinstance(value, list):
-        numbers = [n for n in value if isinstance(n, int) and not isinstance(n, bool)]
+        items = cast("list[object]", value)
+        numbers = [n for n in items if isinstance(n, int) and not isinstance(n, bool)]
         known = all(0 <= n < layers for n in numbers)
-        if len(set(numbers)) == len(value) and known:
+        if len(set(numbers)) == len(items) and known:
             return tuple(numbers)
     raise CheckpointError(
         f"config.json: {where} is {value!r}", f"a list of different layers below {layers}"

@@ -47,8 +47,13 @@ DEEPSTACK, DENSE, EXPERTS = "vit.deepstack", "llm.dense_layers", "llm.expert_lay
 MOE, OUTPUT_FIRST = "moe", "experts_output_first"
 
 # Class defaults of transformers' Qwen3VL(Moe)VisionConfig and Qwen3VL(Moe)TextConfig.
-VISION_DEFAULTS = {"vit.layers": 27, "vit.heads": 16, "vit.width": 1152, "vit.merge": 2}
-VISION_DEFAULTS |= {"vit.ffn": 4304}
+VISION_DEFAULTS = {
+    "vit.layers": 27,
+    "vit.heads": 16,
+    "vit.width": 1152,
+    "vit.merge": 2,
+    "vit.ffn": 4304,
+}
 TEXT_DEFAULTS = {"llm.layers": 32, "llm.heads": 32, "llm.query_groups": 32, "llm.hidden": 4096}
 MOE_DEFAULTS = {"llm.layers": 24, "llm.heads": 16, "llm.query_groups": 16, "llm.hidden": 2048}
 MOE_KEYS = {
