@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,14 @@ import qwenvlgolden as golden
 from cli import run_cli
 from mmconvert.errors import DatasetError, MMConvertError
 from mmconvert.runtime.dataset import Data
+from mmconvert.runtime.journal import Line
 from mmconvert.runtime.optimizer import Recipe
 from mmconvert.runtime.qwenvl import learning, saving, training
 from mmconvert.runtime.qwenvl.learning import Lesson, Teacher, template
 from mmconvert.runtime.qwenvl.tokenizer import Tokenizer
 from mmconvert.runtime.samples import Sample, Source
 from mmconvert.runtime.schedule import Schedule
-from mmconvert.runtime.training import Plan
+from mmconvert.runtime.training import Outcome, Plan
 from qwenvl import QWENVL, hf_to_ms
 from qwenvlgolden import recorded
 
@@ -120,19 +124,28 @@ def plan(save: Path, steps: int, **changes: Any) -> Plan:
     return Plan(**{**settings, **changes})
 
 
-def trained(
-    folder: Path, save: Path, steps: int, resume: bool = False, **changes: Any
-) -> list[str]:
-    """The lines of a training."""
+def finetuned(
+    folder: Path,
+    save: Path,
+    steps: int,
+    emit: Callable[[object], None],
+    *,
+    resume: bool = False,
+    **changes: Any,
+) -> Outcome:
     source = training.Source(
         folder / "hf", folder / "x.ckpt", folder / "hf" / "qwen.tiktoken", length=400
     )
     data = Data((Source((folder / "train.json",), 0, (folder / "coco",)),))
-    said: list[str] = []
-    training.finetune(
-        source, data, plan(save, steps, **changes), "fp32", lambda e: said.append(str(e)),
-        resume=resume,
-    )  # fmt: skip
+    settings = plan(save, steps, **changes)
+    return training.finetune(source, data, settings, "fp32", emit, resume=resume)
+
+
+def trained(
+    folder: Path, save: Path, steps: int, resume: bool = False, **changes: Any
+) -> list[str]:
+    """The lines of a training."""
+    finetuned(folder, save, steps, lambda _: None, resume=resume, **changes)
     return (save / "loss.jsonl").read_text().splitlines()
 
 
@@ -207,6 +220,51 @@ def test_a_sample_that_is_cut_in_a_picture_is_left_out(folder: Path) -> None:
     with pytest.raises(DatasetError):
         Teacher(tokenizer, sizes, 100).encode(sample)
     assert len(Teacher(tokenizer, sizes, 340).encode(sample).ids) == 341
+
+
+def test_evaluations_are_the_loss_of_the_samples(folder: Path, tmp_path: Path) -> None:
+    source = training.Source(
+        folder / "hf", folder / "hf", folder / "hf" / "qwen.tiktoken", length=400
+    )
+    data = Source((folder / "train.json",), 0, (folder / "coco",))
+    still = plan(tmp_path, 1, evaluate_every=1, recipe=Recipe(Schedule(0, 0, 0, 1), 0, 0, 0, 1, 0))
+    lines: list[Line] = []
+    training.finetune(
+        source, Data((data,), (data,)), still, "fp32",
+        lambda e: lines.append(e) if isinstance(e, Line) else None, resume=False,
+    )  # fmt: skip
+    step, evaluation = lines
+    assert evaluation.evaluation == pytest.approx(step.loss, rel=1e-6)
+
+
+def test_sigterm_saves_and_resume_goes_on(folder: Path, tmp_path: Path) -> None:
+    straight = losses(trained(folder, tmp_path / "a", 3))
+
+    def stop(event: object) -> None:
+        if isinstance(event, Line) and event.iteration == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    ended = finetuned(folder, tmp_path / "b", 3, stop)
+    assert ended.stopped
+    assert ended.iteration == 1
+    assert losses(trained(folder, tmp_path / "b", 3, resume=True)) == straight
+
+
+def test_a_fault_of_the_data_loses_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, seen = Teacher.encode, list[str]()
+
+    def failing(self: Teacher, sample: Sample) -> learning.Encoded:
+        seen.append(sample.name)
+        if len(seen) > 2:
+            raise DatasetError("the disk is gone")
+        return encode(self, sample)
+
+    monkeypatch.setattr(Teacher, "encode", failing)
+    with pytest.raises(DatasetError):
+        finetuned(folder, tmp_path, 3, lambda _: None)
+    assert (tmp_path / "iter_0000001" / "model.safetensors").is_file()
 
 
 def test_a_damaged_state_is_said(tmp_path: Path) -> None:

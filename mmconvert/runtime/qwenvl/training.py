@@ -117,7 +117,7 @@ class Run:
         self._adam = self._optimizer()
         if state:
             self._adam.load_state_dict(state["optimizer"])
-        self._first = last or 0
+        self._first = self._saved = last or 0
         self._teacher = Teacher(Tokenizer.read(source.vocab, source.like), sizes, source.length)
         self._bad: set[int] = set()
         self._journal = Journal(plan.save, self._first)
@@ -143,7 +143,12 @@ class Run:
         with self._stop.listening():
             for step in range(self._first, plan.steps):
                 number = step + 1
-                line = self._step(step)
+                try:
+                    line = self._step(step)
+                except DatasetError:  # before the update: what has been learnt is whole
+                    if step > self._saved:
+                        self._save(step)
+                    raise
                 loss = line.loss or 0.0
                 self._journal.add(line)
                 if plan.log_every and number % plan.log_every == 0:
@@ -256,6 +261,7 @@ class Run:
         source, held = self._source, self._model.state_dict()
         like = (source.hf_dir, source.vocab)
         self._emit(f"saved {saving.save(self._plan.save, number, held, state, like)}")
+        self._saved = number
 
 
 def finetune(
