@@ -1,5 +1,8 @@
 """Conversations as token ids: the text around pictures, videos and sounds, and what is learnt."""
 
+# Some functions of transformers have no types, or types that are open.
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import re

@@ -1,5 +1,10 @@
 """Runs a loaded checkpoint: forward, training step and greedy generation over its own layout."""
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence

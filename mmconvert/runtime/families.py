@@ -6,13 +6,14 @@ import json
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 
 from mmconvert.causes.quantised import without_method
 from mmconvert.errors import CheckpointError, MMConvertError
+from mmconvert.narrow import is_object
 from mmconvert.runtime.shard import params_on_meta
 
 CLASSES = {
@@ -133,7 +134,7 @@ def read_config(hf_dir: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no JSON: {error}", "config.json of the model") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no object", "config.json of the model")
-    return content
+    return cast("dict[str, Any]", content)
 
 
 def architecture(hf_dir: Path) -> Architecture:
@@ -181,9 +182,9 @@ def _config(kind: str, content: dict[str, Any]) -> Any:  # noqa: ANN401 - transf
 def _tied(content: dict[str, Any], config: Any) -> object:  # noqa: ANN401 - as above
     """What config.json says at the top or of the text model, else the class's own default."""
     top = content.get("thinker_config") or content
-    places = (top, top.get("text_config"), top.get("llm_config")) if isinstance(top, dict) else ()
+    places = (top, top.get("text_config"), top.get("llm_config")) if is_object(top) else ()
     for place in places:
-        if isinstance(place, dict) and isinstance(place.get("tie_word_embeddings"), bool):
+        if is_object(place) and isinstance(place.get("tie_word_embeddings"), bool):
             return place["tie_word_embeddings"]
     return config.tie_word_embeddings
 
@@ -205,6 +206,7 @@ def _intern_config(content: dict[str, Any]) -> Any:  # noqa: ANN401 - as above
     vision, llm = content.get("vision_config"), content.get("llm_config")
     if not isinstance(vision, dict) or not isinstance(llm, dict):
         raise CheckpointError("config.json has no vision_config or llm_config", "an InternVL model")
+    vision, llm = cast("dict[str, Any]", vision), cast("dict[str, Any]", llm)
     named = llm.get("architectures") or [""]
     if named[0] not in TEXT_CONFIGS:
         raise CheckpointError(
@@ -231,7 +233,7 @@ def _intern_config(content: dict[str, Any]) -> Any:  # noqa: ANN401 - as above
     text = {k: v for k, v in llm.items() if k not in left_out}
     if named[0] == "InternLM2ForCausalLM":
         text |= {"attention_bias": llm.get("bias", False), "mlp_bias": llm.get("bias", False)}
-        if (text.get("rope_scaling") or {}).get("type") == "dynamic":
+        if (text.get("rope_scaling") or dict[str, Any]()).get("type") == "dynamic":
             # Positions beyond max_position_embeddings only; the check stays far below.
             text["rope_scaling"] = None
     tied = bool(llm.get("tie_word_embeddings", False))

@@ -1,5 +1,10 @@
 """Videos and compressed sounds, decoded by PyAV (FFmpeg): the extra ``media``."""
 
+# Some functions of PyAV and Pillow have no types, or types that are open.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import math

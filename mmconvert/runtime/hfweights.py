@@ -4,6 +4,11 @@ The layers between the first and the last of each module have their weights only
 compute; in a backward pass they compute again. So the whole model is never in memory.
 """
 
+# Some functions of transformers and torch have no types, or types that are open.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# torch has private names for what a module itself holds, without its children.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping

@@ -106,7 +106,7 @@ def _generation(given: object, path: Path) -> Mapping[str, Any]:
     Raises:
         RequestError: it draws words, or has a number that is none.
     """
-    config = cast("Mapping[str, Any]", given) if isinstance(given, dict) else {}
+    config = cast("Mapping[str, Any]", given if isinstance(given, dict) else {})
     numbers = {key: config.get(key) for key in ("temperature", "top_k", "repetition_penalty")}
     numbers["max_new_tokens"] = config.get("max_new_tokens")
     for key, value in numbers.items():

@@ -5,6 +5,9 @@ imports are paid for once; on an accelerator, whose driver does not outlive a fo
 started anew.
 """
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import os

@@ -48,7 +48,7 @@ class Media:
     ) -> tuple[Tensor, Tensor, list[int]]:
         if self._images is None:
             self._images = _load(transformers.AutoImageProcessor, self._hf_dir, "pictures")
-        pixels, grids = [], []
+        pixels, grids = list[Tensor](), list[Tensor]()
         for picture in pictures:
             small = scaled(picture, *limits) if limits else picture
             try:

@@ -1,5 +1,8 @@
 """The processes of a run: replicas times pipeline ranks times tensor-parallel ranks."""
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,5 +1,10 @@
 """AdamW over the MM tree, with a gradient norm and a schedule that do not depend on the layout."""
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping

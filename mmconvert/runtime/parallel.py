@@ -5,6 +5,9 @@ input gradient of a column-parallel layer is summed over the ranks; in the forwa
 of a row-parallel one is (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
 """
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

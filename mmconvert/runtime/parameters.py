@@ -1,5 +1,8 @@
 """Compares parameters and gradients of a running checkpoint with those of transformers' model."""
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import re

@@ -1,5 +1,10 @@
 """Picture files, opened and brought to size; videos as folders of pictures or animations."""
 
+# Some functions of Pillow and torch have no types, or types that are open.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import math

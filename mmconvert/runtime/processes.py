@@ -1,5 +1,8 @@
 """The processes of a run that mmconvert starts itself: their start, their words, their end."""
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import os
@@ -56,7 +59,7 @@ def spawn(job: Job, world: int, on_event: Emit, method: str) -> object:
     threads = torch.get_num_threads()
     if method == "fork":
         torch.set_num_threads(1)  # threads do not survive a fork
-    processes, pipes = [], []
+    processes, pipes = list[Any](), list[Connection]()
     result: object = None
     with tempfile.TemporaryDirectory(prefix="mmconvert-") as folder:
         meeting = f"file://{Path(folder) / 'meeting'}"

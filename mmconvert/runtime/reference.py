@@ -1,5 +1,10 @@
 """The other side of the comparison: transformers' own model with the weights of the HF folder."""
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import inspect

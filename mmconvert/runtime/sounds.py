@@ -1,5 +1,10 @@
 """Sounds as samples at 16 kHz: PCM WAV by Python itself, other files by the decoder of videos."""
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import math

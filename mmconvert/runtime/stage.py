@@ -1,5 +1,8 @@
 """One stage of the pipeline: each module in one model chunk, and what crosses its borders."""
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -82,12 +85,13 @@ class Border:
                 rows = pooled(batch) if done else batch.sound_rows
                 shapes.append((rows, self._text if done else self._widths["audio"]))
             else:
-                shapes.append(self._vision_shape(batch.patches, done))
+                shapes.append(self.vision_shape(batch.patches, done))
         return tuple(
             torch.empty(s, dtype=self._dtype, device="meta", requires_grad=grad) for s in shapes
         )
 
-    def _vision_shape(self, patches: int, done: bool) -> tuple[int, int]:
+    def vision_shape(self, patches: int, done: bool) -> tuple[int, int]:
+        """(rows, width) of what the encoder passes on: to its next part, or when it is done."""
         if self._intern:
             rows = (self._tile - 1) // self._unit if done else self._tile
             return patches * rows, self._text if done else self._widths["vit"]
@@ -194,7 +198,7 @@ class Stage(nn.Module):
         assert self.vit is not None  # noqa: S101 - the caller has looked
         x = batch.pixels.to(self._dtype) if self.vit.span.first else held["vit"]
         if batch.patches == 0:  # a batch of text: nothing to compute, nothing to send
-            shape = self._border._vision_shape(0, self.vit.span.last)
+            shape = self._border.vision_shape(0, self.vit.span.last)
             return torch.zeros(shape, dtype=self._dtype, device=self._device)
         return self.vit(x, batch.grid)
 

@@ -1,5 +1,10 @@
 """Fine-tuning: the loop of steps, evaluations and checkpoints that every process runs."""
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import hashlib

@@ -1,5 +1,10 @@
 """Is an MM checkpoint the model of an HF folder? Runs both on the same inputs and compares."""
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -13,6 +13,7 @@ from mmconvert.cli.settings import read_yaml
 from mmconvert.config import MaybePath
 from mmconvert.datasets.jsonlist import read_items
 from mmconvert.errors import RequestError
+from mmconvert.narrow import is_object
 
 PROG = "mm-convert run_qwenvl"
 DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
@@ -90,7 +91,7 @@ class Yaml:
         """
         value: Any = self._content
         for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
+            value = value.get(key) if is_object(value) else None
         if value is None:
             return default
         if isinstance(default, float) and isinstance(value, (int, str)):
@@ -168,7 +169,7 @@ def flags_of(yaml: Yaml, asked: Asked) -> dict[str, object]:
 def _interval(yaml: Yaml) -> int:
     """Iterations between checkpoints."""
     for callback in yaml.get("callbacks", list[Any]()):
-        if isinstance(callback, dict) and callback.get("type") == "CheckpointMonitor":
+        if is_object(callback) and callback.get("type") == "CheckpointMonitor":
             steps = callback.get("save_checkpoint_steps", 0)
             return steps if isinstance(steps, int) and steps >= 0 else 0
     return 0

@@ -1,5 +1,8 @@
 """Qwen-VL answers a prompt, greedily."""
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import json

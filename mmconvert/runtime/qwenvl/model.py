@@ -5,6 +5,9 @@ MindFormers 1.3.1 compute the same; beyond it the hub's scales the rotary base b
 length (dynamic NTK) and the queries by their place (logn), and MindFormers does neither.
 """
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import math

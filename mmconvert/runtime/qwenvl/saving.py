@@ -1,5 +1,8 @@
 """Checkpoints of a training of Qwen-VL: Hugging Face folders, with the optimizer beside them."""
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import os

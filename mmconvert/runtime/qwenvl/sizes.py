@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mmconvert.errors import CheckpointError
+from mmconvert.narrow import is_object
 
 Positions = Literal["hub", "mindformers"]
 PATCH, QUERIES, GRID = 14, 256, 16  # fixed in both sources: 256 rows a picture, a 16 x 16 table
@@ -53,7 +54,7 @@ class Sizes:
             CheckpointError: a size is missing or makes no sense.
         """
         visual = config.get("visual")
-        if config.get("model_type") != "qwen" or not isinstance(visual, dict):
+        if config.get("model_type") != "qwen" or not is_object(visual):
             raise CheckpointError(
                 f"{where} is of no Qwen-VL", "model_type qwen with a section visual"
             )

@@ -1,5 +1,8 @@
 """Fine-tuning of Qwen-VL, its third stage: the encoder is frozen, resampler and text learn."""
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import hashlib

@@ -5,6 +5,9 @@ numbers are those of the hub's ``visual.py`` and of MindFormers 1.3.1 ``research
 which differ in one thing: how position tables are stretched to the grid of the patches.
 """
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import math
