@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mmconvert import convert, converters, lazy
 from mmconvert.config import (
@@ -65,7 +65,7 @@ def layout_of(form: type[L], layout: L | Mapping[str, Any] | None) -> L:
         return layout
     if layout is not None and not isinstance(layout, Mapping):
         raise LayoutError(f"the layout is {layout!r:.200}", f"a {form.__name__}, or a mapping")
-    given: dict[str, Any] = dict(layout or {})
+    given = dict(cast("Mapping[str, Any]", layout or {}))
     known = getattr(form, "__dataclass_fields__", {})
     unknown = sorted(set(given) - set(known))
     if unknown:

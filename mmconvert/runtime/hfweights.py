@@ -11,7 +11,7 @@ compute; in a backward pass they compute again. So the whole model is never in m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -169,7 +169,7 @@ class Weights:
         layer.forward = forward  # type: ignore[method-assign]
 
     @contextmanager
-    def _loaded(self, layer: nn.Module) -> Iterator[None]:
+    def _loaded(self, layer: nn.Module) -> Generator[None]:
         """The layer with its weights, which do not learn."""
         empty: list[tuple[nn.Module, str, nn.Parameter]] = []
         for module in layer.modules():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mmconvert.errors import CheckpointError
-from mmconvert.narrow import is_object
+from mmconvert.narrow import is_dict, is_object
 
 Positions = Literal["hub", "mindformers"]
 PATCH, QUERIES, GRID = 14, 256, 16  # fixed in both sources: 256 rows a picture, a 16 x 16 table
@@ -132,7 +132,7 @@ class Sizes:
 
 def _part(content: Mapping[Any, object], key: str, where: str) -> Mapping[Any, object]:
     part = content.get(key)
-    if not isinstance(part, dict):
+    if not is_dict(part):
         raise CheckpointError(f"{where} has no section {key}", "MindFormers' yaml of a Qwen-VL")
     return part
 
