@@ -227,7 +227,9 @@ def test_evaluations_are_the_loss_of_the_samples(folder: Path, tmp_path: Path) -
         folder / "hf", folder / "hf", folder / "hf" / "qwen.tiktoken", length=400
     )
     data = Source((folder / "train.json",), 0, (folder / "coco",))
-    still = plan(tmp_path, 1, evaluate_every=1, recipe=Recipe(Schedule(0, 0, 0, 1), 0, 0, 0, 1, 0))
+    still = plan(
+        tmp_path, 1, evaluate_every=1, recipe=Recipe(Schedule(0, 0, 0, 1), 0, 0.0, 0.0, 1, 0)
+    )
     lines: list[Line] = []
     training.finetune(
         source, Data((data,), (data,)), still, "fp32",
