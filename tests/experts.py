@@ -178,7 +178,7 @@ FAMILY = Family(
     text_config=lambda config: config,
     traits=traits,
     lists=lists,
-    variants=tuple(Variant(traits=frozenset({kind})) for kind in KINDS),
+    variants=(Variant(traits=frozenset({KINDS[0]})),),  # MM has one form for all kinds
     canonical=False,
     plain_text=False,
 )
