@@ -17,6 +17,7 @@ from mmconvert.sharding.spans import Concat, Interleave, Span, Split, divisors, 
 from mmconvert.sharding.stages import (
     StageGrid,
     check_grids,
+    check_order,
     first_stage,
     flat,
     last_stage,
@@ -91,9 +92,11 @@ def test_grids_that_do_not_fit_each_other(pp: int, vpp: int, data: st.DataObject
     good = all(stages.values()) and all(s >= t for s in stages["llm"] for t in encoders)
     if good:
         check_grids(found, FLAGS)
+        check_order(found, FLAGS)
     else:
         with pytest.raises(LayoutError, match="pp_layers"):
             check_grids(found, FLAGS)
+            check_order(found, FLAGS)
     other = found | {"audio": tuple((*r, 0) for r in found["audio"])}
     with pytest.raises(LayoutError, match="differ in size"):
         check_grids(other, FLAGS)
