@@ -80,6 +80,11 @@ def test_no_grids(value: object) -> None:
 FLAGS = {"vit": "vit_pp_layers", "audio": "audio_pp_layers", "llm": "llm_pp_layers"}
 
 
+def check_both(grids: dict[str, StageGrid]) -> None:
+    check_grids(grids, FLAGS)
+    check_order(grids, FLAGS)
+
+
 @FAST
 @given(st.integers(1, 4), st.integers(1, 3), st.data())
 def test_grids_that_do_not_fit_each_other(pp: int, vpp: int, data: st.DataObject) -> None:
@@ -91,12 +96,10 @@ def test_grids_that_do_not_fit_each_other(pp: int, vpp: int, data: st.DataObject
     encoders = [s for key in ("vit", "audio") for s in stages[key]]
     good = all(stages.values()) and all(s >= t for s in stages["llm"] for t in encoders)
     if good:
-        check_grids(found, FLAGS)
-        check_order(found, FLAGS)
+        check_both(found)
     else:
         with pytest.raises(LayoutError, match="pp_layers"):
-            check_grids(found, FLAGS)
-            check_order(found, FLAGS)
+            check_both(found)
     other = found | {"audio": tuple((*r, 0) for r in found["audio"])}
     with pytest.raises(LayoutError, match="differ in size"):
         check_grids(other, FLAGS)
