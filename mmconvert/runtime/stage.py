@@ -190,8 +190,11 @@ class Stage(nn.Module):
             hidden = held["llm"] if "llm" in held else self._embed(batch, held)
             held = {"llm": self.llm(hidden, batch.positions, self.cache)}
         if self.llm is not None and self.llm.span.last:
-            return held["llm"]
-        out = tuple(held[key].contiguous() for key in self._border.keys(self.number))
+            out = (held["llm"],)
+        else:
+            out = tuple(held[key].contiguous() for key in self._border.keys(self.number))
+        if self.number and torch.is_grad_enabled() and any(r.requires_grad for r in received):
+            out = (_Joined.apply(out[0], *received), *out[1:])
         return out[0] if len(out) == 1 else out
 
     def _vision(self, batch: Batch, held: Mapping[str, Tensor]) -> Tensor:
@@ -223,6 +226,22 @@ class Stage(nn.Module):
         if "audio" in held and (sound := self.arch.token("audio_token_id")) is not None:
             hidden = _scatter(hidden, batch.ids == sound, held["audio"])
         return hidden
+
+
+class _Joined(torch.autograd.Function):
+    """A stage's output, joined to all that it received: what a batch of text does not use has the
+    gradient zero and not none, for which torch's pipeline (seen in 2.11) ends with an error.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *received: Tensor) -> Tensor:  # noqa: ANN401 - torch's own
+        ctx.like = [(r.shape, r.dtype, r.device) for r in received]
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401 - torch's own
+        zeros = [torch.zeros(s, dtype=d, device=on) for s, d, on in ctx.like]
+        return (*grads, *zeros)
 
 
 def _scatter(hidden: Tensor, where: Tensor, rows: Tensor) -> Tensor:
