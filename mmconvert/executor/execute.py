@@ -28,7 +28,7 @@ from mmconvert.executor.blockio import (
 )
 from mmconvert.executor.casts import Loss
 from mmconvert.executor.differences import place
-from mmconvert.executor.fileio import BAND, BUFFERS, Files, Span, copy_range, write_pieces
+from mmconvert.executor.fileio import BAND, BUFFERS, ByteRange, Files, copy_range, write_pieces
 from mmconvert.executor.jobs import JOB_SIZE, Job, Losses
 from mmconvert.plan.plan import Copy, Plan, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
@@ -79,7 +79,7 @@ def _jobs(plan: Plan, targets: Sequence[StoredTensor]) -> Iterator[Job]:
 # -------------------------------------------------------------------------------------- stream
 
 
-class Run(NamedTuple):
+class Stretch(NamedTuple):
     """Bytes that lie in one piece on both sides; offsets are absolute."""
 
     source: StoredTensor
@@ -96,9 +96,9 @@ def _scatters_to(source: StoredTensor, target: StoredTensor, copy: Copy) -> bool
     return _whole_rows(copy, target) and is_plain(source) and source.dtype == target.dtype
 
 
-def _linear_runs(plan: Plan, target: StoredTensor, copies: Sequence[Copy]) -> list[Run] | None:
+def _linear_runs(plan: Plan, target: StoredTensor, copies: Sequence[Copy]) -> list[Stretch] | None:
     """The copies as runs, neighbouring ones joined; None if some copy is no run, or is cast."""
-    runs: list[Run] = []
+    runs: list[Stretch] = []
     for c in sorted(copies, key=lambda c: c.dst_row):
         source = plan.sources[c.src]
         if not (_scatters_to(source, target, c) and _whole_rows(c, source)):
@@ -109,18 +109,18 @@ def _linear_runs(plan: Plan, target: StoredTensor, copies: Sequence[Copy]) -> li
             last = runs[-1]
             joined = last.start + last.nbytes == start and last.at + last.nbytes == at
             if joined and last.source.path == source.path:
-                runs[-1] = Run(last.source, last.start, last.at, last.nbytes + nbytes)
+                runs[-1] = Stretch(last.source, last.start, last.at, last.nbytes + nbytes)
                 continue
-        runs.append(Run(source, start, at, nbytes))
+        runs.append(Stretch(source, start, at, nbytes))
     return runs
 
 
-def _streams(target: StoredTensor, runs: Sequence[Run]) -> Iterator[Job]:
-    batch: list[Run] = []
+def _streams(target: StoredTensor, runs: Sequence[Stretch]) -> Iterator[Job]:
+    batch: list[Stretch] = []
     for run in runs:
         for done in range(0, run.nbytes, JOB_SIZE):
             size = min(JOB_SIZE, run.nbytes - done)
-            batch.append(Run(run.source, run.start + done, run.at + done, size))
+            batch.append(Stretch(run.source, run.start + done, run.at + done, size))
             if sum(r.nbytes for r in batch) >= JOB_SIZE:
                 yield _stream_job(target, batch)
                 batch = []
@@ -128,13 +128,13 @@ def _streams(target: StoredTensor, runs: Sequence[Run]) -> Iterator[Job]:
         yield _stream_job(target, batch)
 
 
-def _stream_job(target: StoredTensor, runs: list[Run]) -> Job:
+def _stream_job(target: StoredTensor, runs: list[Stretch]) -> Job:
     def run(files: Files) -> None:
         for r in runs:
             copy_range(files, r.source.path, r.start, target.path, r.at, r.nbytes)
 
     path = str(target.path)
-    reads = tuple(Span(r.source.path, r.start, r.nbytes) for r in runs)
+    reads = tuple(ByteRange(r.source.path, r.start, r.nbytes) for r in runs)
     return Job((path,), (path, runs[0].at), sum(r.nbytes for r in runs), run, reads)
 
 
@@ -190,7 +190,7 @@ def _scatter_job(
     nbytes = sum(c.rows * c.cols for c in copies) * ITEM_SIZE[source.dtype]
     writes = tuple(sorted({str(targets[c.dst].path) for c in copies}))
     start = rect_offset(source, top, 0)
-    reads = (Span(source.path, start, (bottom - top) * row_bytes(source)),)
+    reads = (ByteRange(source.path, start, (bottom - top) * row_bytes(source)),)
     return Job(writes, (str(source.path), start), nbytes, run, reads)
 
 
@@ -238,7 +238,7 @@ def _gather_job(
     nbytes = (bottom - top) * row_bytes(target)
     path = str(target.path)
     reads = tuple(
-        Span(source.path, rect_offset(source, c.src_row, 0), c.rows * row_bytes(source))
+        ByteRange(source.path, rect_offset(source, c.src_row, 0), c.rows * row_bytes(source))
         for c in copies
         if is_plain(source := origin.sources[c.src])
     )

@@ -28,7 +28,7 @@ IOV_MAX = 1024  # buffers of one vectored call, on Linux and macOS
 _NOT_HERE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 
 
-class Span(NamedTuple):
+class ByteRange(NamedTuple):
     """A run of a file's bytes."""
 
     path: Path
@@ -89,7 +89,7 @@ BUFFERS = Buffers()
 _WRITING: dict[Path, threading.Lock] = defaultdict(threading.Lock)
 
 
-def expect(files: Files, spans: Sequence[Span]) -> None:
+def expect(files: Files, spans: Sequence[ByteRange]) -> None:
     """Asks the system to fetch bytes that will be read soon: advice, so nothing if it cannot."""
     if not hasattr(os, "posix_fadvise"):
         return
@@ -165,7 +165,7 @@ def copy_range(files: Files, source: Path, start: int, target: Path, at: int, nb
         CheckpointError: the source cannot be read, or ends before.
         OutputError: the disk is full, or the target cannot be written.
     """
-    done = _copied_elsewhere(files, Span(source, start, nbytes), target, at)
+    done = _copied_elsewhere(files, ByteRange(source, start, nbytes), target, at)
     while done < nbytes:
         buffer = BUFFERS.get("copy", min(BAND, nbytes - done))
         read_pieces(files, source, start + done, [buffer])
@@ -173,7 +173,7 @@ def copy_range(files: Files, source: Path, start: int, target: Path, at: int, nb
         done += len(buffer)
 
 
-def _copied_elsewhere(files: Files, span: Span, target: Path, at: int) -> int:
+def _copied_elsewhere(files: Files, span: ByteRange, target: Path, at: int) -> int:
     """Bytes, from the first on, that a file server or the kernel has copied.
 
     A file server may copy without sending the bytes here. A local disk gains

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from mmconvert.executor.casts import Loss
-from mmconvert.executor.fileio import Files, Span, expect, open_files
+from mmconvert.executor.fileio import ByteRange, Files, expect, open_files
 
 AHEAD = 4  # jobs whose bytes are asked for before their turn
 JOB_SIZE = 32 << 20  # bytes of one job, about: large enough for speed, small enough to share out
@@ -34,7 +34,7 @@ class Job(NamedTuple):
     place: tuple[str, int]
     nbytes: int
     run: Callable[[Files], Losses | None]
-    reads: tuple[Span, ...] = ()
+    reads: tuple[ByteRange, ...] = ()
 
 
 Done = Callable[[Job, Losses], None]
@@ -113,7 +113,7 @@ class _Queue:
                 self._active[path] += 1
             return job
 
-    def upcoming(self, job: Job) -> list[Span]:
+    def upcoming(self, job: Job) -> list[ByteRange]:
         """What the jobs after this one will read, as far as no call before has told."""
         with self._lock:
             waiting = self._waiting.get(job.writes, ())

@@ -22,7 +22,7 @@ examples:
 
 
 @dataclass(frozen=True)
-class Asked:
+class WeightFlags:
     """What to convert."""
 
     model: str
@@ -44,7 +44,7 @@ class Asked:
 
 def run(words: list[str]) -> int:
     """Runs one conversion."""
-    asked = read_plain(Asked, words, PROG, TEXT)
+    asked = read_plain(WeightFlags, words, PROG, TEXT)
     if asked.model not in MODELS:
         raise RequestError(
             f"--model {asked.model} is not served",
@@ -59,7 +59,7 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _forward(asked: Asked) -> HFToMS:
+def _forward(asked: WeightFlags) -> HFToMS:
     for flag, value in (("hf_dir", asked.hf_dir), ("strategy", asked.strategy)):
         if value is not None:
             raise RequestError(
@@ -70,7 +70,7 @@ def _forward(asked: Asked) -> HFToMS:
     return HFToMS(ms_path=asked.output_path, hf_config=HFConfig(asked.input_path))
 
 
-def _reversed(asked: Asked) -> MSToHF:
+def _reversed(asked: WeightFlags) -> MSToHF:
     if asked.hf_dir is None:
         raise RequestError(
             "--reversed needs --hf_dir",

@@ -28,7 +28,7 @@ example:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SuggestFlags:
     """What to balance."""
 
     path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="HF_DIR")]
@@ -73,7 +73,7 @@ class Asked:
 
 def run(words: list[str]) -> int:
     """Balances, and shows."""
-    asked = read_plain(Asked, freeze_joined(words), "mm-convert suggest", TEXT)
+    asked = read_plain(SuggestFlags, freeze_joined(words), "mm-convert suggest", TEXT)
     from mmconvert.tools.suggest.suggestion import Goal, suggest
     from mmconvert.tools.suggest.workload import Workload
 
@@ -105,7 +105,7 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _frozen(asked: Asked) -> tuple[str, ...]:
+def _frozen(asked: SuggestFlags) -> tuple[str, ...]:
     """What does not learn: as asked for, else the modules that model.json freezes as a whole."""
     if asked.freeze or asked.model_json is None:
         return tuple(name.strip() for name in asked.freeze.split(",") if name.strip())
@@ -124,7 +124,7 @@ class Made(NamedTuple):
     flags: list[str]
 
 
-def _model_json(asked: Asked, found: Suggestion) -> Made:
+def _model_json(asked: SuggestFlags, found: Suggestion) -> Made:
     """Puts the lists into a model.json, and writes it if that is asked for."""
     from mmconvert.formats.hf.folder import read_config
     from mmconvert.modeljson.file import read_model_json
@@ -159,7 +159,7 @@ def freeze_joined(words: Sequence[str]) -> list[str]:
     return [*out, "--freeze", ",".join(names)] if names else out
 
 
-def _folder_name(asked: Asked) -> Path:
+def _folder_name(asked: SuggestFlags) -> Path:
     """A folder here, named after model and layout."""
     name = f"{asked.path.resolve().name}-tp{asked.tp}-pp{asked.pp}"
     return Path(name + (f"-vpp{asked.vpp}" if asked.vpp > 1 else ""))
