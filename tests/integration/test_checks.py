@@ -13,6 +13,8 @@ import torch
 from commands import (
     QWEN2VL,
     QWEN25VL,
+    copied,
+    edit_rank,
     hf_to_mm,
     layout,
     litter,
@@ -309,6 +311,24 @@ def test_an_untied_model_keeps_its_head(untied_hf: Path, untied_mm22: Path, out:
     assert _heads(out) == 1
     mm_to_hf(out, untied_hf, out.with_name("back"))
     same_hf(untied_hf, out.with_name("back"))
+
+
+@pytest.mark.parametrize(
+    ("rank", "name"),
+    [
+        ("mp_rank_01_001", "text_decoder.embedding.word_embeddings.weight"),
+        ("mp_rank_00_001", "image_encoder.projector.layernorm.weight"),
+        ("mp_rank_01_000", "text_decoder.decoder.final_layernorm.weight"),
+    ],
+)
+def test_a_known_tensor_on_the_wrong_stage(
+    rank: str, name: str, tied_hf: Path, tied_mm22: Path, out: Path, tmp_path: Path
+) -> None:
+    """Whatever it holds, nothing would read it: it is not passed over in silence."""
+    mm = copied(tied_mm22, tmp_path / "mm")
+    edit_rank(mm, rank, lambda content: content["model"].update({name: torch.ones(36)}))
+    refused(mm_to_hf(mm, tied_hf, out, check=None), 3, name, rank, "each on its stage", out=out)
+    refused(resplit(mm, out, *target("[4]", "[2]"), check=None), 3, name, rank, out=out)
 
 
 # ------------------------------------------------------------------------------ dry run

@@ -267,6 +267,16 @@ def test_drop_may_be_repeated(sharded: Path, tmp_path: Path) -> None:
             assert torch.equal(found[key], value), key
 
 
+def test_drop_takes_nothing_that_the_model_needs(single: Path, out: Path, tmp_path: Path) -> None:
+    """In whichever format the pattern meets it."""
+    words = ("which the model needs", "narrow the pattern")
+    done = hf_to_mm(single, out, "--drop", "*.layers.1.*", check=None)
+    refused(done, 2, "--drop *.layers.1.* fits", *words, out=out)
+    hf_to_mm(single, tmp_path / "mm")
+    done = mm_to_hf(tmp_path / "mm", single, out, "--drop", "text_decoder.*norm*", check=None)
+    refused(done, 2, "--drop text_decoder.*norm* fits", *words, out=out)
+
+
 def test_a_name_with_its_closest_known_one(single: Path, out: Path) -> None:
     def edit(tensors: Tensors) -> None:
         tensors["model.layers.0.mlp.gate_projection.weight"] = torch.ones(2)
