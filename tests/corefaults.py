@@ -515,7 +515,7 @@ NAMES = (
         "executor/journal.py",
         "if head not in {_head(request, boot) for boot in boots if boot}:",
         "if not any(head.endswith(boot.encode()) for boot in boots if boot):",
-        ("integration/test_resume.py::test_another_request_starts_afresh",),
+        (f"{JOURNAL}::test_another_request",),
     ),
     Fault(
         "staged files not looked at",

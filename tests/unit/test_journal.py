@@ -75,6 +75,15 @@ def test_a_machine_that_is_not_there_any_more(folder: Path, machine: Machine) ->
         assert done(folder, *boots) == set()
 
 
+def test_another_request(folder: Path, machine: Machine) -> None:
+    """Its jobs may have the same names and sizes, and be made of other bytes."""
+    machine.be("a")
+    note(folder, 0, 1, request=REQUEST)
+    assert done(folder, "a", request="another") == set()
+    note(folder, 1, 2, request="another")
+    assert done(folder, "a", request="another") == done(folder, "a") == set()
+
+
 def test_ranks_that_change_machines(folder: Path, machine: Machine) -> None:
     """Rank 0 is on b at first, then on a; what a has done must not pass for b's."""
     machine.be("b")

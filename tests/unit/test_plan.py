@@ -36,11 +36,10 @@ def test_other_shapes_and_dtypes(other: tuple[int, int, str]) -> None:
 
 @pytest.mark.parametrize("where", ["source", "destination"])
 def test_a_tensor_of_one_side_alone(where: str) -> None:
-    sides = [Side() if where == "source" else side(4, 5), side(4, 5, written=True)]
-    if where == "destination":
-        sides[1] = Side()
+    src = Side() if where == "source" else side(4, 5)
+    dst = Side() if where == "destination" else side(4, 5, written=True)
     with pytest.raises(TensorError, match=f"w is not in the {where}"):
-        build(*sides)
+        build(src, dst)
 
 
 def plan() -> Plan:
