@@ -190,11 +190,11 @@ class Stage(nn.Module):
             hidden = held["llm"] if "llm" in held else self._embed(batch, held)
             held = {"llm": self.llm(hidden, batch.positions, self.cache)}
         if self.llm is not None and self.llm.span.last:
-            out = (held["llm"],)
+            out: tuple[Tensor, ...] = (held["llm"],)
         else:
             out = tuple(held[key].contiguous() for key in self._border.keys(self.number))
         if self.number and torch.is_grad_enabled() and any(r.requires_grad for r in received):
-            out = (_Joined.apply(out[0], *received), *out[1:])
+            out = (_joined(out[0], received), *out[1:])
         return out[0] if len(out) == 1 else out
 
     def _vision(self, batch: Batch, held: Mapping[str, Tensor]) -> Tensor:
@@ -242,6 +242,10 @@ class _Joined(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401 - torch's own
         zeros = [torch.zeros(s, dtype=d, device=on) for s, d, on in ctx.like]
         return (*grads, *zeros)
+
+
+def _joined(out: Tensor, received: Sequence[Tensor]) -> Tensor:
+    return _Joined.apply(out, *received)
 
 
 def _scatter(hidden: Tensor, where: Tensor, rows: Tensor) -> Tensor:

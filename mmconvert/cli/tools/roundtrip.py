@@ -96,7 +96,7 @@ def run(words: list[str]) -> int:
     return DIFFERENT if any(o.unequal for o in found) else 0
 
 
-def _layout(path: Path, form: type) -> object:
+def _layout(path: Path, form: type[object]) -> object:
     """A layout from a YAML file, also from one that is made for --config."""
     from mmconvert.api import layout_of
 
