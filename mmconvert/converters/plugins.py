@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any, cast
 
-from mmconvert.converters.checks import check_family
 from mmconvert.converters.family import Family, Module, Row
 from mmconvert.errors import MMConvertError, RequestError
 
@@ -47,6 +46,8 @@ def load_plugin(converter: str, entry: Any) -> Family:  # noqa: ANN401 - see thi
     try:
         if not all(isinstance(kind, str) for kind in cast("Iterable[object]", family.model_types)):
             raise TypeError(f"model_types is {family.model_types!r:.200}")
+        from mmconvert.converters.checks import check_family  # only packages' own families need it
+
         check_family(family)
     except MMConvertError:
         raise

@@ -25,6 +25,11 @@ WEIGHTS = {
     "internvl2-76b": "b3ff9b0f86498277c9e4864e436a9c85",
     "internvl2.5-4b": "3e5f10ede9a8769dccd10babe3138c17",
     "internvl3-8b": "60852ae8ba9eb579c4801ff319752a41",
+    "qwen3vl-4b": "22fb03848704954fcef05194d7071e21",
+    "qwen3vl-8b": "da5230c605dac22cf82181328aaec23e",
+    "qwen3vl-30b-a3b": "4ed6edba0a84134c459fd61dc0b7a5a0",
+    "glm4.1v-9b": "8b5bcce4f6cad487fae527fed88b4291",
+    "deepseekvl2": "2395b88051bff6a76da7ee650f9c98ef",
 }
 OVERRIDES: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2vl-2b", {"shards": 1}, "6e30849ddbf7bdc0d57785c1caadb576"),

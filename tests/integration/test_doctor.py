@@ -768,7 +768,7 @@ def senseless_flag(hf: Path) -> None:
 
 
 def other_model(hf: Path) -> None:
-    edit_json(hf / "config.json", lambda c: c.update(model_type="qwen3_vl"))
+    edit_json(hf / "config.json", lambda c: c.update(model_type="qwen9_vl"))
 
 
 def nameless_model(hf: Path) -> None:
@@ -840,7 +840,7 @@ HF_CASES = {
         senseless_flag, ("damaged-config",), ("tie_word_embeddings", "-0.0")
     ),
     "another architecture": Case(
-        other_model, ("unsupported-model",), ("'qwen3_vl'", "an encoder named as in Qwen2-VL")
+        other_model, ("unsupported-model",), ("'qwen9_vl'", "an encoder named as in Qwen2-VL")
     ),
     "no architecture": Case(nameless_model, ("damaged-config",), ("model_type is ' '",)),
     "a language model": Case(language_model, ("unsupported-model-type",), ("'llama'",)),

@@ -448,7 +448,8 @@ def test_no_hf_folder(state: str, tied_mm22: Path, out: Path, tmp_path: Path) ->
         hf.mkdir()
     elif state == "mm":
         copied(tied_mm22, hf)
-    refused(hf_to_mm(hf, out, check=None), 3, str(hf), "hf_dir", out=out)
+    named = "config.json" if hf.is_dir() else "hf_dir"
+    refused(hf_to_mm(hf, out, check=None), 3, str(hf), named, out=out)
     if state == "absent":
         refused(mm_to_hf(tied_mm22, hf, out, check=None), 3, str(hf), out=out)
 

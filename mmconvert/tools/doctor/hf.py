@@ -24,6 +24,8 @@ from mmconvert.tools.doctor.hf_files import look_at_config, look_at_side_files, 
 from mmconvert.tools.doctor.report import Report
 from mmconvert.tools.doctor.values import look_at_replicas, look_for_nan
 
+ANOTHER_CONFIG = "take config.json from the model's page"
+
 
 def examine_hf(folder: Path, asked: Asked, events: Events, report: Report) -> None:
     """Everything about an HF folder."""
@@ -49,7 +51,7 @@ def _family(
     path = folder / "config.json"
     if not isinstance(kind, str) or not kind.strip():
         what = f"{path}: model_type is {kind!r}"
-        report.add("damaged-config", what, "take config.json from the model's page", path=path)
+        report.add("damaged-config", what, ANOTHER_CONFIG, path=path)
         return None
     for family in (*converters.registry().values(), *converters.ms_registry().values()):
         if kind in family.model_types:
@@ -97,7 +99,8 @@ def _look_at_tensors(
         table = family.modules(Variant(traits=traits))
         is_tied(family, table, config, {})
     except CheckpointError as error:
-        report.add_error("damaged-config", error, path=folder / "config.json")
+        fix = error.fix or ANOTHER_CONFIG
+        report.add_error("damaged-config", error, path=folder / "config.json", fix=fix)
         return
     named = {family.hub_name(t.name): t for file in files for t in file.tensors}
     if (fault := form_of(family, table, named, config, folder)) is not None:
