@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     import yaml
 
 MOST_BYTES = 1 << 16  # our files have twenty lines
+PATIENCE = 5.0  # seconds
 MOST_VALUES = 10_000  # each alias counted with all that it stands for
 
 
@@ -27,8 +30,7 @@ def read_yaml(path: Path, flag: str) -> dict[object, object]:
 
     where = f"{flag} {path}"
     try:
-        with path.open("rb") as file:
-            raw = file.read(MOST_BYTES + 1)
+        raw = _content(path, where)
         if len(raw) > MOST_BYTES:
             raise RequestError(f"{where}: more than {MOST_BYTES} bytes", "a file of flags")
         loader = yaml.SafeLoader(raw.decode("utf-8-sig"))
@@ -47,6 +49,24 @@ def read_yaml(path: Path, flag: str) -> dict[object, object]:
     if not is_dict(content):
         raise RequestError(f"{where}: no keys", "keys such as cfg:, nested as the flags")
     return content
+
+
+def _content(path: Path, where: str) -> bytes:
+    """The bytes of a file, a little more than are allowed at most; a pipe, as a shell's ``<(...)``
+    is one, is waited for no longer than PATIENCE.
+    """
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(fd, "rb", buffering=0) as file:
+        pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
+        raw = b""
+        while len(raw) <= MOST_BYTES:
+            if pipe and not select.select([fd], [], [], PATIENCE)[0]:
+                raise RequestError(f"{where}: nothing comes out of this pipe", "a file of flags")
+            part = file.read(MOST_BYTES + 1 - len(raw))
+            if not part:
+                break
+            raw += part
+        return raw
 
 
 def _nodes(node: yaml.Node | None, where: str) -> Iterator[yaml.Node]:

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -308,6 +309,23 @@ def test_bad_config_files(
     done = run_cli(QWEN2VL, "hf_to_mm", "--config", path)
     assert done.returncode in (2, 3), done.stderr
     refused(done, done.returncode, *words, out=out)
+
+
+def test_a_pipe_as_config(
+    tied_hf: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that a shell's ``<(...)`` fills is read; one that nobody writes to is not waited for."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    monkeypatch.setattr("mmconvert.cli.settings.PATIENCE", 0.2)
+    done = run_cli(QWEN2VL, "hf_to_mm", "--config", pipe)
+    refused(done, 2, "nothing comes out of this pipe", out=out)
+    text = f"cfg: {{mm_dir: {out}, hf_config: {{hf_dir: {tied_hf}}}}}"
+    words = f'exec "$0" -m mmconvert {QWEN2VL} hf_to_mm --config <(sleep 0.3; echo "$1")'
+    command = ["bash", "-c", words, sys.executable, text]
+    filled = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert filled.returncode == 0, filled.stderr
+    assert (out / "release").is_dir()
 
 
 @pytest.mark.parametrize("words", [["--config", "none.yaml"], ["--config"]], ids=len)
