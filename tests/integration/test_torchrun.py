@@ -98,7 +98,14 @@ def check(out: Path, work: Work) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("verb", "size"), [("hf_to_mm", 2), ("mm_to_hf", 4), ("resplit", 2)])
+@pytest.mark.parametrize(
+    ("verb", "size"),
+    [
+        pytest.param("hf_to_mm", 2, marks=pytest.mark.nightly),
+        ("mm_to_hf", 4),
+        pytest.param("resplit", 2, marks=pytest.mark.nightly),
+    ],
+)
 def test_as_one_process(verb: str, size: int, works: dict[str, Work], out: Path) -> None:
     """The output, the manifest and the report; one of them speaks."""
     work = works[verb]
@@ -111,7 +118,7 @@ def test_as_one_process(verb: str, size: int, works: dict[str, Work], out: Path)
     assert done.stderr.count("overflowed to infinity") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_existing_output(works: dict[str, Work], out: Path) -> None:
     work = works["hf_to_mm"]
     out.mkdir()
@@ -161,7 +168,7 @@ def test_one_that_is_killed(works: dict[str, Work], out: Path) -> None:
     assert report["cast"] == work.report["cast"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_several_go_on_where_one_stopped(works: dict[str, Work], out: Path) -> None:
     work = works["mm_to_hf"]
     words = (*work.words, work.out_flag, out, *FLAGS)
@@ -192,7 +199,7 @@ def disagreed(done: Done, out: Path, *words: str) -> None:
     ("verb", "own", "named"),
     [
         ("hf_to_mm", ["--dry-run"], "--dry-run"),
-        ("mm_to_hf", ["--dtype", "bf16"], "--dtype"),
+        pytest.param("mm_to_hf", ["--dtype", "bf16"], "--dtype", marks=pytest.mark.nightly),
         ("resplit", ["--cfg.target_parallel_config.tp_size", "2"], "target_parallel_config.tp"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -224,7 +231,7 @@ def test_another_source(change: str, works: dict[str, Work], tmp_path: Path, out
     disagreed(launch(2, stop=[str(program), "2", *words]), out, "hf_config.hf_dir", str(other))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_tool(works: dict[str, Work]) -> None:
     done = launch(2, "inspect", works["hf_to_mm"].alone)
     assert done.returncode != 0
@@ -292,7 +299,7 @@ def test_torchrun_without_torch(works: dict[str, Work], out: Path) -> None:
     assert not out.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_variables_that_make_no_sense(works: dict[str, Work], out: Path) -> None:
     work = works["hf_to_mm"]
     env = {**ENVIRONMENT, "WORLD_SIZE": "junk"}

@@ -106,7 +106,7 @@ def test_any_model_in_any_layout(case: tuple[Sizes, Shape, Shape]) -> None:
     check(*case, known=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @tries(400)
 @given(cases())
 def test_any_model_in_any_layout_often(case: tuple[Sizes, Shape, Shape]) -> None:

@@ -138,7 +138,7 @@ def test_back_to_the_same_files(case: Case) -> None:
     check_round_trip(case)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @tries(300)
 @given(cases())
 def test_back_to_the_same_files_often(case: Case) -> None:
@@ -226,7 +226,7 @@ def test_reshard_is_a_direct_conversion(case: Case, with_hf: bool, with_manifest
     check_reshard(case, with_hf, with_manifest)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @tries(300)
 @given(cases(), st.booleans(), st.booleans())
 def test_reshard_is_a_direct_conversion_often(
@@ -293,7 +293,7 @@ def test_a_broken_plan_is_refused(case: Case, seed: int) -> None:
     check_broken_plans(case, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @tries(300)
 @given(cases(), st.integers(0, 2**32))
 def test_a_broken_plan_is_refused_often(case: Case, seed: int) -> None:

@@ -14,7 +14,7 @@ import talking
 import tinyfamilies
 from commands import rank_files
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 def torchrun(number: int, *words: str | Path) -> subprocess.CompletedProcess[str]:
