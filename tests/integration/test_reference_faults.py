@@ -693,9 +693,7 @@ THIRDS = [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 2))]
 @pytest.mark.parametrize("model", [*MODELS, "internvl2-2b"])
 @pytest.mark.parametrize("source", LAYOUTS)
 @pytest.mark.parametrize("manifest", [True, False])
-@pytest.mark.parametrize(
-    "third", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 2))]
-)
+@pytest.mark.parametrize("third", THIRDS)
 def test_line_16_resplit_between_all_layouts(
     model: str, source: str, manifest: bool, third: int, hf_of: Maker, mm_of: Maker, tmp_path: Path
 ) -> None:
