@@ -14,6 +14,8 @@ from mmconvert.sharding.stages import StageGrid
 MaybeGrid = Union[None, StageGrid]  # noqa: UP007 - see above
 MaybeInt = Union[None, int]  # noqa: UP007 - see above
 MaybePath = Union[None, Path]  # noqa: UP007 - see above
+MaybeFloat = Union[None, float]  # noqa: UP007 - see above
+MaybeBool = Union[None, bool]  # noqa: UP007 - see above
 
 
 DType = Literal["keep", "bf16", "fp16", "fp32"]
@@ -227,6 +229,22 @@ class MSResplit:
     """Dtype of every tensor; values that overflow or become zero are reported."""
     format: FileForm = "auto"
     """Form of the weight files; auto: by the ending of target_dir, else ckpt."""
+
+
+@dataclass(frozen=True)
+class PEFTChoices:
+    """What can be chosen of an adapter of PEFT."""
+
+    lora_alpha: MaybeFloat = None
+    """lora_alpha of training, where nothing else tells it."""
+    structure: Literal["", "canonical", "fused"] = ""
+    """q, k, v and gate, up apart or packed, in MM format."""
+    exact_rank: bool = False
+    """Refuse where packing q, k, v or gate, up needs a larger rank."""
+    names: Literal["new", "old"] = "new"
+    """Names of transformers since 4.52, or before."""
+    base_model: str = ""
+    """base_model_name_or_path of the adapter_config.json that is written."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from mmconvert.config import (
     Resplit,
 )
 from mmconvert.converters.family import Family
-from mmconvert.errors import RequestError
+from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.events import Events
 from mmconvert.executor.apart import check_apart
 from mmconvert.formats.base import Format, NoLayout, Opening, Placing, Stored
@@ -83,6 +83,7 @@ class Request:
         canonical, encoders_only, llm_dir: see :class:`mmconvert.formats.base.Opening`.
         dtype: what to cast to, where a command has a flag of its own beside ``--dtype``.
         cfg: the flags as they were given, which all processes of a run must agree on.
+        like: the model that it is of, where no original is given.
     """
 
     command: str
@@ -94,6 +95,7 @@ class Request:
     llm_dir: Path | None = None
     dtype: str = "keep"
     cfg: object = None
+    like: Model | None = None
 
 
 @watched
@@ -123,6 +125,7 @@ def convert(
         llm_dir=asked.llm_dir,
     )
     source = reader.open(asked.source.path, told)
+    _check_adapter(source, writer)
     # Plan.
     src = source.side(as_hf=writer.naming == "hf")
     placing = Placing(
@@ -193,6 +196,16 @@ def _check_formats(family: Family, options: Options, reader: Format, writer: For
                 raise RequestError(what.format(verb=verb), expected)
 
 
+def _check_adapter(source: Stored, writer: Format) -> None:
+    """Raises CheckpointError for an adapter where a model is to be written."""
+    if source.model.adapter is not None and writer.name not in ("mm", "peft"):
+        raise CheckpointError(
+            f"{source.path} holds an adapter alone, no model",
+            "the weights of a whole model",
+            "lora_mm_to_hf makes a PEFT adapter of it, lora_merge adds it to its base model",
+        )
+
+
 def _original(
     family: Family, asked: Request, options: Options, writer: Format
 ) -> tuple[Stored | None, Model | None]:
@@ -209,7 +222,7 @@ def _original(
         return found, found.model
     if asked.original is not None and asked.original != asked.source.path:
         return None, config_model(family, asked.original)
-    return None, None
+    return None, asked.like
 
 
 def _inputs(asked: Request, writer: Format) -> list[Path]:
@@ -234,6 +247,8 @@ def _notes(options: Options, source: Stored, original: Stored | None) -> list[st
 def _about(model: Model, result: Result) -> dict[str, object]:
     """What a manifest says of the model; no family if none claims its tensors."""
     about: dict[str, object] = {"layout": result.layout.as_dict()}
+    if model.adapter is not None:
+        about["lora"] = model.adapter.settings.as_dict()
     if not model.modules:
         return about
     return about | {

@@ -73,6 +73,27 @@ VERBS = {
         "--cfg.target_parallel_config.vit_pp_layers [32]",
     ),
 }
+# Of the same converters, for adapters.
+LORA_VERBS = {
+    "lora_hf_to_mm": (
+        "LoraHFToMM",
+        "PEFT adapter -> MM: to train on, or to merge there",
+        "--cfg.hf_config.hf_dir ADAPTER --cfg.mm_dir MM_DIR "
+        "--cfg.base_mm_dir BASE_MM_DIR --cfg.base_hf_dir BASE_HF_DIR",
+    ),
+    "lora_mm_to_hf": (
+        "LoraMMToHF",
+        "adapter of LoRA training -> PEFT, with adapter_config.json",
+        "--cfg.mm_dir MM_DIR --cfg.hf_config.hf_dir BASE_HF_DIR --cfg.save_hf_dir ADAPTER",
+    ),
+    "lora_resplit": (
+        "LoraResplit",
+        "MM adapter -> MM adapter in another parallel layout",
+        "--cfg.source_dir MM_DIR --cfg.target_dir NEW_MM_DIR "
+        "--cfg.target_parallel_config.llm_pp_layers [28] "
+        "--cfg.target_parallel_config.vit_pp_layers [32]",
+    ),
+}
 # Of the converters whose other side is MindSpore (converters.MINDSPORE).
 MS_VERBS = {
     "hf_to_ms": (
@@ -100,12 +121,12 @@ def verbs_of(converter: str) -> dict[str, tuple[str, str, str]]:
     from mmconvert.converters import BUILT_IN, MINDSPORE, load
 
     if converter == AUTO:
-        return MS_VERBS | VERBS
+        return MS_VERBS | VERBS | LORA_VERBS
     if converter not in BUILT_IN and (
         converter in MINDSPORE or load(converter).naming == "mindformers"
     ):
         return MS_VERBS
-    return VERBS
+    return VERBS | LORA_VERBS
 
 
 def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
@@ -337,7 +358,7 @@ def _unknown(kind: str, word: str, known: list[str], help_command: str) -> Reque
 
 
 def _top_help(names: list[str], ms_names: list[str]) -> str:
-    verbs = "\n".join(f"  {verb:<10} {text}" for verb, (_, text, _) in VERBS.items())
+    verbs = "\n".join(f"  {verb:<13} {text}" for verb, (_, text, _) in (VERBS | LORA_VERBS).items())
     ms_verbs = "\n".join(f"  {verb:<10} {text}" for verb, (_, text, _) in MS_VERBS.items())
     about = {AUTO: "   the family that config.json or the MM checkpoint tells"}
     converters = "\n".join(f"  {name}{about.get(name, '')}" for name in names)
@@ -373,5 +394,8 @@ example:
 def _converter_help(converter: str) -> str:
     lines = [f"usage: mm-convert {converter} VERB [flags]", "", "verbs and an example of each:"]
     for verb, (_, text, example) in verbs_of(converter).items():
-        lines += [f"  {verb:<10} {text}", f"             mm-convert {converter} {verb} {example}"]
+        lines += [
+            f"  {verb:<13} {text}",
+            f"                mm-convert {converter} {verb} {example}",
+        ]
     return "\n".join([*lines, "", f"mm-convert {converter} VERB -h shows the flags."])

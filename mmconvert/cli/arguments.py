@@ -12,7 +12,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from mmconvert.cli.settings import read_yaml
-from mmconvert.config import MaybePath, Options, Patterns
+from mmconvert.config import MaybeBool, MaybePath, Options, Patterns
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.narrow import is_array, is_dict
 from mmconvert.sharding.stages import StageGrid, parse_grid, show
@@ -174,7 +174,7 @@ def normalise(words: Sequence[str], config: type) -> list[str]:
             )
         if flag.endswith("_pp_layers") and len(values) > 1:
             values = ["".join(values)]
-        if flags.get(flag) is bool:
+        if flags.get(flag) in (bool, MaybeBool):
             values = [value.capitalize() for value in values] or ["True"]
         elif flag in OWN_FLAGS and values[:1] and values[0].lower() == "false":
             continue

@@ -23,9 +23,17 @@ def convert(converter: str, verb: str, flags: list[str]) -> int:
     """Runs one conversion."""
     form, text, example = _form(converter, verb, flags)
     prog = f"mm-convert {converter} {verb}"
-    command = read(getattr(config, form), flags, prog, f"{text}.\n\nexample:\n  {prog} {example}")
+    command = read(_class(form), flags, prog, f"{text}.\n\nexample:\n  {prog} {example}")
     run(converter, verb, command)
     return 0
+
+
+def _class(form: str) -> type:
+    if form.startswith("Lora"):
+        from mmconvert import loraconfig
+
+        return getattr(loraconfig, form)
+    return getattr(config, form)
 
 
 def _form(converter: str, verb: str, flags: list[str]) -> tuple[str, str, str]:
@@ -87,6 +95,8 @@ def _converted(converter: str, verb: str, command: Command) -> Result:
     from mmconvert.executor import group
     from mmconvert.formats.recognise import family_of
 
+    if verb.startswith("lora_"):
+        return _of_adapter(converter, verb, command)
     directions_of = {
         "hf_to_mm": directions.hf_to_mm,
         "mm_to_hf": directions.mm_to_hf,
@@ -101,6 +111,18 @@ def _converted(converter: str, verb: str, command: Command) -> Result:
             return directions_of[verb](family, command.cfg, command.options, events)
         asked = directions.between(verb, command.cfg)
         return directions.convert(family, asked, command.options, events)
+
+
+def _of_adapter(converter: str, verb: str, command: Command) -> Result:
+    """Runs a conversion or a merge of adapters."""
+    from mmconvert import converters, lora
+    from mmconvert.executor import group
+    from mmconvert.formats.recognise import family_of
+
+    inputs = lora.inputs(command.cfg)
+    family = family_of(*inputs) if converter == AUTO else converters.load(converter)
+    with screen_events(quiet=command.screen.quiet or not group.current().leads) as events:
+        return getattr(lora, verb)(family, command.cfg, command.options, events)
 
 
 def _inputs(cfg: Any) -> list[Path]:  # noqa: ANN401 - one of many dataclasses

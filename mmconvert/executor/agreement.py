@@ -44,7 +44,8 @@ def of_plan(plan: Plan, states: Mapping[Path, State]) -> dict[str, str]:
         f"{_digest(headers[path])}"
         for path, state in states.items()
     }
-    return facts | {"the plan": _digest([plan.targets, plan.copies, plan.fills, plan.cast])}
+    parts = [plan.targets, plan.copies, plan.fills, plan.cast, plan.terms, plan.products]
+    return facts | {"the plan": _digest(parts)}
 
 
 def _digest(parts: list[object]) -> str:

@@ -128,7 +128,9 @@ def pieces_of(a: Side, b: Side, keys: Sequence[Key]) -> Pieces:
 def _check_cover(key: Key, a: Whole, b: Whole, pieces: Sequence[Copy]) -> None:
     rows, cols = matrix(a.shape)
     stored_nowhere = set(a.zeros) & set(b.zeros)
-    covered = sum(p.rows * p.cols for p in pieces) + sum(n * cols for _, n in stored_nowhere)
+    covered = sum(p.rows * p.cols for p in pieces) + sum(
+        gap.rows * gap.cols for gap in stored_nowhere
+    )
     if covered != rows * cols:
         raise TensorError(
             f"{key.name()}: {covered} of {rows * cols} elements lie in the tensors that hold it",

@@ -45,7 +45,7 @@ def jobs_of(plan: Plan, targets: Sequence[StoredTensor]) -> list[Job]:
         targets: where each of the plan's targets lies, in their order; files exist when the jobs
             run.
     """
-    if plan.cast:
+    if plan.cast or plan.products:
         import_module("mmconvert.executor.values")  # numpy, before threads ask for it at once
     return list(_jobs(plan, targets))
 
@@ -54,12 +54,18 @@ def _jobs(plan: Plan, targets: Sequence[StoredTensor]) -> Iterator[Job]:
     by_target: dict[int, list[Copy]] = defaultdict(list)
     for copy in plan.copies:
         by_target[copy.dst].append(copy)
+    added: dict[int, list[Copy]] = defaultdict(list)
+    for product in plan.products:
+        added[product.dst].append(product)
     scattered: dict[int, list[Copy]] = defaultdict(list)
     small: list[tuple[StoredTensor, list[Copy]]] = []
     origin = Origin(plan.sources, _repeats(plan.copies) if plan.cast else frozenset())
     by_target.update({f.tensor: by_target[f.tensor] for f in plan.fills})  # all of it may be zeros
     for number, copies in by_target.items():
         target = targets[number]
+        if number in added:
+            yield from _merges(plan, target, copies, added[number])
+            continue
         runs = _linear_runs(plan, target, copies)
         if runs and target.nbytes >= STREAM_MIN * len(runs):
             yield from _streams(target, runs)
@@ -270,6 +276,51 @@ def _gather(
         if (c.src, c.dst) not in origin.repeats:
             tally.add(place(source), loss)
     write_pieces(files, target.path, rect_offset(target, top, 0), [band])
+
+
+# -------------------------------------------------------------------------------------- merge
+
+
+def _merges(
+    plan: Plan, target: StoredTensor, copies: Sequence[Copy], products: Sequence[Copy]
+) -> Iterator[Job]:
+    """A weight to which products of adapters are added, a band of rows at a time."""
+    for top, bottom in _steps(0, matrix(target.shape)[0], row_bytes(target), JOB_SIZE):
+        base = _cut(copies, top, bottom, source=False)
+        yield _merge_job(plan, target, base, products, top, bottom)
+
+
+def _merge_job(
+    plan: Plan,
+    target: StoredTensor,
+    copies: list[Copy],
+    products: Sequence[Copy],
+    top: int,
+    bottom: int,
+) -> Job:
+    def run(files: Files) -> None:
+        from mmconvert.executor.products import Products, band_of, rounded
+        from mmconvert.executor.values import floats
+
+        adapters = Products(plan.sources, plan.terms)
+        width = matrix(target.shape)[1]
+        for begin, end in _steps(top, bottom, row_bytes(target), BAND):
+            band = band_of(end - begin, width, target.dtype)
+            for c in _cut(copies, begin, end, source=False):
+                source = plan.sources[c.src]
+                region = Region(c.src_row, c.src_col, c.rows, c.cols)
+                values = floats(read_compact(files, source, region, "base"), source.dtype)
+                at = c.dst_row - begin
+                band[at : at + c.rows, c.dst_col : c.dst_col + c.cols] = values.reshape(
+                    c.rows, c.cols
+                )
+            adapters.add(files, band, begin, _cut(products, begin, end, source=False))
+            bits = rounded(band, target, begin)
+            write_pieces(files, target.path, rect_offset(target, begin, 0), [bits])
+
+    path = str(target.path)
+    nbytes = (bottom - top) * row_bytes(target)
+    return Job((path,), (path, rect_offset(target, top, 0)), nbytes, run)
 
 
 class _Tally:

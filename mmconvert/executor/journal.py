@@ -44,7 +44,8 @@ def request_of(plan: Plan, extra: object) -> str:
         extra: what beside the plan decides it, such as weight files and their headers, and the
             state of the files that are read.
     """
-    parts = (VERSION, plan.sources, plan.targets, plan.copies, plan.fills, extra)
+    added = (plan.terms, plan.products)
+    parts = (VERSION, plan.sources, plan.targets, plan.copies, plan.fills, added, extra)
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 

@@ -143,20 +143,26 @@ def cast(data: memoryview, old: str, new: str) -> Cast:
         data: the bits of the values.
         old, new: dtypes among F16, BF16, F32 and F64.
     """
-    values = _floats(data, old)
-    with np.errstate(all="ignore"):  # overflow and underflow are counted, not printed
-        if new == "BF16":
-            bits = _to_bf16(values)
-            result = _floats(bits.data.cast("B"), new)
-        else:
-            result = values.astype({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[new])
-            bits = result
+    values = floats(data, old)
+    bits, result = from_floats(values, new)
     overflowed = int((np.isinf(result) & np.isfinite(values)).sum())
     underflowed = int(((result == 0) & (values != 0)).sum())
-    return Cast(np.ascontiguousarray(bits).data.cast("B"), overflowed, underflowed)
+    return Cast(bits, overflowed, underflowed)
 
 
-def _floats(data: memoryview, dtype: str) -> Array:
+def from_floats(values: Array, dtype: str) -> tuple[memoryview, Array]:
+    """The bits of values in a dtype, each rounded once, and the values that they have then."""
+    with np.errstate(all="ignore"):  # overflow and underflow are counted, not printed
+        if dtype == "BF16":
+            bits = _to_bf16(values)
+            result = floats(bits.data.cast("B"), dtype)
+        else:
+            result = values.astype({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype])
+            bits = result
+    return np.ascontiguousarray(bits).data.cast("B"), result
+
+
+def floats(data: memoryview, dtype: str) -> Array:
     """The values behind bits in the smallest numpy type that holds them all."""
     if dtype == "BF16":  # the upper half of a float32
         return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
+from mmconvert.adapters import Settings
 from mmconvert.config import Options, ParallelConfig
+from mmconvert.converters.adapters import derived, like
 from mmconvert.converters.family import Dims, Family, Module, Variant
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.formats.hf.folder import HFCheckpoint
@@ -53,6 +55,7 @@ class Model:
         patterns: the --drop patterns that fit a tensor.
         tied_known: whether config.json or the tensors tell if the output layer is tied.
         dropped: names of tensors that are left out, by the reason.
+        adapter: what it changes, if it is an adapter; ``modules`` are the rows of its matrices.
     """
 
     family: Family
@@ -66,13 +69,30 @@ class Model:
     patterns: frozenset[str] = frozenset()
     tied_known: bool = True
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    adapter: AdapterModel | None = None
 
     @property
     def plain_modules(self) -> tuple[Module, ...]:
         """The table of what we write: vision q, k and v interleaved."""
         plain = self.family.table(replace(self.variant, vit_qkv="interleaved"))
+        if self.adapter is not None:
+            return derived(like(plain, self.adapter.base))
         keys = {m.key for m in self.modules}
         return tuple(m for m in plain if m.key in keys)
+
+
+@dataclass(frozen=True)
+class AdapterModel:
+    """Which of a model's layers an adapter changes.
+
+    Attributes:
+        settings: of the adapter.
+        base: the rows of the weights that it changes, each in the layers that it changes; the
+            table of the adapter is derived from them.
+    """
+
+    settings: Settings
+    base: tuple[Module, ...]
 
 
 def dropped_by(names: Iterable[str], patterns: Iterable[str]) -> str | None:

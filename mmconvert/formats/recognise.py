@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmconvert import converters
+from mmconvert.adapters import WEIGHT, parse_key, paths
 from mmconvert.causes.folders import other_form
 from mmconvert.causes.tensors import unusable
-from mmconvert.converters.family import Family, mm_index
+from mmconvert.converters.family import Family, hf_templates, mm_index
 from mmconvert.errors import CheckpointError, FormError
 from mmconvert.formats import manifest
 from mmconvert.formats.hf.folder import has_weights, read_config
@@ -96,6 +97,26 @@ def family_of(*paths: Path, naming: str = "mm") -> Family:
             f"{family.name} goes to MindSpore: use {family.converter} hf_to_ms",
         )
     return family
+
+
+def family_by_hf_names(names: Iterable[str]) -> Family | None:
+    """The family that knows most of the modules of an adapter's keys, and has the fewest others;
+    None if none knows any.
+    """
+    modules = {key.module for name in names if (key := parse_key(name)) is not None}
+    best: tuple[int, int] = (0, 0)
+    found: Family | None = None
+    for family in converters.registry().values():
+        for variant in family.variants:
+            index = hf_templates(family.modules(variant))
+            known = sum(
+                any(index.find(family.hub_name(path + WEIGHT)) for path in paths(module))
+                for module in modules
+            )
+            fit = (known, -sum(len(m.all_rows()) for m in family.modules(variant)))
+            if known and fit > best:
+                best, found = fit, family
+    return found
 
 
 def mm_form_of(parts: Iterable[Mapping[str, StoredTensor]], folder: Path) -> FormError | None:

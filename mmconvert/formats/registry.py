@@ -14,6 +14,7 @@ ENTRY_POINTS = "mmconvert.formats"  # third-party packages register a Format her
 # The order is that in which they are asked whether a path is theirs.
 BUILT_IN = {
     "hf": "mmconvert.formats.hf.format",
+    "peft": "mmconvert.formats.peft.format",
     "ms": "mmconvert.formats.mindspore.format",
     "mm": "mmconvert.formats.mm.format",
 }

@@ -51,6 +51,15 @@ def exchanged(block: Block) -> Block:
     return Block(tensor, col, row, whole_col, whole_row, cols, rows)
 
 
+class Gap(NamedTuple):
+    """A rectangle of a whole that no tensor of a side stores."""
+
+    row: int
+    col: int
+    rows: int
+    cols: int
+
+
 @dataclass
 class Whole:
     """One whole tensor as a side holds it.
@@ -59,7 +68,7 @@ class Whole:
         shape, dtype: of the whole; the dtype may be a joint one (see ``plan.dtypes``).
         copies: complete sets of blocks. The first is the original; further ones are replicas
             (tensor-parallel ranks, tied embeddings), equal to it by meaning.
-        zeros: (first row, number of rows) that no tensor of this side stores: they are zero.
+        zeros: what no tensor of this side stores: it is zero.
         mixed: which tensors have which dtype, in words, where the dtype is a joint one.
         keeps_dtype: no cast touches it.
     """
@@ -67,7 +76,7 @@ class Whole:
     shape: tuple[int, ...]
     dtype: str
     copies: list[list[Block]] = field(default_factory=list[list[Block]])
-    zeros: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    zeros: list[Gap] = field(default_factory=list[Gap])
     mixed: str = ""
     keeps_dtype: bool = False
 
@@ -120,6 +129,35 @@ class Zeros(NamedTuple):
     cols: int
 
 
+class Term(NamedTuple):
+    """What an adapter adds to a weight: ``scale * B @ A``, a matrix that is stored nowhere.
+
+    Attributes:
+        name: of the module, for messages.
+        a, b: the rectangles of sources that form A [rank, columns] and B [rows, rank].
+        rank: of the adapter.
+        rows, cols: of the product.
+        scale: the factor.
+        transposed: the product is seen transposed.
+        magnitude: the source that DoRA scales each row to; -1 for none.
+    """
+
+    name: str
+    a: tuple[Block, ...]
+    b: tuple[Block, ...]
+    rank: int
+    rows: int
+    cols: int
+    scale: float
+    transposed: bool = False
+    magnitude: int = -1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the product as it is seen."""
+        return (self.cols, self.rows) if self.transposed else (self.rows, self.cols)
+
+
 @dataclass
 class Plan:
     """What a conversion does.
@@ -134,6 +172,8 @@ class Plan:
         zeros: rectangles of sources that have no place in the targets, as they must be zero.
         cast: the dtype that floating-point tensors are cast to; "" leaves each as it is.
         kept: targets that are not cast.
+        terms: what adapters add to weights.
+        products: rectangles of terms (``src``) that are added to rectangles of targets.
     """
 
     sources: Sequence[StoredTensor]
@@ -145,6 +185,8 @@ class Plan:
     zeros: list[Zeros] = field(default_factory=list[Zeros])
     cast: str = ""
     kept: set[int] = field(default_factory=set[int])
+    terms: list[Term] = field(default_factory=list[Term])
+    products: list[Copy] = field(default_factory=list[Copy])
 
     @property
     def nbytes(self) -> int:
@@ -237,10 +279,20 @@ def build(src: Side, dst: Side, notes: Sequence[str] = (), cast: str = "") -> Pl
 def zeros_of(key: Key, other: Whole, blocks: Sequence[Block]) -> list[Zeros]:
     """The rectangles of a side's blocks that are zeros on the other side."""
     return [
-        Zeros(key, b.tensor, b.row + first - b.whole_row, b.col, last - first, b.cols)
-        for row, rows in other.zeros
+        Zeros(
+            key,
+            b.tensor,
+            b.row + first - b.whole_row,
+            b.col + left - b.whole_col,
+            last - first,
+            right - left,
+        )
+        for gap in other.zeros
         for b in blocks
-        if (first := max(row, b.whole_row)) < (last := min(row + rows, b.whole_row + b.rows))
+        if (first := max(gap.row, b.whole_row))
+        < (last := min(gap.row + gap.rows, b.whole_row + b.rows))
+        and (left := max(gap.col, b.whole_col))
+        < (right := min(gap.col + gap.cols, b.whole_col + b.cols))
     ]
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mmconvert.errors import MMConvertError
 from mmconvert.plan.dtypes import cast_dtype
-from mmconvert.plan.plan import Plan, matrix
+from mmconvert.plan.plan import Plan, Term, matrix
 
 
 def prove(plan: Plan) -> None:
@@ -34,12 +34,62 @@ def prove(plan: Plan) -> None:
         writes[fill.tensor].append(Rect(*fill[2:]))
     for zero in plan.zeros:
         reads[zero.tensor].append(Rect(*zero[2:]))
+    _prove_products(plan, reads)
     for i, target in enumerate(plan.targets):
         if not covers(writes[i], *matrix(target.shape), once=True):
             raise _unproven(f"not every element of {target.name} is written exactly once")
     for i, source in enumerate(plan.sources):
         if not covers(reads[i], *matrix(source.shape), once=False):
             raise _unproven(f"not every element of {source.name} is used")
+
+
+def _prove_products(plan: Plan, reads: dict[int, list[Rect]]) -> None:
+    """Every element of every product is added somewhere, and to no target twice.
+
+    Args:
+        reads: receives what the products are made of.
+    """
+    added: dict[int, list[Rect]] = defaultdict(list)
+    once: dict[tuple[int, int], list[Rect]] = defaultdict(list)
+    for c in plan.products:
+        added[c.src].append(Rect(c.src_row, c.src_col, c.rows, c.cols))
+        once[c.src, c.dst].append(Rect(c.dst_row, c.dst_col, c.rows, c.cols))
+        rows, cols = matrix(plan.targets[c.dst].shape)
+        if c.dst_row + c.rows > rows or c.dst_col + c.cols > cols:
+            raise _unproven(f"a product reaches outside {plan.targets[c.dst].name}")
+    for number, term in enumerate(plan.terms):
+        if not covers(added[number], *term.shape, once=False):
+            raise _unproven(f"not every element of the adapter of {term.name} is added")
+        _prove_term(term, reads)
+    for (_, target), rects in once.items():
+        if overlap(rects):
+            raise _unproven(f"a product is added to {plan.targets[target].name} twice")
+
+
+def _prove_term(term: Term, reads: dict[int, list[Rect]]) -> None:
+    """A and B are whole."""
+    for blocks, rows, cols in ((term.a, term.rank, term.cols), (term.b, term.rows, term.rank)):
+        wholes = [Rect(b.whole_row, b.whole_col, b.rows, b.cols) for b in blocks]
+        if not covers(wholes, rows, cols, once=True):
+            raise _unproven(f"the adapter of {term.name} is not whole")
+        for b in blocks:
+            reads[b.tensor].append(Rect(b.row, b.col, b.rows, b.cols))
+    if term.magnitude >= 0:
+        reads[term.magnitude].append(Rect(0, 0, term.rows, 1))
+
+
+def overlap(rects: list[Rect]) -> bool:
+    """Whether two of some rectangles share an element."""
+    listed = sorted(rects)
+    tallest = max((r.rows for r in listed), default=0)
+    for number, r in enumerate(listed):
+        for other in listed[number + 1 :]:
+            if other.row >= r.row + tallest:
+                break
+            below = other.row < r.row + r.rows
+            if below and other.col < r.col + r.cols and r.col < other.col + other.cols:
+                return True
+    return False
 
 
 def _unproven(what: str) -> MMConvertError:

@@ -12,7 +12,7 @@ from mmconvert.errors import TensorError
 from mmconvert.formats.mm.instances import Instance, experts_of, instances
 from mmconvert.names import EXPERT, summarise
 from mmconvert.plan.dtypes import in_words, joint_dtype
-from mmconvert.plan.plan import Block, Key, Side, Whole, matrix
+from mmconvert.plan.plan import Block, Gap, Key, Side, Whole, matrix
 from mmconvert.stored import StoredTensor, Target, expert_of, transpose
 
 
@@ -215,7 +215,8 @@ def _fused(item: Row, found: Sequence[tuple[int, _Source]], dims: Dims) -> Whole
     whole.mixed = in_words(first, odd) if odd else ""
     for part, spans in zip(parts, maps, strict=True):
         if part is None:
-            whole.zeros += [(span.whole, span.length) for span in spans]
+            width = matrix(first.shape)[1]
+            whole.zeros += [Gap(span.whole, 0, span.length, width) for span in spans]
             continue
         source, (_, cols), row = part[0], matrix(part[1].tensor.shape), part[1].row
         whole.copies[0] += [

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from mmconvert.adapters import BASE_LAYER, MARK
 from mmconvert.causes.folders import other_form
 from mmconvert.causes.tensors import no_model
 from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.formats import manifest
 from mmconvert.formats.containers.pickles import Inert
 from mmconvert.formats.containers.ptfile import PtFile, read_pt
 from mmconvert.formats.reading import opened
-from mmconvert.narrow import is_dict
+from mmconvert.narrow import is_dict, is_object
 from mmconvert.sharding.layout import Chunk, Rank, parse_folder
 from mmconvert.stored import StoredTensor
 
@@ -133,11 +135,28 @@ def open_mm(root: Path) -> MMCheckpoint:
                 "rank files of one checkpoint, with the same model chunks",
                 "keep one checkpoint in this folder",
             )
-    if second_is_ep(parts):
+    names = {name for part in parts.values() for name in part}
+    if _counts_ep(names, root) if is_adapter(names) else second_is_ep(parts):
         parts = {Chunk(Rank(c.rank.tp, 0, c.rank.pp), c.virtual): p for c, p in parts.items()}
     tp, pp, ep = (max(numbers) + 1 for numbers in zip(*(c.rank for c in parts), strict=True))
     words = [f"{what} ({count} bytes) left out" for what, count in notes.items()]
     return MMCheckpoint(root, folder, iteration, tp, pp, len(keys[first]), parts, words, ep)
+
+
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether these are the matrices of an adapter, as training saves them, and nothing else."""
+    listed = list(names)
+    return bool(listed) and all(MARK in name and BASE_LAYER not in name for name in listed)
+
+
+def _counts_ep(names: Iterable[str], root: Path) -> bool:
+    """As :func:`second_is_ep`, of an adapter: its stages may have the same names, and so it is
+    mmconvert.json that tells; without it only experts are taken for expert-parallel.
+    """
+    layout = (manifest.read(root)[0] or {}).get("layout")
+    if is_object(layout):
+        return layout.get("ep_size") is not None
+    return any("local_experts" in name for name in names)
 
 
 def second_is_ep(parts: Mapping[Chunk, Mapping[str, StoredTensor]]) -> bool:

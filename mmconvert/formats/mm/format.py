@@ -13,6 +13,7 @@ from mmconvert.errors import CheckpointError, MMConvertError, RequestError
 from mmconvert.formats import contents
 from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, Stored
 from mmconvert.formats.containers.image import FileImage
+from mmconvert.formats.mm.adapters import sized
 from mmconvert.formats.mm.folder import find_weights, is_mm
 from mmconvert.formats.mm.model import mm_model
 from mmconvert.formats.mm.output import rank_images
@@ -122,6 +123,7 @@ class MM(Format):
         """Every whole divided over tensor-parallel ranks, on its pipeline stage."""
         model, found = asked.source.model, asked.source.layout
         given = asked.layout if isinstance(asked.layout, ParallelConfig) else ParallelConfig()
+        model = sized(model, given)
         layout = target_layout(model, given, prefix=asked.flags)
         side = mm_target(model.plain_modules, model.dims, layout, asked.wholes)
         notes = unchecked_units(model, found if isinstance(found, Layout) else None, layout)

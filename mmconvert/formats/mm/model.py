@@ -20,6 +20,7 @@ from mmconvert.converters.family import (
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.executor.compare import same_bytes
 from mmconvert.formats import manifest
+from mmconvert.formats.mm.adapters import check_converter, mm_adapter, variant_of
 from mmconvert.formats.mm.detect import (
     assert_layout,
     check_layers,
@@ -27,7 +28,7 @@ from mmconvert.formats.mm.detect import (
     detect_layout,
     layer_lists,
 )
-from mmconvert.formats.mm.folder import MMCheckpoint, open_mm
+from mmconvert.formats.mm.folder import MMCheckpoint, is_adapter, open_mm
 from mmconvert.formats.mm.source import Parts, claim_mm
 from mmconvert.formats.model import ENCODERS, Model, Notes, dropped_by, drops_too_much
 from mmconvert.formats.recognise import by_names, mm_form_of
@@ -61,12 +62,14 @@ def mm_model(
         CheckpointError: not a checkpoint of this family, or damaged.
     """
     checkpoint = open_mm(folder)
+    if is_adapter({name for part in checkpoint.parts.values() for name in part}):
+        return mm_adapter(family, checkpoint, given, model, options, prefix=prefix)
     if (fault := mm_form_of(checkpoint.parts.values(), checkpoint.folder)) is not None:
         raise fault
     notes = Notes(f"{checkpoint.folder}: {note}" for note in checkpoint.notes)
     content, stale = manifest.read(checkpoint.root)
     notes.words += [stale] if stale else []
-    _check_converter(family, checkpoint, content)
+    check_converter(family, checkpoint, content)
     dims = dict(model.dims) if model else manifest.sizes(content or {})
     parts, used = _without(family, checkpoint, options, notes)
     names = {name for tensors in parts.values() for name in tensors}
@@ -151,18 +154,6 @@ def _check_experts(
             )
 
 
-def _check_converter(
-    family: Family, checkpoint: MMCheckpoint, content: Mapping[str, object] | None
-) -> None:
-    converter = content.get("converter") if content else None
-    if isinstance(converter, str) and converter != family.converter:
-        raise CheckpointError(
-            f"{checkpoint.root / manifest.NAME} says that {converter} wrote this checkpoint",
-            f"a checkpoint of {family.name} for {family.converter}",
-            f"use {converter}",
-        )
-
-
 def _check_known(
     family: Family,
     parts: Parts,
@@ -237,39 +228,6 @@ def _without(
     for pattern, names in dropped.items():
         notes.drop(f"--drop {pattern}", sorted(names))
     return kept, frozenset(dropped)
-
-
-def variant_of(
-    family: Family, names: set[str], checkpoint: MMCheckpoint, model: Model | None
-) -> Variant:
-    """The variant whose table knows most of the names, and of these the smallest.
-
-    Raises:
-        CheckpointError: none knows any.
-    """
-    candidates = family.variants
-    if model is not None:
-        choices = {v.canonical for v in candidates}
-        own = model.variant
-        candidates = tuple(
-            Variant(canonical=c, traits=own.traits, lists=own.lists) for c in choices
-        )
-
-    def fit(variant: Variant) -> tuple[int, int]:
-        modules = family.modules(variant)
-        index = mm_index(modules)
-        known = sum(index.find(name) is not None for name in names)
-        return known, -sum(len(m.all_rows()) for m in modules)
-
-    best = max(candidates, key=fit)
-    if not fit(best)[0]:
-        raise CheckpointError(
-            f"{checkpoint.folder}: no tensor is one of {family.name}; the first is "
-            f"{min(names, default='none at all')}",
-            f"a checkpoint of {family.name}",
-            "use the converter of its family",
-        )
-    return best
 
 
 def _looks_tied(

@@ -1,0 +1,126 @@
+"""Adds the products of adapters to bands of a weight: in float32, rounded once.
+
+As PEFT's merge does it by default: ``scale * (B @ A)`` in float32, added in float32, and the sum
+rounded to the dtype of the weight. Each element of ``B @ A`` is summed rank by rank with fused
+multiply-adds by the BLAS that numpy has, as by torch's; so a band, a tensor-parallel part and the
+whole have the same bits.
+"""
+
+# numpy's own types are written for a newer Python than the oldest that is served here.
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmconvert.errors import TensorError
+from mmconvert.executor.blockio import Region, read_compact
+from mmconvert.executor.fileio import Files
+from mmconvert.executor.values import floats, from_floats
+from mmconvert.plan.plan import Block, Copy, Term
+from mmconvert.stored import StoredTensor
+
+Array = NDArray[Any]
+
+# OpenBLAS multiplies matrices of fewer multiplications than this by other kernels, which sum in
+# another order; they are made larger with rows of zeros.
+SMALL = 1_100_000
+
+
+class Products:
+    """The products of one job; what each term needs is read once.
+
+    Args:
+        sources: the plan's.
+        terms: the plan's.
+    """
+
+    def __init__(self, sources: Sequence[StoredTensor], terms: Sequence[Term]) -> None:
+        self._sources, self._terms = sources, terms
+        self._a: dict[int, Array] = {}
+
+    def add(self, files: Files, band: Array, top: int, copies: Sequence[Copy]) -> None:
+        """Adds rectangles of products to a band of a target.
+
+        Args:
+            band: its values, in float32 or wider.
+            top: the target's row that is the band's first.
+            copies: rectangles of terms within the band.
+        """
+        for c in copies:
+            term = self._terms[c.src]
+            row, col, rows, cols = c.src_row, c.src_col, c.rows, c.cols
+            if term.transposed:
+                row, col, rows, cols = col, row, cols, rows
+            b = _matrix(files, self._sources, term.b, Region(row, 0, rows, term.rank))
+            product = multiply(b, self._whole_a(files, c.src)[:, col : col + cols])
+            product *= np.float32(term.scale)
+            part = band[c.dst_row - top : c.dst_row - top + c.rows, c.dst_col : c.dst_col + c.cols]
+            part += product.T if term.transposed else product
+
+    def _whole_a(self, files: Files, number: int) -> Array:
+        if number not in self._a:
+            term = self._terms[number]
+            whole = Region(0, 0, term.rank, term.cols)
+            self._a[number] = _matrix(files, self._sources, term.a, whole)
+        return self._a[number]
+
+
+def multiply(b: Array, a: Array) -> Array:
+    """``b @ a`` in float32; the same bits for every part of a product."""
+    rows, rank = b.shape
+    least = -(-SMALL // max(1, rank * a.shape[1]))
+    if rows < least:
+        b = np.concatenate([b, np.zeros((least - rows, rank), b.dtype)])
+    return (np.ascontiguousarray(b) @ np.ascontiguousarray(a))[:rows]
+
+
+def _matrix(
+    files: Files, sources: Sequence[StoredTensor], blocks: Sequence[Block], region: Region
+) -> Array:
+    """A region of a matrix that blocks form, in float32."""
+    found: Array = np.zeros((region.rows, region.cols), np.float32)
+    for b in blocks:
+        first = max(b.whole_row, region.row)
+        last = min(b.whole_row + b.rows, region.row + region.rows)
+        left = max(b.whole_col, region.col)
+        right = min(b.whole_col + b.cols, region.col + region.cols)
+        if first >= last or left >= right:
+            continue
+        source = sources[b.tensor]
+        inside = Region(
+            b.row + first - b.whole_row, b.col + left - b.whole_col, last - first, right - left
+        )
+        values = floats(read_compact(files, source, inside, "adapter"), source.dtype)
+        found[first - region.row : last - region.row, left - region.col : right - region.col] = (
+            values.reshape(last - first, right - left)
+        )
+    return found
+
+
+def band_of(rows: int, cols: int, dtype: str) -> Array:
+    """An empty band of a weight in which sums are made."""
+    return np.zeros((rows, cols), np.float64 if dtype == "F64" else np.float32)
+
+
+def rounded(band: Array, target: StoredTensor, top: int) -> memoryview:
+    """The bits of a band in the dtype of its target, each value rounded once.
+
+    Raises:
+        TensorError: NaN or infinity among the values.
+    """
+    bits, values = from_floats(band, target.dtype)
+    bad = ~np.isfinite(values)
+    if bad.any():
+        row, col = (int(x) for x in np.argwhere(bad.reshape(band.shape))[0])
+        raise TensorError(
+            f"{target.name}: the merged value in row {top + row}, column {col} is "
+            f"{values.reshape(band.shape)[row, col]}; {int(bad.sum())} such values in this part",
+            "finite numbers in base model, adapter and their sum",
+            "look for NaN and infinity with doctor; a scaling that is too large overflows fp16",
+        )
+    return bits

@@ -1,0 +1,104 @@
+"""adapter_config.json: written so that every version of PEFT loads it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+
+from mmconvert.adapters import WEIGHT, Settings
+from mmconvert.formats.mm.instances import experts_of, instances
+from mmconvert.formats.model import Model
+from mmconvert.formats.peft.target import spelled
+
+
+def config_text(
+    settings: Settings, model: Model, paths: Collection[str], names: str, base: str
+) -> bytes:
+    """The configuration of an adapter of these modules.
+
+    Args:
+        model: the adapter's, whose table tells which other modules there are.
+        paths: of the modules that are adapted.
+        names: their spelling.
+        base: ``base_model_name_or_path``.
+    """
+    alpha = settings.alpha or 0
+    chosen, excluded = target_modules(paths, _universe(model, names))
+    content: dict[str, object] = {
+        "base_model_name_or_path": base or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": settings.dropout,
+        "peft_type": "LORA",
+        "r": settings.r,
+        "target_modules": chosen,
+        "task_type": "CAUSAL_LM",
+    }
+    if excluded:
+        content["exclude_modules"] = excluded
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _universe(model: Model, names: str) -> dict[str, list[str]]:
+    """The paths of all modules that a model has, by the key of their part of the model."""
+    table = model.family.table(model.variant)
+    layers = {m.key: model.dims.get(f"{m.key}.layers", 1) for m in table}
+    found: dict[str, list[str]] = defaultdict(list)
+    for item in instances(table, layers, experts_of(table, model.dims)):
+        for hub in item.hf_names():
+            if hub.endswith(WEIGHT):
+                path = spelled(model.family, hub, names).removesuffix(WEIGHT)
+                found[item.module.key].append(path)
+    return found
+
+
+def target_modules(
+    paths: Collection[str], universe: Mapping[str, Collection[str]]
+) -> tuple[list[str], str]:
+    """The shortest ends of names that fit these modules and no others.
+
+    Args:
+        universe: all modules, by the part of the model that they are in.
+
+    Returns:
+        the ends; and an expression for a whole part of the model that would fit too and is not
+        adapted, "" for none.
+    """
+    adapted = set(paths)
+    idle = [names for names in universe.values() if names and not adapted.intersection(names)]
+    others = {name for names in universe.values() for name in names} - adapted
+    plain = _ends(adapted, others)
+    if not idle:
+        return plain, ""
+    rest = others.difference(*map(set, idle))
+    narrow = _ends(adapted, rest)
+    prefixes = [_common(names) for names in idle]
+    if len(narrow) >= len(plain) or not all(prefixes):
+        return plain, ""
+    return narrow, "|".join(f"{re.escape(prefix)}.*" for prefix in prefixes)
+
+
+def _ends(adapted: Collection[str], others: Iterable[str]) -> list[str]:
+    taken: set[str] = set()
+    for name in others:
+        words = name.split(".")
+        taken.update(".".join(words[i:]) for i in range(len(words)))
+    chosen: set[str] = set()
+    for path in sorted(adapted):
+        words = path.split(".")
+        ends = (".".join(words[i:]) for i in range(len(words) - 1, -1, -1))
+        chosen.add(next((end for end in ends if end not in taken), path))
+    return sorted(chosen)
+
+
+def _common(names: Collection[str]) -> str:
+    """The path that all names begin with, with its last point."""
+    first, last = min(names).split("."), max(names).split(".")
+    same = 0
+    while same < min(len(first), len(last)) - 1 and first[same] == last[same]:
+        same += 1
+    return ".".join([*first[:same], ""]) if same else ""

@@ -1,0 +1,262 @@
+"""Reads an adapter of PEFT: which of a model's tensors it changes, and with what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from mmconvert.adapters import CONFIG, WEIGHT, AdapterKey, Settings, of_config, parse_key, paths
+from mmconvert.converters.adapters import linear
+from mmconvert.converters.family import Family, Module, Row, hf_templates
+from mmconvert.errors import CheckpointError, TensorError
+from mmconvert.formats.containers.safetensors import WeightFile, read_weight_file
+from mmconvert.formats.hf import bin as hf_bin
+from mmconvert.formats.hf.folder import read_json_file
+from mmconvert.names import INDEX, TemplateIndex, number, summarise
+from mmconvert.plan.plan import matrix
+from mmconvert.stored import StoredTensor
+
+SAFETENSORS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+FSDP = "lora_adapter*.safetensors"  # of MindSpeed-MM's FSDP2 training
+
+
+class Part(NamedTuple):
+    """A and B of one linear layer of the model.
+
+    Attributes:
+        path: of the module in the wrapped model.
+        a, b: the matrices.
+        scale: the factor of ``B @ A``; None where nothing tells alpha.
+    """
+
+    path: str
+    a: StoredTensor
+    b: StoredTensor
+    scale: float | None
+
+    @property
+    def rank(self) -> int:
+        """The rank of the product."""
+        return matrix(self.a.shape)[0]
+
+
+@dataclass
+class PEFTFolder:
+    """An adapter of PEFT.
+
+    Attributes:
+        path: the folder, or the file.
+        file: its weight file.
+        config: adapter_config.json; empty where there is none.
+        settings: what that says.
+        parts: A and B by the name of the weight, in hub spelling.
+        magnitudes: of DoRA, by the name of the weight.
+        biases: of B (``lora_bias``), by the name of the weight.
+        embeddings: names of the weights that embedding matrices change.
+        replaced: whole tensors that stand in the place of the model's, by hub name.
+        spelling: the prefix that the first name has before the model's own path.
+    """
+
+    path: Path
+    file: WeightFile
+    config: Mapping[str, object]
+    settings: Settings
+    parts: dict[str, Part] = field(default_factory=dict[str, Part])
+    magnitudes: dict[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
+    biases: dict[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
+    embeddings: dict[str, Part] = field(default_factory=dict[str, Part])
+    replaced: dict[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
+
+
+def weight_path(path: Path) -> Path | None:
+    """The weight file of an adapter's folder, or the file itself; None where there is none."""
+    if path.is_file():
+        return path
+    for name in (SAFETENSORS, PICKLED):
+        if (path / name).is_file():
+            return path / name
+    found = sorted(path.glob(FSDP)) if path.is_dir() else []
+    return found[-1] if found else None
+
+
+def read_file(path: Path) -> tuple[WeightFile, dict[str, object]]:
+    """The headers of an adapter's weights, and its configuration ({} where there is none).
+
+    Raises:
+        CheckpointError: no adapter here.
+    """
+    found = weight_path(path)
+    if found is None:
+        raise CheckpointError(
+            f"{path} holds no adapter",
+            f"{SAFETENSORS} and {CONFIG}, as PEFT saves them",
+            "give the folder of the adapter; an MM checkpoint of LoRA training goes with "
+            "lora_mm_to_hf",
+        )
+    file = hf_bin.read_bin(found) if found.suffix == ".bin" else read_weight_file(found)
+    if not any(parse_key(tensor.name) for tensor in file.tensors):
+        raise TensorError(
+            f"{found}: no name has lora_ in it: {summarise([t.name for t in file.tensors], 2)}",
+            "the matrices lora_A and lora_B of an adapter",
+            "give the adapter's own folder, not that of a merged or base model",
+        )
+    config = found.parent / CONFIG
+    return file, read_json_file(config) if config.is_file() else {}
+
+
+class Names:
+    """Finds the weight that a key of an adapter means, in any of the spellings.
+
+    Args:
+        table: of the family, q, k, v apart or not: the Hugging Face names are the same.
+    """
+
+    def __init__(self, family: Family, table: tuple[Module, ...]) -> None:
+        self._family = family
+        self._all: TemplateIndex[Row] = hf_templates(table)
+        self.linear: TemplateIndex[Row] = hf_templates(linear(table))
+
+    def path(self, module: str, kind: str = WEIGHT) -> tuple[str, str] | None:
+        """The path in the wrapped model that the family knows, and the tensor's hub name."""
+        for path in paths(module):
+            hub = self._family.hub_name(path + kind)
+            if self._all.find(hub):
+                return path, hub
+        return None
+
+    def closest(self, module: str) -> str:
+        """The known name that looks most like a module's, in words; "" if none does."""
+        names = [self._family.hub_name(path + WEIGHT) for path in paths(module)]
+        found = next((near for name in names if (near := self.linear.closest(name))), None)
+        return f" (closest known name: {found})" if found else ""
+
+    def layer(self, hub: str) -> tuple[Row, int, int] | None:
+        """The row of a linear layer's weight, its layer and expert."""
+        found = self.linear.find(hub)
+        if found is None:
+            return None
+        row, layer, expert = found
+        if row.layers and any(INDEX in name for name in row.hf):
+            layer = row.layers[layer] if layer < len(row.layers) else layer
+        return row, layer, expert
+
+
+def open_peft(path: Path, names: Names, alpha: float | None = None) -> PEFTFolder:
+    """Reads an adapter.
+
+    Args:
+        alpha: what the user says of lora_alpha; counts where no configuration says it.
+
+    Raises:
+        CheckpointError: no adapter, or not of LoRA; TensorError: names that the family does not
+            know, A without B, shapes that do not fit each other.
+    """
+    file, config = read_file(path)
+    settings = of_config(config, str(file.path.parent / CONFIG)) if config else Settings(0, alpha)
+    if alpha is not None and config and settings.alpha != alpha:
+        raise CheckpointError(
+            f"--cfg.lora_alpha says {alpha:g}, {file.path.parent / CONFIG} {settings.alpha:g}",
+            "one alpha",
+            "leave the flag out",
+        )
+    found = PEFTFolder(path, file, config, settings)
+    halves: dict[str, dict[str, StoredTensor]] = {}
+    unknown: list[str] = []
+    for tensor in file.tensors:
+        key = parse_key(tensor.name)
+        if key is None:
+            _other(found, names, tensor, unknown)
+            continue
+        hit = names.path(key.module.replace(".base_layer", ""))
+        if hit is None:
+            unknown.append(tensor.name + names.closest(key.module))
+            continue
+        _sort(found, halves, key, hit, tensor)
+    if unknown:
+        raise TensorError(
+            f"{file.path}: {number(unknown, 'tensor')} for modules that the model does not have: "
+            f"{summarise(unknown, 3)}",
+            "an adapter of this model, in the names of transformers before or since 4.52",
+            "use the converter of the adapter's own base model"
+            + (f", {base}" if (base := config.get("base_model_name_or_path")) else ""),
+        )
+    _pair(found, halves)
+    return found
+
+
+def _other(found: PEFTFolder, names: Names, tensor: StoredTensor, unknown: list[str]) -> None:
+    """A tensor that is no matrix of an adapter: a bias, or one of ``modules_to_save``."""
+    plain = tensor.name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    module, dot, kind = plain.rpartition(".")
+    hit = names.path(module, dot + kind)
+    if hit is None:
+        unknown.append(tensor.name)
+    else:
+        found.replaced[hit[1]] = tensor
+
+
+def _sort(
+    found: PEFTFolder,
+    halves: dict[str, dict[str, StoredTensor]],
+    key: AdapterKey,
+    hit: tuple[str, str],
+    tensor: StoredTensor,
+) -> None:
+    """Puts a tensor where its kind belongs."""
+    path, hub = hit
+    if key.leaf == ".bias":
+        found.biases[hub] = tensor
+    elif key.kind == "lora_magnitude_vector":
+        found.magnitudes[hub] = tensor
+    else:
+        known = halves.setdefault(hub, {})
+        kind = key.kind.replace("embedding_", "")
+        if kind in known:
+            raise TensorError(
+                f"{found.file.path}: {tensor.name} and {known[kind].name} are the same matrix",
+                "one spelling of each name",
+            )
+        known[kind] = tensor
+        known["path"] = tensor._replace(name=path)
+        if "embedding" in key.kind:
+            known["embedding"] = tensor
+
+
+def _pair(found: PEFTFolder, halves: Mapping[str, Mapping[str, StoredTensor]]) -> None:
+    """Puts A and B together."""
+    file = found.file.path
+    for hub, known in halves.items():
+        a, b = known.get("lora_A"), known.get("lora_B")
+        if a is None or b is None:
+            there, lacks = (b, "lora_A") if a is None else (a, "lora_B")
+            name = there.name if there else hub
+            raise TensorError(
+                f"{file}: {name} stands alone: there is no {lacks} of that module",
+                "A and B of every module that is adapted",
+                "copy the adapter again",
+            )
+        path = known["path"].name
+        rank = matrix(a.shape)[0]
+        if len(b.shape) < 2 or b.shape[1] != rank:
+            raise TensorError(
+                f"{file}: {a.name} has the rank {rank}, {b.name} {list(b.shape)} another",
+                "B with as many columns as A has rows",
+                "copy the adapter again",
+            )
+        said = found.settings.rank(path)
+        if found.config and said != rank:
+            raise TensorError(
+                f"{file}: {a.name} is {list(a.shape)}; {CONFIG} gives it the rank {said}",
+                "r, or rank_pattern, as the matrices have it",
+                f"correct r or rank_pattern in {file.parent / CONFIG}",
+            )
+        known_alpha = found.settings.alpha is not None
+        scale = found.settings.scale(path, rank) if known_alpha else None
+        part = Part(path, a, b, scale)
+        (found.embeddings if "embedding" in known else found.parts)[hub] = part
+    if not found.config and found.parts:
+        ranks = {part.rank for part in found.parts.values()}
+        found.settings = Settings(max(ranks), found.settings.alpha)

@@ -1,0 +1,94 @@
+"""What can be asked of adapters. Attribute docstrings are the help text of the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mmconvert.config import (
+    MaybeBool,
+    MaybeFloat,
+    MaybePath,
+    OptionalHFConfig,
+    ParallelConfig,
+)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The adapter, as PEFT saves it."""
+
+    hf_dir: Path
+    """Folder of the adapter: adapter_config.json and adapter_model.safetensors."""
+
+
+@dataclass(frozen=True)
+class LoraCommonConfig:
+    """Choices about names and form."""
+
+    enable_canonical_hf_struct: MaybeBool = None
+    """q, k, v and gate, up apart in MM format; not given: as base_mm_dir has them, else packed
+    where one A serves them all, apart where not."""
+    model_prefix: str = ""
+    """What names begin with, base_model.model. for PEFT; recognised, and only checked."""
+    new_transformers_weight_key: MaybeBool = None
+    """Names of transformers since 4.52 (model.language_model.), or before; recognised where an
+    adapter is read."""
+
+
+@dataclass(frozen=True)
+class LoraHFToMM:
+    """PEFT adapter -> MM."""
+
+    mm_dir: Path
+    """Folder to write: tracker file and release/mp_rank_*/model_optim_rng.pt."""
+    hf_config: AdapterConfig
+    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    common_model_config: LoraCommonConfig = field(default_factory=LoraCommonConfig)
+    base_mm_dir: MaybePath = None
+    """MM checkpoint of the base model: gives layout, structure and sizes."""
+    base_hf_dir: MaybePath = None
+    """Hugging Face folder of the base model: gives sizes by its config.json."""
+    lora_alpha: MaybeFloat = None
+    """lora_alpha of training, where there is no adapter_config.json."""
+    exact_rank: bool = False
+    """Refuse where packing q, k, v or gate, up needs a larger rank."""
+    trust_remote_code: bool = False
+    """Accepted for compatibility; nothing is ever run."""
+
+
+@dataclass(frozen=True)
+class LoraMMToHF:
+    """MM adapter -> PEFT."""
+
+    save_hf_dir: Path
+    """Folder to write: adapter_model.safetensors and adapter_config.json."""
+    mm_dir: Path
+    """MM checkpoint of LoRA training, or of lora_hf_to_mm."""
+    hf_config: OptionalHFConfig = field(default_factory=OptionalHFConfig)
+    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    common_model_config: LoraCommonConfig = field(default_factory=LoraCommonConfig)
+    lora_alpha: MaybeFloat = None
+    """lora_alpha of training, where neither its args nor mmconvert.json tell it."""
+    names: Literal["", "new", "old"] = ""
+    """Names of transformers since 4.52 (new, if not given), or before (old)."""
+    base_model: str = ""
+    """base_model_name_or_path of adapter_config.json; not given: hf_dir."""
+    trust_remote_code: bool = False
+    """Accepted for compatibility; nothing is ever run."""
+
+
+@dataclass(frozen=True)
+class LoraResplit:
+    """MM adapter -> MM adapter in another layout."""
+
+    source_dir: Path
+    """MM adapter to read."""
+    target_dir: Path
+    """Folder to write."""
+    source_parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    target_parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    hf_config: OptionalHFConfig = field(default_factory=OptionalHFConfig)
+    trust_remote_code: bool = False
+    """Accepted for compatibility; nothing is ever run."""
