@@ -31,6 +31,15 @@ class Patterns(tuple[str, ...]):
 NO_PATTERNS = Patterns()
 
 
+class Folders(tuple[str, ...]):
+    """Paths of a flag that may be repeated. A class of its own, for the same reason."""
+
+    __slots__ = ()
+
+
+NO_FOLDERS = Folders()
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Parallel sizes and stage grids."""

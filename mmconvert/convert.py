@@ -34,6 +34,7 @@ from mmconvert.formats.registry import load
 from mmconvert.modeljson.layout import settled
 from mmconvert.names import summarise
 from mmconvert.plan.plan import build, carry, in_dtype
+from mmconvert.plan.products import Adapter, Places, merged, substituted
 from mmconvert.result import Result
 from mmconvert.run import Run
 
@@ -84,6 +85,7 @@ class Request:
         dtype: what to cast to, where a command has a flag of its own beside ``--dtype``.
         cfg: the flags as they were given, which all processes of a run must agree on.
         like: the model that it is of, where no original is given.
+        adapters: what is merged into the model on the way.
     """
 
     command: str
@@ -96,6 +98,7 @@ class Request:
     dtype: str = "keep"
     cfg: object = None
     like: Model | None = None
+    adapters: tuple[Adapter, ...] = ()
 
 
 @watched
@@ -128,6 +131,8 @@ def convert(
     _check_adapter(source, writer)
     # Plan.
     src = source.side(as_hf=writer.naming == "hf")
+    places = Places(source.model.plain_modules, src, source.model.dims, as_hf=writer.naming == "hf")
+    src, gone, new = substituted(src, places, asked.adapters)
     placing = Placing(
         source,
         in_dtype(src.wholes, run.cast),
@@ -141,6 +146,9 @@ def convert(
     placed = writer.place(placing)
     notes = [*_notes(run.options, source, original), *placed.notes]
     plan = build(src, placed.side, notes, run.cast)
+    if asked.adapters:
+        plan = replace(plan, replaced=gone, fitted=new)
+        plan = merged(plan, placed.side, places, asked.adapters)
     if original is not None:
         plan = carry(plan, original.model.carried)
     # Prove.

@@ -15,11 +15,15 @@ from mmconvert.events import Events
 from mmconvert.formats.base import Opening
 from mmconvert.formats.hf.folder import read_json_file
 from mmconvert.formats.hf.model import config_model
+from mmconvert.formats.mm.deltas import mm_deltas
 from mmconvert.formats.model import Model
-from mmconvert.formats.peft.folder import read_file
+from mmconvert.formats.peft.folder import Names, open_peft, read_file
+from mmconvert.formats.peft.format import variant_of_keys
+from mmconvert.formats.peft.merge import peft_adapter
 from mmconvert.formats.reading import watched
-from mmconvert.formats.registry import load
-from mmconvert.loraconfig import LoraCommonConfig, LoraHFToMM, LoraMMToHF, LoraResplit
+from mmconvert.formats.registry import load, recognise
+from mmconvert.loraconfig import LoraCommonConfig, LoraHFToMM, LoraMerge, LoraMMToHF, LoraResplit
+from mmconvert.plan.products import Adapter
 from mmconvert.result import Result
 from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
 
@@ -109,6 +113,73 @@ def lora_resplit(
         like=base_model(family, cfg.hf_config.hf_dir),
     )
     return convert(family, asked, options, events)
+
+
+@watched
+def lora_merge(
+    family: Family, cfg: LoraMerge, options: Options | None = None, events: Events | None = None
+) -> Result:
+    """Base model and adapters -> model: products in float32, each sum rounded once."""
+    options = options or Options()
+    kind = base_kind(cfg.base_dir)
+    target = cfg.to or kind
+    original = cfg.base_dir if kind == "hf" else cfg.hf_config.hf_dir
+    like = base_model(family, original)
+    if not cfg.lora_dir:
+        raise RequestError("no adapter is given", "--cfg.lora_dir FOLDER")
+    adapters = tuple(opened(Path(folder), family, cfg, options, like) for folder in cfg.lora_dir)
+    flags = "--cfg.target_parallel_config."
+    given = cfg.target_parallel_config
+    source = End(kind, cfg.base_dir, cfg.parallel_config if kind == "mm" else None, PARALLEL)
+    if target == "mm" and given == ParallelConfig():
+        given = cfg.parallel_config if kind == "hf" else layout_of(family, cfg, options, like)
+    asked = Request(
+        "lora_merge",
+        source,
+        End(target, cfg.save_dir, given if target == "mm" else None, flags),
+        original=original,
+        canonical=cfg.common_model_config.enable_canonical_hf_struct and kind == "hf",
+        cfg=cfg,
+        adapters=adapters,
+    )
+    return convert(family, asked, options, events)
+
+
+def base_kind(base: Path) -> str:
+    """Whether a base model is ``hf`` or ``mm``."""
+    kind = recognise(base) or "mm"
+    if kind not in ("hf", "mm"):
+        raise CheckpointError(
+            f"{base} is a {load(kind).title}",
+            "a base model, Hugging Face or MM",
+            "see --cfg.base_dir",
+        )
+    return kind
+
+
+def opened(
+    folder: Path, family: Family, cfg: LoraMerge, options: Options, like: Model | None
+) -> Adapter:
+    """An adapter of either kind as it is merged."""
+    if recognise(folder) == "mm":
+        stored = load("mm").open(folder, Opening(family, options, like=like))
+        if stored.model.adapter is None:
+            raise CheckpointError(
+                f"{folder} is a whole model, no adapter", "the folder of a LoRA training"
+            )
+        return mm_deltas(stored, cfg.lora_alpha, cfg.scale)
+    variant = like.variant if like else variant_of_keys(family, folder)
+    names = Names(family, family.table(replace(variant, canonical=False)))
+    found = open_peft(folder, names, cfg.lora_alpha)
+    return peft_adapter(found, cfg.scale, base_is_residual=cfg.base_is_residual)
+
+
+def layout_of(
+    family: Family, cfg: LoraMerge, options: Options, like: Model | None
+) -> ParallelConfig:
+    """The layout of the base model, which the merged one keeps."""
+    base = load("mm").open(cfg.base_dir, Opening(family, options, like=like))
+    return as_flags(base.layout) if isinstance(base.layout, Layout) else ParallelConfig()
 
 
 def base_model(family: Family, folder: Path | None) -> Model | None:

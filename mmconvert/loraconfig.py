@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from mmconvert.config import (
+    NO_FOLDERS,
+    CommonModelConfig,
+    Folders,
     MaybeBool,
     MaybeFloat,
     MaybePath,
@@ -75,6 +78,32 @@ class LoraMMToHF:
     """Names of transformers since 4.52 (new, if not given), or before (old)."""
     base_model: str = ""
     """base_model_name_or_path of adapter_config.json; not given: hf_dir."""
+    trust_remote_code: bool = False
+    """Accepted for compatibility; nothing is ever run."""
+
+
+@dataclass(frozen=True)
+class LoraMerge:
+    """Base model + adapters -> model."""
+
+    base_dir: Path
+    """Base model: a Hugging Face folder, or an MM checkpoint."""
+    save_dir: Path
+    """Folder to write."""
+    lora_dir: Folders = NO_FOLDERS
+    """Adapter, of PEFT or in MM format; may be repeated: they are added in this order."""
+    to: Literal["", "hf", "mm"] = ""
+    """What to write; not given: as the base model is."""
+    hf_config: OptionalHFConfig = field(default_factory=OptionalHFConfig)
+    lora_alpha: MaybeFloat = None
+    """lora_alpha of training, where nothing else tells it."""
+    scale: float = 1.0
+    """What alpha / r is multiplied with."""
+    base_is_residual: bool = False
+    """The base is the residual model that an adapter of PiSSA, OLoRA, LoftQ ... belongs to."""
+    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    target_parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    common_model_config: CommonModelConfig = field(default_factory=CommonModelConfig)
     trust_remote_code: bool = False
     """Accepted for compatibility; nothing is ever run."""
 

@@ -86,6 +86,11 @@ LORA_VERBS = {
         "adapter of LoRA training -> PEFT, with adapter_config.json",
         "--cfg.mm_dir MM_DIR --cfg.hf_config.hf_dir BASE_HF_DIR --cfg.save_hf_dir ADAPTER",
     ),
+    "lora_merge": (
+        "LoraMerge",
+        "base model + adapters -> model, each of them Hugging Face or MM",
+        "--cfg.base_dir BASE --cfg.lora_dir ADAPTER --cfg.save_dir MERGED",
+    ),
     "lora_resplit": (
         "LoraResplit",
         "MM adapter -> MM adapter in another parallel layout",

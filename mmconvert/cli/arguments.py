@@ -12,7 +12,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from mmconvert.cli.settings import read_yaml
-from mmconvert.config import MaybeBool, MaybePath, Options, Patterns
+from mmconvert.config import Folders, MaybeBool, MaybePath, Options, Patterns
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.narrow import is_array, is_dict
 from mmconvert.sharding.stages import StageGrid, parse_grid, show
@@ -54,6 +54,20 @@ def _patterns(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         instance_from_str=lambda words: Patterns(json.loads(words[0])),
         is_instance=lambda value: isinstance(value, Patterns),
         str_from_instance=lambda patterns: [" ".join(patterns) or "none"],
+    )
+
+
+@REGISTRY.primitive_rule  # pyright: ignore[reportUnknownMemberType] - open in tyro
+def _folders(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """The folders of a repeated flag: one word, as of the patterns."""
+    if info.type != Folders:  # pyright: ignore[reportUnknownMemberType] - as above
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: Folders(json.loads(words[0])),
+        is_instance=lambda value: isinstance(value, Folders),
+        str_from_instance=lambda folders: [" ".join(folders) or "none"],
     )
 
 
@@ -184,7 +198,7 @@ def normalise(words: Sequence[str], config: type) -> list[str]:
     return _repeated_joined(out)
 
 
-REPEATED = ("--drop", "--layout")  # flags that may be given several times
+REPEATED = ("--drop", "--layout", "--cfg.lora_dir")  # flags that may be given several times
 
 
 def _repeated_joined(words: Sequence[str]) -> list[str]:

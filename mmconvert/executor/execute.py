@@ -45,7 +45,7 @@ def jobs_of(plan: Plan, targets: Sequence[StoredTensor]) -> list[Job]:
         targets: where each of the plan's targets lies, in their order; files exist when the jobs
             run.
     """
-    if plan.cast or plan.products:
+    if plan.cast or plan.products or plan.fitted:
         import_module("mmconvert.executor.values")  # numpy, before threads ask for it at once
     return list(_jobs(plan, targets))
 
@@ -304,7 +304,7 @@ def _merge_job(
 
         adapters = Products(plan.sources, plan.terms)
         width = matrix(target.shape)[1]
-        for begin, end in _steps(top, bottom, row_bytes(target), BAND):
+        for begin, end in _steps(top, bottom, row_bytes(target), 4 * BAND):
             band = band_of(end - begin, width, target.dtype)
             for c in _cut(copies, begin, end, source=False):
                 source = plan.sources[c.src]

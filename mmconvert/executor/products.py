@@ -56,11 +56,25 @@ class Products:
             row, col, rows, cols = c.src_row, c.src_col, c.rows, c.cols
             if term.transposed:
                 row, col, rows, cols = col, row, cols, rows
-            b = _matrix(files, self._sources, term.b, Region(row, 0, rows, term.rank))
-            product = multiply(b, self._whole_a(files, c.src)[:, col : col + cols])
+            product = _matrix(files, self._sources, term.b, Region(row, 0, rows, term.rank))
+            if term.a:
+                product = multiply(product, self._whole_a(files, c.src)[:, col : col + cols])
             product *= np.float32(term.scale)
             part = band[c.dst_row - top : c.dst_row - top + c.rows, c.dst_col : c.dst_col + c.cols]
             part += product.T if term.transposed else product
+            if term.magnitude >= 0:
+                part *= self._factors(files, term, part, row)
+
+    def _factors(self, files: Files, term: Term, rows: Array, first: int) -> Array:
+        """What DoRA multiplies whole rows with: their magnitude over their norm.
+
+        Source: PEFT's ``DoraLinearVariant``; the norm is summed in float64 here.
+        """
+        source = self._sources[term.magnitude]
+        region = Region(first, 0, len(rows), 1)
+        wanted = floats(read_compact(files, source, region, "adapter"), source.dtype)
+        norms = np.sqrt((rows.astype(np.float64) ** 2).sum(axis=1)).astype(np.float32)
+        return (wanted.astype(np.float32) / norms)[:, None]
 
     def _whole_a(self, files: Files, number: int) -> Array:
         if number not in self._a:

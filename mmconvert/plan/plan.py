@@ -134,7 +134,8 @@ class Term(NamedTuple):
 
     Attributes:
         name: of the module, for messages.
-        a, b: the rectangles of sources that form A [rank, columns] and B [rows, rank].
+        a, b: the rectangles of sources that form A [rank, columns] and B [rows, rank]; without
+            any of A it is B alone that is scaled and added.
         rank: of the adapter.
         rows, cols: of the product.
         scale: the factor.
@@ -174,6 +175,8 @@ class Plan:
         kept: targets that are not cast.
         terms: what adapters add to weights.
         products: rectangles of terms (``src``) that are added to rectangles of targets.
+        replaced: rectangles of sources that others stand in the place of.
+        fitted: sources that take the dtype of their targets.
     """
 
     sources: Sequence[StoredTensor]
@@ -187,6 +190,8 @@ class Plan:
     kept: set[int] = field(default_factory=set[int])
     terms: list[Term] = field(default_factory=list[Term])
     products: list[Copy] = field(default_factory=list[Copy])
+    replaced: list[Zeros] = field(default_factory=list[Zeros])
+    fitted: set[int] = field(default_factory=set[int])
 
     @property
     def nbytes(self) -> int:

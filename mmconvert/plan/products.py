@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from mmconvert.converters.adapters import is_linear, part_spans
+from mmconvert.converters.adapters import part_spans
 from mmconvert.converters.family import ZEROS, Dims, Module, Row
-from mmconvert.errors import TensorError
+from mmconvert.errors import RequestError, TensorError
 from mmconvert.names import EXPERT, NO_EXPERT
 from mmconvert.plan.plan import (
     Block,
@@ -18,6 +18,8 @@ from mmconvert.plan.plan import (
     Plan,
     Side,
     Term,
+    Whole,
+    Zeros,
     exchanged,
     join,
     matrix,
@@ -30,9 +32,9 @@ class Delta(NamedTuple):
     """What an adapter adds to one Hugging Face tensor.
 
     Attributes:
-        name: of the weight, in hub spelling.
+        name: of the tensor, in hub spelling.
         expert: which one of those that it stacks, or NO_EXPERT.
-        term: how; its blocks refer to the adapter's own tensors.
+        term: what is added; its blocks refer to the adapter's own tensors.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Adapter:
         deltas: what it adds.
         replicas: copies of one matrix that must be equal.
         replaced: tensors that stand in the place of the base's, by name in hub spelling.
+        notes: what is worth knowing of it, in words.
     """
 
     where: str
@@ -57,6 +60,7 @@ class Adapter:
     deltas: list[Delta] = field(default_factory=list[Delta])
     replicas: list[Comparison] = field(default_factory=list[Comparison])
     replaced: dict[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
+    notes: list[str] = field(default_factory=list[str])
 
 
 class Place(NamedTuple):
@@ -73,29 +77,112 @@ class Place(NamedTuple):
     turned: bool
 
 
-def places_of(
-    modules: Sequence[Module], src: Side, dims: Dims, *, as_hf: bool
-) -> dict[tuple[str, int], Place]:
-    """Where the Hugging Face tensors of all linear layers lie, by name and expert."""
-    rows: dict[str, Row] = {r.mm: r for m in modules for r in m.all_rows() if is_linear(r)}
-    found: dict[tuple[str, int], Place] = {}
-    for key, whole in src.wholes.items():
-        row = rows.get(key.mm)
-        if row is None:
-            continue
-        turned = row.transposed and as_hf
-        height = matrix(whole.shape)[1 if turned else 0]
-        stacked = NO_EXPERT if any(EXPERT in name for name in row.hf) else key.expert
-        parts = part_spans(row, height, dims, key.name())
-        stored = [part for name, part in zip(row.hf, parts, strict=True) if name != ZEROS]
-        for name, part in zip(row.hf_names(key.layer, key.expert), stored, strict=True):
-            found[name, stacked] = Place(key, part, turned)
-    return found
+class Places:
+    """Finds the Hugging Face tensors of a model in the wholes of a side.
+
+    Args:
+        modules: the table of the wholes.
+        as_hf: the wholes have the orientation of Hugging Face.
+    """
+
+    def __init__(self, modules: Sequence[Module], side: Side, dims: Dims, *, as_hf: bool) -> None:
+        self._side, self._dims, self._as_hf = side, dims, as_hf
+        rows = {r.mm: r for m in modules for r in m.all_rows() if not r.tied_to}
+        self.tied = {name for m in modules for r in m.all_rows() if r.tied_to for name in r.hf}
+        self.tied |= {
+            name
+            for m in modules
+            for r in m.all_rows()
+            for other in m.all_rows()
+            if other.tied_to == r.mm
+            for name in r.hf
+        }
+        self._found: dict[tuple[str, int], tuple[Key, Row, int]] = {}
+        for key in side.wholes:
+            row = rows.get(key.mm)
+            if row is None:
+                continue
+            numbers = [i for i, name in enumerate(row.hf) if name != ZEROS]
+            for name, number in zip(row.hf_names(key.layer, key.expert), numbers, strict=True):
+                stacked = key.expert if EXPERT not in row.hf[number] else NO_EXPERT
+                self._found[name, stacked] = (key, row, number)
+
+    def find(self, name: str, expert: int) -> Place | None:
+        """Where a tensor lies; None if the model has none of this name.
+
+        Raises:
+            TensorError: sizes that are not known.
+        """
+        hit = self._found.get((name, expert))
+        if hit is None:
+            return None
+        key, row, number = hit
+        turned = row.transposed and self._as_hf
+        height = matrix(self._side.wholes[key].shape)[1 if turned else 0]
+        return Place(key, part_spans(row, height, self._dims, key.name())[number], turned)
 
 
-def merged(
-    plan: Plan, dst: Side, places: Mapping[tuple[str, int], Place], adapters: Iterable[Adapter]
-) -> Plan:
+def substituted(
+    src: Side, places: Places, adapters: Iterable[Adapter]
+) -> tuple[Side, list[Zeros], set[int]]:
+    """A side in which an adapter's whole tensors stand in the place of the base model's.
+
+    Returns:
+        the side; the rectangles of the base model's tensors that count no more; the tensors that
+        take the dtype of what they replace.
+    """
+    side = replace(src, stored=list(src.stored), wholes=dict(src.wholes))
+    gone: list[Zeros] = []
+    new: set[int] = set()
+    for adapter in adapters:
+        for name, tensor in adapter.replaced.items():
+            place = places.find(name, NO_EXPERT)
+            if place is None:
+                raise _no_place(adapter.where, tensor.name)
+            _check_tied(adapter.where, name, places)
+            whole = side.wholes[place.key]
+            rows = sum(span.length for span in place.spans)
+            if tensor.shape[:1] != (rows,) or tensor.shape[1:] != whole.shape[1:]:
+                raise TensorError(
+                    f"{adapter.where}: {tensor.name} is {list(tensor.shape)}; the base model's is "
+                    f"{[rows, *whole.shape[1:]]}",
+                    "a tensor of the base model's size",
+                    "give the base model that the adapter was trained on",
+                )
+            new.add(len(side.stored))
+            kept, lost = _without(whole, place.spans)
+            gone += [Zeros(place.key, b.tensor, b.row, b.col, b.rows, b.cols) for b in lost]
+            width = matrix(whole.shape)[1]
+            number = len(side.stored)
+            kept += [Block(number, s.start, 0, s.whole, 0, s.length, width) for s in place.spans]
+            side.wholes[place.key] = replace(whole, copies=[kept])
+            side.stored.append(tensor)
+    return side, gone, new
+
+
+def _without(whole: Whole, spans: Sequence[Span]) -> tuple[list[Block], list[Block]]:
+    """The blocks of a whole outside some of its rows; those inside, and of all other copies."""
+    kept: list[Block] = []
+    lost = [block for blocks in whole.copies[1:] for block in blocks]
+    taken = sorted((s.whole, s.whole + s.length) for s in spans)
+    for b in whole.copies[0]:
+        row, end = b.whole_row, b.whole_row + b.rows
+        for first, last in [*taken, (end, end)]:
+            upto = min(max(first, row), end)
+            kept += [_rows(b, row, upto)] if row < upto else []
+            below = min(max(last, upto), end)
+            lost += [_rows(b, upto, below)] if upto < below else []
+            row = below
+    return kept, lost
+
+
+def _rows(block: Block, first: int, last: int) -> Block:
+    """Some rows of a block, as the whole counts them."""
+    row = block.row + first - block.whole_row
+    return block._replace(row=row, whole_row=first, rows=last - first)
+
+
+def merged(plan: Plan, dst: Side, places: Places, adapters: Iterable[Adapter]) -> Plan:
     """The plan that also adds the products of adapters.
 
     Raises:
@@ -103,22 +190,44 @@ def merged(
     """
     sources, replicas = list(plan.sources), list(plan.replicas)
     terms, products = list(plan.terms), list(plan.products)
+    notes = list(plan.notes)
     for adapter in adapters:
         first = len(sources)
         sources += adapter.stored
         replicas += [_moved(check, first) for check in adapter.replicas]
+        notes += adapter.notes
         for name, expert, term in adapter.deltas:
-            place = places.get((name, expert))
+            place = places.find(name, expert)
             if place is None:
-                raise TensorError(
-                    f"{adapter.where}: {term.name} is adapted, and the base model has no such "
-                    "linear layer",
-                    "an adapter of this very model",
-                    "give the base model that adapter_config.json names",
-                )
-            terms.append(_numbered(term, first)._replace(transposed=place.turned))
-            products += _added(len(terms) - 1, terms[-1], place, dst, adapter.where)
-    return replace(plan, sources=sources, replicas=replicas, terms=terms, products=products)
+                raise _no_place(adapter.where, term.name)
+            _check_tied(adapter.where, name, places)
+            added = _added(len(terms), term, place, dst, adapter.where)
+            turned = term.transposed != place.turned
+            terms.append(_numbered(term, first)._replace(transposed=turned))
+            products += added
+    return replace(
+        plan, sources=sources, replicas=replicas, terms=terms, products=products, notes=notes
+    )
+
+
+def _no_place(where: str, name: str) -> TensorError:
+    return TensorError(
+        f"{where}: {name} is adapted, and the base model has no such tensor",
+        "an adapter of this very model",
+        "give the base model that adapter_config.json names",
+    )
+
+
+def _check_tied(where: str, name: str, places: Places) -> None:
+    """Raises RequestError for an adapter of embeddings that are tied: it adapts one of two uses."""
+    if name in places.tied:
+        raise RequestError(
+            f"{where} changes {name}, and the model ties its output layer to its word embedding: "
+            "what is merged into one would change the other too",
+            "a model whose embeddings are not tied",
+            "save the base model with an output layer of its own (tie_word_embeddings false), and "
+            "merge into that",
+        )
 
 
 def _added(number: int, term: Term, place: Place, dst: Side, where: str) -> list[Copy]:
@@ -126,9 +235,9 @@ def _added(number: int, term: Term, place: Place, dst: Side, where: str) -> list
     whole = dst.wholes[place.key]
     width = matrix(whole.shape)[0 if place.turned else 1]
     rows = sum(span.length for span in place.spans)
-    if (term.rows, term.cols) != (rows, width):
+    if term.shape != (rows, width):
         raise TensorError(
-            f"{where}: the adapter of {term.name} is for a weight of {[term.rows, term.cols]}; the "
+            f"{where}: the adapter of {term.name} is for a weight of {list(term.shape)}; the "
             f"base model's is {[rows, width]}",
             "an adapter of this very model",
             "give the base model that the adapter was trained on",
@@ -142,7 +251,14 @@ def _added(number: int, term: Term, place: Place, dst: Side, where: str) -> list
     blocks = [Block(number, s.start, 0, s.whole, 0, s.length, width) for s in place.spans]
     if place.turned:
         blocks = [exchanged(block) for block in blocks]
-    return [copy for target in whole.copies for copy in join(blocks, target)]
+    found = [copy for target in whole.copies for copy in join(blocks, target)]
+    if term.magnitude >= 0 and (place.turned or any(c.cols != width for c in found)):
+        raise RequestError(
+            f"{where}: DoRA scales whole rows of {term.name}, which this layout divides",
+            "a layout that keeps rows whole: tp size 1 for this module",
+            "merge into the Hugging Face form or at tp size 1, and bring the result to the layout",
+        )
+    return found
 
 
 def _moved(check: Comparison, first: int) -> Comparison:

@@ -24,7 +24,8 @@ def prove(plan: Plan) -> None:
         reads[c.src].append(Rect(c.src_row, c.src_col, c.rows, c.cols))
         writes[c.dst].append(Rect(c.dst_row, c.dst_col, c.rows, c.cols))
         cast = "" if c.dst in plan.kept else plan.cast
-        if plan.targets[c.dst].dtype != cast_dtype(plan.sources[c.src].dtype, cast):
+        same = plan.targets[c.dst].dtype == cast_dtype(plan.sources[c.src].dtype, cast)
+        if not same and c.src not in plan.fitted:
             raise _unproven(f"{plan.targets[c.dst].name} would change its dtype")
     for check in plan.replicas:
         c = check.copy
@@ -32,7 +33,7 @@ def prove(plan: Plan) -> None:
         reads[c.dst].append(Rect(c.dst_row, c.dst_col, c.rows, c.cols))
     for fill in plan.fills:
         writes[fill.tensor].append(Rect(*fill[2:]))
-    for zero in plan.zeros:
+    for zero in [*plan.zeros, *plan.replaced]:
         reads[zero.tensor].append(Rect(*zero[2:]))
     _prove_products(plan, reads)
     for i, target in enumerate(plan.targets):
@@ -68,7 +69,8 @@ def _prove_products(plan: Plan, reads: dict[int, list[Rect]]) -> None:
 
 def _prove_term(term: Term, reads: dict[int, list[Rect]]) -> None:
     """A and B are whole."""
-    for blocks, rows, cols in ((term.a, term.rank, term.cols), (term.b, term.rows, term.rank)):
+    both = ((term.a, term.rank, term.cols), (term.b, term.rows, term.rank))
+    for blocks, rows, cols in both if term.a else both[1:]:
         wholes = [Rect(b.whole_row, b.whole_col, b.rows, b.cols) for b in blocks]
         if not covers(wholes, rows, cols, once=True):
             raise _unproven(f"the adapter of {term.name} is not whole")

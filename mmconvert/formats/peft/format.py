@@ -104,7 +104,7 @@ class PEFT(Format):
         """Every matrix is of a linear layer of the family; packed as the structure says."""
         family, base = told.family, told.like
         given = told.layout if isinstance(told.layout, PEFTChoices) else PEFTChoices()
-        variant = replace(base.variant, canonical=False) if base else _variant(family, path)
+        variant = replace(base.variant, canonical=False) if base else variant_of_keys(family, path)
         folder = open_peft(path, Names(family, family.table(variant)), given.lora_alpha)
         refuse_others(folder)
         dims = dict(base.dims) if base else {}
@@ -167,7 +167,7 @@ class PEFT(Format):
         yield small(CONFIG, placed.config)
 
 
-def _variant(family: Family, path: Path) -> Variant:
+def variant_of_keys(family: Family, path: Path) -> Variant:
     """The variant whose linear layers know most of an adapter's names, and of these the smallest.
 
     Source: nothing but the names; config.json of the base model tells more.

@@ -1,0 +1,84 @@
+"""What an adapter in MM format adds to its base model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mmconvert.adapters import MM_A, MM_B, WEIGHT
+from mmconvert.converters.adapters import part_spans
+from mmconvert.converters.family import ZEROS
+from mmconvert.errors import CheckpointError
+from mmconvert.formats.base import Stored
+from mmconvert.formats.mm.instances import experts_of, instances
+from mmconvert.names import EXPERT, NO_EXPERT
+from mmconvert.plan.plan import Block, Comparison, Key, Term, join, matrix
+from mmconvert.plan.products import Adapter, Delta
+from mmconvert.sharding.spans import Span
+
+
+def mm_deltas(stored: Stored, alpha: float | None, factor: float) -> Adapter:
+    """An adapter in MM format as it is merged: for each Hugging Face tensor, A and its rows of B.
+
+    Args:
+        alpha: what the user says of lora_alpha.
+        factor: what the scaling is multiplied with.
+
+    Raises:
+        CheckpointError: nothing tells alpha, or two things differ.
+    """
+    model, side = stored.model, stored.side()
+    assert model.adapter is not None  # noqa: S101 - narrows the type: it is an adapter's
+    settings = model.adapter.settings
+    if alpha is not None and settings.alpha not in (None, alpha):
+        raise CheckpointError(
+            f"--cfg.lora_alpha says {alpha:g}, the checkpoint {settings.alpha:g}",
+            "one alpha",
+            "leave the flag out",
+        )
+    if alpha is not None:
+        settings = replace(settings, alpha=alpha)
+    scale = settings.scale("", settings.r) * factor
+    found = Adapter(str(stored.path), side.stored)
+    base = model.adapter.base
+    layers = {m.key: model.dims[f"{m.key}.layers"] for m in base}
+    for item in instances(base, layers, experts_of(base, model.dims)):
+        stem = item.row.mm.removesuffix(WEIGHT)
+        a = side.wholes[Key(stem + MM_A, item.layer, item.expert)]
+        b = side.wholes[Key(stem + MM_B, item.layer, item.expert)]
+        rank, cols = matrix(a.shape)
+        parts = part_spans(item.row, b.shape[0], model.dims, item.key.name())
+        named = [n for n in item.row.hf if n != ZEROS]
+        mine = [p for p, name in zip(parts, item.row.hf, strict=True) if name != ZEROS]
+        for hub, template, spans in zip(item.hf_names(), named, mine, strict=True):
+            rows = sum(span.length for span in spans)
+            blocks = tuple(part_blocks(b.copies[0], spans))
+            term = Term(
+                hub.removesuffix(WEIGHT), tuple(a.copies[0]), blocks, rank, rows, cols, scale
+            )
+            expert = NO_EXPERT if EXPERT in template else item.expert
+            found.deltas.append(Delta(hub, expert, term))
+    for key, whole in side.wholes.items():
+        original, *others = whole.copies
+        found.replicas += [
+            Comparison(key, copy) for blocks in others for copy in join(original, blocks)
+        ]
+    return found
+
+
+def part_blocks(blocks: Sequence[Block], spans: Sequence[Span]) -> list[Block]:
+    """The rectangles of a whole that are some rows of it, counted as the part counts them."""
+    found: list[Block] = []
+    for b in blocks:
+        for s in spans:
+            first = max(b.whole_row, s.whole)
+            last = min(b.whole_row + b.rows, s.whole + s.length)
+            if first < last:
+                found.append(
+                    b._replace(
+                        row=b.row + first - b.whole_row,
+                        whole_row=s.start + first - s.whole,
+                        rows=last - first,
+                    )
+                )
+    return found
