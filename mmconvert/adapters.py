@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mmconvert.errors import CheckpointError
-from mmconvert.narrow import is_array, is_object
+from mmconvert.narrow import is_array, is_object, is_sequence
 
 A, B = "lora_A", "lora_B"
 MM_A, MM_B = f".{A}.default.weight", f".{B}.default.weight"  # behind a module's name in MM format
@@ -186,7 +186,7 @@ def of_training(values: Mapping[str, object]) -> Settings | None:
     if not isinstance(alpha, (int, float)) or not isinstance(r, int) or isinstance(alpha, bool):
         return None
     dropout, targets = values.get("lora_dropout"), values.get("lora_target_modules")
-    words = tuple(map(str, targets)) if isinstance(targets, (list, tuple)) else ()
+    words = tuple(map(str, targets)) if is_sequence(targets) else ()
     return Settings(r, alpha, dropout if isinstance(dropout, float) else 0.0, words)
 
 

@@ -464,7 +464,7 @@ BYTES = (
     ),
     Fault(
         "bands of a target that begin anew",
-        EXECUTE,
+        "executor/bands.py",
         "c._replace(src_row=c.src_row + skip, dst_row=c.dst_row + skip, rows",
         "c._replace(src_row=c.src_row, dst_row=c.dst_row + skip, rows",
         ("unit/test_jobs.py",),

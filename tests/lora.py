@@ -105,7 +105,9 @@ def products(tensors: Tensors, scale: float) -> Tensors:
 def same(one: Tensors, other: Tensors) -> None:
     """The same names and the same bits."""
     assert one.keys() == other.keys()
-    different = [n for n in one if one[n].dtype != other[n].dtype or not torch.equal(one[n], other[n])]
+    different = [
+        n for n in one if one[n].dtype != other[n].dtype or not torch.equal(one[n], other[n])
+    ]
     assert different == []
 
 
@@ -115,10 +117,23 @@ def run(converter: str, verb: str, *words: str | Path, check: int = 0) -> Any:
 
 
 def merge(
-    converter: str, base: Path, adapters: Iterable[Path], out: Path, *words: str | Path, check: int = 0
+    converter: str,
+    base: Path,
+    adapters: Iterable[Path],
+    out: Path,
+    *words: str | Path,
+    check: int = 0,
 ) -> Any:
     """lora_merge."""
     flags: list[str | Path] = [word for path in adapters for word in ("--cfg.lora_dir", path)]
     return run(
-        converter, "lora_merge", "--cfg.base_dir", base, "--cfg.save_dir", out, *flags, *words, check=check
+        converter,
+        "lora_merge",
+        "--cfg.base_dir",
+        base,
+        "--cfg.save_dir",
+        out,
+        *flags,
+        *words,
+        check=check,
     )

@@ -44,7 +44,14 @@ def of_plan(plan: Plan, states: Mapping[Path, State]) -> dict[str, str]:
         f"{_digest(headers[path])}"
         for path, state in states.items()
     }
-    parts = [plan.targets, plan.copies, plan.fills, plan.cast, plan.terms, plan.products]
+    parts: list[object] = [
+        plan.targets,
+        plan.copies,
+        plan.fills,
+        plan.cast,
+        plan.terms,
+        plan.products,
+    ]
     return facts | {"the plan": _digest(parts)}
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import NamedTuple
 
+from mmconvert.executor.bands import cut, steps
 from mmconvert.executor.blockio import (
     Region,
     Window,
@@ -64,7 +65,9 @@ def _jobs(plan: Plan, targets: Sequence[StoredTensor]) -> Iterator[Job]:
     for number, copies in by_target.items():
         target = targets[number]
         if number in added:
-            yield from _merges(plan, target, copies, added[number])
+            from mmconvert.executor.products import merges
+
+            yield from merges(plan, target, copies, added[number])
             continue
         runs = _linear_runs(plan, target, copies)
         if runs and target.nbytes >= STREAM_MIN * len(runs):
@@ -152,31 +155,10 @@ def _scatters(
 ) -> Iterator[Job]:
     first = min(c.src_row for c in copies)
     last = max(c.src_row + c.rows for c in copies)
-    for top, bottom in _steps(first, last, row_bytes(source), JOB_SIZE):
-        part = _cut(copies, top, bottom, source=True)
+    for top, bottom in steps(first, last, row_bytes(source), JOB_SIZE):
+        part = cut(copies, top, bottom, source=True)
         if part:
             yield _scatter_job(source, targets, part, top, bottom)
-
-
-def _steps(first: int, last: int, each: int, size: int) -> Iterator[tuple[int, int]]:
-    """Rows ``first`` to ``last`` in steps of about ``size`` bytes, ``each`` bytes a row."""
-    step = max(1, size // each)
-    for top in range(first, last, step):
-        yield top, min(top + step, last)
-
-
-def _cut(copies: Sequence[Copy], top: int, bottom: int, *, source: bool) -> list[Copy]:
-    """The parts of copies that lie in rows ``top`` to ``bottom`` of the source or target."""
-    found: list[Copy] = []
-    for c in copies:
-        row = c.src_row if source else c.dst_row
-        begin, end = max(row, top), min(row + c.rows, bottom)
-        if begin < end:
-            skip = begin - row
-            found.append(
-                c._replace(src_row=c.src_row + skip, dst_row=c.dst_row + skip, rows=end - begin)
-            )
-    return found
 
 
 def _scatter_job(
@@ -185,9 +167,9 @@ def _scatter_job(
     def run(files: Files) -> None:
         width, line = matrix(source.shape)[1], row_bytes(source)
         item = ITEM_SIZE[source.dtype]
-        for begin, end in _steps(top, bottom, line, BAND):
+        for begin, end in steps(top, bottom, line, BAND):
             band = read_compact(files, source, Region(begin, 0, end - begin, width), "band")
-            for c in _cut(copies, begin, end, source=True):
+            for c in cut(copies, begin, end, source=True):
                 block = Window(band, (c.src_row - begin) * line + c.src_col * item, line)
                 target = targets[c.dst]
                 at = rect_offset(target, c.dst_row, c.dst_col)
@@ -226,8 +208,8 @@ def _repeats(copies: Sequence[Copy]) -> frozenset[tuple[int, int]]:
 
 
 def _gathers(origin: Origin, target: StoredTensor, copies: Sequence[Copy]) -> Iterator[Job]:
-    for top, bottom in _steps(0, matrix(target.shape)[0], row_bytes(target), JOB_SIZE):
-        yield _gather_job(origin, target, _cut(copies, top, bottom, source=False), top, bottom)
+    for top, bottom in steps(0, matrix(target.shape)[0], row_bytes(target), JOB_SIZE):
+        yield _gather_job(origin, target, cut(copies, top, bottom, source=False), top, bottom)
 
 
 def _gather_job(
@@ -235,8 +217,8 @@ def _gather_job(
 ) -> Job:
     def run(files: Files) -> Losses:
         tally = _Tally()
-        for begin, end in _steps(top, bottom, row_bytes(target), size):
-            part = _cut(copies, begin, end, source=False)
+        for begin, end in steps(top, bottom, row_bytes(target), size):
+            part = cut(copies, begin, end, source=False)
             _gather(files, origin, target, part, (begin, end), tally)
         return tally.losses
 
@@ -276,51 +258,6 @@ def _gather(
         if (c.src, c.dst) not in origin.repeats:
             tally.add(place(source), loss)
     write_pieces(files, target.path, rect_offset(target, top, 0), [band])
-
-
-# -------------------------------------------------------------------------------------- merge
-
-
-def _merges(
-    plan: Plan, target: StoredTensor, copies: Sequence[Copy], products: Sequence[Copy]
-) -> Iterator[Job]:
-    """A weight to which products of adapters are added, a band of rows at a time."""
-    for top, bottom in _steps(0, matrix(target.shape)[0], row_bytes(target), JOB_SIZE):
-        base = _cut(copies, top, bottom, source=False)
-        yield _merge_job(plan, target, base, products, top, bottom)
-
-
-def _merge_job(
-    plan: Plan,
-    target: StoredTensor,
-    copies: list[Copy],
-    products: Sequence[Copy],
-    top: int,
-    bottom: int,
-) -> Job:
-    def run(files: Files) -> None:
-        from mmconvert.executor.products import Products, band_of, rounded
-        from mmconvert.executor.values import floats
-
-        adapters = Products(plan.sources, plan.terms)
-        width = matrix(target.shape)[1]
-        for begin, end in _steps(top, bottom, row_bytes(target), 4 * BAND):
-            band = band_of(end - begin, width, target.dtype)
-            for c in _cut(copies, begin, end, source=False):
-                source = plan.sources[c.src]
-                region = Region(c.src_row, c.src_col, c.rows, c.cols)
-                values = floats(read_compact(files, source, region, "base"), source.dtype)
-                at = c.dst_row - begin
-                band[at : at + c.rows, c.dst_col : c.dst_col + c.cols] = values.reshape(
-                    c.rows, c.cols
-                )
-            adapters.add(files, band, begin, _cut(products, begin, end, source=False))
-            bits = rounded(band, target, begin)
-            write_pieces(files, target.path, rect_offset(target, begin, 0), [bits])
-
-    path = str(target.path)
-    nbytes = (bottom - top) * row_bytes(target)
-    return Job((path,), (path, rect_offset(target, top, 0)), nbytes, run)
 
 
 class _Tally:

@@ -11,17 +11,19 @@ whole have the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmconvert.errors import TensorError
-from mmconvert.executor.blockio import Region, read_compact
-from mmconvert.executor.fileio import Files
+from mmconvert.executor.bands import cut, steps
+from mmconvert.executor.blockio import Region, read_compact, rect_offset, row_bytes
+from mmconvert.executor.fileio import BAND, Files, write_pieces
+from mmconvert.executor.jobs import JOB_SIZE, Job
 from mmconvert.executor.values import floats, from_floats
-from mmconvert.plan.plan import Block, Copy, Term
+from mmconvert.plan.plan import Block, Copy, Plan, Term, matrix
 from mmconvert.stored import StoredTensor
 
 Array = NDArray[Any]
@@ -29,6 +31,58 @@ Array = NDArray[Any]
 # OpenBLAS multiplies matrices of fewer multiplications than this by other kernels, which sum in
 # another order; they are made larger with rows of zeros.
 SMALL = 1_100_000
+MERGE_BAND = 4 * BAND  # bytes of a weight that are merged at a time
+
+
+def merges(
+    plan: Plan, target: StoredTensor, copies: Sequence[Copy], products: Sequence[Copy]
+) -> Iterator[Job]:
+    """The jobs that write a weight to which products of adapters are added."""
+    for top, bottom in steps(0, matrix(target.shape)[0], row_bytes(target), JOB_SIZE):
+        base = cut(copies, top, bottom, source=False)
+        added = cut(products, top, bottom, source=False)
+        yield _job(plan, target, base, added, top, bottom)
+
+
+def _job(
+    plan: Plan,
+    target: StoredTensor,
+    copies: Sequence[Copy],
+    products: Sequence[Copy],
+    top: int,
+    bottom: int,
+) -> Job:
+    def run(files: Files) -> None:
+        adapters = Products(plan.sources, plan.terms)
+        for begin, end in steps(top, bottom, row_bytes(target), MERGE_BAND):
+            band = _base(files, plan.sources, target, copies, begin, end)
+            adapters.add(files, band, begin, cut(products, begin, end, source=False))
+            bits = _rounded(band, target, begin)
+            write_pieces(files, target.path, rect_offset(target, begin, 0), [bits])
+
+    path = str(target.path)
+    nbytes = (bottom - top) * row_bytes(target)
+    return Job((path,), (path, rect_offset(target, top, 0)), nbytes, run)
+
+
+def _base(
+    files: Files,
+    sources: Sequence[StoredTensor],
+    target: StoredTensor,
+    copies: Sequence[Copy],
+    top: int,
+    bottom: int,
+) -> Array:
+    """A band of the base model's weight, in float32 or wider."""
+    kind = np.float64 if target.dtype == "F64" else np.float32
+    band: Array = np.zeros((bottom - top, matrix(target.shape)[1]), kind)
+    for c in cut(copies, top, bottom, source=False):
+        source = sources[c.src]
+        region = Region(c.src_row, c.src_col, c.rows, c.cols)
+        values = floats(read_compact(files, source, region, "base"), source.dtype)
+        at = c.dst_row - top
+        band[at : at + c.rows, c.dst_col : c.dst_col + c.cols] = values.reshape(c.rows, c.cols)
+    return band
 
 
 class Products:
@@ -60,10 +114,12 @@ class Products:
             if term.a:
                 product = multiply(product, self._whole_a(files, c.src)[:, col : col + cols])
             product *= np.float32(term.scale)
-            part = band[c.dst_row - top : c.dst_row - top + c.rows, c.dst_col : c.dst_col + c.cols]
-            part += product.T if term.transposed else product
+            first, last = c.dst_row - top, c.dst_row - top + c.rows
+            band[first:last, c.dst_col : c.dst_col + c.cols] += (
+                product.T if term.transposed else product
+            )
             if term.magnitude >= 0:
-                part *= self._factors(files, term, part, row)
+                band[first:last] *= self._factors(files, term, band[first:last], row)
 
     def _factors(self, files: Files, term: Term, rows: Array, first: int) -> Array:
         """What DoRA multiplies whole rows with: their magnitude over their norm.
@@ -116,12 +172,7 @@ def _matrix(
     return found
 
 
-def band_of(rows: int, cols: int, dtype: str) -> Array:
-    """An empty band of a weight in which sums are made."""
-    return np.zeros((rows, cols), np.float64 if dtype == "F64" else np.float32)
-
-
-def rounded(band: Array, target: StoredTensor, top: int) -> memoryview:
+def _rounded(band: Array, target: StoredTensor, top: int) -> memoryview:
     """The bits of a band in the dtype of its target, each value rounded once.
 
     Raises:

@@ -23,10 +23,6 @@ def prove(plan: Plan) -> None:
     for c in plan.copies:
         reads[c.src].append(Rect(c.src_row, c.src_col, c.rows, c.cols))
         writes[c.dst].append(Rect(c.dst_row, c.dst_col, c.rows, c.cols))
-        cast = "" if c.dst in plan.kept else plan.cast
-        same = plan.targets[c.dst].dtype == cast_dtype(plan.sources[c.src].dtype, cast)
-        if not same and c.src not in plan.fitted:
-            raise _unproven(f"{plan.targets[c.dst].name} would change its dtype")
     for check in plan.replicas:
         c = check.copy
         reads[c.src].append(Rect(c.src_row, c.src_col, c.rows, c.cols))
@@ -35,6 +31,7 @@ def prove(plan: Plan) -> None:
         writes[fill.tensor].append(Rect(*fill[2:]))
     for zero in [*plan.zeros, *plan.replaced]:
         reads[zero.tensor].append(Rect(*zero[2:]))
+    _prove_dtypes(plan)
     _prove_products(plan, reads)
     for i, target in enumerate(plan.targets):
         if not covers(writes[i], *matrix(target.shape), once=True):
@@ -42,6 +39,16 @@ def prove(plan: Plan) -> None:
     for i, source in enumerate(plan.sources):
         if not covers(reads[i], *matrix(source.shape), once=False):
             raise _unproven(f"not every element of {source.name} is used")
+
+
+def _prove_dtypes(plan: Plan) -> None:
+    """No dtype changes but by the cast that was asked for."""
+    for c in plan.copies:
+        cast = "" if c.dst in plan.kept else plan.cast
+        if c.src in plan.fitted:
+            continue
+        if plan.targets[c.dst].dtype != cast_dtype(plan.sources[c.src].dtype, cast):
+            raise _unproven(f"{plan.targets[c.dst].name} would change its dtype")
 
 
 def _prove_products(plan: Plan, reads: dict[int, list[Rect]]) -> None:
