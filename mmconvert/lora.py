@@ -12,9 +12,11 @@ from mmconvert.convert import PARALLEL, End, Request, convert
 from mmconvert.converters.family import Family
 from mmconvert.errors import CheckpointError, MMConvertError, RequestError
 from mmconvert.events import Events
+from mmconvert.formats import manifest
 from mmconvert.formats.base import Opening
 from mmconvert.formats.hf.folder import read_json_file
 from mmconvert.formats.hf.model import config_model
+from mmconvert.formats.mm.adapters import noted_traits
 from mmconvert.formats.mm.deltas import mm_deltas
 from mmconvert.formats.model import Model
 from mmconvert.formats.peft.folder import Names, open_peft, read_file
@@ -168,7 +170,11 @@ def opened(
                 f"{folder} is a whole model, no adapter", "the folder of a LoRA training"
             )
         return mm_deltas(stored, cfg.lora_alpha, cfg.scale)
+    like = like or base_model(family, named_base(folder))
     variant = like.variant if like else variant_of_keys(family, folder)
+    if like is None:
+        noted = manifest.read(cfg.base_dir)[0] or {}
+        variant = replace(variant, traits=variant.traits | noted_traits(noted))
     names = Names(family, family.table(replace(variant, canonical=False)))
     found = open_peft(folder, names, cfg.lora_alpha)
     return peft_adapter(found, cfg.scale, base_is_residual=cfg.base_is_residual)

@@ -47,7 +47,8 @@ def restricted(
         if row.mm not in present:
             return None
         layers = tuple(sorted(set(present[row.mm]) - {NO_LAYER}))
-        if any(INDEX in name for name in row.hf) and row.layers not in (None, layers):
+        counted = layers and any(INDEX in name for name in row.hf)
+        if counted and row.layers not in (None, layers):
             raise TensorError(
                 f"{row.mm} is adapted in layers {list(layers)} only",
                 f"all layers that have it: {list(row.layers or ())}",

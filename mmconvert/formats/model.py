@@ -175,8 +175,8 @@ def target_layout(model: Model, given: ParallelConfig, prefix: str) -> Layout:
 def _check_ep(model: Model, size: int, prefix: str) -> None:
     """Raises LayoutError for an expert-parallel size that does not divide the experts."""
     counts = [n for n in experts_of(model.modules, model.dims).values() if n]
-    if size in (0, 1):
-        return
+    if size in (0, 1) or (model.adapter is not None and not counts):
+        return  # an adapter of other layers is the same on all expert-parallel ranks
     if not counts:
         raise LayoutError(f"{prefix}ep_size is {size}", f"1: {model.family.name} has no experts")
     for count in counts:

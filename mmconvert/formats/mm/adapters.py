@@ -20,7 +20,7 @@ from mmconvert.formats.mm.folder import MMCheckpoint
 from mmconvert.formats.mm.source import Parts, claim_mm
 from mmconvert.formats.model import AdapterModel, Model, Notes
 from mmconvert.names import NO_LAYER, number, summarise
-from mmconvert.narrow import is_object
+from mmconvert.narrow import is_array, is_object
 from mmconvert.plan.plan import matrix
 from mmconvert.sharding.layout import Layout
 from mmconvert.sharding.stages import flat
@@ -52,7 +52,8 @@ def mm_adapter(
     dims = dict(model.dims) if model else manifest.sizes(content or {})
     parts = checkpoint.parts
     weights = {_weight(name) for part in parts.values() for name in part}
-    variant = variant_of(family, weights, checkpoint, model)
+    noted = noted_traits(content or {})
+    variant = variant_of(family, weights, checkpoint, model, noted)
     variant = replace(variant, vit_qkv=options.vit_qkv)
     table = linear(family.table(variant))
     _check_known(family, table, weights, checkpoint)
@@ -88,6 +89,13 @@ def mm_adapter(
         tied_known=False,
     )
     return found, layout, parts
+
+
+def noted_traits(content: Mapping[str, object]) -> frozenset[str]:
+    """The traits of config.json that a manifest notes; they change Hugging Face names."""
+    noted = content.get("variant")
+    traits = noted.get("traits") if is_object(noted) else None
+    return frozenset(map(str, traits)) if is_array(traits) else frozenset()
 
 
 def sized(model: Model, given: ParallelConfig) -> Model:
@@ -234,9 +242,16 @@ def check_converter(
 
 
 def variant_of(
-    family: Family, names: set[str], checkpoint: MMCheckpoint, model: Model | None
+    family: Family,
+    names: set[str],
+    checkpoint: MMCheckpoint,
+    model: Model | None,
+    noted: frozenset[str] = frozenset(),
 ) -> Variant:
     """The variant whose table knows most of the names, and of these the smallest.
+
+    Args:
+        noted: traits of config.json by the manifest, where there is no model.
 
     Raises:
         CheckpointError: none knows any.
@@ -248,6 +263,9 @@ def variant_of(
         candidates = tuple(
             Variant(canonical=c, traits=own.traits, lists=own.lists) for c in choices
         )
+
+    elif noted:
+        candidates = (*(replace(v, traits=noted) for v in candidates), *candidates)
 
     def fit(variant: Variant) -> tuple[int, int]:
         modules = family.modules(variant)

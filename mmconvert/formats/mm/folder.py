@@ -136,7 +136,7 @@ def open_mm(root: Path) -> MMCheckpoint:
                 "keep one checkpoint in this folder",
             )
     names = {name for part in parts.values() for name in part}
-    if _counts_ep(names, root) if is_adapter(names) else second_is_ep(parts):
+    if _counts_ep(names, parts, root) if is_adapter(names) else second_is_ep(parts):
         parts = {Chunk(Rank(c.rank.tp, 0, c.rank.pp), c.virtual): p for c, p in parts.items()}
     tp, pp, ep = (max(numbers) + 1 for numbers in zip(*(c.rank for c in parts), strict=True))
     words = [f"{what} ({count} bytes) left out" for what, count in notes.items()]
@@ -149,10 +149,13 @@ def is_adapter(names: Iterable[str]) -> bool:
     return bool(listed) and all(MARK in name and BASE_LAYER not in name for name in listed)
 
 
-def _counts_ep(names: Iterable[str], root: Path) -> bool:
+def _counts_ep(names: Iterable[str], parts: Iterable[Chunk], root: Path) -> bool:
     """As :func:`second_is_ep`, of an adapter: its stages may have the same names, and so it is
     mmconvert.json that tells; without it only experts are taken for expert-parallel.
     """
+    ranks = [chunk.rank for chunk in parts]
+    if any(rank.ep for rank in ranks) or not any(rank.pp for rank in ranks):
+        return False
     layout = (manifest.read(root)[0] or {}).get("layout")
     if is_object(layout):
         return layout.get("ep_size") is not None

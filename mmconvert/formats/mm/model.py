@@ -20,7 +20,7 @@ from mmconvert.converters.family import (
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.executor.compare import same_bytes
 from mmconvert.formats import manifest
-from mmconvert.formats.mm.adapters import check_converter, mm_adapter, variant_of
+from mmconvert.formats.mm.adapters import check_converter, mm_adapter, noted_traits, variant_of
 from mmconvert.formats.mm.detect import (
     assert_layout,
     check_layers,
@@ -76,7 +76,7 @@ def mm_model(
     # The manifest may say that the text decoder was left out; if it is there, it counts.
     said = content is not None and content.get("save_vit_only") is True
     vit_only = vit_only or (said and not any(name.startswith(TEXT) for name in names))
-    variant = variant_of(family, names, checkpoint, model)
+    variant = variant_of(family, names, checkpoint, model, noted_traits(content or {}))
     if model is not None and model.tied_known:
         tied = model.variant.tied
     else:
