@@ -56,7 +56,8 @@ def _job(
         adapters = Products(plan.sources, plan.terms)
         for begin, end in steps(top, bottom, row_bytes(target), MERGE_BAND):
             band = _base(files, plan.sources, target, copies, begin, end)
-            adapters.add(files, band, begin, cut(products, begin, end, source=False))
+            with np.errstate(all="ignore"):  # what is not finite is an error below
+                adapters.add(files, band, begin, cut(products, begin, end, source=False))
             bits = _rounded(band, target, begin)
             write_pieces(files, target.path, rect_offset(target, begin, 0), [bits])
 

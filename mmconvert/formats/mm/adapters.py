@@ -263,15 +263,15 @@ def variant_of(
         candidates = tuple(
             Variant(canonical=c, traits=own.traits, lists=own.lists) for c in choices
         )
-
     elif noted:
         candidates = (*(replace(v, traits=noted) for v in candidates), *candidates)
 
-    def fit(variant: Variant) -> tuple[int, int]:
+    def fit(variant: Variant) -> tuple[int, bool, int]:
         modules = family.modules(variant)
         index = mm_index(modules)
         known = sum(index.find(name) is not None for name in names)
-        return known, -sum(len(m.all_rows()) for m in modules)
+        told = bool(noted) and variant.traits == noted
+        return known, told, -sum(len(m.all_rows()) for m in modules)
 
     best = max(candidates, key=fit)
     if not fit(best)[0]:

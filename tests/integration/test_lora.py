@@ -1,0 +1,220 @@
+"""Adapters between PEFT and MM format, and merging: bit for bit where that is possible."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from commands import layout, refused, untouched
+from hfgen import make_hf
+from lora import (
+    Tensors,
+    adapter,
+    matrices,
+    merge,
+    products,
+    run,
+    same,
+    save_adapter,
+    weights,
+)
+from mmread import compare_hf, compare_mm
+
+SMALL: dict[str, Any] = {"layers": 2, "vit_layers": 2}
+QWEN25 = "Qwen2_5_VLConverter"
+CANONICAL = ("--cfg.common_model_config.enable_canonical_hf_struct", "True")
+FAMILIES: dict[str, tuple[str, dict[str, Any], int, tuple[str, ...]]] = {
+    # model of the catalogue: converter, sizes, tp, more of the layout
+    "qwen2vl-7b": ("Qwen2VLConverter", SMALL, 2, ("vit_tp_size=1",)),
+    "qwen2.5vl-7b": (QWEN25, SMALL, 2, ()),
+    "qwen2.5omni-7b": (
+        "Qwen2_5_OmniConverter",
+        {**SMALL, "audio_layers": 2},
+        2,
+        ("audio_pp_layers=[2,0]",),
+    ),
+    "internvl2-2b": ("InternVLConverter", SMALL, 2, ()),
+    "internvl2-1b": ("InternVLConverter", SMALL, 2, ()),
+    "glm4.1v-9b": ("GlmConverter", SMALL, 2, ()),
+    "qwen3vl-4b": ("Qwen3VLMegatronConverter", {"layers": 2, "vit_layers": 18}, 2, ()),
+    "qwen3vl-30b-a3b": (
+        "Qwen3VLMegatronConverter",
+        {"layers": 2, "vit_layers": 25},
+        1,
+        ("ep_size=2",),
+    ),
+    "deepseekvl2": ("DeepSeekVLConverter", {"vit_layers": 2}, 1, ()),
+}
+QUICK = {"qwen2vl-7b", "qwen2.5vl-7b"}
+CASES = [
+    pytest.param(model, canonical, shared, marks=() if model in QUICK else pytest.mark.nightly)
+    for model in FAMILIES
+    for canonical in ((False, True) if model in QUICK else (False,))
+    for shared in (False, True)
+    if model in QUICK or shared is False
+]
+
+
+def old_products(folder: Path) -> Tensors:
+    """The products of an adapter that was written, by its own configuration."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return products(adapter(folder), config["lora_alpha"] / config["r"])
+
+
+@pytest.mark.parametrize(("model", "canonical", "shared"), CASES)
+def test_merging_and_converting_commute(
+    model: str, canonical: bool, shared: bool, tmp_path: Path
+) -> None:
+    """Whichever of base and adapter is in which format, the merged model has the same bits."""
+    converter, sizes, tp, more = FAMILIES[model]
+    hf = make_hf(model, tmp_path / "hf", **sizes)
+    only = {"qwen2.5omni-7b": "thinker", "deepseekvl2": "^language"}.get(model, "")
+    mine = matrices(hf, shared=shared, only=only)
+    peft = save_adapter(tmp_path / "peft", mine, base_model_name_or_path=str(hf))
+    llm, vit = sizes.get("layers", 30), sizes["vit_layers"]
+    flags = layout(f"[1,{llm - 1}]", f"[{vit},0]", tp, *more)
+    form = CANONICAL if canonical else ()
+    merged = tmp_path / "merged"
+    merge(converter, hf, [peft], merged)
+    expected = tmp_path / "expected"
+    where = ("--cfg.hf_config.hf_dir", merged, "--cfg.mm_dir", expected)
+    run(converter, "hf_to_mm", *where, *flags, *form)
+    base, mm = tmp_path / "base", tmp_path / "mm"
+    run(converter, "hf_to_mm", "--cfg.hf_config.hf_dir", hf, "--cfg.mm_dir", base, *flags, *form)
+    there = ("--cfg.hf_config.hf_dir", peft, "--cfg.mm_dir", mm, "--cfg.base_mm_dir", base)
+    said = run(converter, "lora_hf_to_mm", *there).stderr
+    assert ("exact as a product" in said) == (not shared and not canonical)
+
+    merge(converter, base, [mm], tmp_path / "both")
+    assert compare_mm(expected, tmp_path / "both") == []
+    merge(converter, base, [peft], tmp_path / "other")
+    assert compare_mm(expected, tmp_path / "other") == []
+    merge(converter, hf, [mm], tmp_path / "back")
+    assert compare_hf(merged, tmp_path / "back") == []
+
+    again = tmp_path / "again"
+    flags_back = ("--cfg.hf_config.hf_dir", hf, "--cfg.save_hf_dir", again, "--cfg.names", "old")
+    run(converter, "lora_mm_to_hf", "--cfg.mm_dir", mm, *flags_back)
+    one, other = products(mine, 2.0), old_products(again)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    if shared or canonical:
+        same(mine, adapter(again))
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(converter, "lora_resplit", "--cfg.source_dir", mm, "--cfg.target_dir", whole)
+    given = [word.replace(".parallel_", ".target_parallel_") for word in flags]
+    run(converter, "lora_resplit", "--cfg.source_dir", whole, "--cfg.target_dir", cut, *given)
+    assert compare_mm(mm, cut) == []
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_hf("qwen2.5vl-7b", tmp_path_factory.mktemp("lora") / "hf", **SMALL)
+
+
+def to_mm(peft: Path, mm: Path, *flags: str | Path, check: int = 0):
+    words = ("--cfg.hf_config.hf_dir", peft, "--cfg.mm_dir", mm, *flags)
+    return run(QWEN25, "lora_hf_to_mm", *words, check=check)
+
+
+def test_the_form_of_training_and_its_names(hf: Path, tmp_path: Path) -> None:
+    """A whole on every rank beside B's rows, as Megatron's layers have them; new names in PEFT."""
+    mine = matrices(hf, only=r"^model\.layers", dtype=torch.bfloat16)
+    peft = save_adapter(tmp_path / "peft", mine)
+    to_mm(peft, tmp_path / "mm", *layout("[2]", "[2]", 2), *CANONICAL)
+    ranks = [
+        torch.load(tmp_path / f"mm/release/mp_rank_{tp:02d}/model_optim_rng.pt")["model"]
+        for tp in (0, 1)
+    ]
+    stem = "text_decoder.decoder.layers.1"
+    a = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    for part in ranks:
+        assert torch.equal(part[f"{stem}.self_attention.q_proj.lora_A.default.weight"], mine[a])
+        assert not any(".lora_" not in name for name in part)
+    b = [part[f"{stem}.self_attention.q_proj.lora_B.default.weight"] for part in ranks]
+    assert torch.equal(torch.cat(b), mine[a.replace("lora_A", "lora_B")])
+    down = a.replace("self_attn.q_proj", "mlp.down_proj")
+    parts = [part[f"{stem}.mlp.linear_fc2.lora_A.default.weight"] for part in ranks]
+    assert torch.equal(torch.cat(parts, dim=1), mine[down])
+
+    out = tmp_path / "out"
+    run(QWEN25, "lora_mm_to_hf", "--cfg.mm_dir", tmp_path / "mm", "--cfg.save_hf_dir", out)
+    new = {
+        name.replace("model.layers", "model.language_model.layers"): t for name, t in mine.items()
+    }
+    same(new, adapter(out))
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 8, "LORA")
+    # down_proj ... are names of the vision encoder's layers too
+    assert config["exclude_modules"] == r"model\.visual\..*"
+    assert "down_proj" in config["target_modules"]
+
+
+def test_errors_say_what_is_wrong(hf: Path, tmp_path: Path) -> None:
+    mine = matrices(hf, only=r"layers\.0\.self_attn\.[qv]_proj")
+    mm = tmp_path / "mm"
+
+    def refuse(tensors: Tensors, code: int, *expected: str, flags=(), **config) -> None:
+        content = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
+        folder = save_adapter(tmp_path / "bad", tensors, content)
+        refused(to_mm(folder, mm, *flags, check=code), code, *expected, out=mm)
+
+    names = list(mine)
+    refuse({n: t for n, t in mine.items() if n != names[0]}, 3, "stands alone")
+    refuse(mine, 3, "peft_type is 'LOHA'", peft_type="LOHA")
+    refuse(mine, 3, "gives it the rank 5", r=5)
+    other = {n.replace("self_attn", "attention"): t for n, t in mine.items()}
+    refuse(other, 3, "does not have", "closest known name")
+    refuse({"model.layers.0.mlp.up_proj.weight": mine[names[0]]}, 3, "no name has lora_")
+    magnitude = {names[0].replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(168)}
+    refuse({**mine, **magnitude}, 2, "DoRA", "lora_merge")
+    refuse(mine, 2, "rslora", use_rslora=True)
+    fused = ("--cfg.common_model_config.enable_canonical_hf_struct", "False")
+    refuse(mine, 3, "base_hf_dir", flags=fused)
+    exact = (*fused, "--cfg.base_hf_dir", str(hf), "--cfg.exact_rank", "True")
+    refuse(mine, 2, "canonical_model", flags=exact)
+    wrong = ("--cfg.common_model_config.new_transformers_weight_key", "True")
+    refuse(mine, 3, "new_transformers_weight_key says True", flags=wrong)
+    half = {n: t[:, :-1] if "lora_A" in n else t for n, t in mine.items()}
+    base = ("--cfg.base_hf_dir", str(hf))
+    refuse({n: t.contiguous() for n, t in half.items()}, 3, "columns there", flags=base)
+
+
+def test_merging_refuses_what_would_be_wrong(hf: Path, tmp_path: Path) -> None:
+    mine, out = matrices(hf, only=r"layers\.0\.self_attn\.q_proj"), tmp_path / "out"
+    pissa = save_adapter(tmp_path / "a", mine, init_lora_weights="pissa_niter_4")
+    done = merge(QWEN25, hf, [pissa], out, check=3)
+    refused(done, 3, "residual", out=out)
+    merge(QWEN25, hf, [pissa], tmp_path / "told", "--cfg.base_is_residual", "True")
+    nameless = save_adapter(tmp_path / "b", mine)
+    (nameless / "adapter_config.json").unlink()
+    refused(merge(QWEN25, hf, [nameless], out, check=3), 3, "--cfg.lora_alpha", out=out)
+    merge(QWEN25, hf, [nameless], tmp_path / "said", "--cfg.lora_alpha", "8")
+    assert compare_hf(tmp_path / "told", tmp_path / "said") == []
+    infinite = {n: t.fill_(float("inf")) if "lora_B" in n else t for n, t in mine.items()}
+    bad = save_adapter(tmp_path / "c", infinite)
+    refused(merge(QWEN25, hf, [bad], out, check=3), 3, "q_proj", "finite", out=out)
+    untouched(out)
+
+
+def test_several_adapters_and_a_scale(hf: Path, tmp_path: Path) -> None:
+    """The sum is rounded once: two adapters, the second at half its strength."""
+    name = "model.layers.1.mlp.up_proj"
+    mine = [matrices(hf, only=rf"^{name}", seed=seed) for seed in (1, 2)]
+    folders = [save_adapter(tmp_path / f"a{i}", t) for i, t in enumerate(mine)]
+    merge(QWEN25, hf, folders, tmp_path / "out", "--cfg.scale", "0.5")
+    deltas = [
+        t[f"base_model.model.{name}.lora_B.weight"] @ t[f"base_model.model.{name}.lora_A.weight"]
+        for t in mine
+    ]
+    base = weights(hf)[f"{name}.weight"]
+    expected = (base.float() + deltas[0] + deltas[1]).to(base.dtype)
+    got = weights(tmp_path / "out")
+    assert torch.equal(got[f"{name}.weight"], expected)
+    rest = {n: t for n, t in weights(hf).items() if n != f"{name}.weight"}
+    assert all(torch.equal(t, got[n]) for n, t in rest.items())
