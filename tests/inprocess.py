@@ -26,7 +26,7 @@ SOURCE, TARGET = "--cfg.source_dir", "--cfg.target_dir"
 
 
 def converter_of(model: str) -> str:
-    """The converter of a model of hfgen's catalogue."""
+    """The converter of a model of the playground's catalogue."""
     return next(c for prefix, c in CONVERTERS.items() if model.startswith(prefix))
 
 

@@ -1,4 +1,4 @@
-"""Tiny deterministic Qwen-VL checkpoints in Hugging Face form; values as in hfgen."""
+"""Tiny deterministic Qwen-VL checkpoints in Hugging Face form; values as in the playground."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from cli import run_cli
 from commands import Done
-from hfgen import tensor_bytes
+from mmconvert.playground.checkpoints import tensor_bytes
 
 QWENVL = "QwenVLConverter"
 Shapes = dict[str, tuple[int, ...]]

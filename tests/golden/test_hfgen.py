@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hfgen import MODELS, NEW_NAMES, make_hf, nested_config, renamed
+from mmconvert.playground.checkpoints import MODELS, NEW_NAMES, make_hf, nested_config, renamed
 from mmread import compare_hf, read_weight_file, weight_files
 
 WEIGHTS = {

@@ -30,7 +30,7 @@ from commands import (
     same_hf,
     target,
 )
-from hfgen import make_hf
+from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_mm
 
 VERBS = ("hf_to_mm", "mm_to_hf", "resplit")

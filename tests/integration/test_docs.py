@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from cli import run_cli
 from commands import edit_rank, install, layout, rank_files, same_hf
-from hfgen import make_hf
 from mmconvert import converters
 from mmconvert.converters.family import Variant
+from mmconvert.playground.checkpoints import make_hf
 from mmconvert.version import VERSION
 from qwenvl import make_qwenvl
 

@@ -31,7 +31,7 @@ from commands import (
     rank_files,
     snapshot,
 )
-from hfgen import NEW_NAMES, make_hf, nested_config
+from mmconvert.playground.checkpoints import NEW_NAMES, make_hf, nested_config
 from mmconvert.tools.doctor.mm import EXPLAINED
 from mmconvert.tools.doctor.report import SEVERITY
 from mmread import INDEX, TRACKER

@@ -27,8 +27,8 @@ from commands import (
     untouched,
 )
 from filesystems import file_system
-from hfgen import make_hf
 from inprocess import BACK, HF, MM, SOURCE, TARGET, call
+from mmconvert.playground.checkpoints import make_hf
 from mmread import INDEX, MANIFEST, TRACKER, files_in, weight_files
 
 OMNI = "Qwen2_5_OmniConverter"

@@ -18,9 +18,9 @@ from torch import Tensor
 
 import mmconvert
 from commands import edit_index, edit_json, edit_rank, edit_single, read_single
-from hfgen import make_hf, nested_config, renamed
 from inprocess import HF, MM, call, to_hf, to_mm, to_other
 from mmconvert.errors import CheckpointError
+from mmconvert.playground.checkpoints import make_hf, nested_config, renamed
 from mmread import INDEX
 
 MODEL = "qwen2vl-2b"

@@ -18,9 +18,9 @@ import mmconvert
 import mscodec
 from cli import run_cli
 from commands import litter, none, refused
-from hfgen import make_hf
 from mmconvert.formats.containers.ckpt import read_ckpt
 from mmconvert.formats.mindspore.strategy import read_strategy
+from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_hf, compare_side_files
 from qwenvl import Sizes, Tensors, devices, hf_to_ms, make_qwenvl, ms_to_hf, resplit_ms
 from stopping import noted, stopped

@@ -12,7 +12,7 @@ import pytest
 
 from cli import run_cli
 from commands import QWEN2VL, hf_to_mm
-from hfgen import make_hf
+from mmconvert.playground.checkpoints import make_hf
 
 FULL = Path("/dev/full")  # Linux, full(4): every write fails as on a full disk
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="only Linux has /dev/full")

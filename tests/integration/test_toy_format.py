@@ -12,12 +12,12 @@ import torch
 
 import mmconvert
 import toyformat
-from hfgen import make_hf
 from inprocess import call
 from mmconvert import Options
 from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.executor import journal
 from mmconvert.formats import registry
+from mmconvert.playground.checkpoints import make_hf
 
 AUTO, QWEN = "AutoConverter", "Qwen2VLConverter"
 NPY, NORM = "npy", "text_decoder.decoder.final_layernorm.weight"

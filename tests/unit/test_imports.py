@@ -53,19 +53,20 @@ ALLOWED: dict[str, set[str]] = {
     "loading": FILES_ROOM,
     "lazy": {*FILES_ROOM, "loading"},
     "datasets": set(),
+    "playground": STORY,
     "tools": STORY,
     "api": {*STORY, "lazy", "loading", "tools"},
     "testing": STORY,
     "report": {"executor", "formats", "sharding", "stored", "tools"},
     "runtime": {*FILES_ROOM, "loading"},
-    "cli": {*STORY, "api", "datasets", "report", "runtime", "tools"},
+    "cli": {*STORY, "api", "datasets", "playground", "report", "runtime", "tools"},
     "__init__": {"api", "config"},
     "__main__": {"cli"},
 }
 
 # Libraries beside the standard library: who may import them at all.
 LIBRARIES: dict[str, set[str]] = {
-    "numpy": {"executor.measure", "executor.values"},
+    "numpy": {"executor.measure", "executor.values", "playground.checkpoints"},
     "PIL": {"runtime.films", "runtime.media", "runtime.pictures", "runtime.tiles"},
     "av": {"runtime.films"},
     "rich": {"cli.screen", "cli.tools.*", "report.picture"},

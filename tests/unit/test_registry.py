@@ -1,6 +1,6 @@
 """Contracts of every family, taken from the registry: a new family is tested by being there.
 
-It needs a line in MODELS, the catalogue entries of hfgen.py that it converts.
+It needs a line in MODELS, the catalogue entries of the playground that it converts.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from hfgen import MODELS as CATALOGUE
-from hfgen import NEW_NAMES, make_hf, renamed
 from mmconvert import converters
 from mmconvert.config import (
     CommonModelConfig,
@@ -29,6 +27,8 @@ from mmconvert.converters.checks import check_family
 from mmconvert.converters.family import ZEROS, Family, Module, Row, Variant, hf_templates
 from mmconvert.errors import RequestError
 from mmconvert.names import NO_LAYER
+from mmconvert.playground.checkpoints import MODELS as CATALOGUE
+from mmconvert.playground.checkpoints import NEW_NAMES, make_hf, renamed
 from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG
 from mmconvert.testing import contract
 from mmread import MANIFEST, compare_hf, compare_side_files, files_in, read_mm
@@ -96,7 +96,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def config_of(model: str) -> dict[str, Any]:
-    """The config.json that hfgen writes for a model."""
+    """The config.json that the playground writes for a model."""
     entry = CATALOGUE[model]
     return entry.config(entry.sizes)
 

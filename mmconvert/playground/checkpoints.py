@@ -1,8 +1,8 @@
-"""Tiny deterministic Hugging Face checkpoints with the names and layer counts of real ones.
+r"""Tiny deterministic Hugging Face checkpoints with the names and layer counts of real ones.
 
 The bits of a tensor follow from its name and element count alone::
 
-    raw  = SHAKE-256("mm-golden-v1\\0" + seed + name), count * itemsize bytes, little endian
+    raw  = SHAKE-256("mm-golden-v1\0" + seed + name), count * itemsize bytes, little endian
     bf16 : sign and mantissa kept, the exponent field becomes 111 + (its low 4 bits)
     f32  : likewise
 
@@ -387,7 +387,9 @@ def _flags(sizes: Json) -> Json:
     }
 
 
-def _tensors(sections: Iterable[Section], sizes: Json) -> Iterator[tuple[str, tuple, str]]:
+def _tensors(
+    sections: Iterable[Section], sizes: Json
+) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """(name, shape, dtype) of every tensor, in model order."""
     for section in sections:
         if section.when and not sizes[section.when]:
@@ -1004,7 +1006,7 @@ def make_hf(
     *,
     same_values: bool = False,
     edit_config: Callable[[Json], Json] | None = None,
-    **overrides: Any,
+    **overrides: int | bool | str | list[int],
 ) -> Path:
     """Write a checkpoint of the catalogue's `model` to `out` and return `out`.
 
@@ -1024,7 +1026,7 @@ def make_hf(
         raise TypeError(f"{model} has no size {sorted(unknown)}; it has {sorted(sizes)}")
     sizes = {**sizes, **overrides}
     listed = [*_tensors(sections, _flags(sizes)), *((n, tuple(s), "BF16") for n, s in extra)]
-    tensors = []
+    tensors: list[Tensor] = []
     for name, shape, dtype in listed:
         new = renamed(name, rename)
         tensors.append(Tensor(new, shape, dtype, name if same_values else new))
