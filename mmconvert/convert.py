@@ -26,7 +26,7 @@ from mmconvert.converters.family import Family
 from mmconvert.errors import RequestError
 from mmconvert.events import Events
 from mmconvert.executor.apart import check_apart
-from mmconvert.formats.base import Format, NoLayout, Opening, Placing, Stored
+from mmconvert.formats.base import Format, NoLayout, Opening, Placing, StoredCheckpoint
 from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.model import Model, idle_patterns
 from mmconvert.formats.reading import watched
@@ -35,7 +35,7 @@ from mmconvert.modeljson.layout import settled
 from mmconvert.names import summarise
 from mmconvert.plan.plan import build, carry, in_dtype
 from mmconvert.result import Result
-from mmconvert.run import Run
+from mmconvert.run import Conversion
 
 PARALLEL = "--cfg.parallel_config."
 # Options that make sense only where some format is read, or written.
@@ -105,7 +105,9 @@ def convert(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = Run(asked.command, asked.cfg or asked, _with_dtype(options or Options(), asked), events)
+    run = Conversion(
+        asked.command, asked.cfg or asked, _with_dtype(options or Options(), asked), events
+    )
     reader, writer = load(asked.source.format), load(asked.target.format)
     _check_formats(family, run.options, reader, writer)
     check_apart(asked.target.path, _inputs(asked, writer))
@@ -195,7 +197,7 @@ def _check_formats(family: Family, options: Options, reader: Format, writer: For
 
 def _original(
     family: Family, asked: Request, options: Options, writer: Format
-) -> tuple[Stored | None, Model | None]:
+) -> tuple[StoredCheckpoint | None, Model | None]:
     """The original checkpoint, where the output is made like it; and its model."""
     if writer.needs_original and asked.original is None and asked.source.format != writer.name:
         raise RequestError(
@@ -221,7 +223,9 @@ def _inputs(asked: Request, writer: Format) -> list[Path]:
     return found + [path for path in strategies if path is not None]
 
 
-def _notes(options: Options, source: Stored, original: Stored | None) -> list[str]:
+def _notes(
+    options: Options, source: StoredCheckpoint, original: StoredCheckpoint | None
+) -> list[str]:
     """What is worth knowing of what is read."""
     notes = [] if original is None else list(original.model.notes)
     models = [source.model] if original is None else [original.model, source.model]

@@ -18,9 +18,9 @@ from mmconvert.runtime import commands
 from mmconvert.runtime.dataset import Data
 from mmconvert.runtime.journal import Line
 from mmconvert.runtime.optimizer import Recipe
-from mmconvert.runtime.samples import Source
+from mmconvert.runtime.samples import SampleSource
 from mmconvert.runtime.schedule import Schedule
-from mmconvert.runtime.training import Plan
+from mmconvert.runtime.training import TrainingPlan
 
 SIDE = 56  # pixels of a picture: 4 x 4 patches, 4 image tokens
 COLOURS = ("red", "green", "blue", "black")
@@ -90,21 +90,21 @@ def write_data(folder: Path, name: str = "data.json") -> Path:
     return folder / name
 
 
-def plan(save: Path, steps: int, **other: Any) -> Plan:
+def plan(save: Path, steps: int, **other: Any) -> TrainingPlan:
     """Two micro-batches of one sample a step unless said otherwise."""
     schedule = Schedule(other.pop("rate", 3e-3), 0.0, other.pop("warmup", 2), steps)
     decay, sharded = other.pop("decay", 0.01), other.pop("sharded", False)
     recipe = Recipe(schedule, decay, 0.9, 0.999, 1e-8, other.pop("clip", 1.0), sharded)
     given: dict[str, Any] = {"save_every": 0, "evaluate_every": 0, "evaluate_steps": 25}
     given |= {"log_every": 1, "size": 1, "count": 2, "seed": 5, "frozen": ()}
-    return Plan(save, steps, **{**given, **other}, save_optimizer=True, recipe=recipe)
+    return TrainingPlan(save, steps, **{**given, **other}, save_optimizer=True, recipe=recipe)
 
 
 def learn(
     mm: Path,
     hf: Path,
     data: Sequence[Path],
-    what: Plan,
+    what: TrainingPlan,
     *,
     dtype: str = "fp32",
     resume: bool = False,
@@ -116,5 +116,5 @@ def learn(
         if isinstance(event, Line) and event.loss is not None:
             found.append((event.iteration, event.loss, event.rate, event.norm))
 
-    commands.finetune(mm, hf, Data((Source(tuple(data)),)), what, dtype, resume, hear)
+    commands.finetune(mm, hf, Data((SampleSource(tuple(data)),)), what, dtype, resume, hear)
     return found

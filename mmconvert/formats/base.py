@@ -80,7 +80,7 @@ class Opening:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored(ABC):
+class StoredCheckpoint(ABC):
     """A checkpoint that was opened: what is stored, and which model that is.
 
     Attributes:
@@ -127,14 +127,14 @@ class Placing:
         original: the checkpoint whose files the output is like, if the format needs one.
     """
 
-    source: Stored
+    source: StoredCheckpoint
     wholes: Mapping[Key, Whole]
     path: Path
     layout: object
     flags: str
     options: Options
     cast: str = ""
-    original: Stored | None = None
+    original: StoredCheckpoint | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +276,7 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def open(self, path: Path, told: Opening) -> Stored:
+    def open(self, path: Path, told: Opening) -> StoredCheckpoint:
         """Opens a checkpoint: every tensor is claimed by a row, or named as left out.
 
         Raises:

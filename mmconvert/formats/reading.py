@@ -44,7 +44,7 @@ class State(NamedTuple):
         )
 
 
-class Watch:
+class FileWatch:
     """The files that were read, each in the state of the first look."""
 
     def __init__(self) -> None:
@@ -72,12 +72,12 @@ class Watch:
                 )
 
 
-_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
+_watch: ContextVar[FileWatch | None] = ContextVar("watch", default=None)
 
 
-def current() -> Watch:
+def current() -> FileWatch:
     """The watch of the conversion under way; one of nothing where there is none."""
-    return _watch.get() or Watch()
+    return _watch.get() or FileWatch()
 
 
 def watched(conversion: Callable[P, R]) -> Callable[P, R]:
@@ -89,7 +89,7 @@ def watched(conversion: Callable[P, R]) -> Callable[P, R]:
     def watching(*args: P.args, **kwargs: P.kwargs) -> R:
         if _watch.get() is not None:
             return conversion(*args, **kwargs)
-        token = _watch.set(Watch())
+        token = _watch.set(FileWatch())
         try:
             return conversion(*args, **kwargs)
         finally:

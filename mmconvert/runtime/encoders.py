@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 
-class Span(NamedTuple):
+class LayerRange(NamedTuple):
     """The layers of a module that one stage holds: ``start`` to ``stop`` of ``total``."""
 
     start: int
@@ -51,7 +51,7 @@ class Rows(nn.Module):
         return x.reshape(-1, self._width)
 
 
-def kept(layers: Any, span: Span) -> nn.ModuleList:  # noqa: ANN401 - a ModuleList of any model
+def kept(layers: Any, span: LayerRange) -> nn.ModuleList:  # noqa: ANN401 - a ModuleList of any model
     """The layers of a span."""
     return nn.ModuleList(list(layers)[span.start : span.stop])
 

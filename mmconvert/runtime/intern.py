@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmconvert.runtime.attention import per_head_qkv
 from mmconvert.runtime.bind import Binder
-from mmconvert.runtime.encoders import Point, Span, kept, layer_points
+from mmconvert.runtime.encoders import LayerRange, Point, kept, layer_points
 from mmconvert.runtime.parallel import SlicedNorm, share
 from mmconvert.runtime.vision import PROJECTOR
 
@@ -47,7 +47,7 @@ class InternVision(nn.Module):
         inner: transformers' InternVLModel, which has encoder and projector.
     """
 
-    def __init__(self, binder: Binder, inner: Any, span: Span) -> None:  # noqa: ANN401 - HF's model
+    def __init__(self, binder: Binder, inner: Any, span: LayerRange) -> None:  # noqa: ANN401 - HF's model
         super().__init__()
         vision, self.span = inner.vision_tower, span
         self.width = vision.config.hidden_size

@@ -35,7 +35,7 @@ LAYER = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class LoadableCheckpoint:
     """An MM checkpoint that the runtime can load.
 
     Attributes:
@@ -54,7 +54,7 @@ class Stored:
         return self.layout.tp_folders * self.layout.pp_size
 
 
-def find(mm_dir: Path, arch: Architecture) -> Stored:
+def find(mm_dir: Path, arch: Architecture) -> LoadableCheckpoint:
     """Reads the layout of an MM checkpoint.
 
     Raises:
@@ -84,7 +84,7 @@ def find(mm_dir: Path, arch: Architecture) -> Stored:
             "as many folders as the largest tp size",
             "give the hf_dir of the model that this checkpoint was made from",
         )
-    return Stored(checkpoint.folder, _iteration(checkpoint), layout)
+    return LoadableCheckpoint(checkpoint.folder, _iteration(checkpoint), layout)
 
 
 def _iteration(checkpoint: MMCheckpoint) -> int:
@@ -142,7 +142,7 @@ def _tp(checkpoint: MMCheckpoint, key: str, width: int) -> int:
     raise CheckpointError(f"{checkpoint.folder}: no mlp.linear_fc2 of the {key} module", "a model")
 
 
-def read_rank(stored: Stored, rank: Rank) -> dict[str, Any]:
+def read_rank(stored: LoadableCheckpoint, rank: Rank) -> dict[str, Any]:
     """The content of a rank file, its data mapped from disk.
 
     Raises:

@@ -16,7 +16,7 @@ from mmconvert.errors import LayoutError
 from mmconvert.runtime.audio import QwenAudio
 from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.bind import Binder
-from mmconvert.runtime.encoders import Point, Span
+from mmconvert.runtime.encoders import LayerRange, Point
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.intern import InternVision
 from mmconvert.runtime.mesh import Mesh
@@ -29,11 +29,11 @@ from mmconvert.sharding.stages import StageGrid, first_stage, flat, last_stage
 ENCODERS = ("vit", "audio")
 
 
-def span_of(grid: StageGrid, stage: int) -> Span | None:
+def span_of(grid: StageGrid, stage: int) -> LayerRange | None:
     """The layers of a stage, or None if it has none."""
     counts = flat(grid)
     start = sum(counts[:stage])
-    return Span(start, start + counts[stage], sum(counts)) if counts[stage] else None
+    return LayerRange(start, start + counts[stage], sum(counts)) if counts[stage] else None
 
 
 class Border:

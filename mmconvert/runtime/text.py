@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmconvert.runtime.attention import separate_qkv
 from mmconvert.runtime.bind import Binder
-from mmconvert.runtime.encoders import Point, Span, kept, layer_points
+from mmconvert.runtime.encoders import LayerRange, Point, kept, layer_points
 
 TEXT = "text_decoder.decoder"
 
@@ -23,7 +23,14 @@ class Text(nn.Module):
         tied: whether config.json ties the output layer to the embedding.
     """
 
-    def __init__(self, binder: Binder, model: Any, owner: Any, span: Span, tied: bool) -> None:  # noqa: ANN401 - HF's
+    def __init__(
+        self,
+        binder: Binder,
+        model: Any,  # noqa: ANN401 - HF's
+        owner: Any,  # noqa: ANN401 - HF's
+        span: LayerRange,
+        tied: bool,
+    ) -> None:
         super().__init__()
         self.width, self.span = model.norm.weight.shape[0], span
         self.points: list[Point] = []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmconvert.runtime.attention import head_qkv, packed_qkv
 from mmconvert.runtime.bind import Binder
-from mmconvert.runtime.encoders import Point, Rows, Span, kept, layer_points
+from mmconvert.runtime.encoders import LayerRange, Point, Rows, kept, layer_points
 
 VIT = "image_encoder.encoder.blocks.layers"
 PROJECTOR = "image_encoder.projector"
@@ -26,7 +26,7 @@ class QwenVision(nn.Module):
     its start and back at its end, on both sides of a border.
     """
 
-    def __init__(self, binder: Binder, visual: Any, span: Span) -> None:  # noqa: ANN401 - HF's model
+    def __init__(self, binder: Binder, visual: Any, span: LayerRange) -> None:  # noqa: ANN401 - HF's model
         super().__init__()
         unit = visual.spatial_merge_size**2
         width = visual.blocks[0].norm1.weight.shape[0]

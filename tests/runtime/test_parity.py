@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import tinyfamilies as models
 from mmconvert.errors import FormError
 from mmconvert.runtime import commands
-from mmconvert.runtime.verdict import Report
+from mmconvert.runtime.verdict import ValidationReport
 from nights import nightly
 
 
@@ -68,7 +68,7 @@ TODAY = (
 )
 
 
-def checked(case: Case, folder: Path) -> Report:
+def checked(case: Case, folder: Path) -> ValidationReport:
     """The checkpoint of a case, validated."""
     hf = models.make(case.kind, folder / "hf", tied=case.tied, **dict(case.options))
     mm = models.convert(case.kind, hf, folder / "mm", case.llm, case.vit, case.tp, *case.more)

@@ -26,7 +26,7 @@ example:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ModelJsonFlags:
     """What to write."""
 
     path: tyro.conf.Positional[Path]
@@ -57,7 +57,7 @@ class Asked:
 
 def run(words: list[str]) -> int:
     """Writes, and prints the script's flags."""
-    asked = read_plain(Asked, words, "mm-convert model_json", TEXT)
+    asked = read_plain(ModelJsonFlags, words, "mm-convert model_json", TEXT)
     from mmconvert.formats.hf.folder import read_config
     from mmconvert.formats.recognise import family_of
 
@@ -84,7 +84,7 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _layout(asked: Asked, content: dict[str, object]) -> Layout:
+def _layout(asked: ModelJsonFlags, content: dict[str, object]) -> Layout:
     """The layout that is asked for.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import ClassVar
 from mmconvert.converters.family import Family, Module
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.formats import contents, reading
-from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, Stored, plain
+from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint, plain
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.hf.folder import HFCheckpoint, open_hf
 from mmconvert.formats.hf.model import hf_model
@@ -28,7 +28,7 @@ CONFIG = Path("config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HFStored(Stored):
+class HFStored(StoredCheckpoint):
     """A Hugging Face checkpoint that was opened."""
 
     @property

@@ -13,7 +13,15 @@ from mmconvert.converters.family import Family, Module
 from mmconvert.converters.mindspore import MSFamily
 from mmconvert.errors import RequestError
 from mmconvert.formats import contents
-from mmconvert.formats.base import Described, Format, Look, Opening, Placed, Placing, Stored
+from mmconvert.formats.base import (
+    Described,
+    Format,
+    Look,
+    Opening,
+    Placed,
+    Placing,
+    StoredCheckpoint,
+)
 from mmconvert.formats.containers.ckpt_layout import ckpt_image
 from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.containers.safetensors import safetensors_image
@@ -48,7 +56,7 @@ from mmconvert.stored import StoredTensor, Target
 
 
 @dataclass(frozen=True, kw_only=True)
-class MSStored(Stored):
+class MSStored(StoredCheckpoint):
     """A MindSpore checkpoint that was opened; ``ranks`` are its tensors and how they lie."""
 
     ranks: MSModel

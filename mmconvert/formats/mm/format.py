@@ -11,7 +11,7 @@ from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import Family, Module
 from mmconvert.errors import CheckpointError, MMConvertError, RequestError
 from mmconvert.formats import contents
-from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, Stored
+from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.mm.folder import find_weights, is_mm
 from mmconvert.formats.mm.model import mm_model
@@ -29,7 +29,7 @@ from mmconvert.stored import StoredTensor, Target
 
 
 @dataclass(frozen=True, kw_only=True)
-class MMStored(Stored):
+class MMStored(StoredCheckpoint):
     """An MM checkpoint that was opened.
 
     Attributes:

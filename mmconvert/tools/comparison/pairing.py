@@ -8,7 +8,7 @@ from pathlib import Path
 from mmconvert.config import Options
 from mmconvert.converters.family import Family, any_family
 from mmconvert.errors import CheckpointError
-from mmconvert.formats.base import Opening, Stored
+from mmconvert.formats.base import Opening, StoredCheckpoint
 from mmconvert.formats.registry import load, recognise
 from mmconvert.plan.plan import Side
 from mmconvert.sharding.layout import Layout
@@ -25,7 +25,7 @@ def open_pair(a: Path, b: Path, options: Options) -> tuple[Opened, Opened]:
     kinds = [recognise(path) or "mm" for path in (a, b)]
     family = _family((a, b), kinds)
     told = Opening(family, options, claims=bool(family.converter))
-    found: dict[int, Stored] = {}
+    found: dict[int, StoredCheckpoint] = {}
     for number in sorted((0, 1), key=lambda i: kinds[i] != "hf"):
         kind, path = load(kinds[number]), (a, b)[number]
         hints = [stored.model for stored in found.values() if stored.format == "hf"]
@@ -57,7 +57,7 @@ def _family(paths: tuple[Path, Path], kinds: list[str]) -> Family:
     return known[0]
 
 
-def _opened(stored: Stored, *, canonical: bool) -> Opened:
+def _opened(stored: StoredCheckpoint, *, canonical: bool) -> Opened:
     """One of the two; Hugging Face in the structure of the other."""
     model, modules = stored.model, None
     if stored.format == "hf":

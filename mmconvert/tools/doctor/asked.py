@@ -13,7 +13,7 @@ from mmconvert.formats.hf.side import hf_side
 from mmconvert.formats.model import ENCODERS, Model
 from mmconvert.formats.recognise import family_of
 from mmconvert.plan.plan import Side
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.shell import line, operand
 
 
@@ -41,7 +41,7 @@ class Original:
 
 
 @dataclass(frozen=True)
-class Asked:
+class DoctorRequest:
     """What an examination is asked for.
 
     Attributes:
@@ -58,7 +58,7 @@ class Asked:
     workers: int
     model_json: Path | None = None
 
-    def original(self, report: Report) -> Original | None:
+    def original(self, report: DoctorReport) -> Original | None:
         """Opens hf_dir. Its weights may be absent or damaged: config.json gives the sizes."""
         folder = self.hf_dir
         if folder is None:

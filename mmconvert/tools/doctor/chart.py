@@ -20,7 +20,7 @@ from mmconvert.sharding.layout import Chunk
 from mmconvert.sharding.stages import StageGrid
 from mmconvert.stored import StoredTensor
 from mmconvert.tools.doctor.folder import Ranks
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.report import DoctorReport
 
 Chunks = Mapping[Chunk, Mapping[str, StoredTensor]]
 
@@ -131,7 +131,7 @@ class Chart:
 
 
 def make_chart(
-    root: Path, ranks: Ranks, parts: Chunks, hf: Model | None, report: Report
+    root: Path, ranks: Ranks, parts: Chunks, hf: Model | None, report: DoctorReport
 ) -> Chart | None:
     """Recognises the family; None if no family knows the names."""
     names = {name for part in parts.values() for name in part}

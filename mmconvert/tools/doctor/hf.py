@@ -19,15 +19,15 @@ from mmconvert.formats.mm.instances import Instance
 from mmconvert.names import NO_LAYER, number, summarise
 from mmconvert.plan.dtypes import CAST_ALL, mixed_dtypes
 from mmconvert.stored import StoredTensor
-from mmconvert.tools.doctor.asked import Asked
+from mmconvert.tools.doctor.asked import DoctorRequest
 from mmconvert.tools.doctor.hf_files import look_at_config, look_at_side_files, weight_files
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.values import look_at_replicas, look_for_nan
 
 ANOTHER_CONFIG = "take config.json from the model's page"
 
 
-def examine_hf(folder: Path, asked: Asked, events: Events, report: Report) -> None:
+def examine_hf(folder: Path, asked: DoctorRequest, events: Events, report: DoctorReport) -> None:
     """Everything about an HF folder."""
     report.kind = "hf"
     if asked.hf_dir is not None:
@@ -45,7 +45,7 @@ def examine_hf(folder: Path, asked: Asked, events: Events, report: Report) -> No
 
 
 def _family(
-    folder: Path, config: Mapping[str, object], files: Sequence[WeightFile], report: Report
+    folder: Path, config: Mapping[str, object], files: Sequence[WeightFile], report: DoctorReport
 ) -> Family | None:
     kind = config.get("model_type")
     path = folder / "config.json"
@@ -88,9 +88,9 @@ def _look_at_tensors(
     config: Mapping[str, object],
     files: Sequence[WeightFile],
     complete: bool,
-    asked: Asked,
+    asked: DoctorRequest,
     events: Events,
-    report: Report,
+    report: DoctorReport,
 ) -> None:
     try:
         dims = family.dims(config)
@@ -136,7 +136,7 @@ def _look_at_tensors(
         _try_to_open(folder, family, report)
 
 
-def _try_to_open(folder: Path, family: Family, report: Report) -> None:
+def _try_to_open(folder: Path, family: Family, report: DoctorReport) -> None:
     """What nothing before has seen, and a conversion would refuse."""
     try:
         model = hf_model(family, folder, Options())
@@ -149,7 +149,7 @@ def _by_hub_name(
     family: Family,
     config: Mapping[str, object],
     files: Sequence[WeightFile],
-    report: Report,
+    report: DoctorReport,
 ) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     other: list[StoredTensor] = []
@@ -185,7 +185,7 @@ def _known(
     family: Family,
     table: tuple[Module, ...],
     tensors: Mapping[str, StoredTensor],
-    report: Report,
+    report: DoctorReport,
 ) -> dict[str, StoredTensor]:
     """The tensors that have a row; those without any reason to be there are noted."""
     index = hf_templates(table)
@@ -214,7 +214,7 @@ def _missing(
     lacking: Sequence[Instance],
     tensors: Mapping[str, StoredTensor],
     output: set[str],
-    report: Report,
+    report: DoctorReport,
 ) -> None:
     """Missing tensors, a finding for each layer."""
     places: dict[tuple[str, int], list[str]] = {}
@@ -237,7 +237,7 @@ def _beyond(
     modules: Sequence[Module],
     dims: Dims,
     tensors: Mapping[str, StoredTensor],
-    report: Report,
+    report: DoctorReport,
 ) -> None:
     """Layers that config.json does not count."""
     owner = {name: m for m in modules for r in m.all_rows() for name in r.hf}

@@ -15,7 +15,7 @@ from mmconvert.formats.hf.choice import weight_files as safetensors_files
 from mmconvert.formats.hf.folder import check_single, chosen, read_config, read_index
 from mmconvert.names import number, summarise
 from mmconvert.tools.doctor.rankfiles import LFS, lfs_pointer
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.shell import line, move_aside, operand, unused
 
 AGAIN = "download the file again"
@@ -23,7 +23,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "q
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
-def look_at_config(folder: Path, report: Report) -> Mapping[str, object] | None:
+def look_at_config(folder: Path, report: DoctorReport) -> Mapping[str, object] | None:
     """config.json, if it can be read."""
     path = folder / "config.json"
     if not path.is_file():
@@ -41,7 +41,7 @@ def look_at_config(folder: Path, report: Report) -> Mapping[str, object] | None:
         return None
 
 
-def look_at_side_files(folder: Path, report: Report, *, preprocessor: bool = True) -> None:
+def look_at_side_files(folder: Path, report: DoctorReport, *, preprocessor: bool = True) -> None:
     """What a model needs beside its weights to be used.
 
     Args:
@@ -63,7 +63,7 @@ def look_at_side_files(folder: Path, report: Report, *, preprocessor: bool = Tru
         )
 
 
-def weight_files(folder: Path, report: Report) -> tuple[list[WeightFile], bool]:
+def weight_files(folder: Path, report: DoctorReport) -> tuple[list[WeightFile], bool]:
     """The readable weight files, and whether they are all there: those that are converted."""
     name = chosen(folder, {})
     pickled = name.startswith(hf_bin.SINGLE)
@@ -106,7 +106,7 @@ def weight_files(folder: Path, report: Report) -> tuple[list[WeightFile], bool]:
     return readable, bool(names) and len(readable) == len(names)
 
 
-def look_at_adapter(folder: Path, report: Report) -> None:
+def look_at_adapter(folder: Path, report: DoctorReport) -> None:
     """An adapter that lies beside the weights."""
     found = sorted(path.name for path in folder.iterdir() if ADAPTER.fullmatch(path.name))
     if found:
@@ -121,7 +121,7 @@ def look_at_adapter(folder: Path, report: Report) -> None:
         )
 
 
-def _weight_map(folder: Path, report: Report, *, pickled: bool) -> dict[str, str] | None:
+def _weight_map(folder: Path, report: DoctorReport, *, pickled: bool) -> dict[str, str] | None:
     try:
         return read_index(folder, pickled=pickled)
     except CheckpointError as error:
@@ -130,7 +130,7 @@ def _weight_map(folder: Path, report: Report, *, pickled: bool) -> dict[str, str
         return None
 
 
-def _is_stale(index: Path, names: Sequence[str], report: Report) -> bool:
+def _is_stale(index: Path, names: Sequence[str], report: DoctorReport) -> bool:
     """An index of another save; the weights beside it stay where they are."""
     fault = stale_index(index, names)
     if fault is not None:
@@ -138,7 +138,7 @@ def _is_stale(index: Path, names: Sequence[str], report: Report) -> bool:
     return fault is not None
 
 
-def _is_partial(folder: Path, report: Report) -> bool:
+def _is_partial(folder: Path, report: DoctorReport) -> bool:
     """A single file that hides the files of the index: it alone is in the way."""
     try:
         check_single(read_weight_file(folder / SINGLE))
@@ -156,7 +156,7 @@ def _is_partial(folder: Path, report: Report) -> bool:
     return False
 
 
-def _index_not_read(index: Path, report: Report) -> None:
+def _index_not_read(index: Path, report: DoctorReport) -> None:
     report.add(
         "index-not-read",
         f"{index} is not read: the model is read from {SINGLE}, as transformers does",
@@ -176,7 +176,7 @@ def _absent(
     names: Sequence[str],
     absent: Sequence[str],
     weight_map: Mapping[str, str],
-    report: Report,
+    report: DoctorReport,
 ) -> None:
     for name in absent:
         path = folder / name
@@ -194,7 +194,7 @@ def _absent(
         )
 
 
-def _no_safetensors(folder: Path, report: Report) -> None:
+def _no_safetensors(folder: Path, report: DoctorReport) -> None:
     others = sorted(path.name for path in folder.glob("*.bin"))
     report.add(
         "no-safetensors",
@@ -206,7 +206,7 @@ def _no_safetensors(folder: Path, report: Report) -> None:
     )
 
 
-def _read(path: Path, report: Report) -> WeightFile | None:
+def _read(path: Path, report: DoctorReport) -> WeightFile | None:
     try:
         pickled = path.name.endswith(hf_bin.SUFFIX)
         return hf_bin.read_bin(path) if pickled else read_weight_file(path)
@@ -217,7 +217,7 @@ def _read(path: Path, report: Report) -> WeightFile | None:
     return None
 
 
-def look_at_damage(path: Path, error: FormatError, report: Report) -> None:
+def look_at_damage(path: Path, error: FormatError, report: DoctorReport) -> None:
     """What has happened to a weight file that cannot be read."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -239,7 +239,7 @@ def look_at_damage(path: Path, error: FormatError, report: Report) -> None:
 
 
 def _index_fits(
-    folder: Path, weight_map: Mapping[str, str], files: Sequence[WeightFile], report: Report
+    folder: Path, weight_map: Mapping[str, str], files: Sequence[WeightFile], report: DoctorReport
 ) -> None:
     """Every tensor of the index in its file, and no other."""
     for file in files:
@@ -261,7 +261,7 @@ def _index_fits(
                 )
 
 
-def _stray(folder: Path, stray: Sequence[str], indexed: bool, report: Report) -> None:
+def _stray(folder: Path, stray: Sequence[str], indexed: bool, report: DoctorReport) -> None:
     if stray:
         stand = "stands" if len(stray) == 1 else "stand"
         why = "the index does not name" if indexed else f"{stand} beside {SINGLE}"

@@ -11,12 +11,14 @@ from mmconvert.events import Events
 from mmconvert.formats.base import Format, Opening
 from mmconvert.formats.faults import Collected
 from mmconvert.plan.plan import Side
-from mmconvert.tools.doctor.asked import Asked
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.asked import DoctorRequest
+from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.values import look_at_replicas, look_for_nan
 
 
-def examine_other(kind: Format, path: Path, asked: Asked, events: Events, report: Report) -> None:
+def examine_other(
+    kind: Format, path: Path, asked: DoctorRequest, events: Events, report: DoctorReport
+) -> None:
     """Everything about a checkpoint, by its format's own reader."""
     report.kind = kind.name
     faults = Collected()

@@ -165,7 +165,7 @@ class Finding:
 
 
 @dataclass
-class Report:
+class DoctorReport:
     """The outcome of an examination.
 
     Attributes:
