@@ -108,6 +108,6 @@ def test_a_folder_flag_that_is_empty(flag: str, tied_hf: Path, tmp_path: Path) -
     words = [word for pair in folders.items() for word in pair]
     here = tmp_path / "here"
     here.mkdir()
-    done = run_cli(QWEN2VL, "hf_to_mm", *words, cwd=here, check=2)
+    done = run_cli(QWEN2VL, "hf_to_mm", *words, cwd=here, check=2, process=True)
     assert f"{flag} is empty" in done.stderr
     assert list(here.iterdir()) == []
