@@ -769,7 +769,7 @@ def _glm(s: Json) -> Json:
 
 
 # -------------------------------------------------------------------------------- models
-class Model(NamedTuple):
+class CatalogueModel(NamedTuple):
     """A catalogue entry; `shards` is the number of weight files."""
 
     sections: Sequence[Section]
@@ -808,8 +808,12 @@ def _llm(layers: int, heads: int, kv: int, head_dim: int, inter: int, vocab_size
 QWEN_7B = _llm(28, 28, 4, 6, 152, 336)
 
 
-def _internvl_model(arch: str, llm: Json, vit: Json, shards: int, tie: bool = False) -> Model:
-    return Model(INTERNVL_TENSORS, _internvl, {**vit, **llm, "arch": arch, "tie": tie}, shards)
+def _internvl_model(
+    arch: str, llm: Json, vit: Json, shards: int, tie: bool = False
+) -> CatalogueModel:
+    return CatalogueModel(
+        INTERNVL_TENSORS, _internvl, {**vit, **llm, "arch": arch, "tie": tie}, shards
+    )
 
 
 QWEN3_8B = {**_llm(36, 32, 8, 6, 192, 304), "hidden": 64, "experts": 0, "moe_inter": 0}
@@ -817,31 +821,35 @@ QWEN3_8B = {**_llm(36, 32, 8, 6, 192, 304), "hidden": 64, "experts": 0, "moe_int
 
 def _qwen3vl_model(
     depth: int, ffn: int, deepstack: list[int], *, tie: bool, shards: int, llm: Json = QWEN3_8B
-) -> Model:
+) -> CatalogueModel:
     vit = {"vit_layers": depth, "vit_dim": 32, "vit_heads": 16, "vit_inter": ffn}
     more = {"deepstack": deepstack, "tie": tie}
-    return Model(QWEN3VL_TENSORS, _qwen3vl, {**vit, **llm, **more}, shards)
+    return CatalogueModel(QWEN3VL_TENSORS, _qwen3vl, {**vit, **llm, **more}, shards)
 
 
-MODELS: Mapping[str, Model] = {
-    "qwen2vl-2b": Model(
+MODELS: Mapping[str, CatalogueModel] = {
+    "qwen2vl-2b": CatalogueModel(
         QWEN2VL_TENSORS,
         _qwen2vl,
         {**QWEN_VIT_SIZES, **_llm(28, 12, 2, 6, 144, 304), "tie": True},
         2,
     ),
-    "qwen2vl-7b": Model(QWEN2VL_TENSORS, _qwen2vl, {**QWEN_VIT_SIZES, **QWEN_7B, "tie": False}, 5),
-    "qwen2.5vl-3b": Model(
+    "qwen2vl-7b": CatalogueModel(
+        QWEN2VL_TENSORS, _qwen2vl, {**QWEN_VIT_SIZES, **QWEN_7B, "tie": False}, 5
+    ),
+    "qwen2.5vl-3b": CatalogueModel(
         QWEN25VL_TENSORS,
         _qwen25vl,
         {**QWEN25_VIT_SIZES, **_llm(36, 16, 2, 6, 176, 304), "tie": True},
         2,
     ),
-    "qwen2.5vl-7b": Model(
+    "qwen2.5vl-7b": CatalogueModel(
         QWEN25VL_TENSORS, _qwen25vl, {**QWEN25_VIT_SIZES, **QWEN_7B, "tie": False}, 5
     ),
-    "qwen2.5-7b": Model(_language_model(""), _qwen2, {**QWEN_7B, "tie": False}, 4),
-    "qwen2.5omni-7b": Model(OMNI_TENSORS, _omni, {**QWEN25_VIT_SIZES, **QWEN_7B, **OMNI_SIZES}, 5),
+    "qwen2.5-7b": CatalogueModel(_language_model(""), _qwen2, {**QWEN_7B, "tie": False}, 4),
+    "qwen2.5omni-7b": CatalogueModel(
+        OMNI_TENSORS, _omni, {**QWEN25_VIT_SIZES, **QWEN_7B, **OMNI_SIZES}, 5
+    ),
     "internvl2-1b": _internvl_model(
         "Qwen2ForCausalLM", _llm(24, 14, 2, 4, 152, 361), VIT_300M, shards=2
     ),
@@ -857,14 +865,14 @@ MODELS: Mapping[str, Model] = {
     "internvl2.5-4b": _internvl_model(
         "Qwen2ForCausalLM", _llm(36, 16, 2, 4, 172, 362), VIT_300M, shards=2, tie=True
     ),
-    "glm4.1v-9b": Model(
+    "glm4.1v-9b": CatalogueModel(
         GLM_TENSORS,
         _glm,
         {"vit_layers": 24, "vit_dim": 48, "vit_heads": 12, "nested_config": False}
         | _llm(40, 32, 2, 2, 104, 304),
         4,
     ),
-    "deepseekvl2": Model(
+    "deepseekvl2": CatalogueModel(
         _deepseek_tensors(30, 16),
         _deepseek,
         {"vit_layers": 27, "vit_dim": 32, "vit_heads": 16, "vit_inter": 120}
