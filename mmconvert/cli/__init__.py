@@ -41,6 +41,7 @@ TOOLS = {
     "run_qwenvl": "--config YAML --load_checkpoint X.ckpt --hf_dir H, as MindFormers' line has it",
     "data": "CONVERSION brings a dataset's annotations to the form that training reads",
     "convert_weight": "--model qwenvl --input_path HF --output_path X.ckpt, as MindFormers has it",
+    "playground": "DIR writes small checkpoints of every family to try the commands on",
     "completion": "bash|zsh prints a script that completes these words in the shell",
 }
 # Scripts of MindFormers' and MindSpeed-MM's guides: their lines work with mm-convert for python.

@@ -949,21 +949,22 @@ def nested_config(config: Json) -> Json:
     }
 
 
-def _write_json(path: Path, value: Json) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON as the hub's files have it."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_side_files(out: Path, model: str) -> None:
-    _write_json(
+    write_json(
         out / "generation_config.json",
         {"bos_token_id": 151643, "do_sample": True, "eos_token_id": [151645, 151643]},
     )
-    _write_json(
+    write_json(
         out / "tokenizer_config.json",
         {"model_max_length": 32768, "tokenizer_class": "Qwen2Tokenizer"},
     )
-    _write_json(out / "preprocessor_config.json", {"patch_size": 14, "temporal_patch_size": 2})
-    _write_json(out / "vocab.json", {"!": 0, "\u00e9": 1})
+    write_json(out / "preprocessor_config.json", {"patch_size": 14, "temporal_patch_size": 2})
+    write_json(out / "vocab.json", {"!": 0, "\u00e9": 1})
     (out / "merges.txt").write_text("#version: 0.2\n")
     (out / "README.md").write_text(f"# tiny {model}\n\nMade by a test; not trained.\n")
     (out / "examples").mkdir(exist_ok=True)
@@ -974,7 +975,7 @@ def _write_side_files(out: Path, model: str) -> None:
         )
 
 
-def _write_safetensors(path: Path, tensors: Iterable[Tensor], seed: str) -> None:
+def write_safetensors(path: Path, tensors: Iterable[Tensor], seed: str) -> None:
     """Larger items first, then by name, as the safetensors library orders them."""
     ordered = sorted(tensors, key=lambda t: (-ITEM_BYTES[t.dtype], t.name))
     header: Json = {"__metadata__": {"format": "pt"}}
@@ -1042,22 +1043,27 @@ def make_hf(
         raise ValueError("a tensor name occurs twice")
 
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "config.json", (edit_config or dict)(config(sizes)))
+    write_json(out / "config.json", (edit_config or dict)(config(sizes)))
     _write_side_files(out, model)
-    runs = _deal(tensors, shards or default_shards)
+    write_weights(out, tensors, shards or default_shards, seed)
+    return out
+
+
+def write_weights(out: Path, tensors: Sequence[Tensor], count: int, seed: str = "") -> None:
+    """Writes the weight files of a checkpoint, and their index if there is more than one."""
+    runs = _deal(tensors, count)
     if len(runs) == 1:
-        _write_safetensors(out / "model.safetensors", tensors, seed)
-        return out
+        write_safetensors(out / "model.safetensors", tensors, seed)
+        return
     weight_map: dict[str, str] = {}
     for number, run in enumerate(runs, 1):
         file = f"model-{number:05d}-of-{len(runs):05d}.safetensors"
-        _write_safetensors(out / file, run, seed)
+        write_safetensors(out / file, run, seed)
         weight_map |= {t.name: file for t in run}
-    _write_json(
+    write_json(
         out / "model.safetensors.index.json",
         {
             "metadata": {"total_size": sum(t.nbytes for t in tensors)},
             "weight_map": dict(sorted(weight_map.items())),
         },
     )
-    return out
