@@ -4,13 +4,14 @@
 # make quick  the tests that take a moment
 # make nightly  the longest proofs, and all properties with seeds that are new each time
 # make mindspore-env  a CPU MindSpore for the tests that compare with it; prints its interpreter
+# make npu-wheel  torch_npu in a folder of its own, for tests that run beside it; prints the folder
 # make bench  conversions against `cp -r`, side by side (writes 18 GB below benchmarks/data)
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo tutorial test quick nightly lint mindspore-env bench clean
+.PHONY: demo tutorial test quick nightly lint mindspore-env npu-wheel bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or later is needed"'
@@ -41,8 +42,11 @@ nightly: $(VENV)/ready
 mindspore-env:
 	@tests/with_mindspore/setup.sh .venv-mindspore
 
+npu-wheel: $(VENV)/ready
+	@tests/with_torch_npu/setup.sh $(PY) .npu-wheel
+
 bench: $(VENV)/ready
 	$(PY) benchmarks/convert.py
 
 clean:
-	rm -rf $(VENV) .venv-mindspore benchmarks/data tutorial-output
+	rm -rf $(VENV) .venv-mindspore .npu-wheel benchmarks/data tutorial-output
