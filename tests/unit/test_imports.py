@@ -76,7 +76,7 @@ LIBRARIES: dict[str, set[str]] = {
 HEAVY = {"torch", "torch_npu", "transformers", "safetensors", "megatron"}
 # These may import them: the first inside functions, the second also at their top, for which no
 # other module imports that room at its own top.
-HEAVY_ROOMS = ("loading", "lazy", "api", "executor.group")
+HEAVY_ROOMS = ("loading", "lazy", "api", "executor.group", "runtime.needs")
 HEAVY_AT_THE_TOP = ("runtime.",)
 LIGHT = {"runtime.needs"}  # runs before torch may be imported
 
