@@ -17,6 +17,7 @@ MaybePath = Union[None, Path]  # noqa: UP007 - see above
 
 
 DType = Literal["keep", "bf16", "fp16", "fp32"]
+ExpertStyle = Literal["merge", "split", "transformers4", "transformers5"]
 FileForm = Literal["auto", "ckpt", "safetensors"]
 
 
@@ -227,6 +228,19 @@ class MSResplit:
     """Dtype of every tensor; values that overflow or become zero are reported."""
     format: FileForm = "auto"
     """Form of the weight files; auto: by the ending of target_dir, else ckpt."""
+
+
+@dataclass(frozen=True)
+class MoEExpert:
+    """Hugging Face -> Hugging Face with experts in another form, as MindSpeed-MM spells it."""
+
+    style: ExpertStyle
+    """merge: one stack for the experts of a layer, as MindSpeed-MM trains them. split: a tensor for
+    each expert again. transformers4, transformers5: stacks in the order of those versions."""
+    hf_dir: Path
+    """Folder of the Hugging Face checkpoint."""
+    save_dir: Path
+    """Folder to write."""
 
 
 @dataclass(frozen=True)

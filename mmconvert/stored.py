@@ -29,6 +29,7 @@ ITEM_SIZE: dict[str, int] = {
 }
 
 
+TRANSPOSED = ".T"  # behind the name of a matrix that is seen the other way round
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})  # what a cast may change
 
 
@@ -88,8 +89,10 @@ def transpose(tensor: StoredTensor) -> StoredTensor:
         )
     rows, cols = tensor.shape
     down, right = tensor.strides or (cols, 1)
-    name = f"{tensor.name}.T"
-    return tensor._replace(name=name, shape=(cols, rows), strides=(right, down))
+    seen = tensor.name.endswith(TRANSPOSED)
+    name = tensor.name.removesuffix(TRANSPOSED) if seen else tensor.name + TRANSPOSED
+    strides = None if (right, down) == (rows, 1) and not tensor.extents else (right, down)
+    return tensor._replace(name=name, shape=(cols, rows), strides=strides)
 
 
 def expert_of(tensor: StoredTensor, expert: int) -> StoredTensor:

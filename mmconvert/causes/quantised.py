@@ -122,6 +122,11 @@ def _in_words(said: Mapping[str, object], by: str) -> str:
     return METHODS.get(method, method) + (f", {bits} bit" if bits else "")
 
 
+def is_mark(name: str) -> bool:
+    """Whether only quantised checkpoints have such a name."""
+    return _mark(name) is not None
+
+
 def _mark(name: str) -> str | None:
     """Who writes such a name; "" if many do, None if it is no sign of quantisation."""
     if STATE in name:

@@ -42,6 +42,7 @@ TOOLS = {
     "data": "CONVERSION brings a dataset's annotations to the form that training reads",
     "convert_weight": "--model qwenvl --input_path HF --output_path X.ckpt, as MindFormers has it",
     "playground": "DIR writes small checkpoints of every family to try the commands on",
+    "moe_expert": "--style merge|split --hf_dir HF --save_dir OUT stores experts in another form",
     "completion": "bash|zsh prints a script that completes these words in the shell",
 }
 # Scripts of MindFormers' and MindSpeed-MM's guides: their lines work with mm-convert for python.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmconvert import config
 from mmconvert.cli import AUTO, MS_VERBS, verbs_of
-from mmconvert.cli.arguments import Command, normalise, read
+from mmconvert.cli.arguments import Command, Screen, normalise, read
 from mmconvert.cli.screen import screen_events
 from mmconvert.config import OptionalHFConfig
 from mmconvert.words import amount
@@ -69,7 +69,11 @@ def between(converter: str, verb: str, formats: tuple[str, str], flags: list[str
 
 def run(converter: str, verb: str, command: Command) -> None:
     """Runs a conversion that has been read, and shows what came of it."""
-    result, screen = _converted(converter, verb, command), command.screen
+    show(verb, _converted(converter, verb, command), command.screen)
+
+
+def show(verb: str, result: Result, screen: Screen) -> None:
+    """Shows what came of a conversion."""
     if screen.json:
         print(json.dumps(result.as_dict()))
     elif not screen.quiet:
@@ -118,8 +122,9 @@ def _summary(verb: str, result: Result) -> str:
     moved = size - result.moved.resumed
     rate = f", {amount(moved / result.seconds)}/s" if result.written else ""
     where = "from" if verb in ("mm_to_hf", "ms_to_hf") else "layout"
+    layout = "" if verb == "moe_expert" else f"{where}: {result.layout.describe()}\n"
     return (
         f"{done} {result.output}: {len(result.plan.targets)} tensors, {amount(size)} in "
-        f"{result.seconds:.2f} s{rate}\n{where}: {result.layout.describe()}\n"
+        f"{result.seconds:.2f} s{rate}\n{layout}"
         f"proven: {len(result.plan.copies)} copies write every byte once and use every source"
     )

@@ -201,18 +201,6 @@ OMNI_TENSORS = (
     Section("talker.", "codec_head  w  96 talker_hidden"),
     Section("token2wav.", TOKEN2WAV, dtype="F32"),
 )
-INTERNVL_TENSORS = (
-    Section("language_model.model.", "tok_embeddings  w  vocab_size hidden", when="internlm2"),
-    Section("language_model.model.layers.#.", INTERNLM2_LAYER, "layers", "internlm2"),
-    Section("language_model.model.", NORM, when="internlm2"),
-    Section("language_model.", "output  w  vocab_size hidden", when="internlm2"),
-    *_language_model("language_model.", when="not_internlm2"),
-    Section("mlp1.", INTERN_PROJECTOR),
-    Section("vision_model.embeddings.", INTERN_EMBEDDINGS),
-    Section("vision_model.encoder.layers.#.", INTERN_VIT, "vit_layers"),
-)
-
-
 QWEN3_LAYER = """
     input_layernorm           w   hidden
     self_attn.q_proj          w   q hidden
@@ -226,9 +214,25 @@ QWEN3_LAYER = """
     mlp.up_proj               w   inter hidden       ?dense
     mlp.down_proj             w   hidden inter       ?dense
     mlp.gate                  w   experts hidden     ?moe
-    mlp.experts.gate_up_proj  -   experts hidden 2*moe_inter  ?moe
-    mlp.experts.down_proj     -   experts moe_inter hidden    ?moe
+    mlp.experts.gate_up_proj  -   experts hidden 2*moe_inter  ?stacked
+    mlp.experts.down_proj     -   experts moe_inter hidden    ?stacked
 """
+INTERNVL_TENSORS = (
+    Section("language_model.model.", "tok_embeddings  w  vocab_size hidden", when="internlm2"),
+    Section("language_model.model.layers.#.", INTERNLM2_LAYER, "layers", "internlm2"),
+    Section("language_model.model.", NORM, when="internlm2"),
+    Section("language_model.", "output  w  vocab_size hidden", when="internlm2"),
+    Section("language_model.model.", EMBEDDING, when="not_internlm2"),
+    Section("language_model.model.layers.#.", DECODER, "layers", "llama_or_qwen2"),
+    Section("language_model.model.layers.#.", QWEN3_LAYER, "layers", "qwen3"),
+    Section("language_model.model.", NORM, when="not_internlm2"),
+    Section("language_model.", LM_HEAD, when="not_internlm2"),
+    Section("mlp1.", INTERN_PROJECTOR),
+    Section("vision_model.embeddings.", INTERN_EMBEDDINGS),
+    Section("vision_model.encoder.layers.#.", INTERN_VIT, "vit_layers"),
+)
+
+
 QWEN3_BLOCK = """
     attn.proj       wb  vit_dim vit_dim
     attn.qkv        wb  3*vit_dim vit_dim
@@ -362,9 +366,55 @@ def _deepseek_tensors(layers: int, experts: int) -> tuple[Section, ...]:
     )
 
 
+def _single_experts(prefix: str, first: int, layers: int, experts: int) -> tuple[Section, ...]:
+    """Each expert's own tensors, in layers from `first` on."""
+    places = ((layer, e) for layer in range(first, layers) for e in range(experts))
+    one = {"inter": "moe_inter"}
+    return tuple(
+        Section(f"{prefix}.{layer}.mlp.experts.{e}.", DENSE_MLP, sizes=one) for layer, e in places
+    )
+
+
+def _glm45v_tensors(layers: int, experts: int) -> tuple[Section, ...]:
+    """The text decoder without its attention; the first layer is dense."""
+    text = "model.language_model.layers"
+    norms = "input_layernorm  w  hidden\npost_attention_layernorm  w  hidden"
+    found = [Section(f"{text}.{layer}.", norms) for layer in range(layers)]
+    for layer in range(1, layers):
+        found.append(Section(f"{text}.{layer}.mlp.", "gate  w  experts hidden"))
+        bias = "gate.e_score_correction_bias  -  experts"
+        found.append(Section(f"{text}.{layer}.mlp.", bias, dtype="F32"))
+    return (
+        Section("model.language_model.", EMBEDDING),
+        Section(f"{text}.0.mlp.", DENSE_MLP),
+        *found,
+        *_single_experts(text, 1, layers, experts),
+        Section("model.language_model.", NORM),
+        Section("", LM_HEAD),
+        Section("model.visual.", "patch_embed.proj  w  16 3 2 14 14"),
+    )
+
+
+def _omni3_tensors(layers: int, experts: int) -> tuple[Section, ...]:
+    """The thinker's text decoder, and a tensor of each of the other parts."""
+    text = "thinker.model.layers"
+    return (
+        Section("thinker.model.", EMBEDDING),
+        Section(f"{text}.#.", QWEN3_LAYER, "layers"),
+        *_single_experts(text, 0, layers, experts),
+        Section("thinker.model.", NORM),
+        Section("thinker.", LM_HEAD),
+        Section("thinker.visual.", "patch_embed.proj  w  16 3 2 16 16"),
+        Section("talker.", "codec_head  w  32 24"),
+        Section("code2wav.pre_transformer.", "norm  w  16"),
+    )
+
+
 def _flags(sizes: Json) -> Json:
     """The sizes together with what follows from them: flags and projection widths."""
-    internlm2 = sizes.get("arch") == "InternLM2ForCausalLM"
+    arch = sizes.get("arch")
+    internlm2 = arch == "InternLM2ForCausalLM"
+    qwen3 = arch in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
     six_b = sizes.get("vit_6b", False)
     omni = "audio_layers" in sizes
     return {
@@ -379,10 +429,13 @@ def _flags(sizes: Json) -> Json:
         "split_qkv": omni,
         "internlm2": internlm2,
         "not_internlm2": not internlm2,
+        "qwen3": qwen3,
+        "llama_or_qwen2": not internlm2 and not qwen3,
         "vit_6b": six_b,
         "vit_300m": not six_b,
         "dense": not sizes.get("experts"),
         "moe": bool(sizes.get("experts")),
+        "stacked": bool(sizes.get("experts")) and "deepstack" in sizes,
         "mergers": len(sizes.get("deepstack", ())),
     }
 
@@ -616,6 +669,8 @@ INTERNVL_LLMS: Mapping[str, Json] = {
         "use_sliding_window": False,
         "rope_theta": 1000000.0,
     },
+    "Qwen3ForCausalLM": {"model_type": "qwen3", "attention_bias": False},
+    "Qwen3MoeForCausalLM": {"model_type": "qwen3_moe", "attention_bias": False},
     "LlamaForCausalLM": {
         "model_type": "llama",
         "attention_bias": False,
@@ -637,6 +692,10 @@ def _internvl(s: Json) -> Json:
         "rope_scaling": None,
         "torch_dtype": "bfloat16",
     }
+    if s["arch"].startswith("Qwen3"):
+        llm["head_dim"] = s["head_dim"]
+    if "experts" in s:
+        llm |= {"num_experts": s["experts"], "moe_intermediate_size": s["moe_inter"]}
     vision = {
         "architectures": ["InternVisionModel"],
         "model_type": "intern_vit_6b",
@@ -768,6 +827,29 @@ def _glm(s: Json) -> Json:
     return {**text, **config}
 
 
+def _glm45v(s: Json) -> Json:
+    text = {**_text(s), "model_type": "glm4v_moe_text", "first_k_dense_replace": 1}
+    text |= {"moe_intermediate_size": s["moe_inter"], "n_routed_experts": s["experts"]}
+    return {
+        "architectures": ["Glm4vMoeForConditionalGeneration"],
+        "model_type": "glm4v_moe",
+        "text_config": text,
+        "vision_config": {"model_type": "glm4v_moe", "depth": 1},
+        "transformers_version": "4.57.1",
+    }
+
+
+def _omni3(s: Json) -> Json:
+    text = {**_text(s), "model_type": "qwen3_omni_moe_text", "head_dim": s["head_dim"]}
+    text |= {"moe_intermediate_size": s["moe_inter"], "num_experts": s["experts"]}
+    return {
+        "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
+        "model_type": "qwen3_omni_moe",
+        "thinker_config": {"model_type": "qwen3_omni_moe_thinker", "text_config": text},
+        "transformers_version": "4.57.0.dev0",
+    }
+
+
 # -------------------------------------------------------------------------------- models
 class CatalogueModel(NamedTuple):
     """A catalogue entry; `shards` is the number of weight files."""
@@ -893,6 +975,35 @@ MODELS: Mapping[str, CatalogueModel] = {
     ),
     "internvl3-8b": _internvl_model(
         "Qwen2ForCausalLM", _llm(28, 28, 4, 2, 148, 362), VIT_300M, shards=4
+    ),
+    "internvl3.5-1b": _internvl_model(
+        "Qwen3ForCausalLM",
+        {**_llm(28, 16, 8, 8, 96, 362), "hidden": 48},
+        VIT_300M,
+        shards=1,
+        tie=True,
+    ),
+    "internvl3.5-8b": _internvl_model(
+        "Qwen3ForCausalLM", {**_llm(36, 16, 4, 8, 96, 362), "hidden": 64}, VIT_300M, shards=4
+    ),
+    "internvl3.5-30b-a3b": Model(
+        (*INTERNVL_TENSORS, *_single_experts("language_model.model.layers", 0, 4, 8)),
+        _internvl,
+        {**VIT_300M, **_llm(4, 8, 2, 8, 96, 362), "hidden": 48, "arch": "Qwen3MoeForCausalLM"}
+        | {"tie": False, "experts": 8, "moe_inter": 24},
+        3,
+    ),
+    "glm4.5v": Model(
+        _glm45v_tensors(4, 8),
+        _glm45v,
+        {**_llm(4, 4, 2, 12, 96, 304), "experts": 8, "moe_inter": 16},
+        2,
+    ),
+    "qwen3omni-30b-a3b": Model(
+        _omni3_tensors(4, 8),
+        _omni3,
+        {**_llm(4, 8, 4, 6, 96, 304), "experts": 8, "moe_inter": 16},
+        2,
     ),
 }
 

@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[2]
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 CONTRIBUTING, FORMATS = ROOT / "CONTRIBUTING.md", ROOT / "docs" / "formats.md"
 QWENVL = ROOT / "docs" / "qwen-vl.md"
-DOCS = [README, CHINESE, CONTRIBUTING, FORMATS, ROOT / "CHANGELOG.md", QWENVL]
+EXPERTS = ROOT / "docs" / "experts.md"
+DOCS = [README, CHINESE, CONTRIBUTING, FORMATS, ROOT / "CHANGELOG.md", QWENVL, EXPERTS]
 DOCS += [ROOT / "docs" / name for name in ("data.md", "runtime.md", "tutorial.md")]
 # "0.04 s" and "231.6 MB/s", padded or not; what a dry run says of this machine
 TIMES = re.compile(
@@ -194,6 +195,15 @@ def test_the_commands_of_the_readme_run_in_order(folder: Path) -> None:
     assert named == list(keys)
     variant = json.loads((folder / "mm" / "mmconvert.json").read_text())["variant"]
     assert all(f"`{key}`" in section for key in variant)
+
+
+def test_the_commands_of_the_page_on_experts_run_in_order(tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    make_hf("glm4.5v", folder / "hf_glm45v")
+    small = {"layers": 4, "vit_layers": 3, "deepstack": [0, 1, 2]}
+    make_hf("qwen3vl-30b-a3b", folder / "hf_qwen3vl", **small)
+    for block in blocks(EXPERTS, *RUN):
+        run_block(block, folder)
 
 
 @pytest.mark.slow

@@ -50,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "result": {"estimate", "executor", "formats", "plan"},
     "run": STORY - {"convert"},
     "convert": STORY,
+    "regroup": STORY - {"convert"},
     "loading": FILES_ROOM,
     "lazy": {*FILES_ROOM, "loading"},
     "datasets": set(),
@@ -59,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     "testing": STORY,
     "report": {"executor", "formats", "sharding", "stored", "tools"},
     "runtime": {*FILES_ROOM, "loading"},
-    "cli": {*STORY, "api", "datasets", "playground", "report", "runtime", "tools"},
+    "cli": {*STORY, "api", "datasets", "playground", "regroup", "report", "runtime", "tools"},
     "__init__": {"api", "config"},
     "__main__": {"cli"},
 }
