@@ -40,7 +40,7 @@ from mmconvert.formats.reading import watched
 from mmconvert.names import EXPERT, NO_LAYER, number, summarise
 from mmconvert.plan.plan import Block, Key, Side, Whole, build, in_dtype, matrix
 from mmconvert.result import Result
-from mmconvert.run import Run
+from mmconvert.run import Conversion
 from mmconvert.stored import StoredTensor
 from mmconvert.words import parse_size
 
@@ -77,7 +77,7 @@ def moe_expert(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = Run("moe_expert", cfg, options, events)
+    run = Conversion("moe_expert", cfg, options, events)
     check_apart(cfg.save_dir, [cfg.hf_dir])
     checkpoint = open_hf(cfg.hf_dir)
     stacks = stacks_of(checkpoint.config)

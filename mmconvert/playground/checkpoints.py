@@ -986,20 +986,20 @@ MODELS: Mapping[str, CatalogueModel] = {
     "internvl3.5-8b": _internvl_model(
         "Qwen3ForCausalLM", {**_llm(36, 16, 4, 8, 96, 362), "hidden": 64}, VIT_300M, shards=4
     ),
-    "internvl3.5-30b-a3b": Model(
+    "internvl3.5-30b-a3b": CatalogueModel(
         (*INTERNVL_TENSORS, *_single_experts("language_model.model.layers", 0, 4, 8)),
         _internvl,
         {**VIT_300M, **_llm(4, 8, 2, 8, 96, 362), "hidden": 48, "arch": "Qwen3MoeForCausalLM"}
         | {"tie": False, "experts": 8, "moe_inter": 24},
         3,
     ),
-    "glm4.5v": Model(
+    "glm4.5v": CatalogueModel(
         _glm45v_tensors(4, 8),
         _glm45v,
         {**_llm(4, 4, 2, 12, 96, 304), "experts": 8, "moe_inter": 16},
         2,
     ),
-    "qwen3omni-30b-a3b": Model(
+    "qwen3omni-30b-a3b": CatalogueModel(
         _omni3_tensors(4, 8),
         _omni3,
         {**_llm(4, 8, 4, 6, 96, 304), "experts": 8, "moe_inter": 16},

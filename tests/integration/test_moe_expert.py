@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tinymoe
-from hfgen import make_hf
 from inprocess import call
+from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_side_files, row_of, weight_files
 
 RECORDS = Path(__file__).parents[1] / "golden" / "experts"
