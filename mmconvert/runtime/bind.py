@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmconvert.errors import TensorError
 from mmconvert.runtime.parallel import (
+    OfOwnPart,
     PartOf,
     RowParallel,
     TensorGroup,
@@ -39,15 +40,14 @@ class Binder:
     def __init__(self, shard: Shard, key: str, group: TensorGroup) -> None:
         self.shard, self.key, self.group = shard, key, group
 
-    def _bind(
+    def bind(
         self, mm: str, hf: str, p: nn.Parameter, part: View = whole, mine: View = whole
     ) -> None:
+        """Notes what a tensor of the shard is in transformers' model, as :class:`Binding` says."""
         self.shard.bindings.append(Binding(mm, (self.key, hf), p, part, mine))
 
     def _take(self, name: str, shape: tuple[int, ...], divided: bool) -> nn.Parameter:
-        if divided:
-            self.shard.divided.add(name)
-        return self.shard.take(name, shape, self.group)
+        return self.shard.take(name, shape, self.group.size if divided else 1)
 
     def replicated(self, module: nn.Module, mm: str, hf: str) -> None:
         """Every parameter of a small module (a norm, a convolution, a bias), as it is."""
@@ -55,7 +55,14 @@ class Binder:
             full = f"{mm}.{name}" if mm else name
             parameter = self._take(full, tuple(empty.shape), divided=False)
             setattr(module, name, parameter)
-            self._bind(full, f"{hf}.{name}", parameter)
+            self.bind(full, f"{hf}.{name}", parameter)
+
+    def norm_of_heads(self, attn: nn.Module, attribute: str, mm: str, hf: str) -> None:
+        """A norm of each head, of which this rank has its own: all ranks have the same weight."""
+        norm = getattr(attn, attribute)
+        self.replicated(norm, mm, hf)
+        if self.group.size > 1:
+            setattr(attn, attribute, OfOwnPart(norm, self.group))
 
     def own(
         self, module: nn.Module, name: str, mm: str, hf: str, shape: tuple[int, ...] | None = None
@@ -64,7 +71,7 @@ class Binder:
         empty = getattr(module, name)
         parameter = self._take(mm, tuple(empty.shape), divided=False)
         setattr(module, name, parameter)
-        self._bind(mm, hf, parameter)
+        self.bind(mm, hf, parameter)
 
     def packed(
         self,
@@ -89,11 +96,11 @@ class Binder:
         for suffix, (parent, attribute) in pieces.items():
             part, mine = parts[suffix]
             setattr(parent, attribute, PartOf(weight, bias, part, self.group))
-            self._bind(f"{mm}.weight", f"{hf}{suffix}.weight", weight, part, mine)
+            self.bind(f"{mm}.weight", f"{hf}{suffix}.weight", weight, part, mine)
             if bias is None:
                 continue
             if suffix in biased:
-                self._bind(f"{mm}.bias", f"{hf}{suffix}.bias", bias, part, mine)
+                self.bind(f"{mm}.bias", f"{hf}{suffix}.bias", bias, part, mine)
             else:
                 self.shard.void.append((f"{mm}.bias", bias, part))
 
@@ -117,11 +124,11 @@ class Binder:
         mine = slice(some.start * width, some.stop * width)
         shape = (linear.out_features, mine.stop - mine.start)
         weight = self._take(f"{mm}.weight", shape, divided=True)
-        self._bind(f"{mm}.weight", f"{hf}.weight", weight, whole, lambda t: t[:, mine])
+        self.bind(f"{mm}.weight", f"{hf}.weight", weight, whole, lambda t: t[:, mine])
         bias = None
         if linear.bias is not None:
             bias = self._take(f"{mm}.bias", (linear.out_features,), divided=False)
-            self._bind(f"{mm}.bias", f"{hf}.bias", bias)
+            self.bind(f"{mm}.bias", f"{hf}.bias", bias)
         setattr(parent, attribute, RowParallel(weight, bias, self.group))
 
     def glu(self, mlp: nn.Module, mm: str, hf: str) -> None:
@@ -139,6 +146,18 @@ class Binder:
             ".up_proj": (lambda t: t[rows:], lambda t: t[mine]),
         }
         self.packed(pieces, f"{mm}.linear_fc1", hf, 2 * rows, parts)
+
+    def glu_as_one(self, mlp: nn.Module, mm: str, hf: str) -> None:
+        """gate_up_proj: one below the other in transformers too."""
+        out = _linear(mlp, "gate_up_proj").out_features // 2
+        mine = share(even(out, self.group, f"rows of {hf}.gate_up_proj"), self.group)
+
+        def own(t: Tensor) -> Tensor:
+            return t.view(2, out, *t.shape[1:])[:, mine].flatten(0, 1)
+
+        pieces = {".gate_up_proj": (mlp, "gate_up_proj")}
+        rows = 2 * (mine.stop - mine.start)
+        self.packed(pieces, f"{mm}.linear_fc1", hf, rows, {".gate_up_proj": (whole, own)})
 
     def embedding(self, parent: nn.Module, attribute: str, mm: str, hf: str) -> nn.Parameter:
         """The word embedding."""
@@ -163,7 +182,7 @@ class Binder:
     def _vocab(self, mm: str, hf: str, vocab: int, width: int) -> tuple[nn.Parameter, slice]:
         mine = share(vocab, self.group)
         parameter = self._take(mm, (mine.stop - mine.start, width), divided=True)
-        self._bind(mm, hf, parameter, whole, lambda t: t[mine])
+        self.bind(mm, hf, parameter, whole, lambda t: t[mine])
         return parameter, mine
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -23,6 +24,18 @@ class LayerRange(NamedTuple):
     def last(self) -> bool:
         """Whether what stands after the layers is here."""
         return self.stop == self.total
+
+
+class Seen(NamedTuple):
+    """What a vision encoder passes on.
+
+    Attributes:
+        rows: hidden states of the patches, or one row for each image token.
+        deep: rows of inner layers, for image tokens in the first text layers; in their order.
+    """
+
+    rows: Tensor
+    deep: Sequence[Tensor] = ()
 
 
 class Point(NamedTuple):

@@ -51,7 +51,7 @@ class LoadableCheckpoint:
     @property
     def world(self) -> int:
         """The number of processes that it wants: one for each rank file."""
-        return self.layout.tp_folders * self.layout.pp_size
+        return self.layout.tp_folders * self.layout.pp_size * self.layout.ep
 
 
 def find(mm_dir: Path, arch: Architecture) -> LoadableCheckpoint:
@@ -75,8 +75,8 @@ def find(mm_dir: Path, arch: Architecture) -> LoadableCheckpoint:
                 "all layers, and the hf_dir of the checkpoint's own model",
                 "give the hf_dir that the checkpoint was made from",
             )
-    tp = {key: _tp(checkpoint, key, _width(found[0])) for key, found in layers.items()}
-    layout = Layout(tp, grids)
+    tp = {key: _tp(checkpoint, key, *_width(found[0])) for key, found in layers.items()}
+    layout = Layout(tp, grids, checkpoint.ep_size)
     layout.check()
     if layout.tp_folders != checkpoint.tp_folders:
         raise CheckpointError(
@@ -100,10 +100,13 @@ def _layers(visual: Any) -> list[Any]:  # noqa: ANN401 - an encoder of any model
     return list(visual.blocks if hasattr(visual, "blocks") else visual.vision_tower.encoder.layer)
 
 
-def _width(layer: Any) -> int:  # noqa: ANN401 - a layer of any model
-    """Input width of a layer's second feed-forward matrix, which tp divides by columns."""
+def _width(layer: Any) -> tuple[str, int]:  # noqa: ANN401 - a layer of any model
+    """A matrix that tp divides by columns, and the number of these."""
     mlp = getattr(layer, "mlp", layer)
-    return (mlp.down_proj if hasattr(mlp, "down_proj") else mlp.fc2).in_features
+    for name in ("down_proj", "linear_fc2", "fc2"):
+        if hasattr(mlp, name):
+            return "mlp.linear_fc2.weight", getattr(mlp, name).in_features
+    return "self_attention.linear_proj.weight", layer.self_attn.o_proj.in_features
 
 
 def _grid(checkpoint: MMCheckpoint, key: str) -> StageGrid:
@@ -127,11 +130,11 @@ def _grid(checkpoint: MMCheckpoint, key: str) -> StageGrid:
     )
 
 
-def _tp(checkpoint: MMCheckpoint, key: str, width: int) -> int:
+def _tp(checkpoint: MMCheckpoint, key: str, matrix: str, width: int) -> int:
     for tensors in checkpoint.parts.values():
         for name, tensor in tensors.items():
             found = LAYER[key].match(name)
-            if found and name.endswith("mlp.linear_fc2.weight") and len(tensor.shape) == 2:
+            if found and name[found.end() :] == matrix and len(tensor.shape) == 2:
                 if tensor.shape[1] == 0 or width % tensor.shape[1]:
                     raise CheckpointError(
                         f"{checkpoint.folder}: {name} has {tensor.shape[1]} columns",
@@ -139,7 +142,9 @@ def _tp(checkpoint: MMCheckpoint, key: str, width: int) -> int:
                         "give the hf_dir of the model that this checkpoint was made from",
                     )
                 return width // tensor.shape[1]
-    raise CheckpointError(f"{checkpoint.folder}: no mlp.linear_fc2 of the {key} module", "a model")
+    raise CheckpointError(
+        f"{checkpoint.folder}: no {matrix} in a layer of the {key} module", "a model"
+    )
 
 
 def read_rank(stored: LoadableCheckpoint, rank: Rank) -> dict[str, Any]:

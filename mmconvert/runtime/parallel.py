@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812 - the name torch's own pages use
 
 View = Callable[[Tensor], Tensor]
@@ -218,6 +219,22 @@ class VocabHead(nn.Module):
         if self._group.group is None:
             return out
         return _Gather.apply(out, self._vocab, self._group)  # type: ignore[return-value]
+
+
+class OfOwnPart(nn.Module):
+    """A module whose parameters all ranks have, and of whose work each does a part.
+
+    Each rank has the gradient of its own part; they are summed.
+    """
+
+    def __init__(self, inner: nn.Module, group: TensorGroup) -> None:
+        super().__init__()
+        self.inner, self._group = inner, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the module makes of this rank's part."""
+        shared = {name: copy_in(p, self._group) for name, p in self.inner.named_parameters()}
+        return functional_call(self.inner, shared, (x,))
 
 
 class SlicedNorm(nn.Module):

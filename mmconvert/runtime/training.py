@@ -39,6 +39,7 @@ from mmconvert.runtime.parameters import gather
 from mmconvert.runtime.prepare import Prepare
 from mmconvert.runtime.samples import Sample
 from mmconvert.runtime.validation import DTYPES
+from mmconvert.sharding.layout import Rank
 
 SAVE_EVERY = 1800.0  # seconds between checkpoints where no interval is given
 # Settings by the names of their flags.
@@ -287,7 +288,7 @@ class TrainingRun:
         mesh, every = self._run.mesh, self._plan.save_every
         late = every is None and mesh.lead and time.monotonic() - self._clock > SAVE_EVERY
         wrong = isinstance(self._ahead, MMConvertError)
-        speaks = mesh.rank.tp == mesh.rank.pp == 0  # one process of a replica, for its tokens
+        speaks = mesh.rank == Rank(0)  # one process of a replica, for its tokens
         tokens = 0 if wrong or not speaks or not self._ahead else self._feed.tokens(number)
         bad = len(self._feed.bad) if speaks else 0
         flags = torch.tensor([self._stop.asked, late, wrong, tokens, bad], device=mesh.device)

@@ -86,7 +86,7 @@ class Validation:
         return ValidationReport(layout, self.inputs, self.dtype, checks, parting, notes)
 
     def _limit(self) -> float:
-        many = self.stored.layout.tp_folders > 1
+        many = self.stored.layout.tp_folders * self.stored.layout.ep > 1
         return self.tolerance or TOLERANCE[self.dtype, many]
 
     def _outputs(
