@@ -5,6 +5,8 @@
 # make nightly  the longest proofs, and all properties with seeds that are new each time
 # make mindspore-env  a CPU MindSpore for the tests that compare with it; prints its interpreter
 # make npu-wheel  torch_npu in a folder of its own, for tests that run beside it; prints the folder
+# make docs   the site, below site/; a broken link is an error
+# make release-check  wheel and source package: built, checked, installed, tried
 # make bench  conversions against `cp -r`, side by side (writes 18 GB below benchmarks/data)
 
 PYTHON ?= python3
@@ -38,6 +40,10 @@ quick: $(VENV)/ready
 
 nightly: $(VENV)/ready
 	$(PY) -m pytest -n auto -m 'nightly or hypothesis' --hypothesis-profile=nightly
+
+docs: $(VENV)/ready
+	$(PY) docs/generate.py
+	$(PY) -m mkdocs build --quiet
 
 mindspore-env:
 	@tests/with_mindspore/setup.sh .venv-mindspore

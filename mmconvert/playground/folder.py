@@ -158,6 +158,7 @@ ITEMS = (
     _family("hf_qwen3vl", "qwen3vl-8b", "Qwen3-VL-8B"),
     _family("hf_experts", "qwen3vl-30b-a3b", "Qwen3-VL-30B-A3B, with 16 experts"),
     _family("hf_glm", "glm4.1v-9b", "GLM-4.1V-9B"),
+    _family("hf_glm45v", "glm4.5v", "GLM-4.5V, with a tensor for each expert"),
     _family("hf_deepseek", "deepseekvl2", "DeepSeek-VL2"),
     Item("hf_qwenvl", "Qwen-VL", _qwenvl),
     Item("hf_extra", "hf with a tensor that no table knows", _extra),
