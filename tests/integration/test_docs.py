@@ -7,8 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from runpy import run_path
 from typing import NamedTuple
 
 import pytest
@@ -219,6 +219,7 @@ def test_only_known_kinds_of_blocks() -> None:
             "python",
             "toml",
             "yaml",
+            "json",
             "",
         }
         assert path.read_text(encoding="utf-8").count("```") == 2 * len(blocks(path))
@@ -234,7 +235,6 @@ def test_files_that_are_named_exist(path: Path) -> None:
     named |= set(re.findall(rf"\b((?:{inside})/[\w/-]+\.py)\b", text))
     named |= set(re.findall(r"`([A-Z]\w+(?:[.-][\w-]+)*\.md|\w+\.toml|Makefile)`", prose))
     links = {t for t in re.findall(r"\]\(([^)#]+)\)", prose) if not t.startswith("https://")}
-    assert path == ROOT / "CHANGELOG.md" or named | links
     missing = [name for name in named if not (ROOT / name).exists()]
     missing += [link for link in links if not (path.parent / link).exists()]
     missing = [name for name in missing if name != "benchmarks/data"]  # made by the benchmark
@@ -269,8 +269,7 @@ def test_the_changelog_begins_with_this_version() -> None:
 
 def test_what_is_generated_is_up_to_date() -> None:
     """`python docs/generate.py` writes it again."""
-    generate = SourceFileLoader("generate", str(DOC / "generate.py")).load_module()
-    for path, text in generate.pages().items():
+    for path, text in run_path(str(DOC / "generate.py"))["pages"]().items():
         if path.name not in GENERATED:
             assert path.read_text(encoding="utf-8") == text, path.name
         else:
