@@ -43,7 +43,7 @@ nightly: $(VENV)/ready
 
 docs: $(VENV)/ready
 	$(PY) docs/generate.py
-	$(PY) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 
 mindspore-env:
 	@tests/with_mindspore/setup.sh .venv-mindspore
