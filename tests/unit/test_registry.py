@@ -37,7 +37,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "Qwen2VLConverter": ("qwen2vl-7b", "qwen2vl-2b"),
     "Qwen2_5_VLConverter": ("qwen2.5vl-7b", "qwen2.5vl-3b"),
     "Qwen2_5_OmniConverter": ("qwen2.5omni-7b",),
-    "InternVLConverter": ("internvl2-1b", "internvl2-2b", "internvl2-76b"),
+    "InternVLConverter": ("internvl2-1b", "internvl2-2b", "internvl2-76b", "internvl3.5-8b"),
     "Qwen3VLMegatronConverter": ("qwen3vl-8b", "qwen3vl-30b-a3b"),
     "GlmConverter": ("glm4.1v-9b",),
     "DeepSeekVLConverter": ("deepseekvl2",),
