@@ -51,6 +51,7 @@ class Npy(Format):
 
     name: ClassVar = "npy"
     title: ClassVar = "NumPy"
+    own_names: ClassVar = r"\d{5}\.npy|tensors\.json"
 
     def recognise(self, path: Path) -> bool:
         return (path / INDEX).is_file()

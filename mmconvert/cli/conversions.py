@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmconvert import config
-from mmconvert.cli import AUTO, MS_VERBS, verbs_of
+from mmconvert.cli import AUTO, MS_VERBS, VERBS, verbs_of
 from mmconvert.cli.arguments import Command, Screen, normalise, read
 from mmconvert.cli.screen import screen_events
 from mmconvert.config import OptionalHFConfig
@@ -40,8 +40,11 @@ def _form(converter: str, verb: str, flags: list[str]) -> tuple[str, str, str]:
         given |= {
             flag: value for flag, _, value in (word.partition("=") for word in words) if value
         }
-        if recognise(Path(given.get("--cfg.source_dir", ""))) == "ms":
+        source = Path(given.get("--cfg.source_dir", ""))
+        if source.suffix == ".ckpt" or recognise(source) == "ms":
             return MS_VERBS[verb]
+        form, text, example = VERBS[verb]
+        return form, f"{text}; --cfg.source_dir X.ckpt -h shows the flags for MindSpore", example
     return verbs_of(converter)[verb]
 
 

@@ -200,7 +200,7 @@ FAMILY = MSFamily(
     dims=dims,
     modules=modules,
     text_config=_text_config,
-    module_keys=("vit", "llm", "head"),
+    module_keys=("llm", "vit", "head"),
     dropped=(
         Dropped(NameTemplate("transformer.rotary_emb.inv_freq"), BUFFER),
         Dropped(NameTemplate("transformer.h.{}.attn.rotary_emb.inv_freq"), BUFFER),

@@ -18,7 +18,7 @@ from mmconvert import durable
 from mmconvert.errors import Interrupted, LostProcessError, OutputError, cannot_write
 from mmconvert.executor import staging
 from mmconvert.executor.apart import Identity, check_apart, check_survives, identity, is_mount_point
-from mmconvert.executor.replaceable import looks_like_a_checkpoint, strangers
+from mmconvert.formats.registry import strangers
 from mmconvert.names import summarise
 
 
@@ -97,13 +97,14 @@ class Output:
                 "a folder that does not exist yet",
                 "choose another folder, or give --overwrite to replace it",
             )
-        if not looks_like_a_checkpoint(self.final, names):
+        others = strangers(self.final, names)
+        if others is None:
             raise OutputError(
                 f"{self.final} does not look like a checkpoint, so --overwrite does not remove it",
                 "a checkpoint folder, or one that does not exist yet",
                 "choose another folder, or empty this one yourself",
             )
-        if others := strangers(names):
+        if others:
             raise OutputError(
                 f"{self.final} also holds {summarise(others)}, which no conversion writes; "
                 "--overwrite replaces the whole folder",

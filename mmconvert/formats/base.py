@@ -244,6 +244,8 @@ class Format(ABC):
         naming: whose names its tensors have; "" for those of the family's own table.
         reads, writes: the options that make sense only where this format is read, or written.
         needs_original: its files are made like those of an original checkpoint of this format.
+        own_names: a regular expression of what stands at the top of its folders; ``--overwrite``
+            replaces no folder that holds anything else, and none of a format without it.
         Layout: a frozen dataclass; its fields are the flags of the command line.
     """
 
@@ -253,6 +255,7 @@ class Format(ABC):
     reads: ClassVar[frozenset[str]] = frozenset()
     writes: ClassVar[frozenset[str]] = frozenset()
     needs_original: ClassVar[bool] = False
+    own_names: ClassVar[str] = ""
     Layout: ClassVar[type] = NoLayout
 
     @abstractmethod
@@ -302,6 +305,12 @@ class Format(ABC):
         Raises:
             RequestError: a tensor that the format cannot hold.
         """
+
+    def owns(self, folder: Path) -> bool:
+        """Whether a folder holds an output of this format, so that ``--overwrite`` may replace it
+        if nothing else is in it.
+        """
+        return bool(self.own_names) and self.recognise(folder)
 
     def read_back(self, stored: Sequence[StoredTensor], placed: Placed, asked: Placing) -> Side:
         """A placed checkpoint as the reader will see it, for a rehearsal without any files.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mmconvert import converters
 from mmconvert.causes.folders import other_form
@@ -17,9 +16,6 @@ from mmconvert.formats.mm.folder import is_mm, open_mm
 from mmconvert.formats.registry import load, recognise
 from mmconvert.names import TemplateIndex
 from mmconvert.stored import FLOATS, StoredTensor
-
-if TYPE_CHECKING:
-    from mmconvert.converters.mindspore import MSFamily
 
 
 def hf_family(folder: Path) -> Family:
@@ -60,7 +56,7 @@ def mm_family(folder: Path) -> Family:
     return by_names({name for part in parts.values() for name in part}, folder)
 
 
-def ms_family(names: Iterable[str]) -> MSFamily | None:
+def ms_family(names: Iterable[str]) -> Family | None:
     """The family whose table knows every one of MindSpore's names; None if there is none."""
     names = list(names)
     for family in converters.ms_registry().values():

@@ -15,7 +15,7 @@ GRID_FLAG = {"vit": "vit_pp_layers", "audio": "audio_pp_layers", "llm": "llm_pp_
 TP_FLAG = {"vit": "vit_tp_size", "audio": "audio_tp_size", "llm": "tp_size"}
 
 # The widest plausible rank number: a folder name is a stranger's text.
-_RANK_FOLDER = re.compile(r"mp_rank_(\d{2,5})(?:_(\d{3,5}))?(?:_(\d{3,5}))?")
+RANK_FOLDER = re.compile(r"mp_rank_(\d{2,5})(?:_(\d{3,5}))?(?:_(\d{3,5}))?")
 
 
 class Rank(NamedTuple):
@@ -121,7 +121,7 @@ class Layout:
 
 def parse_folder(name: str) -> tuple[int, int | None, int | None] | None:
     """The numbers in the name of a rank folder, or None if it is no such name."""
-    match = _RANK_FOLDER.fullmatch(name)
+    match = RANK_FOLDER.fullmatch(name)
     if not match:
         return None
     tp, second, third = match.groups()

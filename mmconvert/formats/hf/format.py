@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.formats import contents, reading
 from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint, plain
 from mmconvert.formats.containers.image import FileImage, small
+from mmconvert.formats.hf.choice import INDEX
 from mmconvert.formats.hf.folder import HFCheckpoint, open_hf
 from mmconvert.formats.hf.model import hf_model
 from mmconvert.formats.hf.output import weight_images, with_dtype
@@ -59,10 +61,17 @@ class HuggingFace(Format):
     naming: ClassVar = "hf"
     writes: ClassVar = frozenset({"max_shard_size"})
     needs_original: ClassVar = True
+    own_names: ClassVar = ".*"  # a model's code, its pictures, its licence: anything
 
     def recognise(self, path: Path) -> bool:
         """By config.json, which no other format has."""
         return (path / CONFIG).is_file()
+
+    def owns(self, folder: Path) -> bool:
+        """By config.json and weights that it writes."""
+        names = os.listdir(folder)
+        weights = INDEX in names or any(name.endswith(".safetensors") for name in names)
+        return self.recognise(folder) and weights
 
     def family(self, path: Path) -> Family:
         """By model_type of config.json."""

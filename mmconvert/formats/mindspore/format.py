@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from mmconvert.formats.containers.ckpt_layout import ckpt_image
 from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.containers.safetensors import safetensors_image
 from mmconvert.formats.faults import STRICT, Collected, Faults
-from mmconvert.formats.mindspore.folder import is_ms, open_ms, read_strategies
+from mmconvert.formats.mindspore.folder import SUFFIXES, is_ms, open_ms, read_strategies
 from mmconvert.formats.mindspore.layouts import (
     GivenLayout,
     by_strategy,
@@ -94,11 +95,18 @@ class MindSpore(Format):
     title: ClassVar = "MindSpore"
     naming: ClassVar = "mindformers"
     writes: ClassVar = frozenset({"crc"})
+    own_names: ClassVar = r"rank_\d{1,5}|strategy"
     Layout: ClassVar = RankFolders
 
     def recognise(self, path: Path) -> bool:
         """By the name of a file, or rank folders."""
         return is_ms(path)
+
+    def owns(self, folder: Path) -> bool:
+        """By the file of a rank."""
+        ranks = [path for path in folder.iterdir() if re.fullmatch(r"rank_\d{1,5}", path.name)]
+        files = (file for path in ranks if path.is_dir() for file in path.iterdir())
+        return any(file.name.endswith(SUFFIXES) for file in files)
 
     def claims(self, layout: object) -> bool:
         """Parallel sizes divide by a family's table; strategy files and one file need none."""

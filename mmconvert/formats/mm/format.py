@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from mmconvert.errors import CheckpointError, MMConvertError, RequestError
 from mmconvert.formats import contents
 from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage
-from mmconvert.formats.mm.folder import find_weights, is_mm
+from mmconvert.formats.mm.folder import TRACKER, find_weights, is_mm
 from mmconvert.formats.mm.model import mm_model
 from mmconvert.formats.mm.output import rank_images
 from mmconvert.formats.mm.samples import representative
@@ -24,7 +25,7 @@ from mmconvert.formats.recognise import mm_family
 from mmconvert.plan.plan import Side
 from mmconvert.plan.reorder import reorder
 from mmconvert.plan.training import cautions
-from mmconvert.sharding.layout import Chunk, Layout
+from mmconvert.sharding.layout import RANK_FOLDER, Chunk, Layout
 from mmconvert.stored import StoredTensor, Target
 
 
@@ -55,11 +56,17 @@ class MM(Format):
     title: ClassVar = "MM"
     naming: ClassVar = "mm"
     reads: ClassVar = frozenset({"vit_qkv"})
+    own_names: ClassVar = rf"{re.escape(TRACKER)}|release|iter_\d+|{RANK_FOLDER.pattern}"
     Layout: ClassVar = ParallelConfig
 
     def recognise(self, path: Path) -> bool:
         """By the tracker file, or rank folders."""
         return is_mm(path)
+
+    def owns(self, folder: Path) -> bool:
+        """Also one whose tracker file is lost."""
+        inner = [path for path in folder.iterdir() if re.fullmatch(r"release|iter_\d+", path.name)]
+        return is_mm(folder) or any(is_mm(path) for path in inner)
 
     def family(self, path: Path) -> Family:
         """By mmconvert.json, else by the tensors' names."""
