@@ -15,6 +15,7 @@ from functools import wraps
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, ParamSpec, TypeVar
 
+from mmconvert.causes.downloads import LONGEST, not_the_file
 from mmconvert.errors import CheckpointError
 
 P = ParamSpec("P")
@@ -132,10 +133,13 @@ def opened(path: Path) -> Generator[BinaryIO]:
 
     Raises:
         CheckpointError: a pipe or a device, which would keep us waiting for ever.
+        FormatError: what a download has left in place of the file.
         OSError: it is not there, or cannot be read.
     """
     size_of_file(path)
     with path.open("rb") as file:
+        if (fault := not_the_file(path, os.pread(file.fileno(), LONGEST, 0))) is not None:
+            raise fault
         if (watch := _watch.get()) is not None:
             watch.states.setdefault(path, State.of(os.fstat(file.fileno())))
         yield file

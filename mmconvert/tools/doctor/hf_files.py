@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mmconvert.causes.downloads import LFS
 from mmconvert.causes.folders import stale_index
 from mmconvert.errors import CheckpointError, FormatError, TensorError
 from mmconvert.formats.containers.safetensors import WeightFile, expected_size, read_weight_file
@@ -14,7 +15,7 @@ from mmconvert.formats.hf.choice import ADAPTER, INDEX, SINGLE
 from mmconvert.formats.hf.choice import weight_files as safetensors_files
 from mmconvert.formats.hf.folder import check_single, chosen, read_config, read_index
 from mmconvert.names import number, summarise
-from mmconvert.tools.doctor.rankfiles import LFS, lfs_pointer
+from mmconvert.tools.doctor.rankfiles import lfs_pointer
 from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.shell import line, move_aside, operand, unused
 

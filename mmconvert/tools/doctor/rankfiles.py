@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from mmconvert.causes.downloads import LFS, POINTER
 from mmconvert.errors import CheckpointError, FormatError, FormError
 from mmconvert.formats.containers.ptfile import PtFile, read_pt
 from mmconvert.formats.mm.folder import EXTRA_STATE, RANK_FILE, part_names, rank_parts
@@ -16,7 +17,6 @@ from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.shell import line, operand
 
 AGAIN = "copy the file again from the machine that wrote it"
-LFS = b"version https://git-lfs"
 _END = b"PK\5\6"  # how the directory's last record begins; a comment of 64 KiB may follow it
 
 Parts = dict[str, dict[str, StoredTensor]]
@@ -107,7 +107,7 @@ def lfs_pointer(file: Path, report: DoctorReport) -> None:
     """A weight file that git has not fetched."""
     report.add(
         "lfs-pointer",
-        f"{file} is the pointer that git LFS keeps in place of the file",
+        f"{file} is {POINTER}",
         "fetch the files with git LFS",
         path=file,
         command=line(["git", "-C", operand(file.parent), "lfs", "pull"]),
