@@ -18,6 +18,8 @@ def not_the_file(path: Path, head: bytes) -> FormatError | None:
             f"{path} is {POINTER}",
             "the file itself",
             "fetch the files with git LFS: git lfs pull, in that folder",
+            cause="lfs-pointer",
+            path=path,
         )
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return FormatError(

@@ -24,14 +24,24 @@ def hf_family(folder: Path) -> Family:
     Raises:
         CheckpointError: config.json cannot be read, or no family serves it.
     """
-    kind = read_config(folder).get("model_type")
+    path, kind = folder / "config.json", read_config(folder).get("model_type")
+    if not isinstance(kind, str) or not kind.strip():
+        raise CheckpointError(
+            f"{path}: model_type is {kind!r}",
+            "the model_type of a model",
+            "take config.json from the model's page",
+            cause="damaged-config",
+            path=path,
+        )
     families = converters.registry()
     for family in (*families.values(), *converters.ms_registry().values()):
-        if isinstance(kind, str) and kind in family.model_types:
+        if kind in family.model_types:
             return family
     raise CheckpointError(
-        f"{folder / 'config.json'} is of model_type {kind!r}",
+        f"{path} is of model_type {kind!r}",
         "one of " + ", ".join(sorted(t for f in families.values() for t in f.model_types)),
+        cause="unsupported-model",
+        path=path,
     )
 
 

@@ -51,7 +51,7 @@ def validate(
         raise RequestError(f"--tolerance is {tolerance}", "a number from 0 to 1")
     arch, stored = load_folder(hf_dir, mm_dir)
     if left := left_over(read_config(hf_dir)):
-        note(left)
+        note(f"warning: {left}")
     batch, about = _question(arch, hf_dir, words, images, sounds, note)
     job = Validation(arch, stored, hf_dir, batch, about, dtype, tolerance)
     report = launch(job, stored.world, note)

@@ -573,7 +573,7 @@ def test_doctor_reads_bin_files(files: int, tmp_path: Path) -> None:
     name = "pytorch_model-00002-of-00002.bin" if files > 1 else "pytorch_model.bin"
     os.truncate(sound / name, 5000)
     report = json.loads(run_cli("doctor", sound, "--json", check=3).stdout)
-    assert [f["id"] for f in report["findings"]] == ["damaged-weight-file"]
+    assert [f["id"] for f in report["findings"]] == ["truncated-weight-file"]
 
 
 def test_doctor_examines_mindspore(hf: Path, ckpt: Path, ranks: Path, tmp_path: Path) -> None:

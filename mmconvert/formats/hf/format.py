@@ -13,6 +13,7 @@ from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.formats import contents, reading
 from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint, plain
 from mmconvert.formats.containers.image import FileImage, small
+from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.hf.choice import INDEX
 from mmconvert.formats.hf.folder import HFCheckpoint, open_hf
 from mmconvert.formats.hf.model import hf_model
@@ -31,7 +32,9 @@ CONFIG = Path("config.json")
 
 @dataclass(frozen=True, kw_only=True)
 class HFStored(StoredCheckpoint):
-    """A Hugging Face checkpoint that was opened."""
+    """A Hugging Face checkpoint that was opened; ``faults`` go where those of its reader went."""
+
+    faults: Faults = STRICT
 
     @property
     def checkpoint(self) -> HFCheckpoint:
@@ -43,7 +46,14 @@ class HFStored(StoredCheckpoint):
     def side(self, modules: tuple[Module, ...] | None = None, *, as_hf: bool = False) -> Side:
         """Its wholes, fused as a table says."""
         table = self.model.modules if modules is None else modules
-        return hf_side(table, self.model.dims, self.model.hf_tensors, transposed=not as_hf)
+        return hf_side(
+            table,
+            self.model.dims,
+            self.model.hf_tensors,
+            transposed=not as_hf,
+            faults=self.faults,
+            complete=self.checkpoint.complete,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +117,10 @@ class HuggingFace(Format):
             canonical=told.canonical,
             vit_only=told.encoders_only,
             llm_dir=told.llm_dir,
+            faults=told.faults,
         )
         inputs = () if told.llm_dir is None else (told.llm_dir,)
-        return HFStored(format=self.name, path=path, model=model, inputs=inputs)
+        return HFStored(format=self.name, path=path, model=model, inputs=inputs, faults=told.faults)
 
     def place(self, asked: Placing) -> Placed:
         """The tensors of the original, in the dtypes that the wholes have now."""

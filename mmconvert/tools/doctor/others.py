@@ -12,6 +12,7 @@ from mmconvert.formats.base import Format, Opening
 from mmconvert.formats.faults import Collected
 from mmconvert.plan.plan import Side
 from mmconvert.tools.doctor.asked import DoctorRequest
+from mmconvert.tools.doctor.faults import report_faults
 from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.values import look_at_replicas, look_for_nan
 
@@ -38,7 +39,8 @@ def examine_other(
     except MMConvertError as error:
         faults.errors.append(error)
     for error in faults.errors:
-        report.add_error(_id(error), error, path=path)
+        error.cause = error.cause or _id(error)
+    report_faults(faults, path, report)
     report.files = len({tensor.path for tensor in side.stored})
     report.tensors = len(side.stored)
     if asked.quick:
