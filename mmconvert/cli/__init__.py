@@ -154,10 +154,7 @@ def _reported(words: list[str]) -> int:
         return code
     except MMConvertError as error:
         return _fail(error, words)
-    except SystemExit as stop:  # tyro has shown help, or what it did not understand
-        if stop.code == RequestError.exit_code and _asked(words, "--json"):
-            error = RequestError("the flags were not understood; stderr says which")
-            print(json.dumps(error.as_dict()))
+    except SystemExit as stop:  # help has been shown
         return stop.code if isinstance(stop.code, int) else RequestError.exit_code
     except KeyboardInterrupt as stop:  # whoever was writing says what is left, and nobody else
         return _interrupted(stop, words)
@@ -201,7 +198,7 @@ class InternalError(MMConvertError):
     def __init__(self, what: str) -> None:
         super().__init__(
             f"a fault of mmconvert itself: {what}",
-            "no such fault; what stands under the final name, if anything, is complete",
+            "none; what stands under the final name, if anything, is complete",
             "run again with --debug and report what it prints",
         )
 
@@ -290,7 +287,8 @@ def _dispatch(words: list[str]) -> int:
     own = (AUTO, *BUILT_IN, *MINDSPORE)
     if converter not in own and converter not in converter_names():
         known = [AUTO, *converter_names(), *MINDSPORE, *TOOLS]
-        raise _unknown("converter", converter, known, "mm-convert -h")
+        kind = "converter" if converter.endswith("Converter") else "command"
+        raise _unknown(kind, converter, known, "mm-convert -h")
     if not rest or rest[0] in ("-h", "--help"):
         print(_converter_help(converter))
         return 0 if rest else 2

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, cast, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from mmconvert.cli.parsing import parse
 from mmconvert.cli.settings import read_yaml
 from mmconvert.config import MaybePath, Options, Patterns
 from mmconvert.errors import LayoutError, RequestError
@@ -76,13 +77,14 @@ def read_plain(form: type[Plain], words: Sequence[str], prog: str, description: 
     """Reads the command line of a tool.
 
     Raises:
-        SystemExit: 0 for help, 2 for flags that make no sense; tyro has printed which.
+        SystemExit: 0, help was printed.
+        RequestError: flags that make no sense.
     """
-    return tyro.cli(
+    return parse(
         tyro.conf.FlagCreatePairsOff[form],
-        prog=prog,
-        description=description,
-        args=_repeated_joined([_underscored(word) for word in words]),
+        _repeated_joined([_underscored(word) for word in words]),
+        prog,
+        description,
         use_underscores=True,
         registry=REGISTRY,
     )
@@ -106,8 +108,8 @@ def read(
     """Reads a command line into a config class.
 
     Raises:
-        SystemExit: 0 for help, 2 for flags that make no sense; tyro has printed which.
-        MMConvertError: an unusable --config.
+        SystemExit: 0, help was printed.
+        RequestError: flags that make no sense, an unusable --config.
     """
     flat, flags = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
     form = dataclasses.make_dataclass(
@@ -118,11 +120,11 @@ def read(
             ("screen", Annotated[Screen, flat, flags]),
         ],
     )
-    made = tyro.cli(  # pyright: ignore[reportUnknownVariableType] - a class made here
+    made = parse(  # pyright: ignore[reportUnknownVariableType] - a class made here
         form,
-        prog=prog,
-        description=description,
-        args=normalise(words, config),
+        normalise(words, config),
+        prog,
+        description,
         use_underscores=True,
         registry=REGISTRY,
         config=(tyro.conf.DisallowNone,),

@@ -71,7 +71,7 @@ LIBRARIES: dict[str, set[str]] = {
     "PIL": {"runtime.films", "runtime.media", "runtime.pictures", "runtime.tiles"},
     "av": {"runtime.films"},
     "rich": {"cli.screen", "cli.tools.*", "report.picture"},
-    "tyro": {"cli.arguments", "cli.tools.*"},
+    "tyro": {"cli.arguments", "cli.parsing", "cli.tools.*"},
     "yaml": {"cli.settings"},
 }
 HEAVY = {"torch", "torch_npu", "transformers", "safetensors", "megatron"}
