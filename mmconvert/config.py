@@ -121,6 +121,10 @@ class HFToMM:
     common_model_config: CommonModelConfig = field(default_factory=CommonModelConfig)
     save_vit_only: bool = False
     """Write the encoders and their projector only, without the text decoder."""
+    pad_vocab_to: int = 0
+    """Rows of the word embedding and the output layer in MM; those added are zeros. 0 adds none."""
+    make_vocab_size_divisible_by: int = 0
+    """Pad the vocabulary to a multiple of this times tp_size, as Megatron counts. 0 adds none."""
     model_json: MaybePath = None
     """MindSpeed-MM's model.json in place of the layer lists and tensor-parallel sizes."""
     trust_remote_code: bool = False

@@ -19,6 +19,7 @@ from mmconvert.config import (
     MSResplit,
     MSToHF,
     Options,
+    ParallelConfig,
     RankFolders,
     Resplit,
 )
@@ -33,7 +34,8 @@ from mmconvert.formats.reading import watched
 from mmconvert.formats.registry import load
 from mmconvert.modeljson.layout import settled
 from mmconvert.names import summarise
-from mmconvert.plan.plan import build, carry, in_dtype
+from mmconvert.plan.padding import in_words, pad_vocabulary, padded_size, vocabulary_keys
+from mmconvert.plan.plan import Side, build, carry, in_dtype
 from mmconvert.result import Result
 from mmconvert.run import Conversion
 
@@ -81,6 +83,7 @@ class Request:
         source, target: what becomes what.
         original: the Hugging Face checkpoint that the model came from; not needed for every one.
         canonical, encoders_only, llm_dir: see :class:`mmconvert.formats.base.Opening`.
+        vocabulary: rows to pad it to, and a number of which they are to be a multiple; 0 for none.
         dtype: what to cast to, where a command has a flag of its own beside ``--dtype``.
         cfg: the flags as they were given, which all processes of a run must agree on.
     """
@@ -92,6 +95,7 @@ class Request:
     canonical: bool = False
     encoders_only: bool = False
     llm_dir: Path | None = None
+    vocabulary: tuple[int, int] = (0, 0)
     dtype: str = "keep"
     cfg: object = None
 
@@ -127,6 +131,7 @@ def convert(
     source = reader.open(asked.source.path, told)
     # Plan.
     src = source.side(as_hf=writer.naming == "hf")
+    padded = _pad(src, source, asked)
     placing = Placing(
         source,
         in_dtype(src.wholes, run.cast),
@@ -138,7 +143,7 @@ def convert(
         original,
     )
     placed = writer.place(placing)
-    notes = [*_notes(run.options, source, original), *placed.notes]
+    notes = [*_notes(run.options, source, original), *padded, *placed.notes]
     plan = build(src, placed.side, notes, run.cast)
     if original is not None:
         plan = carry(plan, original.model.carried)
@@ -164,6 +169,24 @@ def convert(
         about["iteration"] = int(source.iteration)
     inputs = [*_inputs(asked, writer), *source.inputs]
     return run.write(result, placed, about, inputs)
+
+
+def _pad(src: Side, source: StoredCheckpoint, asked: Request) -> list[str]:
+    """Pads the vocabulary of what is read, if that is asked for; says so in a note."""
+    layout, (to, divisible_by) = asked.target.layout, asked.vocabulary
+    if not (to or divisible_by):
+        return []
+    keys = vocabulary_keys(src, source.model.modules)
+    if not keys:
+        raise RequestError(
+            "the vocabulary cannot be padded: no word embedding is written",
+            "a model with its text decoder",
+        )
+    words = src.wholes[keys[0]].shape[0]
+    tp = (layout.tp_size if isinstance(layout, ParallelConfig) else 1) or 1
+    rows = padded_size(words, to, divisible_by, tp)
+    pad_vocabulary(src, source.model.modules, rows)
+    return [in_words(keys, words, rows, "below")] if rows > words else []
 
 
 def _with_dtype(options: Options, asked: Request) -> Options:
@@ -249,7 +272,7 @@ def _about(model: Model, result: Result) -> dict[str, object]:
             "traits": sorted(model.variant.traits),
         },
         "save_vit_only": all(m.key != "llm" for m in model.modules),
-        "dims": model.dims,
+        "dims": model.true_dims,
     }
 
 
@@ -270,6 +293,7 @@ def hf_to_mm(
         canonical=common.enable_canonical_hf_struct,
         encoders_only=cfg.save_vit_only,
         llm_dir=common.llm_hf_dir,
+        vocabulary=(cfg.pad_vocab_to, cfg.make_vocab_size_divisible_by),
         cfg=cfg,
     )
     return convert(family, asked, options, events)

@@ -22,6 +22,7 @@ Fuse = Concat | Interleave | Part
 ZEROS = ""  # in a row's HF names: as many zeros as the first source has, kept by no HF tensor
 CONCAT = Concat()
 OUTPUT_LAYER = "text_decoder.output_layer.weight"
+VOCABULARY = "llm.vocab"  # the dimension that counts the words
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from mmconvert.config import Options, ParallelConfig
-from mmconvert.converters.family import Dims, Family, Module, Variant
+from mmconvert.converters.family import VOCABULARY, Dims, Family, Module, Variant
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.formats.hf.folder import HFCheckpoint
 from mmconvert.formats.mm.instances import experts_of
@@ -53,6 +53,7 @@ class Model:
         patterns: the --drop patterns that fit a tensor.
         tied_known: whether config.json or the tensors tell if the output layer is tied.
         dropped: names of tensors that are left out, by the reason.
+        words: rows of the vocabulary in Hugging Face, where the checkpoint has more; else 0.
     """
 
     family: Family
@@ -66,6 +67,12 @@ class Model:
     patterns: frozenset[str] = frozenset()
     tied_known: bool = True
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    words: int = 0
+
+    @property
+    def true_dims(self) -> Dims:
+        """The sizes of the model itself, whose vocabulary is not padded."""
+        return {**self.dims, VOCABULARY: self.words} if self.words else self.dims
 
     @property
     def plain_modules(self) -> tuple[Module, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name torch's own pages use
 
 from mmconvert.errors import TensorError
 from mmconvert.runtime.parallel import (
@@ -162,9 +163,8 @@ class Binder:
     def embedding(self, parent: nn.Module, attribute: str, mm: str, hf: str) -> nn.Parameter:
         """The word embedding."""
         vocab, width = getattr(parent, attribute).weight.shape
-        parameter, mine = self._vocab(mm, hf, vocab, width)
-        del mine
-        setattr(parent, attribute, VocabEmbedding(parameter, vocab, self.group))
+        parameter = self._vocab(mm, hf, vocab, width)
+        setattr(parent, attribute, VocabEmbedding(parameter, self._rows(vocab), self.group))
         return parameter
 
     def head(
@@ -173,17 +173,27 @@ class Binder:
         """The output layer; ``tied`` is the word embedding of this chunk, if it serves as such."""
         vocab, width = getattr(parent, attribute).weight.shape
         if tied is None or mm in self.shard.left:
-            parameter, _ = self._vocab(mm, hf, vocab, width)
+            parameter = self._vocab(mm, hf, vocab, width)
         else:
             parameter = tied
-        setattr(parent, attribute, VocabHead(parameter, vocab, self.group))
+        setattr(parent, attribute, VocabHead(parameter, self._rows(vocab), vocab, self.group))
         return parameter
 
-    def _vocab(self, mm: str, hf: str, vocab: int, width: int) -> tuple[nn.Parameter, slice]:
-        mine = share(vocab, self.group)
+    def _rows(self, vocab: int) -> int:
+        """The rows of the vocabulary in the checkpoint, which may pad it."""
+        return max(vocab, self.shard.vocabulary)
+
+    def _vocab(self, mm: str, hf: str, vocab: int, width: int) -> nn.Parameter:
+        rows = self._rows(vocab)
+        mine = share(rows, self.group)
         parameter = self._take(mm, (mine.stop - mine.start, width), divided=True)
-        self.bind(mm, hf, parameter, whole, lambda t: t[mine])
-        return parameter, mine
+
+        def own(t: Tensor) -> Tensor:
+            """The rows of this rank; those that pad the vocabulary are zeros."""
+            return t[mine] if mine.stop <= vocab else F.pad(t, (0, 0, 0, rows - vocab))[mine]
+
+        self.bind(mm, hf, parameter, whole, own)
+        return parameter
 
 
 def even(total: int, group: TensorGroup, what: str) -> int:

@@ -50,7 +50,8 @@ class Engine:
             where = f"{layout.folder(mesh.rank)} {part}"
             number = virtual * layout.pp_size + mesh.rank.pp
             tensors = chunk_tensors(content, part)
-            self.stages.append(Stage(arch, mesh, number, tensors, dtype, where))
+            rows = stored.vocabulary
+            self.stages.append(Stage(arch, mesh, number, tensors, dtype, where, rows))
         self.border = Border(arch, layout, dtype)
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._tie()

@@ -26,6 +26,7 @@ from mmconvert.runtime.families import Architecture
 from mmconvert.sharding.layout import Layout, Rank
 from mmconvert.sharding.stages import StageGrid, show, total
 
+EMBEDDING = "text_decoder.embedding.word_embeddings.weight"
 # Where the layers of each module stand. InternViT's are one level deeper.
 LAYER = {
     "vit": re.compile(r"image_encoder\.encoder\.(?:blocks|encoder)\.layers\.(\d{1,4})\."),
@@ -42,11 +43,13 @@ class LoadableCheckpoint:
         folder: the folder of the rank folders.
         iteration: 0 for a ``release`` that was not resplit from one.
         layout: how it is divided.
+        vocabulary: rows of the word embedding and the output layer, those that pad it included.
     """
 
     folder: Path
     iteration: int
     layout: Layout
+    vocabulary: int = 0
 
     @property
     def world(self) -> int:
@@ -84,7 +87,19 @@ def find(mm_dir: Path, arch: Architecture) -> LoadableCheckpoint:
             "as many folders as the largest tp size",
             "give the hf_dir of the model that this checkpoint was made from",
         )
-    return LoadableCheckpoint(checkpoint.folder, _iteration(checkpoint), layout)
+    rows = _vocabulary(checkpoint, layout)
+    return LoadableCheckpoint(checkpoint.folder, _iteration(checkpoint), layout, rows)
+
+
+def _vocabulary(checkpoint: MMCheckpoint, layout: Layout) -> int:
+    """Rows of the word embedding on all tensor-parallel ranks; 0 if there is none."""
+    rows: dict[tuple[int, int], int] = {}
+    for chunk, tensors in checkpoint.parts.items():
+        found = tensors.get(EMBEDDING)
+        if found is not None and not chunk.rank.ep and chunk.rank.tp < layout.tp["llm"]:
+            place = (chunk.virtual, chunk.rank.pp)
+            rows[place] = rows.get(place, 0) + found.shape[0]
+    return max(rows.values(), default=0)
 
 
 def _iteration(checkpoint: MMCheckpoint) -> int:

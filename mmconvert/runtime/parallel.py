@@ -11,7 +11,7 @@ of a row-parallel one is (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -205,20 +205,21 @@ class VocabHead(nn.Module):
 
     Args:
         weight: (rows on this rank, width).
-        vocab: number of rows in all.
+        rows: their number in all, those that pad the vocabulary included.
+        vocab: number of logits.
     """
 
-    def __init__(self, weight: nn.Parameter, vocab: int, group: TensorGroup) -> None:
+    def __init__(self, weight: nn.Parameter, rows: int, vocab: int, group: TensorGroup) -> None:
         super().__init__()
         self.weight = weight
-        self._vocab, self._group = vocab, group
+        self._rows, self._vocab, self._group = rows, vocab, group
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., vocab)."""
         out = F.linear(copy_in(x, self._group), self.weight)
-        if self._group.group is None:
-            return out
-        return _Gather.apply(out, self._vocab, self._group)  # type: ignore[return-value]
+        if self._group.group is not None:
+            out = cast("Tensor", _Gather.apply(out, self._rows, self._group))
+        return out[..., : self._vocab]
 
 
 class OfOwnPart(nn.Module):

@@ -66,11 +66,18 @@ class Shard:
     Args:
         tensors: the chunk's tensors by MM name.
         where: the file and chunk, for messages.
+        vocabulary: rows of the whole word embedding, those that pad it included; 0: not padded.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype, device: torch.device
+        self,
+        tensors: Mapping[str, Tensor],
+        where: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        vocabulary: int = 0,
     ) -> None:
+        self.vocabulary = vocabulary
         self.left = dict(tensors)
         self.where = where
         self.tree = nn.Module()

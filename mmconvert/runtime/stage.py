@@ -133,6 +133,7 @@ class Stage(nn.Module):
     Args:
         tensors: the chunk's tensors by MM name.
         number: of the stage, in flat order.
+        vocabulary: rows of the whole word embedding, those that pad it included; 0: not padded.
     """
 
     def __init__(
@@ -143,12 +144,13 @@ class Stage(nn.Module):
         tensors: Mapping[str, Tensor],
         dtype: torch.dtype,
         where: str,
+        vocabulary: int = 0,
     ) -> None:
         super().__init__()
         grids = mesh.layout.grids
         model = arch.skeleton(dtype)
         parts = arch.parts(model)
-        shard = Shard(tensors, where, dtype, mesh.device)
+        shard = Shard(tensors, where, dtype, mesh.device, vocabulary)
         spans = {key: span_of(grid, number) for key, grid in grids.items()}
         if not any(spans.values()):
             raise LayoutError(

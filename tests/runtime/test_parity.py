@@ -118,6 +118,17 @@ def test_the_canonical_structure_computes_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("tied", "tp"), [(True, 1), (False, 2)], ids=["tied", "tp 2"])
+def test_a_padded_vocabulary_computes_the_same(tied: bool, tp: int, tmp_path: Path) -> None:
+    """The rows of zeros give no logits and get no gradients."""
+    hf = models.make("qwen2_vl", tmp_path / "hf", tied=tied)
+    flags = ("make_vocab_size_divisible_by=256",)
+    mm = models.convert_flags("qwen2_vl", hf, tmp_path / "mm", "[1,3]", "[3,0]", tp, flags)
+    report = commands.validate(mm, hf, "", (), (), "fp32", 0.0, lambda event: None)
+    assert report.passed, report.as_dict()
+
+
+@pytest.mark.slow
 def test_hetero_tp_of_four_ranks(tmp_path: Path) -> None:
     """Text at tp 4, encoders at tp 1, as the Omni guide has it."""
     case = Case("omni4", "[4]", "[3]", 4, ENCODERS_TP_1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mmconvert.converters.family import Family, Module
+from mmconvert.converters.family import VOCABULARY, Family, Module
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.formats import contents, reading
 from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint, plain
@@ -23,6 +23,7 @@ from mmconvert.formats.hf.sides import SideFiles, side_files
 from mmconvert.formats.recognise import hf_family
 from mmconvert.formats.registry import load
 from mmconvert.names import summarise
+from mmconvert.plan.padding import in_words, pad_vocabulary, vocabulary_keys
 from mmconvert.plan.plan import Side
 from mmconvert.stored import Target
 from mmconvert.words import parse_size
@@ -126,9 +127,11 @@ class HuggingFace(Format):
         """The tensors of the original, in the dtypes that the wholes have now."""
         original, source = _original(asked), asked.source
         headers = original.side(source.model.plain_modules, as_hf=True)
+        padded = _cut_padding(headers, source)
         _check_shapes(asked, headers)
         side = hf_target(headers, asked.wholes)
-        notes = [] if asked.cast else _dtype_notes(headers, side, load(source.format).title)
+        changed = [] if asked.cast else _dtype_notes(headers, side, load(source.format).title)
+        notes = padded + changed
         if not original.checkpoint.files[0].header:
             notes.append("hf_dir holds pytorch_model*.bin; safetensors are written in their place")
         sides = side_files(original.checkpoint.folder, original.checkpoint.read)
@@ -174,6 +177,16 @@ def _check_shapes(asked: Placing, headers: Side) -> None:
                 "the whole checkpoint, with its own strategy files, and the hf_dir of its model",
                 "give the folder above rank_0, not the file of one rank; or the right hf_dir",
             )
+
+
+def _cut_padding(headers: Side, source: StoredCheckpoint) -> list[str]:
+    """Rows that pad the vocabulary have no place in the files: they must be zeros, and are cut."""
+    model = source.model
+    if not model.words:
+        return []
+    rows = model.dims[VOCABULARY]
+    pad_vocabulary(headers, model.plain_modules, rows)
+    return [in_words(vocabulary_keys(headers, model.plain_modules), model.words, rows, "cut from")]
 
 
 def _dtype_notes(headers: Side, dst: Side, form: str) -> list[str]:

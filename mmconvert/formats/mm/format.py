@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mmconvert.config import Options, ParallelConfig
-from mmconvert.converters.family import Family, Module
+from mmconvert.converters.family import VOCABULARY, Family, Module
 from mmconvert.errors import CheckpointError, MMConvertError, RequestError
 from mmconvert.formats import contents
 from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint
@@ -22,6 +22,7 @@ from mmconvert.formats.mm.source import Parts, claim_mm, mm_source
 from mmconvert.formats.mm.target import mm_target
 from mmconvert.formats.model import Model, target_layout, unchecked_units
 from mmconvert.formats.recognise import mm_family
+from mmconvert.plan.padding import vocabulary_keys
 from mmconvert.plan.plan import Side
 from mmconvert.plan.reorder import reorder
 from mmconvert.plan.training import cautions
@@ -132,7 +133,10 @@ class MM(Format):
         layout = target_layout(model, given, prefix=asked.flags)
         side = mm_target(model.plain_modules, model.dims, layout, asked.wholes)
         notes = unchecked_units(model, found if isinstance(found, Layout) else None, layout)
-        notes += [f"warning: {words}" for words in cautions(model.modules, model.dims, layout)]
+        dims = dict(model.dims)
+        for key in vocabulary_keys(side, model.modules):
+            dims[VOCABULARY] = side.wholes[key].shape[0]  # it may be padded
+        notes += [f"warning: {words}" for words in cautions(model.modules, dims, layout)]
         return Placed(side=side, layout=layout, notes=tuple(notes))
 
     def lay_out(

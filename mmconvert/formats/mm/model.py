@@ -9,6 +9,7 @@ from pathlib import Path
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import (
     OUTPUT_LAYER,
+    VOCABULARY,
     Dims,
     Family,
     Module,
@@ -86,7 +87,9 @@ def mm_model(
         index = mm_index(modules)
         parts = {c: {n: t for n, t in p.items() if index.find(n)} for c, p in parts.items()}
     checkpoint = replace(checkpoint, parts=parts)
-    layout = detect_layout(modules, checkpoint, dims, same_bytes)
+    sizes = {dim: size for dim, size in dims.items() if dim != VOCABULARY}  # it may be padded
+    layout = detect_layout(modules, checkpoint, sizes, same_bytes)
+    words = _unpadded(modules, parts, layout, dims)
     _check_text(layout, checkpoint)
     _check_experts(modules, checkpoint, given, dims, prefix)
     if model is None:
@@ -115,8 +118,30 @@ def mm_model(
         notes=tuple(notes.words),
         patterns=used,
         dropped=notes.dropped,
+        words=words,
     )
     return found, layout, parts
+
+
+def _unpadded(modules: tuple[Module, ...], parts: Parts, layout: Layout, dims: Dims) -> int:
+    """The rows that the vocabulary has without those that pad it; 0 if none do.
+
+    Args:
+        dims: receives the rows that it has here.
+    """
+    rows = {r.mm for m in modules for r in m.before if r.rows == (VOCABULARY,)}
+    held: dict[tuple[int, int], int] = {}
+    for chunk, tensors in parts.items():
+        if chunk.rank.ep or chunk.rank.tp >= layout.tp.get("llm", 1):
+            continue
+        for name in rows & tensors.keys():
+            place = (chunk.rank.pp, chunk.virtual)
+            held[place] = held.get(place, 0) + tensors[name].shape[0]
+    words, found = dims.get(VOCABULARY, 0), max(held.values(), default=0)
+    if not words or found <= words:
+        return 0
+    dims[VOCABULARY] = found
+    return words
 
 
 def _check_experts(
