@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, Union
 
-from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG
+from mmconvert.sharding.layout import grid_flag, tp_flag
 from mmconvert.sharding.stages import StageGrid
 
 # For ``X | None`` tyro asks a type-checking library, 90 ms to load, whether None is one; it sees
@@ -51,14 +51,22 @@ class ParallelConfig:
 
     def grids(self) -> dict[str, StageGrid]:
         """The stage grids that are given, by module key."""
-        given = {"vit": self.vit_pp_layers, "audio": self.audio_pp_layers}
-        given["llm"] = self.llm_pp_layers
-        return {key: grid for key, grid in given.items() if grid is not None}
+        return {k: grid for k in self.keys() if (grid := getattr(self, grid_flag(k))) is not None}
 
-    def tp(self) -> dict[str, int]:
-        """The tensor-parallel sizes that are given, by module key."""
-        given = {"vit": self.vit_tp_size, "audio": self.audio_tp_size, "llm": self.tp_size}
-        return {key: size for key, size in given.items() if size}
+    def tp(self, decoder: str) -> dict[str, int]:
+        """The tensor-parallel sizes that are given, by module key.
+
+        Args:
+            decoder: the key of the module that ``tp_size`` speaks of.
+        """
+        sizes = {key: getattr(self, tp_flag(key, decoder), 0) for key in self.keys()}
+        return {key: size for key, size in {**sizes, decoder: self.tp_size}.items() if size}
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """The keys of the modules that have flags."""
+        end = grid_flag("")
+        return [f.name.removesuffix(end) for f in fields(cls) if f.name.endswith(end)]
 
 
 @dataclass(frozen=True)
@@ -275,8 +283,3 @@ class Options:
     crc: bool = False
     """Add the checksum to each .ckpt that save_checkpoint adds with crc_check=True; MindSpore
     before 2.1 cannot read such files."""
-
-
-def flag_names(key: str) -> tuple[str, str]:
-    """The flags of a module: its stage grid, its tensor-parallel size."""
-    return GRID_FLAG[key], TP_FLAG[key]

@@ -271,7 +271,7 @@ def _about(model: Model, result: Result) -> dict[str, object]:
             "canonical": model.variant.canonical,
             "traits": sorted(model.variant.traits),
         },
-        "save_vit_only": all(m.key != "llm" for m in model.modules),
+        "save_vit_only": all(m.role == "encoder" for m in model.modules),
         "dims": model.true_dims,
     }
 

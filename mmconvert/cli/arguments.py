@@ -70,6 +70,12 @@ class Screen:
     """Add the traceback to errors."""
 
 
+def by_module(flags: object, end: str) -> dict[str, Any]:
+    """The values of the flags KEY + ``end`` of a command, by module key."""
+    given = {name: value for name, value in vars(flags).items() if name.endswith(end)}
+    return {name.removesuffix(end): value for name, value in given.items()}
+
+
 Plain = TypeVar("Plain")
 
 

@@ -171,6 +171,7 @@ def vision(variant: Variant) -> Module:
     return Module(
         key="vit",
         label="image_encoder",
+        word="vision",
         before=(
             row(f"{e}.class_embedding", f"{below}.{names.token}"),
             *norms(BOTH, w, (f"{e}.patch_embedding", f"{below}.{names.patches}")),
@@ -243,6 +244,7 @@ def text(variant: Variant) -> Module:
     return Module(
         key="llm",
         label="text_decoder",
+        role="decoder",
         before=(embedding(f"language_model.model.{embed}.weight", VOCAB),),
         layer=text_layer(variant),
         after=text_tail(

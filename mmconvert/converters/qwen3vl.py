@@ -141,6 +141,7 @@ def vision(variant: Variant) -> Module:
     return Module(
         key="vit",
         label="image_encoder",
+        word="vision",
         before=(
             *norms(BOTH, w, (f"{e}.patch_embed.proj", "model.visual.patch_embed.proj")),
             row(
@@ -236,6 +237,7 @@ def text(variant: Variant) -> Module:
     return Module(
         key="llm",
         label="text_decoder",
+        role="decoder",
         before=(embedding("model.language_model.embed_tokens.weight"),),
         layer=text_layer(
             L, variant, *(expert_rows(OUTPUT_FIRST not in variant.traits) if moe else ())

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmconvert.formats.contents import WORDS, Box
-from mmconvert.sharding.layout import TP_FLAG, Chunk, Layout
+from mmconvert.sharding.layout import Chunk, Layout
 from mmconvert.sharding.stages import first_stage, flat, last_stage
 from mmconvert.words import amount, printable
 
@@ -31,7 +31,7 @@ def layout_table(
             are drawn as bars.
         unicode: whether block characters can be shown.
     """
-    words = ", ".join(f"{TP_FLAG[key]} {size}" for key, size in layout.tp.items())
+    words = ", ".join(f"{layout.tp_flag(key)} {size}" for key, size in layout.tp.items())
     caption = f"{words}; in, out: what stands before and after a module's layers"
     table = Table(title=title or None, caption=caption)
     table.add_column("pp rank", justify="right")

@@ -79,7 +79,7 @@ def find(mm_dir: Path, arch: Architecture) -> LoadableCheckpoint:
                 "give the hf_dir that the checkpoint was made from",
             )
     tp = {key: _tp(checkpoint, key, *_width(found[0])) for key, found in layers.items()}
-    layout = Layout(tp, grids, checkpoint.ep_size)
+    layout = Layout(tp, grids, checkpoint.ep_size, decoder="llm")
     layout.check()
     if layout.tp_folders != checkpoint.tp_folders:
         raise CheckpointError(

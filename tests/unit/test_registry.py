@@ -29,7 +29,7 @@ from mmconvert.errors import RequestError
 from mmconvert.names import NO_LAYER
 from mmconvert.playground.checkpoints import MODELS as CATALOGUE
 from mmconvert.playground.checkpoints import NEW_NAMES, make_hf, renamed
-from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG
+from mmconvert.sharding.layout import grid_flag
 from mmconvert.testing import contract
 from mmread import MANIFEST, compare_hf, compare_side_files, files_in, read_mm
 
@@ -168,7 +168,6 @@ def test_modules_are_in_the_order_of_the_pipeline(table: Table) -> None:
     assert keys == family.module_keys
     assert keys[-1] == "llm"
     assert len(set(keys)) == len(keys)
-    assert set(keys) <= set(GRID_FLAG) & set(TP_FLAG)
     for module, row in all_rows(modules):
         assert row.mm.startswith(module.label + ".") or row in module.everywhere, row.mm
 
@@ -248,7 +247,7 @@ def test_there_and_back(
     if canonical and not family.canonical:
         pytest.skip(f"{family.name} has no canonical structure")
     flags: dict[str, Any] = {
-        GRID_FLAG[key]: (tuple(split_in_two(dims[f"{key}.layers"], key != "llm")),)
+        grid_flag(key): (tuple(split_in_two(dims[f"{key}.layers"], key != family.decoder)),)
         for key in family.module_keys
     }
     mm, back = tmp_path / "mm", tmp_path / "back"

@@ -116,7 +116,7 @@ class HuggingFace(Format):
             path,
             told.options,
             canonical=told.canonical,
-            vit_only=told.encoders_only,
+            encoders_only=told.encoders_only,
             llm_dir=told.llm_dir,
             faults=told.faults,
         )

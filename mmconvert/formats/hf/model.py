@@ -14,6 +14,7 @@ from mmconvert.converters.family import (
     Family,
     Module,
     Variant,
+    encoders,
     flag,
     hf_templates,
 )
@@ -26,7 +27,7 @@ from mmconvert.errors import (
 )
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.hf.folder import ANOTHER_CONFIG, HFCheckpoint, open_hf, read_config
-from mmconvert.formats.model import ENCODERS, Model, Notes, dropped_by, drops_too_much
+from mmconvert.formats.model import Model, Notes, dropped_by, drops_too_much
 from mmconvert.names import number, summarise
 from mmconvert.stored import StoredTensor
 
@@ -67,7 +68,7 @@ def hf_model(
     options: Options,
     *,
     canonical: bool = False,
-    vit_only: bool = False,
+    encoders_only: bool = False,
     llm_dir: Path | None = None,
     faults: Faults = STRICT,
 ) -> Model:
@@ -109,13 +110,13 @@ def hf_model(
     variant = Variant(
         tied=is_tied(family, table, config, tensors),
         canonical=canonical,
-        vit_qkv=options.vit_qkv,
+        encoder_qkv=options.vit_qkv,
         traits=traits,
         lists=lists,
     )
     modules = family.table(variant)
-    if vit_only:
-        modules = tuple(m for m in modules if m.key in ENCODERS)
+    if encoders_only:
+        modules = encoders(modules)
         kept = hf_templates(modules)
         left = [name for name in tensors if not kept.find(name)]
         tensors = {name: t for name, t in tensors.items() if kept.find(name)}
@@ -280,7 +281,7 @@ def _with_text_of(
     notes: Notes,
 ) -> tuple[dict[str, object], dict[str, StoredTensor]]:
     """The model with the text decoder of a plain language model in place of its own."""
-    text = tuple(m for m in table if m.key == "llm")
+    text = tuple(m for m in table if m.role == "decoder")
     index = hf_templates(text)
     other = open_hf(folder)
     notes.words += other.notes

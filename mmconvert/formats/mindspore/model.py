@@ -272,7 +272,7 @@ def family_spread(
     for item in instances(table, layers):
         whole = wholes[item.key]
         after = item.row in item.module.after
-        stage = family.stage(item.module.key, after, item.layer, layout)
+        stage = family.stage(item.module, after, item.layer, layout)
         slicing = family.slicing(item.row, layout, whole.shape, ITEM_SIZE[whole.dtype])
         stages[stage][item.key] = slicing
     return Spread(stages, layout.devices)

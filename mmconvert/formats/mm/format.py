@@ -107,7 +107,7 @@ class MM(Format):
             told.like,
             told.options,
             prefix=told.flags,
-            vit_only=told.encoders_only,
+            encoders_only=told.encoders_only,
         )
         if told.canonical and not model.variant.canonical:
             raise CheckpointError(

@@ -66,7 +66,7 @@ def _opened(stored: StoredCheckpoint, *, canonical: bool) -> Opened:
     """One of the two; Hugging Face in the structure of the other."""
     model, modules = stored.model, None
     if stored.format == "hf":
-        variant = replace(model.variant, canonical=canonical, vit_qkv="interleaved")
+        variant = replace(model.variant, canonical=canonical, encoder_qkv="interleaved")
         modules = model.family.table(variant)
         model = replace(model, variant=variant, modules=modules)
     side: Side = stored.side(modules)

@@ -68,7 +68,7 @@ def _with_such_encoders(checkpoint: HFCheckpoint) -> str:
     names = checkpoint.tensors()
     found: dict[str, int] = {}
     for family in converters.registry().values():
-        encoders = [m for v in family.variants for m in family.modules(v) if m.key != "llm"]
+        encoders = [m for v in family.variants for m in family.modules(v) if m.role == "encoder"]
         index = hf_templates(tuple(encoders))
         found[family.name] = sum(index.find(family.hub_name(name)) is not None for name in names)
     best = max(found, key=lambda name: found[name])

@@ -24,8 +24,8 @@ from mmconvert.tools.doctor.shapes import find_layout, look_at_shapes, look_at_u
 from mmconvert.tools.doctor.shell import line, operand, resplit, unused
 from mmconvert.tools.doctor.tensors import look_at_names
 from mmconvert.tools.doctor.values import (
+    look_at_encoder_qkv,
     look_at_replicas,
-    look_at_vit_qkv,
     look_at_zeros,
     look_for_nan,
 )
@@ -89,9 +89,9 @@ def _look_at_whole(
     if original is None or report.has(["other-family"]):
         why = "no hf_dir" if original is None else "hf_dir is of another model"
         report.skipped.append(f"sizes of config.json, order of vision q, k, v: {why}")
-    elif (hf := original.side(chart.variant.canonical, chart.vit_only)) is not None:
+    elif (hf := original.side(chart.variant.canonical, chart.encoders_only)) is not None:
         look_at_zeros(side, hf, report)
-        look_at_vit_qkv(chart, layout, hf, asked.workers, events, report)
+        look_at_encoder_qkv(chart, layout, hf, asked.workers, events, report)
     else:
         report.skipped.append("the order of vision q, k, v: hf_dir has no readable weights")
     _as_a_conversion(root, chart, original, report)
@@ -113,7 +113,7 @@ def _as_a_conversion(
             model,
             Options(),
             prefix="",
-            vit_only=chart.vit_only,
+            encoders_only=chart.encoders_only,
         )
         mm_source(found.modules, found.dims, layout, parts)
     except MMConvertError as error:

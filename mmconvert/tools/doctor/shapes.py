@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from mmconvert.converters.family import decoder_of
 from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.executor.compare import same_bytes
 from mmconvert.formats.mm.detect import check_layers, fits, likely_tp_size, tp_size, whole_tp_size
@@ -50,7 +51,7 @@ def find_layout(chart: Chart, report: DoctorReport) -> LayoutByShapes | None:
             size = likely_tp_size(module, checkpoint, chart.dims)
             doubt = error.what
         sizes[module.key] = size
-    layout = Layout(sizes, chart.grids())
+    layout = Layout(sizes, chart.grids(), decoder=decoder_of(chart.modules))
     if not report.has(["layer-hole", "missing-rank-folder"]):
         _look_at_layers(chart, layout, report)
     return LayoutByShapes(layout, doubt)

@@ -26,7 +26,7 @@ def look_at_names(chart: Chart, ranks: Ranks, report: DoctorReport) -> None:
         _missing_in_layers(chart, stage, report)
     if not chart.whole:
         return
-    if chart.vit_only:
+    if chart.encoders_only:
         report.add(
             "encoders-only",
             f"{chart.folder} holds no tensor of the text decoder",
@@ -161,7 +161,7 @@ def _missing_in_layers(chart: Chart, stage: int, report: DoctorReport) -> None:
 
 def _ends(chart: Chart) -> bool:
     """Whether any stage holds what stands after the text decoder's layers."""
-    tails = {r.mm for m in chart.modules if m.key == "llm" for r in m.after}
+    tails = {r.mm for m in chart.modules if m.role == "decoder" for r in m.after}
     return any(name in tails for part in chart.parts.values() for name in part)
 
 
@@ -211,11 +211,11 @@ def _outer(chart: Chart, module: Module, grid: StageGrid, report: DoctorReport) 
 
 def _output_layer(chart: Chart, grids: Mapping[str, StageGrid], report: DoctorReport) -> None:
     """The output layer on the last text stage; tied, on another stage than the embedding."""
-    llm = next((m for m in chart.modules if m.key == "llm"), None)
-    row = next((r for r in llm.after if r.mm == OUTPUT_LAYER), None) if llm else None
-    if llm is None or row is None:
+    text = next((m for m in chart.modules if m.role == "decoder"), None)
+    row = next((r for r in text.after if r.mm == OUTPUT_LAYER), None) if text else None
+    if text is None or row is None:
         return
-    grid = grids["llm"]
+    grid = grids[text.key]
     first, last = first_stage(grid), last_stage(grid)
     places = [s for s in chart.stages() if OUTPUT_LAYER in chart.names_at(s)]
     where, folder = chart.place(last), chart.path(last)
@@ -242,7 +242,7 @@ def _output_layer(chart: Chart, grids: Mapping[str, StageGrid], report: DoctorRe
     elif chart.tied is False:
         report.add(
             "missing-tensor",
-            f"{llm.label} lacks {OUTPUT_LAYER} on {where}; its embeddings are not tied",
+            f"{text.label} lacks {OUTPUT_LAYER} on {where}; its embeddings are not tied",
             "copy the folders of this stage again from the machines that wrote them",
             path=folder,
             tensor=OUTPUT_LAYER,

@@ -85,7 +85,7 @@ def look_at_zeros(mm: Side, hf: Side, report: DoctorReport) -> None:
 
 
 # ------------------------------------------------------------------- order of vision q, k, v
-def look_at_vit_qkv(
+def look_at_encoder_qkv(
     chart: Chart, layout: Layout, hf: Side, workers: int, events: Events, report: DoctorReport
 ) -> None:
     """Whether the rows of vision q, k, v stand per head, by comparison with the HF checkpoint.
@@ -132,7 +132,7 @@ def look_at_vit_qkv(
 
 def _concatenated(chart: Chart) -> tuple[Module, ...]:
     keys = {m.key for m in chart.modules}
-    modules = chart.family.modules(replace(chart.variant, vit_qkv="concatenated"))
+    modules = chart.family.modules(replace(chart.variant, encoder_qkv="concatenated"))
     return tuple(m for m in modules if m.key in keys)
 
 

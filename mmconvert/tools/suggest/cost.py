@@ -108,7 +108,8 @@ def module_costs(
     Raises:
         LayoutError: a tp size that does not divide a tensor.
     """
-    one_layer = Layout(tp, {m.key: ((1,),) for m in model.modules})
+    grids = {m.key: ((1,),) for m in model.modules}
+    one_layer = Layout(tp, grids, decoder=model.family.decoder)
     mm_target(model.modules, model.dims, one_layer, wholes)  # raises what a conversion would
     found = {
         m.key: Costs(m.key, model.dims[f"{m.key}.layers"], m.key in frozen) for m in model.modules

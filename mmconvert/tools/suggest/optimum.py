@@ -13,6 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from mmconvert.errors import LayoutError
+from mmconvert.sharding.layout import grid_flag
 from mmconvert.sharding.stages import StageGrid, check_grids, check_order
 from mmconvert.tools.suggest import narrow, wide
 from mmconvert.tools.suggest.chains import Chain, Problem, grid, rank_loads
@@ -150,9 +151,9 @@ def _smallest(
 def _checked(problem: Problem, found: BalancedLayers, proven: int) -> Balance:
     """The layout as grids, after what no layout may break has been checked once more."""
     grids = {c.key: grid(found.placed[c.key], problem.pp) for c in problem.chains}
-    flags = {c.key: f"{c.key}_pp_layers" for c in problem.chains}
+    flags = {c.key: grid_flag(c.key) for c in problem.chains}
     check_grids(grids, flags)
-    check_order(grids, flags)
+    check_order(grids, problem.text.key, flags)
     loads = rank_loads(problem, found.placed)
     sums_fit = all(sum(found.placed[c.key]) == c.layers for c in problem.chains)
     filled = all(map(any, zip(*found.placed.values(), strict=True)))
