@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from cli import run_cli
 from commands import Done
 from mmconvert.playground.checkpoints import tensor_bytes
-from mmconvert.playground.qwenvl import SMALL, Sizes, config, shapes
+from mmconvert.playground.qwenvl import SMALL, PlaygroundSizes, config, shapes
 
 QWENVL = "QwenVLConverter"
 Tensors = dict[str, torch.Tensor]
 
 
-def values(s: Sizes) -> Tensors:
+def values(s: PlaygroundSizes) -> Tensors:
     """The tensors, in bfloat16."""
     return {
         name: torch.frombuffer(bytearray(tensor_bytes(name, shape)), dtype=torch.bfloat16).reshape(
@@ -31,7 +31,7 @@ def values(s: Sizes) -> Tensors:
 
 def make_qwenvl(
     out: Path,
-    sizes: Sizes = SMALL,
+    sizes: PlaygroundSizes = SMALL,
     *,
     files: int = 2,
     pickled: bool = False,

@@ -11,7 +11,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class PlaygroundSizes:
     """The sizes of a model; ``inter`` is that of w1 and of w2, half of config.json's."""
 
     hidden: int = 128
@@ -24,10 +24,10 @@ class Sizes:
     vision_layers: int = 2
 
 
-SMALL = Sizes()  # those of the golden record
+SMALL = PlaygroundSizes()  # those of the golden record
 
 
-def shapes(s: Sizes) -> Shapes:
+def shapes(s: PlaygroundSizes) -> Shapes:
     """Names and shapes, in the order of the model's modules."""
     h, i, w = s.hidden, s.inter, s.width
     found: Shapes = {"transformer.wte.weight": (s.vocab, h)}
@@ -76,7 +76,7 @@ def _pair(name: str, rows: int, *cols: int) -> Shapes:
     return {f"{name}.weight": (rows, *cols), f"{name}.bias": (rows,)}
 
 
-def config(s: Sizes) -> Json:
+def config(s: PlaygroundSizes) -> Json:
     """config.json, in the words of the hub's."""
     return {
         "architectures": ["QWenLMHeadModel"],
@@ -104,7 +104,7 @@ def config(s: Sizes) -> Json:
     }
 
 
-def make_qwenvl(out: Path, sizes: Sizes = SMALL) -> Path:
+def make_qwenvl(out: Path, sizes: PlaygroundSizes = SMALL) -> Path:
     """Writes the checkpoint in two weight files, bf16."""
     out.mkdir(parents=True)
     tensors = [Tensor(name, shape, "BF16", name) for name, shape in shapes(sizes).items()]
