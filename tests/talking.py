@@ -25,6 +25,7 @@ from mmconvert.runtime.training import TrainingPlan
 SIDE = 56  # pixels of a picture: 4 x 4 patches, 4 image tokens
 COLOURS = ("red", "green", "blue", "black")
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "<IMG_CONTEXT>", "</img>")
+GLM = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 Curve = list[tuple[int, float, float, float]]
 
 
@@ -35,8 +36,9 @@ def make(kind: str, folder: Path, **options: Any) -> Path:
     words = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = decoders.ByteLevel()
-    words.add_special_tokens(list(SPECIALS))
-    made: Any = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")
+    words.add_special_tokens([*SPECIALS, *(GLM if kind == "glm4v" else ())])
+    last = "<|endoftext|>" if kind == "glm4v" else "<|im_end|>"
+    made: Any = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=last)
     made.save_pretrained(hf)
     if not kind.startswith("intern"):
         processor: Any = Qwen2VLImageProcessor(min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE)

@@ -91,6 +91,11 @@ class Architecture:
         return int(getattr(self.text_config, "num_experts", None) or 0)
 
     @property
+    def timed(self) -> bool:
+        """Whether the frames of a video stand apart in the text, each behind its time."""
+        return self.kind in ("qwen3_vl", "qwen3_vl_moe")
+
+    @property
     def text_config(self) -> Any:  # noqa: ANN401 - transformers' config
         """The config of the text model."""
         return self.config.text_config
@@ -103,6 +108,16 @@ class Architecture:
         """Another token id of the config, or None."""
         value = getattr(self.config, name, None)
         return value if isinstance(value, int) else None
+
+    def around(self, kind: str) -> tuple[list[int], list[int]]:
+        """The tokens before and behind the placeholders of an image, a video or an audio."""
+        ends = list[list[int]]()
+        for end in ("start", "end"):
+            names = [f"{kind}_{end}_token_id"]
+            names += [f"vision_{end}_token_id"] if kind != "audio" else []
+            found = [token for name in names if (token := self.token(name)) is not None]
+            ends.append([token for token in found if token < self.text_config.vocab_size][:1])
+        return ends[0], ends[1]
 
     @property
     def places(self) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,11 @@ from cli import run_cli
 from commands import copied, edit_rank, mm_to_hf, rank_files, resplit, target
 from mmconvert.errors import TensorError
 from mmconvert.runtime import commands
+from mmconvert.runtime.conversation import Speaker
+from mmconvert.runtime.dataset import read_samples
+from mmconvert.runtime.engine import load_folder
+from mmconvert.runtime.launch import launch
+from mmconvert.runtime.validation import Validation
 from mmconvert.runtime.verdict import ValidationReport
 from nights import nightly
 
@@ -34,7 +40,19 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(hf: Path) -> Path:
-    return talking.write_data(hf.parent)
+    """Text alone, a picture, two pictures, and a film."""
+    film, path = hf.parent / "film", hf.parent / "data.json"
+    film.mkdir()
+    for i, colour in enumerate(talking.COLOURS):
+        talking.picture(film / f"{i}.png", colour)
+    items = [
+        talking.talk("Hello.", "Hi."),
+        talking.talk("<image>Which?", "red", images=["film/0.png"]),
+        talking.talk("<image> or <image>?", "both", images=["film/1.png", "film/2.png"]),
+        talking.talk("<image><video>?", "all", images=["film/3.png"], videos=["film"]),
+    ]
+    path.write_text(json.dumps(items))
+    return path
 
 
 def mm(hf: Path, layout: Layout) -> Path:
@@ -96,6 +114,16 @@ def test_a_restart_goes_on_to_the_bit_and_converts(hf: Path, data: Path, tmp_pat
     run_cli("verify", back, whole, check=0)
     resplit(whole, other, *target("[1,3]", "[3,0]", 1, "ep_size=4"), converter=CONVERTER)
     report = validated(other, back)
+    assert report.passed, report.as_dict()
+
+
+def test_pictures_and_a_film_in_one_sample(hf: Path, data: Path) -> None:
+    """Rows of deepstack layers, too, stand where the tokens of each are."""
+    arch, stored = load_folder(hf, mm(hf, ("[1,3]", "[3,0]", 1, 2)))
+    batch = Speaker(arch, hf).batch(read_samples([data], 0)[-1], answer=False)
+    job = Validation(arch, stored, hf, batch, "a picture and a film", "fp32", 0.0)
+    report = launch(job, stored.world, lambda event: None)
+    assert isinstance(report, ValidationReport)
     assert report.passed, report.as_dict()
 
 
