@@ -82,13 +82,18 @@ Plain = TypeVar("Plain")
 def read_plain(form: type[Plain], words: Sequence[str], prog: str, description: str) -> Plain:
     """Reads the command line of a tool.
 
+    ``--config FILE.yaml`` stands for the flags in it; flags on the command line win.
+
     Raises:
         SystemExit: 0, help was printed.
-        RequestError: flags that make no sense.
+        RequestError: flags that make no sense, an unusable --config.
     """
+    given = [_underscored(word) for word in words]
+    if "config" not in get_type_hints(form):  # of MindFormers' own scripts
+        given = _configured(given)
     return parse(
         tyro.conf.FlagCreatePairsOff[form],
-        _repeated_joined([_underscored(word) for word in words]),
+        _repeated_joined(given),
         prog,
         description,
         use_underscores=True,
@@ -190,6 +195,29 @@ def normalise(words: Sequence[str], config: type) -> list[str]:
             values = values[1:]
         out += [flag, *values]
     return _repeated_joined(out)
+
+
+def _configured(words: list[str]) -> list[str]:
+    """A tool's words with the flags of its ``--config`` files."""
+    line: list[str] = []
+    files: list[list[str]] = []
+    rest = iter(words)
+    for word in rest:
+        flag, _, value = word.partition("=")
+        if flag != "--config":
+            line.append(word)
+            continue
+        path = value or next(rest, "")
+        if not path:
+            raise RequestError("--config has no file", "--config FILE.yaml")
+        files += _flags_of(Path(path), {})
+    said = {word.partition("=")[0] for word in line}
+    switches: dict[str, list[str] | None] = {"True": [], "False": None}
+    for flag, value in files:
+        values = switches.get(value, [value])
+        if flag not in said and values is not None:
+            line += [flag, *values]
+    return line
 
 
 REPEATED = ("--drop", "--layout")  # flags that may be given several times

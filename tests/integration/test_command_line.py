@@ -737,3 +737,17 @@ def test_the_qwen25vl_guide(tmp_path: Path, bash: Bash) -> None:
     assert layers_in(paths.values(), "image_encoder") == [32, 0, 0, 0]
     mm_to_hf(mm, hf, tmp_path / "back", converter=QWEN25VL)
     same_hf(hf, tmp_path / "back")
+
+
+def test_a_tool_takes_its_flags_from_a_file(tied_hf: Path, tmp_path: Path) -> None:
+    file = tmp_path / "inspect.yaml"
+    file.write_text(f"tensors: true\njson: false\nsvg: {tmp_path / 'a.svg'}\n")
+    done = run_cli("inspect", tied_hf, "--config", file, check=0)
+    assert (tmp_path / "a.svg").is_file()
+    assert "model.embed_tokens.weight" in done.stdout
+    words = ["inspect", tied_hf, f"--config={file}", "--svg", tmp_path / "b.svg"]
+    run_cli(*words, check=0)
+    assert (tmp_path / "b.svg").is_file()
+    file.write_text("tensor: true\n")
+    refused(run_cli("inspect", tied_hf, "--config", file), 2, "--tensor", "did you mean --tensors?")
+    refused(run_cli("inspect", tied_hf, "--config"), 2, "--config has no file")
