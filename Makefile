@@ -45,6 +45,9 @@ docs: $(VENV)/ready
 	$(PY) docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 
+release-check:
+	$(PYTHON) packaging/release.py
+
 mindspore-env:
 	@tests/with_mindspore/setup.sh .venv-mindspore
 
