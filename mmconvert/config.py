@@ -272,6 +272,9 @@ class Options:
     """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
     dtype: DType = "keep"
     """Cast floating-point tensors; values that overflow or become zero are reported."""
+    dequantize: bool = False
+    """Read fp8 weights with a scale for each block (weight_scale_inv); written as bf16, or as
+    --dtype says."""
     max_shard_size: str = ""
     """Largest weight file of Hugging Face output, such as 5GB; not given: files as in hf_dir."""
     replicas: Literal["check", "first"] = "check"

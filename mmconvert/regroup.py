@@ -29,6 +29,7 @@ from mmconvert.formats import reading
 from mmconvert.formats.base import NoLayout, Placed
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.containers.safetensors import WeightFile
+from mmconvert.formats.hf import scaled
 from mmconvert.formats.hf.bin import METADATA
 from mmconvert.formats.hf.folder import HFCheckpoint, open_hf
 from mmconvert.formats.hf.output import new_files, with_dtype
@@ -82,7 +83,10 @@ def moe_expert(
     checkpoint = open_hf(cfg.hf_dir)
     stacks = stacks_of(checkpoint.config)
     dims = stacks.dims(checkpoint.config)
-    tensors = {stacks.full_name(name): t for name, t in checkpoint.tensors().items()}
+    tensors = checkpoint.tensors()
+    if run.options.dequantize:
+        tensors = scaled.dequantised(tensors, checkpoint.config, cfg.hf_dir)
+    tensors = {stacks.full_name(name): t for name, t in tensors.items()}
     found = _found(stacks, dims, checkpoint, tensors)
     form = _asked(cfg, found)
     module = stacks.module(checkpoint.config, form)
@@ -100,13 +104,14 @@ def moe_expert(
     ]
     order = [names.written(name) for name in [*others, *expected]]
     sides = side_files(checkpoint.folder, checkpoint.read)
-    notes = [*checkpoint.notes, *sides.notes(), *names.notes(tensors)]
+    notes = [*checkpoint.notes, *scaled.note(tensors), *sides.notes(), *names.notes(tensors)]
     plan = build(src, dst, notes, run.cast)
     run.prove(plan)
 
     limit = parse_size(run.options.max_shard_size or DEFAULT_SIZE)
     images = new_files(_in_order(checkpoint, order), plan.targets, limit, indexed=True)
-    images += _side_images(checkpoint, sides, run.cast)
+    new_config = bool(run.cast) or run.options.dequantize
+    images += _side_images(checkpoint, sides, run.cast if new_config else None)
     result = Result(
         cfg.save_dir, False, plan, NoLayout(), 0.0, tuple(images), not_copied=sides.left
     )
@@ -288,13 +293,13 @@ def _in_order(checkpoint: HFCheckpoint, names: list[str]) -> HFCheckpoint:
     return replace(checkpoint, files=files)
 
 
-def _side_images(checkpoint: HFCheckpoint, sides: SideFiles, cast: str) -> list[FileImage]:
-    """The files beside the weights, copied."""
+def _side_images(checkpoint: HFCheckpoint, sides: SideFiles, cast: str | None) -> list[FileImage]:
+    """The files beside the weights, copied; config.json anew where the weights changed."""
     folder = checkpoint.folder
     reading.note(folder / path for path in sides.copied)
     return [
         small(str(path), with_dtype(folder / path, cast))
-        if path == CONFIG and cast
+        if path == CONFIG and cast is not None
         else FileImage(str(path), (folder / path).stat().st_size, copied=folder / path)
         for path in sides.copied
     ]

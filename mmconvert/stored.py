@@ -27,6 +27,9 @@ ITEM_SIZE: dict[str, int] = {
     "I64": 8,
     "U64": 8,
 }
+# In a plan alone: F8_E4M3 with a scale for each block, which is written as another dtype only.
+SCALED = "F8_E4M3*"
+ITEM_SIZE[SCALED] = 1
 
 
 TRANSPOSED = ".T"  # behind the name of a matrix that is seen the other way round
@@ -47,6 +50,19 @@ class Extent(NamedTuple):
     nbytes: int
 
 
+class Scales(NamedTuple):
+    """The scales of a tensor in fp8: one for each block of its last two dimensions.
+
+    Attributes:
+        tensor: the scales, with the dimensions of what they scale.
+        rows, cols: of a block; those at the ends may be smaller.
+    """
+
+    tensor: StoredTensor
+    rows: int
+    cols: int
+
+
 class StoredTensor(NamedTuple):
     """One tensor as it is stored.
 
@@ -60,6 +76,7 @@ class StoredTensor(NamedTuple):
         extents: where the bytes lie, in order and without gaps, if the file holds them in
             several pieces, which may be cut anywhere; else empty. Such a tensor has the strides
             of a contiguous one, not None: its bytes are not one run of the file.
+        scales: of a tensor whose dtype is SCALED.
     """
 
     name: str
@@ -69,6 +86,7 @@ class StoredTensor(NamedTuple):
     offset: int
     strides: tuple[int, ...] | None = None
     extents: tuple[Extent, ...] = ()
+    scales: Scales | None = None
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +110,10 @@ def transpose(tensor: StoredTensor) -> StoredTensor:
     seen = tensor.name.endswith(TRANSPOSED)
     name = tensor.name.removesuffix(TRANSPOSED) if seen else tensor.name + TRANSPOSED
     strides = None if (right, down) == (rows, 1) and not tensor.extents else (right, down)
-    return tensor._replace(name=name, shape=(cols, rows), strides=strides)
+    scales = tensor.scales and Scales(
+        transpose(tensor.scales.tensor), tensor.scales.cols, tensor.scales.rows
+    )
+    return tensor._replace(name=name, shape=(cols, rows), strides=strides, scales=scales)
 
 
 def expert_of(tensor: StoredTensor, expert: int) -> StoredTensor:
@@ -103,6 +124,8 @@ def expert_of(tensor: StoredTensor, expert: int) -> StoredTensor:
         shape=tensor.shape[1:],
         offset=tensor.offset + expert * strides[0] * ITEM_SIZE[tensor.dtype],
         strides=None if tensor.strides is None else strides[1:],
+        scales=tensor.scales
+        and tensor.scales._replace(tensor=expert_of(tensor.scales.tensor, expert)),
     )
 
 

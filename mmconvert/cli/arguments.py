@@ -244,7 +244,16 @@ def _repeated_joined(words: Sequence[str]) -> list[str]:
 
 PATHS = (Path, MaybePath)  # types of flags that name a folder
 
-OWN_FLAGS = ("--overwrite", "--dry_run", "--no_sync", "--crc", "--json", "--quiet", "--debug")
+OWN_FLAGS = (
+    "--overwrite",
+    "--dry_run",
+    "--no_sync",
+    "--crc",
+    "--dequantize",
+    "--json",
+    "--quiet",
+    "--debug",
+)
 
 
 def _underscored(word: str) -> str:

@@ -18,7 +18,7 @@ from nights import nightly
 EMBEDDING = "text_decoder.embedding.word_embeddings.weight"
 HEAD = "text_decoder.output_layer.weight"
 TO, BY = "--cfg.pad_vocab_to", "--cfg.make_vocab_size_divisible_by"
-SMALL = {"layers": 4, "vit_layers": 3}
+SMALL: dict[str, Any] = {"layers": 4, "vit_layers": 3}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2vl-2b": SMALL,
     "qwen2.5vl-7b": SMALL,

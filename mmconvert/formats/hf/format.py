@@ -25,7 +25,7 @@ from mmconvert.formats.registry import load
 from mmconvert.names import summarise
 from mmconvert.plan.padding import in_words, pad_vocabulary, vocabulary_keys
 from mmconvert.plan.plan import Side
-from mmconvert.stored import Target
+from mmconvert.stored import SCALED, Target
 from mmconvert.words import parse_size
 
 CONFIG = Path("config.json")
@@ -153,7 +153,7 @@ class HuggingFace(Format):
         folder, copied = checkpoint.folder, placed.sides.copied
         reading.note(folder / path for path in copied)
         for path in copied:
-            if path == CONFIG and asked.cast:
+            if path == CONFIG and (asked.cast or asked.options.dequantize):
                 yield small(str(path), with_dtype(folder / path, asked.cast))
             else:
                 size = (folder / path).stat().st_size
@@ -193,7 +193,7 @@ def _dtype_notes(headers: Side, dst: Side, form: str) -> list[str]:
     """Says so where training has changed a dtype: tensors are written as training left them."""
     changed: dict[tuple[str, str], list[str]] = {}
     for old, new in zip(headers.stored, dst.targets, strict=True):
-        if old.dtype != new.dtype:
+        if old.dtype != new.dtype and old.dtype != SCALED:
             changed.setdefault((old.dtype, new.dtype), []).append(new.name)
     return [
         f"warning: {len(names)} tensors are {old} in hf_dir and {new} in the {form} checkpoint; "

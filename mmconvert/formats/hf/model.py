@@ -26,6 +26,7 @@ from mmconvert.errors import (
     blamed,
 )
 from mmconvert.formats.faults import STRICT, Faults
+from mmconvert.formats.hf import scaled
 from mmconvert.formats.hf.folder import ANOTHER_CONFIG, HFCheckpoint, open_hf, read_config
 from mmconvert.formats.model import Model, Notes, dropped_by, drops_too_much
 from mmconvert.names import number, summarise
@@ -87,9 +88,11 @@ def hf_model(
     with blamed("damaged-config", folder / "config.json", fix=ANOTHER_CONFIG):
         traits = family.traits(config)
     tensors = _by_hub_name(family, checkpoint, faults)
+    if options.dequantize:
+        tensors = scaled.dequantised(tensors, config, folder)
     traits |= family.shape_traits(config, {name: t.shape for name, t in tensors.items()})
     table = family.modules(Variant(traits=traits))
-    notes = Notes(checkpoint.notes)
+    notes = Notes([*checkpoint.notes, *scaled.note(tensors)])
     if llm_dir is not None:
         config, tensors = _with_text_of(llm_dir, family, table, config, tensors, notes)
     everything = list(tensors.values())
@@ -97,7 +100,7 @@ def hf_model(
     fault = form_of(family, table, tensors, config, folder)
     if fault is not None:
         raise fault
-    if note := left_over(config):
+    if (note := left_over(config)) and not options.dequantize:
         notes.words.append(f"warning: {note}")
         what, _, fix = note.partition("; ")
         place = folder / "config.json"

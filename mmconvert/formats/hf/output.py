@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mmconvert.causes.quantised import said_method, without_method
 from mmconvert.errors import FormatError
 from mmconvert.formats.containers.image import FileImage, Piece, one_run, small
 from mmconvert.formats.containers.safetensors import parse_json, safetensors_image
@@ -119,20 +120,23 @@ def _index(old: bytes, images: Sequence[FileImage], targets: Sequence[Target]) -
 
 
 def with_dtype(path: Path, cast: str) -> bytes:
-    """config.json with the dtype that the weights have now; if it has that already, as it is.
+    """config.json with the dtype that the weights have now, and without a way of quantising; if
+    it is so already, as it is.
 
     Args:
-        cast: safetensors spelling of the dtype.
+        cast: safetensors spelling of the dtype; "" leaves what it says of dtypes.
 
     Raises:
         CheckpointError: unreadable; FormatError: not JSON.
     """
-    text, dtype = read_small(path), TORCH_NAMES[cast]
+    text, dtype = read_small(path), TORCH_NAMES.get(cast)
     config = parse_json(text, path)
-    changed = False
+    changed = is_object(config) and bool(said_method(config))
+    if is_object(config) and changed:  # weights in this dtype are not quantised
+        config = without_method(config)
     for part in _objects(config):
         for key in DTYPE_KEYS:
-            if isinstance(part.get(key), str) and part[key] != dtype:
+            if dtype and isinstance(part.get(key), str) and part[key] != dtype:
                 part[key] = dtype
                 changed = True
     if not changed:  # the original, byte for byte
