@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from mmconvert.config import (
+    DCPLayout,
+    DCPToHF,
+    DCPToMM,
     DeviceConfig,
+    HFToDCP,
     HFToMM,
     HFToMS,
+    MMToDCP,
     MMToHF,
     MSResplit,
     MSToHF,
@@ -24,7 +29,7 @@ from mmconvert.config import (
     Resplit,
 )
 from mmconvert.converters.family import Family
-from mmconvert.errors import RequestError
+from mmconvert.errors import LayoutError, RequestError
 from mmconvert.events import Events
 from mmconvert.executor.apart import check_apart
 from mmconvert.formats.base import Format, NoLayout, Opening, Placing, StoredCheckpoint
@@ -130,7 +135,7 @@ def convert(
     )
     source = reader.open(asked.source.path, told)
     # Plan.
-    src = source.side(as_hf=writer.naming == "hf")
+    src = source.side(as_hf=writer.as_hf(family, asked.target.layout))
     padded = _pad(src, source, asked)
     placing = Placing(
         source,
@@ -222,7 +227,7 @@ def _original(
     family: Family, asked: Request, options: Options, writer: Format
 ) -> tuple[StoredCheckpoint | None, Model | None]:
     """The original checkpoint, where the output is made like it; and its model."""
-    if writer.needs_original and asked.original is None and asked.source.format != writer.name:
+    if writer.needs_original and asked.original is None and asked.source.format != "hf":
         raise RequestError(
             f"{asked.command} needs the original checkpoint: its files, names and tokenizer",
             "the folder of the original model",
@@ -230,7 +235,7 @@ def _original(
         )
     if writer.needs_original:
         folder = asked.original or asked.source.path
-        found = load(writer.name).open(folder, Opening(family, options))
+        found = load("hf").open(folder, Opening(family, options))
         return found, found.model
     if asked.original is not None and asked.original != asked.source.path:
         return None, config_model(family, asked.original)
@@ -255,6 +260,7 @@ def _notes(
     notes += [*source.model.notes, *idle_patterns(options, *models)]
     names = [tensor.name for tensor in models[0].carried]
     what = "stay in hf_dir and return from it" if original is None else "copied from hf_dir"
+    notes = list(dict.fromkeys(notes))  # the source may be the original
     return notes + ([f"{len(names)} tensors {what}: {summarise(names)}"] if names else [])
 
 
@@ -376,6 +382,54 @@ def resplit(
         dtype="keep" if isinstance(cfg, Resplit) else cfg.dtype,
         cfg=cfg,
     )
+    return convert(family, asked, options, events)
+
+
+def hf_to_mm_dcp(
+    family: Family, cfg: HFToMM, options: Options | None = None, events: Events | None = None
+) -> Result:
+    """Hugging Face -> DCP with whole MM tensors, which loaders divide as they run.
+
+    Raises:
+        LayoutError: sizes of another layout than one rank.
+    """
+    layout = cfg.parallel_config
+    grids = [stage for grid in layout.grids().values() for stage in grid]
+    if any(n > 1 for n in layout.tp().values()) or any(len(stage) > 1 for stage in grids):
+        raise LayoutError(
+            "hf_to_mm_dcp writes whole tensors, and the request names parallel sizes",
+            "no layer lists and sizes: whatever loads the folder divides them",
+            "leave them out",
+        )
+    asked = Request(
+        "hf_to_mm_dcp",
+        End("hf", cfg.hf_config.hf_dir),
+        End("dcp", cfg.mm_dir, DCPLayout(names="mm")),
+        canonical=cfg.common_model_config.enable_canonical_hf_struct,
+        encoders_only=cfg.save_vit_only,
+        cfg=cfg,
+    )
+    return convert(family, asked, options, events)
+
+
+def with_dcp(
+    family: Family,
+    command: str,
+    cfg: MMToDCP | DCPToMM | HFToDCP | DCPToHF,
+    options: Options | None = None,
+    events: Events | None = None,
+) -> Result:
+    """From or to DCP, by a family's table."""
+    ends = {"dcp": End("dcp", cfg.dcp_dir, cfg.dcp_config, "--cfg.dcp_config.")}
+    if isinstance(cfg, (MMToDCP, DCPToMM)):
+        ends["mm"] = End("mm", cfg.mm_dir, cfg.parallel_config, PARALLEL)
+    elif isinstance(cfg, DCPToHF):
+        ends["hf"] = End("hf", cfg.save_hf_dir)
+    else:
+        ends["hf"] = End("hf", cfg.hf_config.hf_dir)
+    first, _, second = command.partition("_to_")
+    original = None if first == "hf" else cfg.hf_config.hf_dir
+    asked = Request(command, ends[first], ends[second], original=original, cfg=cfg)
     return convert(family, asked, options, events)
 
 

@@ -75,6 +75,41 @@ VERBS = {
         "--cfg.target_parallel_config.vit_pp_layers [32]",
     ),
 }
+DCP_VERBS = {
+    "hf_to_dcp": (
+        "HFToDCP",
+        "Hugging Face -> DCP: before training with FSDP2",
+        "--cfg.hf_config.hf_dir HF_DIR --cfg.dcp_dir DCP_DIR",
+    ),
+    "dcp_to_hf": (
+        "DCPToHF",
+        "DCP -> Hugging Face: after training with FSDP2",
+        "--cfg.dcp_dir DCP_DIR --cfg.hf_config.hf_dir HF_DIR --cfg.save_hf_dir NEW_HF_DIR",
+    ),
+    "mm_to_dcp": (
+        "MMToDCP",
+        "MM -> DCP, straight",
+        "--cfg.mm_dir MM_DIR --cfg.hf_config.hf_dir HF_DIR --cfg.dcp_dir DCP_DIR",
+    ),
+    "dcp_to_mm": (
+        "DCPToMM",
+        "DCP -> MM, straight",
+        f"--cfg.dcp_dir DCP_DIR --cfg.hf_config.hf_dir HF_DIR --cfg.mm_dir MM_DIR {LAYOUT}",
+    ),
+    "hf_to_mm_dcp": (
+        "HFToMM",
+        "Hugging Face -> DCP with whole MM tensors",
+        "--cfg.hf_config.hf_dir HF_DIR --cfg.mm_dir DCP_DIR",
+    ),
+}
+# Converters of MindSpeed-MM for its FSDP2 trainers, which take models of any kind.
+DCP_CONVERTERS = {
+    "Qwen3VLConverter": "Qwen3-VL",
+    "Qwen35Converter": "Qwen3.5 and 3.6",
+    "Mistral3Converter": "Mistral 3, Magistral",
+    "ExpertMergeDcpConverter": "InternVL3.5 with experts, GLM-4.5V, Qwen3-Omni",
+    "GenericDCPConverter": "any model",
+}
 # Of the converters whose other side is MindSpore (converters.MINDSPORE).
 MS_VERBS = {
     "hf_to_ms": (
@@ -102,12 +137,12 @@ def verbs_of(converter: str) -> dict[str, tuple[str, str, str]]:
     from mmconvert.converters import BUILT_IN, MINDSPORE, load
 
     if converter == AUTO:
-        return MS_VERBS | VERBS
+        return MS_VERBS | VERBS | DCP_VERBS
     if converter not in BUILT_IN and (
         converter in MINDSPORE or load(converter).naming == "mindformers"
     ):
         return MS_VERBS
-    return VERBS
+    return VERBS | DCP_VERBS
 
 
 def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
@@ -283,10 +318,14 @@ def _dispatch(words: list[str]) -> int:
     converter, rest = script_words[0], [*script_words[1:], *words[1:]]
     if converter in TOOLS:
         return _tool(converter, rest)
+    if converter in DCP_CONVERTERS:
+        from mmconvert.cli import dcp
+
+        return dcp.run(converter, rest)
     # Installed packages are searched for converters only when none of ours is meant: it is slow.
     own = (AUTO, *BUILT_IN, *MINDSPORE)
     if converter not in own and converter not in converter_names():
-        known = [AUTO, *converter_names(), *MINDSPORE, *TOOLS]
+        known = [AUTO, *converter_names(), *MINDSPORE, *DCP_CONVERTERS, *TOOLS]
         kind = "converter" if converter.endswith("Converter") else "command"
         raise _unknown(kind, converter, known, "mm-convert -h")
     if not rest or rest[0] in ("-h", "--help"):

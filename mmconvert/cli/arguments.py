@@ -115,8 +115,13 @@ def read(
     words: Sequence[str],
     prog: str,
     description: str,
+    *,
+    bare: bool = False,
 ) -> Command:
     """Reads a command line into a config class.
+
+    Args:
+        bare: the class's flags have no ``cfg.`` before them.
 
     Raises:
         SystemExit: 0, help was printed.
@@ -126,14 +131,14 @@ def read(
     form = dataclasses.make_dataclass(
         "Form",
         [
-            ("cfg", Annotated[config, tyro.conf.FlagConversionOff]),
+            ("cfg", Annotated[(config, tyro.conf.FlagConversionOff, *([flat] if bare else []))]),
             ("conversion", Annotated[Options, flat, flags]),
             ("screen", Annotated[Screen, flat, flags]),
         ],
     )
     made = parse(  # pyright: ignore[reportUnknownVariableType] - a class made here
         form,
-        normalise(words, config),
+        normalise(words, config, "-" if bare else "--cfg"),
         prog,
         description,
         use_underscores=True,
@@ -148,7 +153,7 @@ def flag_paths(config: type, prefix: str = "--cfg") -> dict[str, type]:
     """Every flag of a config class, dotted, with its type."""
     found: dict[str, type] = {}
     for name, kind in get_type_hints(config).items():
-        flag = f"{prefix}.{name}"
+        flag = f"--{name}" if prefix == "-" else f"{prefix}.{name}"
         if dataclasses.is_dataclass(kind):
             found |= flag_paths(kind, flag)  # pyright: ignore[reportArgumentType] - a dataclass
         else:
@@ -156,7 +161,7 @@ def flag_paths(config: type, prefix: str = "--cfg") -> dict[str, type]:
     return found
 
 
-def normalise(words: Sequence[str], config: type) -> list[str]:
+def normalise(words: Sequence[str], config: type, prefix: str = "--cfg") -> list[str]:
     """The words as tyro wants them.
 
     ``-`` and ``_`` are alike, lists may contain spaces, ``--config FILE.yaml`` stands for the
@@ -166,7 +171,7 @@ def normalise(words: Sequence[str], config: type) -> list[str]:
     Raises:
         RequestError: a --config without a file, or with an unreadable one.
     """
-    flags = flag_paths(config)
+    flags = flag_paths(config, prefix)
     given = _pairs([_underscored(word) for word in words])
     from_files: list[list[str]] = []
     from_line: list[list[str]] = []

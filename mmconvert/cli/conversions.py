@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmconvert import config
-from mmconvert.cli import AUTO, MS_VERBS, VERBS, verbs_of
+from mmconvert.cli import AUTO, DCP_VERBS, MS_VERBS, VERBS, verbs_of
 from mmconvert.cli.arguments import Command, Screen, normalise, read
 from mmconvert.cli.screen import screen_events
 from mmconvert.config import OptionalHFConfig
@@ -100,12 +100,15 @@ def _converted(converter: str, verb: str, command: Command) -> Result:
         "hf_to_ms": directions.hf_to_ms,
         "ms_to_hf": directions.ms_to_hf,
         "resplit": directions.resplit,
+        "hf_to_mm_dcp": directions.hf_to_mm_dcp,
     }
     inputs = _inputs(command.cfg)
     family = family_of(*inputs, naming="") if converter == AUTO else converters.load(converter)
     with screen_events(quiet=command.screen.quiet or not group.current().leads) as events:
         if verb in directions_of:
             return directions_of[verb](family, command.cfg, command.options, events)
+        if verb in DCP_VERBS:
+            return directions.with_dcp(family, verb, command.cfg, command.options, events)
         asked = directions.between(verb, command.cfg)
         return directions.convert(family, asked, command.options, events)
 
@@ -113,8 +116,10 @@ def _converted(converter: str, verb: str, command: Command) -> Result:
 def _inputs(cfg: Any) -> list[Path]:  # noqa: ANN401 - one of many dataclasses
     """The input folders of a request, that of the original model first."""
     names = ("mm_dir", "ms_path", "source_dir", "source")
-    if isinstance(cfg, (config.HFToMM, config.HFToMS)):
+    if isinstance(cfg, (config.HFToMM, config.HFToMS, config.HFToDCP)):
         names = ()
+    elif isinstance(cfg, (config.DCPToMM, config.DCPToHF)):
+        names = ("dcp_dir",)
     paths = [cfg.hf_config.hf_dir, *(getattr(cfg, name, None) for name in names)]
     return [path for path in paths if path is not None]
 
@@ -124,7 +129,7 @@ def _summary(verb: str, result: Result) -> str:
     size = result.plan.nbytes
     moved = size - result.moved.resumed
     rate = f", {amount(moved / result.seconds)}/s" if result.written else ""
-    where = "from" if verb in ("mm_to_hf", "ms_to_hf") else "layout"
+    where = "from" if verb.endswith("_to_hf") else "layout"
     layout = "" if verb == "moe_expert" else f"{where}: {result.layout.describe()}\n"
     return (
         f"{done} {result.output}: {len(result.plan.targets)} tensors, {amount(size)} in "

@@ -243,7 +243,7 @@ class Format(ABC):
         title: in words.
         naming: whose names its tensors have; "" for those of the family's own table.
         reads, writes: the options that make sense only where this format is read, or written.
-        needs_original: its files are made like those of an original checkpoint of this format.
+        needs_original: its files are made like those of an original Hugging Face checkpoint.
         own_names: a regular expression of what stands at the top of its folders; ``--overwrite``
             replaces no folder that holds anything else, and none of a format without it.
         Layout: a frozen dataclass; its fields are the flags of the command line.
@@ -311,6 +311,11 @@ class Format(ABC):
         if nothing else is in it.
         """
         return bool(self.own_names) and self.recognise(folder)
+
+    def as_hf(self, family: Family, layout: object) -> bool:
+        """Whether it takes matrices as Hugging Face has them, where MM format transposes them."""
+        del family, layout
+        return self.naming == "hf"
 
     def read_back(self, stored: Sequence[StoredTensor], placed: Placed, asked: Placing) -> Side:
         """A placed checkpoint as the reader will see it, for a rehearsal without any files.

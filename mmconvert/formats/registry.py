@@ -17,6 +17,7 @@ ENTRY_POINTS = "mmconvert.formats"  # third-party packages register a Format her
 BUILT_IN = {
     "hf": "mmconvert.formats.hf.format",
     "ms": "mmconvert.formats.mindspore.format",
+    "dcp": "mmconvert.formats.dcp.format",
     "mm": "mmconvert.formats.mm.format",
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -24,7 +24,7 @@ from mmconvert.formats.recognise import hf_family
 from mmconvert.formats.registry import load
 from mmconvert.names import summarise
 from mmconvert.plan.padding import in_words, pad_vocabulary, vocabulary_keys
-from mmconvert.plan.plan import Side
+from mmconvert.plan.plan import Key, Side, Whole
 from mmconvert.stored import SCALED, Target
 from mmconvert.words import parse_size
 
@@ -128,7 +128,7 @@ class HuggingFace(Format):
         original, source = _original(asked), asked.source
         headers = original.side(source.model.plain_modules, as_hf=True)
         padded = _cut_padding(headers, source)
-        _check_shapes(asked, headers)
+        check_shapes(asked.wholes, headers, asked.source.path, original.path)
         side = hf_target(headers, asked.wholes)
         changed = [] if asked.cast else _dtype_notes(headers, side, load(source.format).title)
         notes = padded + changed
@@ -166,14 +166,14 @@ def _original(asked: Placing) -> HFStored:
     return asked.original
 
 
-def _check_shapes(asked: Placing, headers: Side) -> None:
+def check_shapes(wholes: Mapping[Key, Whole], headers: Side, source: Path, original: Path) -> None:
     """Raises TensorError for wholes of other shapes than the original has."""
-    for key, whole in asked.wholes.items():
+    for key, whole in wholes.items():
         expected = headers.wholes.get(key)
         if expected is not None and whole.shape != expected.shape:
             raise TensorError(
-                f"{asked.source.path}: {key.name()} is {list(whole.shape)} in all; "
-                f"{_original(asked).path} makes it {list(expected.shape)}",
+                f"{source}: {key.name()} is {list(whole.shape)} in all; "
+                f"{original} makes it {list(expected.shape)}",
                 "the whole checkpoint, with its own strategy files, and the hf_dir of its model",
                 "give the folder above rank_0, not the file of one rank; or the right hf_dir",
             )

@@ -49,7 +49,7 @@ def hf_side(
         tensors: by name in hub spelling; each must be the source of some row.
         transposed: whether rows that say so see their tensor transposed. Only what is read can be:
             the wholes have the orientation of what is written. What is read is also taken expert
-            by expert from stacked tensors; what is written is one tensor.
+            by expert from stacked tensors; what is written is one tensor. Views are always read.
         faults: where those go after which reading goes on.
         complete: whether missing tensors are a fault of their own, not of files that are damaged.
 
@@ -164,7 +164,7 @@ def _sources(
                     "replace config.json or the weights by those that belong together",
                 )
             seen = expert_of(tensor, item.expert)
-            if not read:
+            if not read and tensor.strides is None and not tensor.parts:
                 rows, cols = seen.shape[0], prod(seen.shape[1:])
                 below = tensor._replace(shape=(experts * rows, cols), strides=None)
                 sources.append(_Source(seen, below, item.expert * rows, tensor.shape))
