@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from hfgen import make_hf
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from cli import run_cli
+from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_hf
 
 RECORDS = sorted((Path(__file__).parent / "dcp_records").glob("*.json"))

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hfgen import make_hf
 from safetensors.torch import load_file
 
 import dcpranks
 import mmconvert
 from cli import run_cli
+from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_hf
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning")

@@ -19,7 +19,7 @@ from mmconvert.formats.base import (
     Opening,
     Placed,
     Placing,
-    Stored,
+    StoredCheckpoint,
     claimed,
     one_each,
 )
@@ -65,7 +65,7 @@ class Shards:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DCPStored(Stored):
+class DCPStored(StoredCheckpoint):
     """A folder that was opened; ``tensors`` by Hugging Face, MM or, without a table, flat names."""
 
     tensors: Mapping[str, StoredTensor]
