@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 State = dict[str, Any]
 
@@ -23,7 +22,9 @@ def run(ranks: int, work: Callable[..., None], *args: object) -> None:
     init = folder / f"init-{work.__name__}-{ranks}"
     given = (ranks, f"file://{init}", work, args)
     # Forked: torch takes ten seconds to import anew in each.
-    mp.start_processes(_started, given, nprocs=ranks, start_method="fork")
+    mp.start_processes(  # pyright: ignore[reportPrivateImportUsage] - torch's own documentation
+        _started, given, nprocs=ranks, start_method="fork"
+    )
 
 
 def _started(rank: int, ranks: int, init: str, work: Callable[..., None], args: Any) -> None:
@@ -35,32 +36,46 @@ def _started(rank: int, ranks: int, init: str, work: Callable[..., None], args: 
         dist.destroy_process_group()
 
 
-def divided(tensor: torch.Tensor, ranks: int, how: str) -> DTensor:
-    """A tensor as FSDP2, or FSDP2 with tensor parallelism, holds it."""
-    if how == "rows" or ranks < 4:
-        mesh = init_device_mesh("cpu", (ranks,))
-        return distribute_tensor(tensor, mesh, [Shard(0) if tensor.dim() else Replicate()])
-    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("dp", "tp"))
-    last = Shard(1) if tensor.dim() == 2 else Replicate()
-    return distribute_tensor(tensor, mesh, [Shard(0) if tensor.dim() else Replicate(), last])
+def mesh_of(ranks: int, how: str) -> DeviceMesh:
+    """``rows``: FSDP2; ``both``: with tensor parallelism of 2."""
+    sizes = (ranks,) if how == "rows" else (ranks // 2, 2)
+    return init_device_mesh("cpu", sizes)
+
+
+def divided(tensor: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+    """A tensor as a rank holds it: its rows, and of a matrix its columns, as torch.chunk cuts."""
+    places = [Shard(dim) if tensor.dim() > dim else Replicate() for dim in range(mesh.ndim)]
+    if tensor.dim() != 2:
+        places[1:] = [Replicate()] * (mesh.ndim - 1)
+    local = tensor
+    for dim, place in enumerate(places):
+        if isinstance(place, Shard):
+            parts = torch.chunk(local, mesh.size(dim), dim)
+            own = mesh.get_local_rank(dim)
+            empty = local.narrow(dim, 0, 0)
+            local = parts[own] if own < len(parts) else empty
+    return DTensor.from_local(
+        local.contiguous(),
+        mesh,
+        places,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
 
 
 def save(rank: int, ranks: int, folder: str, source: str, how: str, threads: int) -> None:
     """Saves the tensors of a torch file, divided."""
-    whole = torch.load(source, weights_only=True)
-    state = {name: divided(t, ranks, how) for name, t in whole.items()}
-    writer = dcp.FileSystemWriter(folder, thread_count=threads)
-    dcp.save({"model": state, "checkpoint_version": 3.0}, storage_writer=writer)
+    mesh, whole = mesh_of(ranks, how), torch.load(source, weights_only=True)
+    state = {name: divided(tensor, mesh) for name, tensor in whole.items()}
+    writer = dcp.filesystem.FileSystemWriter(folder, thread_count=threads)
+    dcp.state_dict_saver.save({"model": state, "checkpoint_version": 3.0}, storage_writer=writer)
 
 
 def load(rank: int, ranks: int, folder: str, source: str, how: str) -> None:
     """Loads a folder into divided tensors; they must be those of a torch file."""
-    whole = torch.load(source, weights_only=True)
-    state = {name: divided(torch.zeros_like(t), ranks, how) for name, t in whole.items()}
-    dcp.load({"model": state}, checkpoint_id=folder)
+    mesh, whole = mesh_of(ranks, how), torch.load(source, weights_only=True)
+    state = {name: divided(torch.zeros_like(tensor), mesh) for name, tensor in whole.items()}
+    dcp.state_dict_loader.load({"model": state}, checkpoint_id=folder)
     for name, tensor in whole.items():
-        assert torch.equal(state[name].full_tensor(), tensor), name
-
-
-if __name__ == "__main__":
-    sys.exit("imported by tests")
+        assert torch.equal(state[name].to_local(), divided(tensor, mesh).to_local()), name

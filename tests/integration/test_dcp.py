@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import dcpranks
 import mmconvert
@@ -35,7 +36,8 @@ def refused(code: int, *words: object) -> str:
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Experts, several weight files, a tied head."""
-    return make_hf("qwen3vl-30b-a3b", tmp_path_factory.mktemp("dcp") / "hf")
+    out = tmp_path_factory.mktemp("dcp") / "hf"
+    return make_hf("qwen3vl-30b-a3b", out, layers=2, vit_layers=2, deepstack=[0])
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +63,10 @@ def trained(folder: Path, hf: Path) -> dict[str, torch.Tensor]:
 def test_torch_loads_all_of_it_or_some(folder: Path, hf: Path) -> None:
     want = trained(folder, hf)
     state = {name: torch.zeros_like(t) for name, t in want.items()}
-    dcp.load({"model": state}, checkpoint_id=folder / "release", no_dist=True)
+    load({"model": state}, checkpoint_id=folder / "release", no_dist=True)
     assert all(torch.equal(state[name], want[name]) for name in want)
     some = {name: torch.zeros_like(want[name]) for name in list(want)[5:9]}
-    dcp.load({"model": some}, checkpoint_id=folder / "release", no_dist=True)
+    load({"model": some}, checkpoint_id=folder / "release", no_dist=True)
     assert all(torch.equal(some[name], want[name]) for name in some)
 
 
@@ -108,7 +110,7 @@ def test_plain_and_transposed_tensors(hf: Path, tmp_path: Path) -> None:
         name: t.t().contiguous().t() if t.dim() == 2 else t for name, t in trained(hf, hf).items()
     }
     out, back = tmp_path / "dcp", tmp_path / "back"
-    dcp.save({"model": state}, checkpoint_id=out, no_dist=True)
+    save({"model": state}, checkpoint_id=out, no_dist=True)
     words = ("--load_dir", out, "--save_dir", back, "--model_assets_dir", hf)
     ok(QWEN3, "dcp_to_hf", *words)
     assert compare_hf(hf, back) == []
@@ -149,7 +151,7 @@ def test_tools_take_it(hf: Path, folder: Path, tmp_path: Path) -> None:
 def test_a_missing_tensor_is_an_error(hf: Path, folder: Path, tmp_path: Path) -> None:
     state = trained(folder, hf)
     del state["model.model.language_model.norm.weight"]
-    dcp.save({"model": state}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    save({"model": state}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     words = ("--save_dir", tmp_path / "back", "--model_assets_dir", hf)
     said = refused(3, QWEN3, "dcp_to_hf", "--load_dir", tmp_path / "dcp", *words)
     assert "model.model.model.language_model.norm.weight" in said
