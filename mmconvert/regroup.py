@@ -154,9 +154,10 @@ def _found(
     if forms == [SINGLE]:
         return Experts(SINGLE, False, stacks.module(config, SINGLE), mine)
     flat = {len(t.shape) for t in mine.values()} == {2}
-    seen = {name: _as_stack(t, dims["llm.experts"]) for name, t in mine.items()}
+    key = stacks.module(config, INPUTS_FIRST).key
+    seen = {name: _as_stack(t, dims[f"{key}.experts"]) for name, t in mine.items()}
     shapes = {name: t.shape for name, t in seen.items()}
-    form = orientation(shapes, dims["llm.hidden"], dims["llm.expert_ffn"])
+    form = orientation(shapes, dims[f"{key}.hidden"], dims[f"{key}.expert_ffn"])
     return Experts(form, flat, stacks.module(config, form), seen)
 
 
@@ -265,8 +266,9 @@ def _expected(module: Module, dims: Dims, found: Experts) -> dict[str, StoredTen
     layer by layer, expert by expert, gate, up, down.
     """
     like = next(iter(found.tensors.values()))
-    count = dims["llm.experts"]
-    items = instances([module], {"llm": dims["llm.layers"]}, {"llm": count})
+    key = module.key
+    count = dims[f"{key}.experts"]
+    items = instances([module], {key: dims[f"{key}.layers"]}, {key: count})
     made: dict[str, StoredTensor] = {}
     for item in sorted(items, key=_place):
         for name, template, size in zip(item.hf_names(), item.row.hf, item.row.rows, strict=True):

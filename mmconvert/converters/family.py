@@ -21,11 +21,11 @@ LayerLists = dict[str, tuple[int, ...]]
 
 Fuse = Concat | Interleave | Part
 Role = Literal["encoder", "decoder", "head"]
+Medium = Literal["pictures", "sounds"]
 
 ZEROS = ""  # in a row's HF names: as many zeros as the first source has, kept by no HF tensor
 CONCAT = Concat()
 OUTPUT_LAYER = "text_decoder.output_layer.weight"
-VOCABULARY = "llm.vocab"  # the dimension that counts the words
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ class Module:
         role: an encoder hands features to the decoder, and stands before it in the pipeline;
             a head is an output layer that is a module of its own.
         word: what it is called in pictures; not given: the first word of its label.
+        medium: what an encoder takes in.
         beside_text: whether training can use it only as a whole, on the first stage of the text.
         everywhere: rows outside the layers whose tensors stand on every pipeline stage.
     """
@@ -116,6 +117,7 @@ class Module:
     after: tuple[Row, ...]
     role: Role = "encoder"
     word: str = ""
+    medium: Medium = "pictures"
     beside_text: bool = False
     everywhere: tuple[Row, ...] = ()
 
@@ -259,6 +261,11 @@ class Family:
         """The key of the module that comes after all encoders."""
         return decoder_of(self.modules(self.variants[0]))
 
+    @property
+    def vocabulary(self) -> str:
+        """The dimension that counts the words."""
+        return vocabulary_of(self.decoder)
+
     def table(self, variant: Variant) -> tuple[Module, ...]:
         """The table, whose rows know the layers that have them as far as ``variant`` does."""
         return bound(self.modules(variant), dict(variant.lists))
@@ -295,6 +302,11 @@ def bound(modules: tuple[Module, ...], lists: Mapping[str, tuple[int, ...]]) -> 
 def decoder_of(modules: Sequence[Module]) -> str:
     """The key of the module that comes after all encoders; "" if it is not there."""
     return next((m.key for m in modules if m.role == "decoder"), "")
+
+
+def vocabulary_of(decoder: str) -> str:
+    """The dimension that counts a decoder's words."""
+    return f"{decoder}.vocab"
 
 
 def encoders(modules: tuple[Module, ...]) -> tuple[Module, ...]:

@@ -20,7 +20,6 @@ class MSFamily(Family):
 
     Attributes:
         embedding, head: MM names of the word embedding and of the output layer.
-        vocabulary: the dimension that counts tokens.
         tables: MM names of further tensors that are looked up or added, no weights of a linear
             or convolution: the optimizer never divides them.
         units: dimension -> its words; ``model_parallel`` must divide each.
@@ -28,7 +27,6 @@ class MSFamily(Family):
 
     embedding: str
     head: str
-    vocabulary: str
     tables: frozenset[str] = frozenset()
     units: tuple[tuple[str, str], ...] = ()
     form: str = "MindSpore format"

@@ -150,6 +150,7 @@ def audio() -> Module:
     return Module(
         key="audio",
         label="audio_encoder",
+        medium="sounds",
         beside_text=True,
         before=(
             *norms(BOTH, w, (f"{mm}.conv1", f"{hf}.conv1"), (f"{mm}.conv2", f"{hf}.conv2")),

@@ -54,8 +54,13 @@ VISION_DEFAULTS = {
     "vit.merge": 2,
     "vit.ffn": 4304,
 }
-TEXT_DEFAULTS = {"llm.layers": 32, "llm.heads": 32, "llm.query_groups": 32, "llm.hidden": 4096}
-TEXT_DEFAULTS |= {"llm.head_dim": 128}
+TEXT_DEFAULTS = {
+    "llm.layers": 32,
+    "llm.heads": 32,
+    "llm.query_groups": 32,
+    "llm.hidden": 4096,
+    "llm.head_dim": 128,
+}
 MOE_DEFAULTS = {"llm.layers": 24, "llm.heads": 16, "llm.query_groups": 16, "llm.hidden": 2048}
 MOE_KEYS = {
     "llm.experts": EXPERT_COUNT,

@@ -214,7 +214,6 @@ FAMILY = MSFamily(
     preprocessor=False,  # the code beside the weights prepares images
     embedding=EMBEDDING,
     head=HEAD,
-    vocabulary="llm.vocab",
     tables=frozenset(
         {f"{V}.positional_embedding", f"{V}.attn_pool.pos_embed", f"{V}.attn_pool.query"}
     ),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from mmconvert.config import Options, ParallelConfig
-from mmconvert.converters.family import VOCABULARY, Dims, Family, Module, Variant
+from mmconvert.converters.family import Dims, Family, Module, Variant
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.formats.hf.folder import HFCheckpoint
 from mmconvert.formats.mm.instances import experts_of
@@ -70,7 +70,7 @@ class Model:
     @property
     def true_dims(self) -> Dims:
         """The sizes of the model itself, whose vocabulary is not padded."""
-        return {**self.dims, VOCABULARY: self.words} if self.words else self.dims
+        return {**self.dims, self.family.vocabulary: self.words} if self.words else self.dims
 
     @property
     def plain_modules(self) -> tuple[Module, ...]:

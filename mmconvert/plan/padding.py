@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmconvert.converters.family import VOCABULARY, Module
+from mmconvert.converters.family import Module, decoder_of, vocabulary_of
 from mmconvert.errors import RequestError
 from mmconvert.names import number
 from mmconvert.plan.plan import Key, Side
@@ -15,7 +15,8 @@ from mmconvert.plan.plan import Key, Side
 
 def vocabulary_keys(side: Side, modules: Sequence[Module]) -> list[Key]:
     """The wholes of a side with a row for each word."""
-    rows = {r.mm for m in modules for r in m.all_rows() if r.rows == (VOCABULARY,)}
+    words = (vocabulary_of(decoder_of(modules)),)
+    rows = {r.mm for m in modules for r in m.all_rows() if r.rows == words}
     return [key for key in side.wholes if key.mm in rows]
 
 

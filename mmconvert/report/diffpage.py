@@ -12,7 +12,6 @@ from mmconvert.report.svg import Drawing
 from mmconvert.report.text import facts, figure, headline, percent
 from mmconvert.tools.comparison.diffresult import Diff, DiffGroup, TensorDistance
 
-COLORS = {"image_encoder": "vit", "audio_encoder": "audio", "text_decoder": "llm"}
 QUANTITY = "relative L2 of each layer, ||A - B|| / ||A||"
 MARKS = (
     "in, out: what stands before and after the layers. !: NaN or infinite values, which are in no "
@@ -40,7 +39,7 @@ def layers_drawing(found: Diff, title: str = "") -> Drawing:
             top += 60
             continue
         bars = [Bar(str(g.layer), g.totals.relative, _hint(g), mark(g)) for g in groups]
-        css = module_class(COLORS.get(module, "other"))
+        css = module_class(found.colours.get(module, ""))
         bar_chart(drawing, top, module, bars, css, QUANTITY)
         top += WHOLE
     drawing.width += EDGE

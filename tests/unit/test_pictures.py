@@ -214,7 +214,7 @@ def test_more_bytes_are_a_darker_shade() -> None:
 def test_files_of_any_name_and_size(files: list[tuple[str, int]]) -> None:
     boxes: list[Box] = []
     for name, size in files:
-        vision = Holding("vit", (0, 1), True, False, size, 3)
+        vision = Holding("vit", (0, 1), True, False, size, 3, "vision", "encoder1")
         boxes.append(Box(name, (vision, Holding("x" + name, (), False, False, 7, 1))))
     _, words = parts(stacks_drawing(boxes, "a title", "weight file"))
     assert [w for w in words if w.text.startswith("in, vision 0-1")]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mmconvert.converters.family import VOCABULARY, Family, Module
+from mmconvert.converters.family import Family, Module
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.formats import contents, reading
 from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint, plain
@@ -184,7 +184,7 @@ def _cut_padding(headers: Side, source: StoredCheckpoint) -> list[str]:
     model = source.model
     if not model.words:
         return []
-    rows = model.dims[VOCABULARY]
+    rows = model.dims[model.family.vocabulary]
     pad_vocabulary(headers, model.plain_modules, rows)
     return [in_words(vocabulary_keys(headers, model.plain_modules), model.words, rows, "cut from")]
 

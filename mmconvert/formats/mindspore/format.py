@@ -199,7 +199,7 @@ class MindSpore(Format):
             layout = GivenLayout(spread.devices, len(spread.stages))
         elif model.modules and isinstance(family, MSFamily):
             layers = check_complete(wholes, model.modules, model.dims, asked.source.path)
-            devices = device_layout(given, layers["llm"], asked.flags)
+            devices = device_layout(given, layers[family.decoder], asked.flags)
             spread = family_spread(family, model.modules, wholes, layers, model.dims, devices)
             notes = unchecked_heads(family, model.dims, devices)
             layout = devices
@@ -251,7 +251,7 @@ class MindSpore(Format):
 
     def samples(self, model: Model) -> list[tuple[str, object]]:
         """One file, weights divided, weights divided by the optimizer over two stages."""
-        layers = model.dims["llm.layers"]
+        layers = model.dims[f"{model.family.decoder}.layers"]
         return [
             ("complete", RankFolders()),
             ("mp2", RankFolders(model_parallel=2)),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mmconvert.config import Options, ParallelConfig
-from mmconvert.converters.family import VOCABULARY, Family, Module
+from mmconvert.converters.family import Family, Module
 from mmconvert.errors import CheckpointError, MMConvertError, RequestError
 from mmconvert.formats import contents
 from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint
@@ -135,7 +135,7 @@ class MM(Format):
         notes = unchecked_units(model, found if isinstance(found, Layout) else None, layout)
         dims = dict(model.dims)
         for key in vocabulary_keys(side, model.modules):
-            dims[VOCABULARY] = side.wholes[key].shape[0]  # it may be padded
+            dims[model.family.vocabulary] = side.wholes[key].shape[0]  # it may be padded
         notes += [f"warning: {words}" for words in cautions(model.modules, dims, layout)]
         return Placed(side=side, layout=layout, notes=tuple(notes))
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import (
     OUTPUT_LAYER,
-    VOCABULARY,
     Dims,
     Family,
     Module,
@@ -88,9 +87,9 @@ def mm_model(
         index = mm_index(modules)
         parts = {c: {n: t for n, t in p.items() if index.find(n)} for c, p in parts.items()}
     checkpoint = replace(checkpoint, parts=parts)
-    sizes = {dim: size for dim, size in dims.items() if dim != VOCABULARY}  # it may be padded
+    sizes = {dim: size for dim, size in dims.items() if dim != family.vocabulary}
     layout = detect_layout(modules, checkpoint, sizes, same_bytes)
-    words = _unpadded(modules, parts, layout, dims)
+    words = _unpadded(modules, parts, layout, dims, family.vocabulary)
     _check_text(modules, layout, checkpoint)
     _check_experts(modules, checkpoint, given, dims, prefix)
     if model is None:
@@ -128,24 +127,27 @@ def mm_model(
     return found, layout, parts
 
 
-def _unpadded(modules: tuple[Module, ...], parts: Parts, layout: Layout, dims: Dims) -> int:
+def _unpadded(
+    modules: tuple[Module, ...], parts: Parts, layout: Layout, dims: Dims, vocabulary: str
+) -> int:
     """The rows that the vocabulary has without those that pad it; 0 if none do.
 
     Args:
         dims: receives the rows that it has here.
+        vocabulary: the name of that dimension.
     """
-    rows = {r.mm for m in modules for r in m.before if r.rows == (VOCABULARY,)}
+    rows = {r.mm for m in modules for r in m.before if r.rows == (vocabulary,)}
     held: dict[tuple[int, int], int] = {}
     for chunk, tensors in parts.items():
-        if chunk.rank.ep or chunk.rank.tp >= layout.tp.get("llm", 1):
+        if chunk.rank.ep or chunk.rank.tp >= layout.tp.get(layout.decoder, 1):
             continue
         for name in rows & tensors.keys():
             place = (chunk.rank.pp, chunk.virtual)
             held[place] = held.get(place, 0) + tensors[name].shape[0]
-    words, found = dims.get(VOCABULARY, 0), max(held.values(), default=0)
+    words, found = dims.get(vocabulary, 0), max(held.values(), default=0)
     if not words or found <= words:
         return 0
-    dims[VOCABULARY] = found
+    dims[vocabulary] = found
     return words
 
 

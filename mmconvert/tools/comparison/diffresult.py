@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,6 +89,7 @@ class Diff:
         other_shapes: tensors that could not be compared.
         nbytes: bytes of A that were compared.
         notes: what is worth knowing.
+        colours: of the modules, by their MM names.
     """
 
     a: Facts
@@ -99,6 +100,7 @@ class Diff:
     other_shapes: list[OtherShape]
     nbytes: int
     notes: list[str] = field(default_factory=list[str])
+    colours: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def equal(self) -> bool:

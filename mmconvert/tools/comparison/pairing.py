@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmconvert.config import Options
-from mmconvert.converters.family import VOCABULARY, Family, any_family
+from mmconvert.converters.family import Family, any_family
 from mmconvert.errors import CheckpointError
 from mmconvert.formats.base import Opening, StoredCheckpoint
 from mmconvert.formats.registry import load, recognise
@@ -35,7 +35,7 @@ def open_pair(a: Path, b: Path, options: Options) -> tuple[Opened, Opened]:
     canonical = any(s.model.variant.canonical for s in found.values())
     left, right = (_opened(found[number], canonical=canonical) for number in (0, 1))
     if left.model.words or right.model.words:  # one of them has rows that pad the vocabulary
-        rows = max(opened.model.dims.get(VOCABULARY, 0) for opened in (left, right))
+        rows = max(opened.model.dims.get(family.vocabulary, 0) for opened in (left, right))
         for opened in (left, right):
             pad_vocabulary(opened.side, opened.model.modules, rows)
     return left, right

@@ -161,7 +161,7 @@ def suggest(folder: Path, expected: Goal) -> Suggestion:
     config = read_config(folder)
     family = family_of(folder)
     model = config_model(family, folder)
-    expected.work.check(audio="audio" in family.module_keys)
+    expected.work.check(sounds=any(m.medium == "sounds" for m in model.modules))
     tp = _tp(model, expected)
     frozen = frozen_keys(model, expected.freeze)
     sizes = patch_sizes(model, config)
