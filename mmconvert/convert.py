@@ -395,7 +395,9 @@ def hf_to_mm_dcp(
     """
     layout = cfg.parallel_config
     grids = [stage for grid in layout.grids().values() for stage in grid]
-    if any(n > 1 for n in layout.tp().values()) or any(len(stage) > 1 for stage in grids):
+    if any(n > 1 for n in layout.tp(family.decoder).values()) or any(
+        len(stage) > 1 for stage in grids
+    ):
         raise LayoutError(
             "hf_to_mm_dcp writes whole tensors, and the request names parallel sizes",
             "no layer lists and sizes: whatever loads the folder divides them",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -94,14 +93,16 @@ def test_what_torch_writes_is_read(
     ranks: int, how: str, threads: int, hf: Path, tmp_path: Path
 ) -> None:
     """DTensors over 1, 2 and 4 ranks, rows that do not divide evenly among them."""
-    source, out, back = tmp_path / "source.pt", tmp_path / "iter_0000007", tmp_path / "back"
+    source, run, back = tmp_path / "source.pt", tmp_path / "run", tmp_path / "back"
+    out = run / "iter_0000007"
+    run.mkdir()
     torch.save(trained(out, hf), source)
     dcpranks.run(ranks, dcpranks.save, out, source, how, threads)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
-    words = ("--load_dir", tmp_path, "--save_dir", back, "--model_assets_dir", hf)
+    (run / "latest_checkpointed_iteration.txt").write_text("7")
+    words = ("--load_dir", run, "--save_dir", back, "--model_assets_dir", hf)
     ok(QWEN3, "dcp_to_hf", *words)
     assert compare_hf(hf, back) == []
-    assert "729" not in ok("inspect", out)
+    assert "DCP folder" in ok("inspect", out)
 
 
 def test_plain_and_transposed_tensors(hf: Path, tmp_path: Path) -> None:
@@ -118,14 +119,10 @@ def test_plain_and_transposed_tensors(hf: Path, tmp_path: Path) -> None:
 
 def test_straight_between_mm_and_dcp(hf: Path, folder: Path, tmp_path: Path) -> None:
     """MM, DCP and Hugging Face: every way round gives the same bytes."""
-    layout = ("--cfg.parallel_config.llm_pp_layers", "[2,2]", "--cfg.parallel_config.ep_size", "2")
-    layout += ("--cfg.parallel_config.vit_pp_layers", "[24,0]", "--cfg.parallel_config.tp_size", 2)
+    layout = ("--cfg.parallel_config.llm_pp_layers", "[1,1]", "--cfg.parallel_config.ep_size", "2")
+    layout += ("--cfg.parallel_config.vit_pp_layers", "[2,0]", "--cfg.parallel_config.tp_size", "2")
     a, b, again = tmp_path / "mm", tmp_path / "mm2", tmp_path / "dcp2"
     original = ("--cfg.hf_config.hf_dir", hf)
-    dims = json.loads((hf / "config.json").read_text())
-    text, vision = dims["text_config"]["num_hidden_layers"], dims["vision_config"]["depth"]
-    grids = {"[2,2]": f"[{text - 1},1]", "[24,0]": f"[{vision},0]"}
-    layout = tuple(grids.get(str(w), str(w)) for w in layout)
     ok("AutoConverter", "hf_to_mm", "--cfg.mm_dir", a, *original, *layout)
     ok("AutoConverter", "dcp_to_mm", "--cfg.dcp_dir", folder, "--cfg.mm_dir", b, *original, *layout)
     assert [p.read_bytes() for p in sorted(a.rglob("*.pt"))] == [

@@ -67,7 +67,7 @@ def generic_family(
         for name, source in rules.ties
         if name not in tensors and source in plain
     ]
-    modules = [Module("all", "all", tuple(rows), (), ())]
+    modules = [Module("all", "all", tuple(rows), (), (), role="decoder")]
     slots: dict[str, Slot] = {}
     for number, group in enumerate(_groups(experts)):
         module = _module(f"experts{number}", group, dims)
@@ -95,7 +95,6 @@ def generic_family(
         dims=sizes,
         modules=all_modules,
         text_config=no_text,
-        module_keys=tuple(m.key for m in modules),
         carried=carried,
         variants=(Variant(),),
         canonical=False,
