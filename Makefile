@@ -4,13 +4,16 @@
 # make quick  the tests that take a moment
 # make nightly  the longest proofs, and all properties with seeds that are new each time
 # make mindspore-env  a CPU MindSpore for the tests that compare with it; prints its interpreter
+# make npu-wheel  torch_npu in a folder of its own, for tests that run beside it; prints the folder
+# make docs   the site, below site/; a broken link is an error
+# make release-check  wheel and source package: built, checked, installed, tried
 # make bench  conversions against `cp -r`, side by side (writes 18 GB below benchmarks/data)
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo tutorial test quick nightly lint mindspore-env bench clean
+.PHONY: demo tutorial test quick nightly lint mindspore-env npu-wheel bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or later is needed"'
@@ -38,11 +41,21 @@ quick: $(VENV)/ready
 nightly: $(VENV)/ready
 	$(PY) -m pytest -n auto -m 'nightly or hypothesis' --hypothesis-profile=nightly
 
+docs: $(VENV)/ready
+	$(PY) docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+
+release-check:
+	$(PYTHON) packaging/release.py
+
 mindspore-env:
 	@tests/with_mindspore/setup.sh .venv-mindspore
+
+npu-wheel: $(VENV)/ready
+	@tests/with_torch_npu/setup.sh $(PY) .npu-wheel
 
 bench: $(VENV)/ready
 	$(PY) benchmarks/convert.py
 
 clean:
-	rm -rf $(VENV) .venv-mindspore benchmarks/data tutorial-output
+	rm -rf $(VENV) .venv-mindspore .npu-wheel benchmarks/data tutorial-output

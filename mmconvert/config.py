@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, Union
 
-from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG
+from mmconvert.sharding.layout import grid_flag, tp_flag
 from mmconvert.sharding.stages import StageGrid
 
 # For ``X | None`` tyro asks a type-checking library, 90 ms to load, whether None is one; it sees
@@ -19,6 +19,7 @@ MaybeBool = Union[None, bool]  # noqa: UP007 - see above
 
 
 DType = Literal["keep", "bf16", "fp16", "fp32"]
+ExpertStyle = Literal["merge", "split", "transformers4", "transformers5"]
 FileForm = Literal["auto", "ckpt", "safetensors"]
 
 
@@ -61,14 +62,22 @@ class ParallelConfig:
 
     def grids(self) -> dict[str, StageGrid]:
         """The stage grids that are given, by module key."""
-        given = {"vit": self.vit_pp_layers, "audio": self.audio_pp_layers}
-        given["llm"] = self.llm_pp_layers
-        return {key: grid for key, grid in given.items() if grid is not None}
+        return {k: grid for k in self.keys() if (grid := getattr(self, grid_flag(k))) is not None}
 
-    def tp(self) -> dict[str, int]:
-        """The tensor-parallel sizes that are given, by module key."""
-        given = {"vit": self.vit_tp_size, "audio": self.audio_tp_size, "llm": self.tp_size}
-        return {key: size for key, size in given.items() if size}
+    def tp(self, decoder: str) -> dict[str, int]:
+        """The tensor-parallel sizes that are given, by module key.
+
+        Args:
+            decoder: the key of the module that ``tp_size`` speaks of.
+        """
+        sizes = {key: getattr(self, tp_flag(key, decoder), 0) for key in self.keys()}
+        return {key: size for key, size in {**sizes, decoder: self.tp_size}.items() if size}
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """The keys of the modules that have flags."""
+        end = grid_flag("")
+        return [f.name.removesuffix(end) for f in fields(cls) if f.name.endswith(end)]
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,10 @@ class HFToMM:
     common_model_config: CommonModelConfig = field(default_factory=CommonModelConfig)
     save_vit_only: bool = False
     """Write the encoders and their projector only, without the text decoder."""
+    pad_vocab_to: int = 0
+    """Rows of the word embedding and the output layer in MM; those added are zeros. 0 adds none."""
+    make_vocab_size_divisible_by: int = 0
+    """Pad the vocabulary to a multiple of this times tp_size, as Megatron counts. 0 adds none."""
     model_json: MaybePath = None
     """MindSpeed-MM's model.json in place of the layer lists and tensor-parallel sizes."""
     trust_remote_code: bool = False
@@ -257,6 +270,80 @@ class PEFTChoices:
 
 
 @dataclass(frozen=True)
+class MoEExpert:
+    """Hugging Face -> Hugging Face with experts in another form, as MindSpeed-MM spells it."""
+
+    style: ExpertStyle
+    """merge: one stack for the experts of a layer, as MindSpeed-MM trains them. split: a tensor for
+    each expert again. transformers4, transformers5: stacks in the order of those versions."""
+    hf_dir: Path
+    """Folder of the Hugging Face checkpoint."""
+    save_dir: Path
+    """Folder to write."""
+
+
+@dataclass(frozen=True)
+class DCPLayout:
+    """What a DCP folder is like."""
+
+    ranks: int = 1
+    """Divide every tensor over so many ranks, as FSDP2 does; 1 leaves tensors whole."""
+    dcp_prefix: str = "auto"
+    """What stands between model. and each Hugging Face name; auto: as the family's trainer has it,
+    or as the folder shows."""
+    names: Literal["hf", "mm"] = "hf"
+    """Tensors of Hugging Face, or whole tensors of MM format under their MM names."""
+
+
+@dataclass(frozen=True)
+class MMToDCP:
+    """MM -> DCP."""
+
+    dcp_dir: Path
+    """Folder to write: release/ with .metadata and *.distcp, and a tracker file."""
+    mm_dir: Path
+    """MM checkpoint."""
+    hf_config: HFConfig
+    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    dcp_config: DCPLayout = field(default_factory=DCPLayout)
+
+
+@dataclass(frozen=True)
+class DCPToMM:
+    """DCP -> MM."""
+
+    mm_dir: Path
+    """Folder to write."""
+    dcp_dir: Path
+    """DCP folder, or the folder with its tracker file."""
+    hf_config: OptionalHFConfig = field(default_factory=OptionalHFConfig)
+    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    dcp_config: DCPLayout = field(default_factory=DCPLayout)
+
+
+@dataclass(frozen=True)
+class HFToDCP:
+    """Hugging Face -> DCP."""
+
+    dcp_dir: Path
+    """Folder to write: release/ with .metadata and *.distcp, and a tracker file."""
+    hf_config: HFConfig
+    dcp_config: DCPLayout = field(default_factory=DCPLayout)
+
+
+@dataclass(frozen=True)
+class DCPToHF:
+    """DCP -> Hugging Face."""
+
+    save_hf_dir: Path
+    """Folder to write."""
+    dcp_dir: Path
+    """DCP folder, or the folder with its tracker file."""
+    hf_config: HFConfig
+    dcp_config: DCPLayout = field(default_factory=DCPLayout)
+
+
+@dataclass(frozen=True)
 class Options:
     """How to do it."""
 
@@ -273,6 +360,9 @@ class Options:
     """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
     dtype: DType = "keep"
     """Cast floating-point tensors; values that overflow or become zero are reported."""
+    dequantize: bool = False
+    """Read fp8 weights with a scale for each block (weight_scale_inv); written as bf16, or as
+    --dtype says."""
     max_shard_size: str = ""
     """Largest weight file of Hugging Face output, such as 5GB; not given: files as in hf_dir."""
     replicas: Literal["check", "first"] = "check"
@@ -284,8 +374,3 @@ class Options:
     crc: bool = False
     """Add the checksum to each .ckpt that save_checkpoint adds with crc_check=True; MindSpore
     before 2.1 cannot read such files."""
-
-
-def flag_names(key: str) -> tuple[str, str]:
-    """The flags of a module: its stage grid, its tensor-parallel size."""
-    return GRID_FLAG[key], TP_FLAG[key]

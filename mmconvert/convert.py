@@ -12,31 +12,38 @@ from pathlib import Path
 from typing import Any
 
 from mmconvert.config import (
+    DCPLayout,
+    DCPToHF,
+    DCPToMM,
     DeviceConfig,
+    HFToDCP,
     HFToMM,
     HFToMS,
+    MMToDCP,
     MMToHF,
     MSResplit,
     MSToHF,
     Options,
+    ParallelConfig,
     RankFolders,
     Resplit,
 )
 from mmconvert.converters.family import Family
-from mmconvert.errors import CheckpointError, RequestError
+from mmconvert.errors import CheckpointError, LayoutError, RequestError
 from mmconvert.events import Events
 from mmconvert.executor.apart import check_apart
-from mmconvert.formats.base import Format, NoLayout, Opening, Placing, Stored
+from mmconvert.formats.base import Format, NoLayout, Opening, Placing, StoredCheckpoint
 from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.model import Model, idle_patterns
 from mmconvert.formats.reading import watched
 from mmconvert.formats.registry import load
 from mmconvert.modeljson.layout import settled
 from mmconvert.names import summarise
-from mmconvert.plan.plan import build, carry, in_dtype
+from mmconvert.plan.padding import in_words, pad_vocabulary, padded_size, vocabulary_keys
+from mmconvert.plan.plan import Side, build, carry, in_dtype
 from mmconvert.plan.products import Adapter, Places, merged, substituted
 from mmconvert.result import Result
-from mmconvert.run import Run
+from mmconvert.run import Conversion
 
 PARALLEL = "--cfg.parallel_config."
 # Options that make sense only where some format is read, or written.
@@ -82,6 +89,7 @@ class Request:
         source, target: what becomes what.
         original: the Hugging Face checkpoint that the model came from; not needed for every one.
         canonical, encoders_only, llm_dir: see :class:`mmconvert.formats.base.Opening`.
+        vocabulary: rows to pad it to, and a number of which they are to be a multiple; 0 for none.
         dtype: what to cast to, where a command has a flag of its own beside ``--dtype``.
         cfg: the flags as they were given, which all processes of a run must agree on.
         like: the model that it is of, where no original is given.
@@ -95,6 +103,7 @@ class Request:
     canonical: bool = False
     encoders_only: bool = False
     llm_dir: Path | None = None
+    vocabulary: tuple[int, int] = (0, 0)
     dtype: str = "keep"
     cfg: object = None
     like: Model | None = None
@@ -110,7 +119,9 @@ def convert(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = Run(asked.command, asked.cfg or asked, _with_dtype(options or Options(), asked), events)
+    run = Conversion(
+        asked.command, asked.cfg or asked, _with_dtype(options or Options(), asked), events
+    )
     reader, writer = load(asked.source.format), load(asked.target.format)
     _check_formats(family, run.options, reader, writer)
     check_apart(asked.target.path, _inputs(asked, writer))
@@ -130,9 +141,11 @@ def convert(
     source = reader.open(asked.source.path, told)
     _check_adapter(source, writer)
     # Plan.
-    src = source.side(as_hf=writer.naming == "hf")
-    places = Places(source.model.plain_modules, src, source.model.dims, as_hf=writer.naming == "hf")
+    as_hf = writer.as_hf(family, asked.target.layout)
+    src = source.side(as_hf=as_hf)
+    places = Places(source.model.plain_modules, src, source.model.dims, as_hf=as_hf)
     src, gone, new = substituted(src, places, asked.adapters)
+    padded = _pad(src, source, asked)
     placing = Placing(
         source,
         in_dtype(src.wholes, run.cast),
@@ -144,7 +157,7 @@ def convert(
         original,
     )
     placed = writer.place(placing)
-    notes = [*_notes(run.options, source, original), *placed.notes]
+    notes = [*_notes(run.options, source, original), *padded, *placed.notes]
     plan = build(src, placed.side, notes, run.cast)
     if asked.adapters:
         plan = replace(plan, replaced=gone, fitted=new)
@@ -173,6 +186,24 @@ def convert(
         about["iteration"] = int(source.iteration)
     inputs = [*_inputs(asked, writer), *source.inputs]
     return run.write(result, placed, about, inputs)
+
+
+def _pad(src: Side, source: StoredCheckpoint, asked: Request) -> list[str]:
+    """Pads the vocabulary of what is read, if that is asked for; says so in a note."""
+    layout, (to, divisible_by) = asked.target.layout, asked.vocabulary
+    if not (to or divisible_by):
+        return []
+    keys = vocabulary_keys(src, source.model.modules)
+    if not keys:
+        raise RequestError(
+            "the vocabulary cannot be padded: no word embedding is written",
+            "a model with its text decoder",
+        )
+    words = src.wholes[keys[0]].shape[0]
+    tp = (layout.tp_size if isinstance(layout, ParallelConfig) else 1) or 1
+    rows = padded_size(words, to, divisible_by, tp)
+    pad_vocabulary(src, source.model.modules, rows)
+    return [in_words(keys, words, rows, "below")] if rows > words else []
 
 
 def _with_dtype(options: Options, asked: Request) -> Options:
@@ -204,7 +235,7 @@ def _check_formats(family: Family, options: Options, reader: Format, writer: For
                 raise RequestError(what.format(verb=verb), expected)
 
 
-def _check_adapter(source: Stored, writer: Format) -> None:
+def _check_adapter(source: StoredCheckpoint, writer: Format) -> None:
     """Raises CheckpointError for an adapter where a model is to be written."""
     if source.model.adapter is not None and writer.name not in ("mm", "peft"):
         raise CheckpointError(
@@ -216,9 +247,9 @@ def _check_adapter(source: Stored, writer: Format) -> None:
 
 def _original(
     family: Family, asked: Request, options: Options, writer: Format
-) -> tuple[Stored | None, Model | None]:
+) -> tuple[StoredCheckpoint | None, Model | None]:
     """The original checkpoint, where the output is made like it; and its model."""
-    if writer.needs_original and asked.original is None and asked.source.format != writer.name:
+    if writer.needs_original and asked.original is None and asked.source.format != "hf":
         raise RequestError(
             f"{asked.command} needs the original checkpoint: its files, names and tokenizer",
             "the folder of the original model",
@@ -226,7 +257,7 @@ def _original(
         )
     if writer.needs_original:
         folder = asked.original or asked.source.path
-        found = load(writer.name).open(folder, Opening(family, options))
+        found = load("hf").open(folder, Opening(family, options))
         return found, found.model
     if asked.original is not None and asked.original != asked.source.path:
         return None, config_model(family, asked.original)
@@ -242,13 +273,16 @@ def _inputs(asked: Request, writer: Format) -> list[Path]:
     return found + [path for path in strategies if path is not None]
 
 
-def _notes(options: Options, source: Stored, original: Stored | None) -> list[str]:
+def _notes(
+    options: Options, source: StoredCheckpoint, original: StoredCheckpoint | None
+) -> list[str]:
     """What is worth knowing of what is read."""
     notes = [] if original is None else list(original.model.notes)
     models = [source.model] if original is None else [original.model, source.model]
     notes += [*source.model.notes, *idle_patterns(options, *models)]
     names = [tensor.name for tensor in models[0].carried]
     what = "stay in hf_dir and return from it" if original is None else "copied from hf_dir"
+    notes = list(dict.fromkeys(notes))  # the source may be the original
     return notes + ([f"{len(names)} tensors {what}: {summarise(names)}"] if names else [])
 
 
@@ -267,8 +301,8 @@ def _about(model: Model, result: Result) -> dict[str, object]:
             "canonical": model.variant.canonical,
             "traits": sorted(model.variant.traits),
         },
-        "save_vit_only": all(m.key != "llm" for m in model.modules),
-        "dims": model.dims,
+        "save_vit_only": all(m.role == "encoder" for m in model.modules),
+        "dims": model.true_dims,
     }
 
 
@@ -289,6 +323,7 @@ def hf_to_mm(
         canonical=common.enable_canonical_hf_struct,
         encoders_only=cfg.save_vit_only,
         llm_dir=common.llm_hf_dir,
+        vocabulary=(cfg.pad_vocab_to, cfg.make_vocab_size_divisible_by),
         cfg=cfg,
     )
     return convert(family, asked, options, events)
@@ -371,6 +406,56 @@ def resplit(
         dtype="keep" if isinstance(cfg, Resplit) else cfg.dtype,
         cfg=cfg,
     )
+    return convert(family, asked, options, events)
+
+
+def hf_to_mm_dcp(
+    family: Family, cfg: HFToMM, options: Options | None = None, events: Events | None = None
+) -> Result:
+    """Hugging Face -> DCP with whole MM tensors, which loaders divide as they run.
+
+    Raises:
+        LayoutError: sizes of another layout than one rank.
+    """
+    layout = cfg.parallel_config
+    grids = [stage for grid in layout.grids().values() for stage in grid]
+    if any(n > 1 for n in layout.tp(family.decoder).values()) or any(
+        len(stage) > 1 for stage in grids
+    ):
+        raise LayoutError(
+            "hf_to_mm_dcp writes whole tensors, and the request names parallel sizes",
+            "no layer lists and sizes: whatever loads the folder divides them",
+            "leave them out",
+        )
+    asked = Request(
+        "hf_to_mm_dcp",
+        End("hf", cfg.hf_config.hf_dir),
+        End("dcp", cfg.mm_dir, DCPLayout(names="mm")),
+        canonical=cfg.common_model_config.enable_canonical_hf_struct,
+        encoders_only=cfg.save_vit_only,
+        cfg=cfg,
+    )
+    return convert(family, asked, options, events)
+
+
+def with_dcp(
+    family: Family,
+    command: str,
+    cfg: MMToDCP | DCPToMM | HFToDCP | DCPToHF,
+    options: Options | None = None,
+    events: Events | None = None,
+) -> Result:
+    """From or to DCP, by a family's table."""
+    ends = {"dcp": End("dcp", cfg.dcp_dir, cfg.dcp_config, "--cfg.dcp_config.")}
+    if isinstance(cfg, (MMToDCP, DCPToMM)):
+        ends["mm"] = End("mm", cfg.mm_dir, cfg.parallel_config, PARALLEL)
+    elif isinstance(cfg, DCPToHF):
+        ends["hf"] = End("hf", cfg.save_hf_dir)
+    else:
+        ends["hf"] = End("hf", cfg.hf_config.hf_dir)
+    first, _, second = command.partition("_to_")
+    original = None if first == "hf" else cfg.hf_config.hf_dir
+    asked = Request(command, ends[first], ends[second], original=original, cfg=cfg)
     return convert(family, asked, options, events)
 
 

@@ -20,8 +20,10 @@ An interruption (Ctrl-C, SIGTERM) ends with exit code 130.
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 
 
 class MMConvertError(Exception):
@@ -31,15 +33,33 @@ class MMConvertError(Exception):
         what: one line that names the file, tensor, flag or number at fault.
         expected: one line, what would have been right.
         fix: one line, the way out.
+        cause: a word for it, the id of the finding in ``doctor``; "" for what has none of its own.
+        path: the file or folder at fault, where one is.
+        tensor: the tensor at fault, the first of several.
+        aside: files and folders that do not belong where they stand.
     """
 
     exit_code = 2
 
-    def __init__(self, what: str, expected: str = "", fix: str = "") -> None:
+    def __init__(
+        self,
+        what: str,
+        expected: str = "",
+        fix: str = "",
+        *,
+        cause: str = "",
+        path: Path | None = None,
+        tensor: str = "",
+        aside: Sequence[Path] = (),
+    ) -> None:
         super().__init__(what)
         self.what = what
         self.expected = expected
         self.fix = fix
+        self.cause = cause
+        self.path = path
+        self.tensor = tensor
+        self.aside = tuple(aside)
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -55,12 +75,14 @@ class MMConvertError(Exception):
 
     def as_dict(self) -> dict[str, str | int]:
         """The error as an object for ``--json``."""
+        cause = {"cause": self.cause} if self.cause else {}
         return {
             "error": type(self).__name__,
             "what": self.what,
             "expected": self.expected,
             "fix": self.fix,
             "exit_code": self.exit_code,
+            **cause,
         }
 
 
@@ -121,16 +143,11 @@ class FormError(CheckpointError):
     """
 
     def __init__(self, cause: str, what: str, expected: str, fix: str) -> None:
-        super().__init__(what, expected, fix)
-        self.cause = cause
+        super().__init__(what, expected, fix, cause=cause)
 
     def __reduce__(self) -> tuple[type[FormError], tuple[str, str, str, str]]:
         """For the process that started this one."""
         return FormError, (self.cause, self.what, self.expected, self.fix)
-
-    def as_dict(self) -> dict[str, str | int]:
-        """The error as an object for ``--json``."""
-        return {**super().as_dict(), "cause": self.cause}
 
 
 class ReplicaError(CheckpointError):
@@ -149,6 +166,19 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(what)
         self.what = what
         self.fix = fix
+
+
+@contextmanager
+def blamed(cause: str, path: Path, tensor: str = "", fix: str = "") -> Generator[None]:
+    """Errors raised within get this cause, place and way out, unless they have their own."""
+    try:
+        yield
+    except MMConvertError as error:
+        error.cause = error.cause or cause
+        error.path = error.path or path
+        error.tensor = error.tensor or tensor
+        error.fix = error.fix or fix
+        raise
 
 
 def cannot_write(path: str | PathLike[str], error: OSError) -> OutputError:

@@ -27,7 +27,7 @@ from mmconvert.formats.registry import load, recognise
 from mmconvert.loraconfig import LoraCommonConfig, LoraHFToMM, LoraMerge, LoraMMToHF, LoraResplit
 from mmconvert.plan.products import Adapter
 from mmconvert.result import Result
-from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
+from mmconvert.sharding.layout import Layout, grid_flag
 
 
 def inputs(cfg: Any) -> list[Path]:  # noqa: ANN401 - one of many dataclasses
@@ -207,8 +207,8 @@ def named_base(adapter: Path) -> Path | None:
 
 def as_flags(layout: Layout) -> ParallelConfig:
     """A layout as flags."""
-    words: dict[str, object] = {GRID_FLAG[key]: grid for key, grid in layout.grids.items()}
-    words |= {TP_FLAG[key]: size for key, size in layout.tp.items()}
+    words: dict[str, object] = {grid_flag(key): grid for key, grid in layout.grids.items()}
+    words |= {layout.tp_flag(key): size for key, size in layout.tp.items()}
     return replace(ParallelConfig(ep_size=layout.ep), **words)  # pyright: ignore[reportArgumentType] - its own fields
 
 

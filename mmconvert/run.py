@@ -14,7 +14,7 @@ from mmconvert.estimate import estimate
 from mmconvert.events import Events
 from mmconvert.executor import agreement, compare, group, journal, staging
 from mmconvert.executor.casts import DTYPES
-from mmconvert.executor.differences import Difference, in_words
+from mmconvert.executor.differences import TensorDifference, in_words
 from mmconvert.executor.digests import ALGORITHM, as_mm, digests
 from mmconvert.executor.jobs import default_workers
 from mmconvert.executor.moving import Moved, Staged, move
@@ -31,7 +31,7 @@ from mmconvert.words import parse_size
 SIDE_ROOM = 64 << 20  # bytes of free disk expected beside the tensors, for everything small
 
 
-class Run:
+class Conversion:
     """One conversion under way.
 
     Attributes:
@@ -74,7 +74,7 @@ class Run:
         return plan
 
     def _check_replicas(self, plan: Plan) -> None:
-        def differing() -> list[Difference]:
+        def differing() -> list[TensorDifference]:
             mine = self.group.share(
                 plan.replicas, lambda c: compare.comparison_bytes([c], plan.sources)
             )
@@ -88,7 +88,7 @@ class Run:
         found = compare.not_zero(plan.zeros, plan.sources)
         self._settle(found, "values that HF does not store are not zero", "zeros, as converted")
 
-    def _settle(self, found: list[Difference], what: str, expected: str) -> None:
+    def _settle(self, found: list[TensorDifference], what: str, expected: str) -> None:
         """Raises ReplicaError for differences, or warns if the user has chosen."""
         if not found:
             return

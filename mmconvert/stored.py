@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +28,12 @@ ITEM_SIZE: dict[str, int] = {
     "I64": 8,
     "U64": 8,
 }
+# In a plan alone: F8_E4M3 with a scale for each block, which is written as another dtype only.
+SCALED = "F8_E4M3*"
+ITEM_SIZE[SCALED] = 1
 
 
+TRANSPOSED = ".T"  # behind the name of a matrix that is seen the other way round
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})  # what a cast may change
 
 
@@ -46,6 +51,31 @@ class Extent(NamedTuple):
     nbytes: int
 
 
+class Scales(NamedTuple):
+    """The scales of a tensor in fp8: one for each block of its last two dimensions.
+
+    Attributes:
+        tensor: the scales, with the dimensions of what they scale.
+        rows, cols: of a block; those at the ends may be smaller.
+    """
+
+    tensor: StoredTensor
+    rows: int
+    cols: int
+
+
+class Part(NamedTuple):
+    """A rectangle of a tensor that is stored in several, which may lie in different files.
+
+    Attributes:
+        start: index of its first element in the tensor, one number for each dimension.
+        tensor: as it is stored.
+    """
+
+    start: tuple[int, ...]
+    tensor: StoredTensor
+
+
 class StoredTensor(NamedTuple):
     """One tensor as it is stored.
 
@@ -59,6 +89,9 @@ class StoredTensor(NamedTuple):
         extents: where the bytes lie, in order and without gaps, if the file holds them in
             several pieces, which may be cut anywhere; else empty. Such a tensor has the strides
             of a contiguous one, not None: its bytes are not one run of the file.
+        scales: of a tensor whose dtype is SCALED.
+        parts: what it is made of, if it is no tensor of any file but several that tile it; it
+            has no bytes of its own then.
     """
 
     name: str
@@ -68,6 +101,8 @@ class StoredTensor(NamedTuple):
     offset: int
     strides: tuple[int, ...] | None = None
     extents: tuple[Extent, ...] = ()
+    scales: Scales | None = None
+    parts: tuple[Part, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -88,8 +123,24 @@ def transpose(tensor: StoredTensor) -> StoredTensor:
         )
     rows, cols = tensor.shape
     down, right = tensor.strides or (cols, 1)
-    name = f"{tensor.name}.T"
-    return tensor._replace(name=name, shape=(cols, rows), strides=(right, down))
+    seen = tensor.name.endswith(TRANSPOSED)
+    name = tensor.name.removesuffix(TRANSPOSED) if seen else tensor.name + TRANSPOSED
+    strides = None if (right, down) == (rows, 1) and not tensor.extents else (right, down)
+    scales = tensor.scales and Scales(
+        transpose(tensor.scales.tensor), tensor.scales.cols, tensor.scales.rows
+    )
+    parts = tuple(Part(part.start[::-1], transpose(part.tensor)) for part in tensor.parts)
+    return tensor._replace(
+        name=name, shape=(cols, rows), strides=strides, scales=scales, parts=parts
+    )
+
+
+def transpose_each(tensor: StoredTensor) -> StoredTensor:
+    """A stack of matrices, each seen the other way round."""
+    count, rows, cols = tensor.shape
+    outer, down, right = tensor.strides or (rows * cols, cols, 1)
+    parts = tuple(Part((s[0], s[2], s[1]), transpose_each(part)) for s, part in tensor.parts)
+    return tensor._replace(shape=(count, cols, rows), strides=(outer, right, down), parts=parts)
 
 
 def expert_of(tensor: StoredTensor, expert: int) -> StoredTensor:
@@ -100,7 +151,60 @@ def expert_of(tensor: StoredTensor, expert: int) -> StoredTensor:
         shape=tensor.shape[1:],
         offset=tensor.offset + expert * strides[0] * ITEM_SIZE[tensor.dtype],
         strides=None if tensor.strides is None else strides[1:],
+        scales=tensor.scales
+        and tensor.scales._replace(tensor=expert_of(tensor.scales.tensor, expert)),
+        parts=tuple(
+            Part(start[1:], expert_of(part, expert - start[0]))
+            for start, part in tensor.parts
+            if start[0] <= expert < start[0] + part.shape[0]
+        ),
     )
+
+
+def rows_of(tensor: StoredTensor, first: int, count: int) -> StoredTensor:
+    """Some rows of a tensor, under its own name."""
+    strides = tensor.strides or (prod(tensor.shape[1:]),)
+    last = first + count
+    parts = [
+        Part(
+            (max(start[0] - first, 0), *start[1:]),
+            rows_of(part, max(first - start[0], 0), _overlap(first, last, start[0], part)),
+        )
+        for start, part in tensor.parts
+        if _overlap(first, last, start[0], part) > 0
+    ]
+    return tensor._replace(
+        shape=(count, *tensor.shape[1:]),
+        offset=tensor.offset + first * strides[0] * ITEM_SIZE[tensor.dtype],
+        parts=tuple(parts),
+    )
+
+
+def _overlap(first: int, last: int, start: int, part: StoredTensor) -> int:
+    return min(last, start + part.shape[0]) - max(first, start)
+
+
+def stacked(tensor: StoredTensor, count: int) -> StoredTensor:
+    """A matrix that holds ``count`` equal matrices one below the other, as a stack of them."""
+    rows, cols = tensor.shape[0] // count, tensor.shape[1]
+    strides = None
+    if tensor.strides is not None:
+        strides = (rows * tensor.strides[0], *tensor.strides)
+    parts = [
+        Part((number, max(start[0] - number * rows, 0), start[1]), one)
+        for start, part in tensor.parts
+        for number, one in _cut(part, start[0], rows)
+    ]
+    return tensor._replace(shape=(count, rows, cols), strides=strides, parts=tuple(parts))
+
+
+def _cut(part: StoredTensor, start: int, rows: int) -> Iterator[tuple[int, StoredTensor]]:
+    """The rows of a part, from row ``start`` of the whole on, by the matrix that they are of."""
+    for number in range(start // rows, (start + part.shape[0] - 1) // rows + 1):
+        first, last = max(number * rows, start), min((number + 1) * rows, start + part.shape[0])
+        one = rows_of(part, first - start, last - first)
+        strides = None if one.strides is None else (0, *one.strides)
+        yield number, one._replace(shape=(1, *one.shape), strides=strides)
 
 
 class Target(NamedTuple):

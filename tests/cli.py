@@ -1,12 +1,22 @@
-"""Running the command line as a user does: in a process of its own."""
+"""Running the command line as a user does: in this process, or in one of its own.
+
+A process of its own costs a start of Python for each command. Only tests of streams, signals,
+environment and entry point need it; they say ``process=True``.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+from inprocess import captured
+
+Done = subprocess.CompletedProcess[str]
+STARTS_PROCESSES = {"validate", "generate", "finetune", "predict", "run_qwenvl"}  # and torch
 
 
 def run_cli(
@@ -14,17 +24,43 @@ def run_cli(
     cwd: Path | None = None,
     check: int | None = None,
     env: Mapping[str, str] | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m mmconvert`` with `args`.
+    process: bool = False,
+) -> Done:
+    """Run mm-convert with `args`.
 
     Args:
         cwd: the folder to run in.
         check: the exit code that is expected; another one fails with what was printed.
-        env: environment variables to set besides the present ones.
+        env: environment variables to set besides the present ones; asks for a process.
+        process: run ``python -m mmconvert`` in a process of its own.
     """
-    command = [sys.executable, "-m", "mmconvert", *map(str, args)]
-    done = subprocess.run(
-        command,
+    words = [str(arg) for arg in args]
+    if process or env or STARTS_PROCESSES & set(words[:1]):
+        done = _in_a_process(words, cwd, env)
+    else:
+        with _standing_in(cwd or Path.cwd()):
+            done = captured(words)
+    if check is not None and done.returncode != check:
+        raise AssertionError(
+            f"exit code {done.returncode}, expected {check}: mm-convert {' '.join(words)}\n"
+            f"{done.stdout}{done.stderr}"
+        )
+    return done
+
+
+@contextmanager
+def _standing_in(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _in_a_process(words: list[str], cwd: Path | None, env: Mapping[str, str] | None) -> Done:
+    return subprocess.run(
+        [sys.executable, "-m", "mmconvert", *words],
         cwd=cwd,
         env={**os.environ, **(env or {})},
         capture_output=True,
@@ -33,9 +69,3 @@ def run_cli(
         timeout=300,
         check=False,
     )
-    if check is not None and done.returncode != check:
-        raise AssertionError(
-            f"exit code {done.returncode}, expected {check}: {' '.join(command)}\n"
-            f"{done.stdout}{done.stderr}"
-        )
-    return done

@@ -125,6 +125,7 @@ def modules(variant: Variant) -> tuple[Module, ...]:
     text = Module(
         key="llm",
         label="text_decoder",
+        role="decoder",
         before=(row("text_decoder.embedding", "model.embed", rows="llm.vocab", shard=COLUMN),),
         layer=(
             row(

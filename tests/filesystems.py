@@ -22,10 +22,10 @@ def file_system(folder: Path, size: str) -> Iterator[Path]:
 
 
 @contextmanager
-def bind(source: Path, target: Path) -> Iterator[Path]:
+def bind(source: Path, target: Path, *options: str) -> Iterator[Path]:
     """`source` shown once more at `target`, a folder that is made; for root only."""
     target.mkdir(parents=True, exist_ok=True)
-    _mount("--bind", str(source), target)
+    _mount("--bind", *options, str(source), target)
     try:
         yield target
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -26,7 +26,7 @@ SOURCE, TARGET = "--cfg.source_dir", "--cfg.target_dir"
 
 
 def converter_of(model: str) -> str:
-    """The converter of a model of hfgen's catalogue."""
+    """The converter of a model of the playground's catalogue."""
     return next(c for prefix, c in CONVERTERS.items() if model.startswith(prefix))
 
 
@@ -41,26 +41,31 @@ def same_signals() -> Iterator[None]:
             signal.signal(number, answer)
 
 
+def captured(args: Sequence[str]) -> Done:
+    """Run one command line: its exit code, and what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), same_signals():
+        try:
+            code = main(list(args))
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else 1
+        except Exception:
+            traceback.print_exc()
+            code = CRASHED
+    return Done(args, code, out.getvalue(), err.getvalue())
+
+
 def call(*words: str | Path, check: int | None = 0) -> Done:
     """Run one command line.
 
     Args:
         check: the exit code that is expected; None takes any but a crash.
     """
-    out, err = io.StringIO(), io.StringIO()
-    args = [str(word) for word in words]
-    with redirect_stdout(out), redirect_stderr(err), same_signals():
-        try:
-            code = main(args)
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
-        except Exception:
-            traceback.print_exc()
-            code = CRASHED
-    done = Done(args, code, out.getvalue(), err.getvalue())
+    done = captured([str(word) for word in words])
+    code = done.returncode
     if code == CRASHED or check not in (None, code):
         raise AssertionError(
-            f"exit code {code}, expected {check}: mm-convert {' '.join(args)}\n"
+            f"exit code {code}, expected {check}: mm-convert {' '.join(done.args)}\n"
             f"{done.stdout}{done.stderr}"
         )
     return done

@@ -21,8 +21,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from hfgen import make_hf
 from inprocess import BACK, HF, MM, SOURCE, TARGET, Done, call, converter_of
+from mmconvert.playground.checkpoints import make_hf
 
 MODELS = ("qwen2vl-2b", "qwen2.5vl-7b", "qwen2.5omni-7b", "internvl2-76b")
 VERBS = ("hf_to_mm", "mm_to_hf", "resplit")

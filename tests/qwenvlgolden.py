@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from mmconvert.runtime.qwenvl import weights
-from mmconvert.runtime.qwenvl.model import QwenVL
+from mmconvert.runtime.qwenvl.model import QwenVLModel
 from mmconvert.runtime.qwenvl.sizes import Positions
 from qwenvl import Sizes, make_qwenvl
 
@@ -48,7 +48,7 @@ def make(folder: Path, **settings: object) -> Path:
     return folder
 
 
-def load(path: Path, positions: Positions = "hub", config: Path | None = None) -> QwenVL:
+def load(path: Path, positions: Positions = "hub", config: Path | None = None) -> QwenVLModel:
     """The model in fp32 on the CPU."""
     sizes = weights.settled(weights.sizes_of(config or path), positions)
     return weights.load(sizes, path, torch.float32, torch.device("cpu"))
@@ -59,14 +59,14 @@ def away(found: torch.Tensor, name: str, every: int = 1) -> float:
     return float((found[:, ::every] - recorded(name)).abs().max())
 
 
-def short(model: QwenVL, length: int) -> QwenVL:
+def short(model: QwenVLModel, length: int) -> QwenVLModel:
     """The model as if it had been trained on texts of another length."""
     model.sizes = replace(model.sizes, trained=length)
     return model
 
 
 @torch.no_grad()
-def mindformers(model: QwenVL) -> dict[str, float]:
+def mindformers(model: QwenVLModel) -> dict[str, float]:
     """How far the model is from MindFormers' numbers, each by its limit: above 1 is too far."""
     pixels, pos = recorded("pixels")[:1], recorded("one_pos")[0]
     found = {

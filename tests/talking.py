@@ -18,13 +18,14 @@ from mmconvert.runtime import commands
 from mmconvert.runtime.dataset import Data
 from mmconvert.runtime.journal import Line
 from mmconvert.runtime.optimizer import Recipe
-from mmconvert.runtime.samples import Source
+from mmconvert.runtime.samples import SampleSource
 from mmconvert.runtime.schedule import Schedule
-from mmconvert.runtime.training import Plan
+from mmconvert.runtime.training import TrainingPlan
 
 SIDE = 56  # pixels of a picture: 4 x 4 patches, 4 image tokens
 COLOURS = ("red", "green", "blue", "black")
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "<IMG_CONTEXT>", "</img>")
+GLM = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 Curve = list[tuple[int, float, float, float]]
 
 
@@ -35,8 +36,9 @@ def make(kind: str, folder: Path, **options: Any) -> Path:
     words = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = decoders.ByteLevel()
-    words.add_special_tokens(list(SPECIALS))
-    made: Any = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")
+    words.add_special_tokens([*SPECIALS, *(GLM if kind == "glm4v" else ())])
+    last = "<|endoftext|>" if kind == "glm4v" else "<|im_end|>"
+    made: Any = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=last)
     made.save_pretrained(hf)
     if not kind.startswith("intern"):
         processor: Any = Qwen2VLImageProcessor(min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE)
@@ -90,21 +92,21 @@ def write_data(folder: Path, name: str = "data.json") -> Path:
     return folder / name
 
 
-def plan(save: Path, steps: int, **other: Any) -> Plan:
+def plan(save: Path, steps: int, **other: Any) -> TrainingPlan:
     """Two micro-batches of one sample a step unless said otherwise."""
     schedule = Schedule(other.pop("rate", 3e-3), 0.0, other.pop("warmup", 2), steps)
     decay, sharded = other.pop("decay", 0.01), other.pop("sharded", False)
     recipe = Recipe(schedule, decay, 0.9, 0.999, 1e-8, other.pop("clip", 1.0), sharded)
     given: dict[str, Any] = {"save_every": 0, "evaluate_every": 0, "evaluate_steps": 25}
     given |= {"log_every": 1, "size": 1, "count": 2, "seed": 5, "frozen": ()}
-    return Plan(save, steps, **{**given, **other}, save_optimizer=True, recipe=recipe)
+    return TrainingPlan(save, steps, **{**given, **other}, save_optimizer=True, recipe=recipe)
 
 
 def learn(
     mm: Path,
     hf: Path,
     data: Sequence[Path],
-    what: Plan,
+    what: TrainingPlan,
     *,
     dtype: str = "fp32",
     resume: bool = False,
@@ -116,5 +118,5 @@ def learn(
         if isinstance(event, Line) and event.loss is not None:
             found.append((event.iteration, event.loss, event.rate, event.norm))
 
-    commands.finetune(mm, hf, Data((Source(tuple(data)),)), what, dtype, resume, hear)
+    commands.finetune(mm, hf, Data((SampleSource(tuple(data)),)), what, dtype, resume, hear)
     return found

@@ -25,6 +25,7 @@ CONVERTERS |= dict.fromkeys(
 KINDS = tuple(CONVERTERS)
 INTERN_TEXT = {
     "intern-qwen2": ("Qwen2ForCausalLM", "Qwen2Config"),
+    "intern-qwen3": ("Qwen3ForCausalLM", "Qwen3Config"),
     "intern-llama": ("LlamaForCausalLM", "LlamaConfig"),
     "intern-internlm2": ("InternLM2ForCausalLM", "LlamaConfig"),
 }
@@ -144,6 +145,7 @@ def native_intern(
     vision |= {"norm_type": "rms_norm" if six_b else "layer_norm"}
     text = {k: v for k, v in TEXT.items() if k != "rope_parameters"}
     text |= {"vocab_size": vocab, "tie_word_embeddings": tied}
+    text |= {"head_dim": 12} if kind == "intern-qwen3" else {}
     made = getattr(transformers, INTERN_TEXT[kind][1])
     config = transformers.InternVLConfig(
         vision_config=vision,
@@ -160,6 +162,7 @@ def make_intern(kind: str, folder: Path, *, tied: bool = False, **options: Any) 
     vision, text = model.config.vision_config, model.config.text_config
     llm = {k: v for k, v in TEXT.items() if k != "rope_parameters"}
     llm |= {"architectures": [INTERN_TEXT[kind][0]], "vocab_size": text.vocab_size}
+    llm |= {"head_dim": text.head_dim} if kind == "intern-qwen3" else {}
     llm |= {"tie_word_embeddings": tied, "rope_theta": 10000.0, "rms_norm_eps": text.rms_norm_eps}
     config = {
         "model_type": "internvl_chat",

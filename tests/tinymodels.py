@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 CONVERTERS = {"qwen2_vl": "Qwen2VLConverter", "qwen2_5_vl": "Qwen2_5_VLConverter"}
+CONVERTERS |= dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), "Qwen3VLMegatronConverter")
+CONVERTERS |= {"glm4v": "GlmConverter"}
 VIT_LAYERS, TEXT_LAYERS = 3, 4
 VOCAB = 320
 IMAGE, VIDEO, START, END = 301, 302, 303, 304
@@ -43,41 +45,54 @@ PATCHES: dict[str, Any] = {
 }
 
 
-def tiny_model(kind: str, *, tied: bool = False, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of `kind`, a key of CONVERTERS."""
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2VLConfig,
-        Qwen2VLForConditionalGeneration,
-    )
+# Of each kind: the prefix of its classes in transformers, and what differs in its parts.
+CLASSES = {
+    "qwen2_vl": "Qwen2VL",
+    "qwen2_5_vl": "Qwen2_5_VL",
+    "qwen3_vl": "Qwen3VL",
+    "qwen3_vl_moe": "Qwen3VLMoe",
+    "glm4v": "Glm4v",
+}
+VISION: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 4},
+    "qwen2_5_vl": {"hidden_size": 32, "intermediate_size": 44, "window_size": 56,
+                   "fullatt_block_indexes": [1], "out_hidden_size": 64},
+    "qwen3_vl": {"hidden_size": 32, "intermediate_size": 44, "num_position_embeddings": 36,
+                 "deepstack_visual_indexes": [0, 1, 2], "out_hidden_size": 64},
+    "glm4v": {"hidden_size": 32, "intermediate_size": 44, "image_size": 84, "out_hidden_size": 64},
+}  # fmt: skip
+VISION["qwen3_vl_moe"] = {**VISION["qwen3_vl"], "deepstack_visual_indexes": [0, 2]}
+MORE_TEXT: dict[str, dict[str, Any]] = {
+    "qwen3_vl": {"head_dim": 16, "num_attention_heads": 4},
+    "qwen3_vl_moe": {"head_dim": 16, "num_attention_heads": 4, "num_experts": 8,
+                     "num_experts_per_tok": 3, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
+}  # fmt: skip
 
-    if kind == "qwen2_vl":
-        vision = {**PATCHES, "embed_dim": 32, "hidden_size": TEXT["hidden_size"], "mlp_ratio": 4}
-        classes: tuple[Any, Any] = (Qwen2VLConfig, Qwen2VLForConditionalGeneration)
-    else:
-        vision = {
-            **PATCHES,
-            "hidden_size": 32,
-            "out_hidden_size": TEXT["hidden_size"],
-            "intermediate_size": 44,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-        }
-        classes = (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
-    config_class, model_class = classes
-    config = config_class(
-        text_config={**TEXT, "tie_word_embeddings": tied},
-        vision_config=vision,
+
+def tiny_model(
+    kind: str, *, tied: bool = False, dtype: torch.dtype = torch.float32, **text: Any
+) -> Any:
+    """A model of `kind`, a key of CONVERTERS; `text` are further words of its text_config."""
+    import transformers
+
+    prefix = CLASSES[kind]
+    made = {**TEXT, **MORE_TEXT.get(kind, {}), **text, "tie_word_embeddings": tied}
+    if kind.startswith("qwen3"):
+        made["rope_parameters"] = {**TEXT["rope_parameters"], "mrope_section": [4, 2, 2]}
+    ends = {"vision_start_token_id": START, "vision_end_token_id": END}
+    if kind == "glm4v":
+        ends = {"image_start_token_id": START, "image_end_token_id": END}
+    config = getattr(transformers, f"{prefix}Config")(
+        text_config=made,
+        vision_config={**PATCHES, **VISION[kind]},
         tie_word_embeddings=tied,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
+        **ends,
     )
     config._attn_implementation = "eager"
     torch.manual_seed(7)
-    model = model_class(config).eval()
+    model = getattr(transformers, f"{prefix}ForConditionalGeneration")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             torch.nn.init.normal_(parameter, std=0.1)

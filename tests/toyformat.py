@@ -20,7 +20,7 @@ from mmconvert.formats.base import (
     Opening,
     Placed,
     Placing,
-    Stored,
+    StoredCheckpoint,
     claimed,
     one_each,
     plain,
@@ -36,7 +36,7 @@ INDEX = "tensors.json"  # name -> number of the file, dtype; the numbers of BF16
 
 
 @dataclass(frozen=True, kw_only=True)
-class NpyStored(Stored):
+class NpyStored(StoredCheckpoint):
     """A folder that was opened."""
 
     own: Side
@@ -51,6 +51,7 @@ class Npy(Format):
 
     name: ClassVar = "npy"
     title: ClassVar = "NumPy"
+    own_names: ClassVar = r"\d{5}\.npy|tensors\.json"
 
     def recognise(self, path: Path) -> bool:
         return (path / INDEX).is_file()

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from commands import copied
-from hfgen import make_hf
+from mmconvert.playground.checkpoints import make_hf
 
 
 def make_base(out: Path) -> Path:

@@ -55,13 +55,15 @@ def stale_index(index: Path, listed: Collection[str]) -> FormError | None:
     if not others or any(name in listed for name in names):
         return None
     several = " and put the index of the files that are there in its place"
-    return FormError(
+    fault = FormError(
         "stale-index",
         f"{index} lists {summarise(listed)}, of which none is there; {summarise(others)} "
         f"{'is' if len(others) == 1 else 'are'}",
         "an index of the weight files beside it",
         f"the index is of another save: move it away{several if len(others) > 1 else ''}",
     )
+    fault.path, fault.aside = index, (index,)
+    return fault
 
 
 def unified(folder: Path) -> FormError | None:

@@ -9,12 +9,14 @@ from pathlib import Path
 from mmconvert.errors import FormError
 from mmconvert.names import number, summarise
 from mmconvert.narrow import is_object
-from mmconvert.stored import FLOATS, StoredTensor
+from mmconvert.stored import FLOATS, SCALED, StoredTensor
 
 CAUSE = "quantised"
 KEYS = ("quantization_config", "compression_config", "quantization")  # of config.json; MLX's last
 EXPECTED = "weights in fp32, fp16 or bf16"
 FIX = "take the model's unquantised checkpoint, or let the library that quantised it undo that"
+
+FIX_FP8 = "give --dequantize to convert it as bf16; or take the model's unquantised checkpoint"
 
 BNB8, BNB4 = "bitsandbytes, 8 bit", "bitsandbytes, 4 bit"
 PACKED, COMPRESSED, SLIM = "GPTQ, AWQ", "compressed-tensors", "msModelSlim"
@@ -39,7 +41,7 @@ MARKS = {
 # What stands beside weights or activations under the names of tools that are not listed above:
 # k_scale and v_scale of a KV cache, smooth_scale, weight_quantizer._amax ...
 SCALES = re.compile(
-    r"(?:[\w.]*\.)?(?:\w*quantizer\.\w+|(?:[qkv]|kv|kv_cache|weight|input|output|act|smooth|prob_output)"
+    r"(?:[\w.]*\.)?(?:\w+_scale_inv|\w*quantizer\.\w+|(?:[qkv]|kv|kv_cache|weight|input|output|act|smooth|prob_output)"
     r"_(?:scales?|scaling_factor|zero_points?|zeros|offset)|scaling_factor|zero_point)"
 )
 STATE = ".quant_state.bitsandbytes__"  # then nf4 or fp4
@@ -69,12 +71,14 @@ def quantised(
         label = _mark(tensor.name)
         if label is not None or (said and tensor.dtype not in FLOATS):
             marks[tensor.name] = label or ""
-    low = {t.name: t.dtype for t in weights if t.dtype not in FLOATS}
+    low = {t.name: t.dtype for t in weights if t.dtype not in FLOATS | {SCALED}}
     if not marks and not low:
         return None
     found = max(marks.values(), key=len, default="")  # the one that says most
     label = _label(said, found or _by_dtype(set(low.values()), bool(marks)))
-    return _error([*marks, *(f"{name} ({dtype})" for name, dtype in low.items())], label)
+    in_blocks = set(low.values()) <= {"F8_E4M3"} and all(n.endswith("_scale_inv") for n in marks)
+    named = [*marks, *(f"{name} ({dtype})" for name, dtype in low.items())]
+    return _error(named, label, in_blocks=bool(marks) and in_blocks)
 
 
 def low_bit_dtype(path: Path, name: str, dtype: object) -> FormError | None:
@@ -88,7 +92,7 @@ def left_over(config: Mapping[str, object]) -> str:
     """The note on a ``quantization_config`` where no weight is quantised; "" without one."""
     method = said_method(config)
     return method and (
-        f"warning: config.json has a quantization_config ({method}), and no weight is quantised: "
+        f"config.json has a quantization_config ({method}), and no weight is quantised: "
         "it is left aside; delete it, as from_pretrained would quantise by it"
     )
 
@@ -122,6 +126,11 @@ def _in_words(said: Mapping[str, object], by: str) -> str:
     return METHODS.get(method, method) + (f", {bits} bit" if bits else "")
 
 
+def is_mark(name: str) -> bool:
+    """Whether only quantised checkpoints have such a name."""
+    return _mark(name) is not None
+
+
 def _mark(name: str) -> str | None:
     """Who writes such a name; "" if many do, None if it is no sign of quantisation."""
     if STATE in name:
@@ -143,8 +152,10 @@ def _label(said: str, found: str) -> str:
     return found if same and len(found) >= len(said) else said or found
 
 
-def _error(names: Collection[str], label: str, where: str = "") -> FormError:
+def _error(
+    names: Collection[str], label: str, where: str = "", *, in_blocks: bool = False
+) -> FormError:
     what = (
         f"{where}{number(names, 'tensor')} of a quantised checkpoint ({label}): {summarise(names)}"
     )
-    return FormError(CAUSE, what, EXPECTED, FIX)
+    return FormError(CAUSE, what, EXPECTED, FIX_FP8 if in_blocks else FIX)

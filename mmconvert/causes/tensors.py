@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mmconvert.causes.quantised import quantised
@@ -195,19 +195,23 @@ def nested(file: Path, content: Mapping[str, object]) -> FormError | None:
     )
 
 
-def missing(names: Sequence[str], heads: Iterable[str]) -> TensorError:
-    """Tensors that the model lacks.
+def missing(
+    places: Mapping[str, Sequence[str]], heads: Collection[str], folder: Path
+) -> Iterator[TensorError]:
+    """Tensors that the model lacks, an error for each place.
 
     Args:
+        places: where in the model -> the names of those that are missing there.
         heads: the names of its output layer, which a tied model does not store.
     """
-    return TensorError(
-        f"{number(names, 'tensor')} missing: {summarise(names)}",
-        "every tensor of the model, in the names of the hub or of transformers",
-        how_to_get(names, heads),
-    )
-
-
-def how_to_get(names: Iterable[str], heads: Iterable[str]) -> str:
-    """The way to tensors that are missing."""
-    return TIE if set(names) <= set(heads) else DOWNLOAD
+    total = sum(map(len, places.values()))
+    for place, names in places.items():
+        more = f"; {total} in all" if len(places) > 1 else ""
+        yield TensorError(
+            f"{number(names, 'tensor')} missing: {summarise(names)} ({place}{more})",
+            "every tensor of the model, in the names of the hub or of transformers",
+            TIE if set(names) <= set(heads) else DOWNLOAD,
+            cause="missing-tensor",
+            path=folder,
+            tensor=names[0],
+        )

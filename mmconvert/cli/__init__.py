@@ -41,6 +41,8 @@ TOOLS = {
     "run_qwenvl": "--config YAML --load_checkpoint X.ckpt --hf_dir H, as MindFormers' line has it",
     "data": "CONVERSION brings a dataset's annotations to the form that training reads",
     "convert_weight": "--model qwenvl --input_path HF --output_path X.ckpt, as MindFormers has it",
+    "playground": "DIR writes small checkpoints of every family to try the commands on",
+    "moe_expert": "--style merge|split --hf_dir HF --save_dir OUT stores experts in another form",
     "completion": "bash|zsh prints a script that completes these words in the shell",
 }
 # Scripts of MindFormers' and MindSpeed-MM's guides: their lines work with mm-convert for python.
@@ -99,6 +101,41 @@ LORA_VERBS = {
         "--cfg.target_parallel_config.vit_pp_layers [32]",
     ),
 }
+DCP_VERBS = {
+    "hf_to_dcp": (
+        "HFToDCP",
+        "Hugging Face -> DCP: before training with FSDP2",
+        "--cfg.hf_config.hf_dir HF_DIR --cfg.dcp_dir DCP_DIR",
+    ),
+    "dcp_to_hf": (
+        "DCPToHF",
+        "DCP -> Hugging Face: after training with FSDP2",
+        "--cfg.dcp_dir DCP_DIR --cfg.hf_config.hf_dir HF_DIR --cfg.save_hf_dir NEW_HF_DIR",
+    ),
+    "mm_to_dcp": (
+        "MMToDCP",
+        "MM -> DCP, straight",
+        "--cfg.mm_dir MM_DIR --cfg.hf_config.hf_dir HF_DIR --cfg.dcp_dir DCP_DIR",
+    ),
+    "dcp_to_mm": (
+        "DCPToMM",
+        "DCP -> MM, straight",
+        f"--cfg.dcp_dir DCP_DIR --cfg.hf_config.hf_dir HF_DIR --cfg.mm_dir MM_DIR {LAYOUT}",
+    ),
+    "hf_to_mm_dcp": (
+        "HFToMM",
+        "Hugging Face -> DCP with whole MM tensors",
+        "--cfg.hf_config.hf_dir HF_DIR --cfg.mm_dir DCP_DIR",
+    ),
+}
+# Converters of MindSpeed-MM for its FSDP2 trainers, which take models of any kind.
+DCP_CONVERTERS = {
+    "Qwen3VLConverter": "Qwen3-VL",
+    "Qwen35Converter": "Qwen3.5 and 3.6",
+    "Mistral3Converter": "Mistral 3, Magistral",
+    "ExpertMergeDcpConverter": "InternVL3.5 with experts, GLM-4.5V, Qwen3-Omni",
+    "GenericDCPConverter": "any model",
+}
 # Of the converters whose other side is MindSpore (converters.MINDSPORE).
 MS_VERBS = {
     "hf_to_ms": (
@@ -126,12 +163,12 @@ def verbs_of(converter: str) -> dict[str, tuple[str, str, str]]:
     from mmconvert.converters import BUILT_IN, MINDSPORE, load
 
     if converter == AUTO:
-        return MS_VERBS | VERBS | LORA_VERBS
+        return MS_VERBS | VERBS | DCP_VERBS | LORA_VERBS
     if converter not in BUILT_IN and (
         converter in MINDSPORE or load(converter).naming == "mindformers"
     ):
         return MS_VERBS
-    return VERBS | LORA_VERBS
+    return VERBS | DCP_VERBS | LORA_VERBS
 
 
 def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
@@ -178,10 +215,7 @@ def _reported(words: list[str]) -> int:
         return code
     except MMConvertError as error:
         return _fail(error, words)
-    except SystemExit as stop:  # tyro has shown help, or what it did not understand
-        if stop.code == RequestError.exit_code and _asked(words, "--json"):
-            error = RequestError("the flags were not understood; stderr says which")
-            print(json.dumps(error.as_dict()))
+    except SystemExit as stop:  # help has been shown
         return stop.code if isinstance(stop.code, int) else RequestError.exit_code
     except KeyboardInterrupt as stop:  # whoever was writing says what is left, and nobody else
         return _interrupted(stop, words)
@@ -225,7 +259,7 @@ class InternalError(MMConvertError):
     def __init__(self, what: str) -> None:
         super().__init__(
             f"a fault of mmconvert itself: {what}",
-            "no such fault; what stands under the final name, if anything, is complete",
+            "none; what stands under the final name, if anything, is complete",
             "run again with --debug and report what it prints",
         )
 
@@ -310,11 +344,16 @@ def _dispatch(words: list[str]) -> int:
     converter, rest = script_words[0], [*script_words[1:], *words[1:]]
     if converter in TOOLS:
         return _tool(converter, rest)
+    if converter in DCP_CONVERTERS:
+        from mmconvert.cli import dcp
+
+        return dcp.run(converter, rest)
     # Installed packages are searched for converters only when none of ours is meant: it is slow.
     own = (AUTO, *BUILT_IN, *MINDSPORE)
     if converter not in own and converter not in converter_names():
-        known = [AUTO, *converter_names(), *MINDSPORE, *TOOLS]
-        raise _unknown("converter", converter, known, "mm-convert -h")
+        known = [AUTO, *converter_names(), *MINDSPORE, *DCP_CONVERTERS, *TOOLS]
+        kind = "converter" if converter.endswith("Converter") else "command"
+        raise _unknown(kind, converter, known, "mm-convert -h")
     if not rest or rest[0] in ("-h", "--help"):
         print(_converter_help(converter))
         return 0 if rest else 2

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, cast, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from mmconvert.cli.parsing import parse
 from mmconvert.cli.settings import read_yaml
 from mmconvert.config import Folders, MaybeBool, MaybePath, Options, Patterns
 from mmconvert.errors import LayoutError, RequestError
@@ -83,20 +84,32 @@ class Screen:
     """Add the traceback to errors."""
 
 
+def by_module(flags: object, end: str) -> dict[str, Any]:
+    """The values of the flags KEY + ``end`` of a command, by module key."""
+    given = {name: value for name, value in vars(flags).items() if name.endswith(end)}
+    return {name.removesuffix(end): value for name, value in given.items()}
+
+
 Plain = TypeVar("Plain")
 
 
 def read_plain(form: type[Plain], words: Sequence[str], prog: str, description: str) -> Plain:
     """Reads the command line of a tool.
 
+    ``--config FILE.yaml`` stands for the flags in it; flags on the command line win.
+
     Raises:
-        SystemExit: 0 for help, 2 for flags that make no sense; tyro has printed which.
+        SystemExit: 0, help was printed.
+        RequestError: flags that make no sense, an unusable --config.
     """
-    return tyro.cli(
+    given = [_underscored(word) for word in words]
+    if "config" not in get_type_hints(form):  # of MindFormers' own scripts
+        given = _configured(given)
+    return parse(
         tyro.conf.FlagCreatePairsOff[form],
-        prog=prog,
-        description=description,
-        args=_repeated_joined([_underscored(word) for word in words]),
+        _repeated_joined(given),
+        prog,
+        description,
         use_underscores=True,
         registry=REGISTRY,
     )
@@ -116,27 +129,32 @@ def read(
     words: Sequence[str],
     prog: str,
     description: str,
+    *,
+    bare: bool = False,
 ) -> Command:
     """Reads a command line into a config class.
 
+    Args:
+        bare: the class's flags have no ``cfg.`` before them.
+
     Raises:
-        SystemExit: 0 for help, 2 for flags that make no sense; tyro has printed which.
-        MMConvertError: an unusable --config.
+        SystemExit: 0, help was printed.
+        RequestError: flags that make no sense, an unusable --config.
     """
     flat, flags = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
     form = dataclasses.make_dataclass(
         "Form",
         [
-            ("cfg", Annotated[config, tyro.conf.FlagConversionOff]),
+            ("cfg", Annotated[(config, tyro.conf.FlagConversionOff, *([flat] if bare else []))]),
             ("conversion", Annotated[Options, flat, flags]),
             ("screen", Annotated[Screen, flat, flags]),
         ],
     )
-    made = tyro.cli(  # pyright: ignore[reportUnknownVariableType] - a class made here
+    made = parse(  # pyright: ignore[reportUnknownVariableType] - a class made here
         form,
-        prog=prog,
-        description=description,
-        args=normalise(words, config),
+        normalise(words, config, "-" if bare else "--cfg"),
+        prog,
+        description,
         use_underscores=True,
         registry=REGISTRY,
         config=(tyro.conf.DisallowNone,),
@@ -149,7 +167,7 @@ def flag_paths(config: type, prefix: str = "--cfg") -> dict[str, type]:
     """Every flag of a config class, dotted, with its type."""
     found: dict[str, type] = {}
     for name, kind in get_type_hints(config).items():
-        flag = f"{prefix}.{name}"
+        flag = f"--{name}" if prefix == "-" else f"{prefix}.{name}"
         if dataclasses.is_dataclass(kind):
             found |= flag_paths(kind, flag)  # pyright: ignore[reportArgumentType] - a dataclass
         else:
@@ -157,7 +175,7 @@ def flag_paths(config: type, prefix: str = "--cfg") -> dict[str, type]:
     return found
 
 
-def normalise(words: Sequence[str], config: type) -> list[str]:
+def normalise(words: Sequence[str], config: type, prefix: str = "--cfg") -> list[str]:
     """The words as tyro wants them.
 
     ``-`` and ``_`` are alike, lists may contain spaces, ``--config FILE.yaml`` stands for the
@@ -167,7 +185,7 @@ def normalise(words: Sequence[str], config: type) -> list[str]:
     Raises:
         RequestError: a --config without a file, or with an unreadable one.
     """
-    flags = flag_paths(config)
+    flags = flag_paths(config, prefix)
     given = _pairs([_underscored(word) for word in words])
     from_files: list[list[str]] = []
     from_line: list[list[str]] = []
@@ -198,6 +216,29 @@ def normalise(words: Sequence[str], config: type) -> list[str]:
     return _repeated_joined(out)
 
 
+def _configured(words: list[str]) -> list[str]:
+    """A tool's words with the flags of its ``--config`` files."""
+    line: list[str] = []
+    files: list[list[str]] = []
+    rest = iter(words)
+    for word in rest:
+        flag, _, value = word.partition("=")
+        if flag != "--config":
+            line.append(word)
+            continue
+        path = value or next(rest, "")
+        if not path:
+            raise RequestError("--config has no file", "--config FILE.yaml")
+        files += _flags_of(Path(path), {})
+    said = {word.partition("=")[0] for word in line}
+    switches: dict[str, list[str] | None] = {"True": [], "False": None}
+    for flag, value in files:
+        values = switches.get(value, [value])
+        if flag not in said and values is not None:
+            line += [flag, *values]
+    return line
+
+
 REPEATED = ("--drop", "--layout", "--cfg.lora_dir")  # flags that may be given several times
 
 
@@ -222,7 +263,16 @@ def _repeated_joined(words: Sequence[str]) -> list[str]:
 
 PATHS = (Path, MaybePath)  # types of flags that name a folder
 
-OWN_FLAGS = ("--overwrite", "--dry_run", "--no_sync", "--crc", "--json", "--quiet", "--debug")
+OWN_FLAGS = (
+    "--overwrite",
+    "--dry_run",
+    "--no_sync",
+    "--crc",
+    "--dequantize",
+    "--json",
+    "--quiet",
+    "--debug",
+)
 
 
 def _underscored(word: str) -> str:

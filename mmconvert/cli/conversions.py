@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmconvert import config
-from mmconvert.cli import AUTO, MS_VERBS, verbs_of
-from mmconvert.cli.arguments import Command, normalise, read
+from mmconvert.cli import AUTO, DCP_VERBS, MS_VERBS, VERBS, verbs_of
+from mmconvert.cli.arguments import Command, Screen, normalise, read
 from mmconvert.cli.screen import screen_events
 from mmconvert.config import OptionalHFConfig
 from mmconvert.words import amount
@@ -48,8 +48,11 @@ def _form(converter: str, verb: str, flags: list[str]) -> tuple[str, str, str]:
         given |= {
             flag: value for flag, _, value in (word.partition("=") for word in words) if value
         }
-        if recognise(Path(given.get("--cfg.source_dir", ""))) == "ms":
+        source = Path(given.get("--cfg.source_dir", ""))
+        if source.suffix == ".ckpt" or recognise(source) == "ms":
             return MS_VERBS[verb]
+        form, text, example = VERBS[verb]
+        return form, f"{text}; --cfg.source_dir X.ckpt -h shows the flags for MindSpore", example
     return verbs_of(converter)[verb]
 
 
@@ -77,7 +80,11 @@ def between(converter: str, verb: str, formats: tuple[str, str], flags: list[str
 
 def run(converter: str, verb: str, command: Command) -> None:
     """Runs a conversion that has been read, and shows what came of it."""
-    result, screen = _converted(converter, verb, command), command.screen
+    show(verb, _converted(converter, verb, command), command.screen)
+
+
+def show(verb: str, result: Result, screen: Screen) -> None:
+    """Shows what came of a conversion."""
     if screen.json:
         print(json.dumps(result.as_dict()))
     elif not screen.quiet:
@@ -103,12 +110,15 @@ def _converted(converter: str, verb: str, command: Command) -> Result:
         "hf_to_ms": directions.hf_to_ms,
         "ms_to_hf": directions.ms_to_hf,
         "resplit": directions.resplit,
+        "hf_to_mm_dcp": directions.hf_to_mm_dcp,
     }
     inputs = _inputs(command.cfg)
     family = family_of(*inputs, naming="") if converter == AUTO else converters.load(converter)
     with screen_events(quiet=command.screen.quiet or not group.current().leads) as events:
         if verb in directions_of:
             return directions_of[verb](family, command.cfg, command.options, events)
+        if verb in DCP_VERBS:
+            return directions.with_dcp(family, verb, command.cfg, command.options, events)
         asked = directions.between(verb, command.cfg)
         return directions.convert(family, asked, command.options, events)
 
@@ -128,8 +138,10 @@ def _of_adapter(converter: str, verb: str, command: Command) -> Result:
 def _inputs(cfg: Any) -> list[Path]:  # noqa: ANN401 - one of many dataclasses
     """The input folders of a request, that of the original model first."""
     names = ("mm_dir", "ms_path", "source_dir", "source")
-    if isinstance(cfg, (config.HFToMM, config.HFToMS)):
+    if isinstance(cfg, (config.HFToMM, config.HFToMS, config.HFToDCP)):
         names = ()
+    elif isinstance(cfg, (config.DCPToMM, config.DCPToHF)):
+        names = ("dcp_dir",)
     paths = [cfg.hf_config.hf_dir, *(getattr(cfg, name, None) for name in names)]
     return [path for path in paths if path is not None]
 
@@ -139,9 +151,10 @@ def _summary(verb: str, result: Result) -> str:
     size = result.plan.nbytes
     moved = size - result.moved.resumed
     rate = f", {amount(moved / result.seconds)}/s" if result.written else ""
-    where = "from" if verb in ("mm_to_hf", "ms_to_hf") else "layout"
+    where = "from" if verb.endswith("_to_hf") else "layout"
+    layout = "" if verb == "moe_expert" else f"{where}: {result.layout.describe()}\n"
     return (
         f"{done} {result.output}: {len(result.plan.targets)} tensors, {amount(size)} in "
-        f"{result.seconds:.2f} s{rate}\n{where}: {result.layout.describe()}\n"
+        f"{result.seconds:.2f} s{rate}\n{layout}"
         f"proven: {len(result.plan.copies)} copies write every byte once and use every source"
     )

@@ -195,7 +195,7 @@ def check_layout(layout: Layout, model: ModelJson | None, script: Script) -> Non
     pp, vpp = script.sizes.get("pp", 1), script.sizes.get("vpp", 1)
     if pp * vpp > 1 and model is not None:
         grids |= {key: grid for key, grid in model.grids().items() if key in grids}
-    expected = Layout(tp, grids)
+    expected = Layout(tp, grids, decoder=layout.decoder)
     if (expected.pp_size, expected.vpp_size) != (pp, vpp):
         source = script.model or "the checkpoint"
         raise LayoutError(

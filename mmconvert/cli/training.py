@@ -12,7 +12,7 @@ from mmconvert.errors import RequestError
 if TYPE_CHECKING:
     from mmconvert.cli.tools.finetune import Finetuned
     from mmconvert.runtime.dataset import Data
-    from mmconvert.runtime.training import Plan
+    from mmconvert.runtime.training import TrainingPlan
 
 # Least values, and ranges.
 LEAST = {
@@ -75,11 +75,11 @@ def _check_evaluation(asked: Finetuned) -> None:
         raise RequestError(f"{given} is given without --eval_interval", "when to evaluate")
 
 
-def plan_of(asked: Finetuned, save: Path, evaluate: int, frozen: tuple[str, ...]) -> Plan:
+def plan_of(asked: Finetuned, save: Path, evaluate: int, frozen: tuple[str, ...]) -> TrainingPlan:
     """The flags as the runtime takes them."""
     from mmconvert.runtime.optimizer import Recipe
     from mmconvert.runtime.schedule import Schedule
-    from mmconvert.runtime.training import Plan
+    from mmconvert.runtime.training import TrainingPlan
 
     steps = asked.lr_decay_iters or asked.train_iters
     warmup = asked.warmup_iters or asked.lr_warmup_fraction * steps
@@ -93,7 +93,7 @@ def plan_of(asked: Finetuned, save: Path, evaluate: int, frozen: tuple[str, ...]
     kind = asked.loss_type
     if asked.calculate_per_sample_loss or asked.calculate_per_token_loss:
         kind = "per_token" if asked.calculate_per_token_loss else "per_sample"
-    return Plan(
+    return TrainingPlan(
         save, asked.train_iters, None if asked.save_interval < 0 else asked.save_interval,
         evaluate, asked.eval_iters, asked.log_interval, asked.micro_batch_size,
         asked.global_batch_size // asked.micro_batch_size, asked.seed, frozen,
@@ -107,14 +107,14 @@ def data_of(asked: Finetuned) -> tuple[Path, Data, tuple[str, ...]]:
     from mmconvert.runtime.datajson import read_data_json
     from mmconvert.runtime.dataset import Data
     from mmconvert.runtime.prepare import Prepare
-    from mmconvert.runtime.samples import Source
+    from mmconvert.runtime.samples import SampleSource
 
     if asked.mm_data is None:
         train, check = _files(asked.data), _files(asked.val_data)
         folders = (asked.dataset_dir,) if asked.dataset_dir is not None else ()
         data = Data(
-            (Source(train, asked.max_samples, folders),),
-            (Source(check, 0, folders),) if check else (),
+            (SampleSource(train, asked.max_samples, folders),),
+            (SampleSource(check, 0, folders),) if check else (),
             asked.val_rate,
             Prepare(length=asked.seq_length, newline=not asked.skip_newline),
             asked.strict,

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from mmconvert.converters.family import Family
 from mmconvert.converters.plugins import load_plugin, third_party
 from mmconvert.errors import RequestError
-
-if TYPE_CHECKING:
-    from mmconvert.converters.mindspore import MSFamily
 
 BROKEN: dict[str, str] = {}  # converter name -> why a family of another package was left out
 
@@ -49,12 +45,10 @@ def load(converter: str) -> Family:
     return load_plugin(converter, entry)
 
 
-def ms_registry() -> dict[str, MSFamily]:
+def ms_registry() -> dict[str, Family]:
     """All families whose other side is MindSpore, by converter name."""
-    from mmconvert.converters.mindspore import MSFamily
-
     everything = {name: load(name) for name in MINDSPORE} | _plugins()
-    return {name: f for name, f in everything.items() if isinstance(f, MSFamily)}
+    return {name: f for name, f in everything.items() if f.naming == "mindformers"}
 
 
 def registry() -> dict[str, Family]:

@@ -164,7 +164,7 @@ def vision_qkv(hf: str, variant: Variant) -> tuple[Row, ...]:
     as q, k, v; the reference 2.2.0 to 2.3.0 wrote it unchanged and cut it by plain rows.
     """
     fuse, shard = Interleave("vit.heads", packed_qkv=True), heads("vit.heads")
-    if variant.vit_qkv == "concatenated":
+    if variant.encoder_qkv == "concatenated":
         fuse = CONCAT
     elif variant.canonical:
         fuse, shard = CONCAT, Split(parts=3, unit="vit.heads")
@@ -206,6 +206,7 @@ def qwen2_text(model: str, head: str, variant: Variant) -> Module:
     return Module(
         key="llm",
         label="text_decoder",
+        role="decoder",
         before=(embedding(f"{model}.embed_tokens.weight"),),
         layer=qwen2_text_layer(f"{model}.layers.{{}}", variant),
         after=text_tail(f"{model}.norm.weight", head, variant),

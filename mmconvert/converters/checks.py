@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,8 +11,9 @@ from typing import cast
 from mmconvert.converters.family import ZEROS, Family, Module, Row
 from mmconvert.errors import RequestError
 from mmconvert.names import EXPERT, INDEX, LAYER
-from mmconvert.sharding.layout import GRID_FLAG
 from mmconvert.sharding.spans import Concat, Interleave, Part, Split
+
+KEY = re.compile(r"[a-z][a-z0-9]*")
 
 
 def check_family(family: Family) -> None:
@@ -30,10 +32,13 @@ def check_family(family: Family) -> None:
 def faults(family: Family, modules: tuple[Module, ...]) -> Iterator[str]:
     """What is wrong with a table, row by row, in words."""
     keys = [m.key for m in modules]
-    if tuple(keys) != tuple(family.module_keys):
-        yield f"its modules are {keys}, module_keys says {list(family.module_keys)}"
-    for key in set(keys) - set(GRID_FLAG) if family.form == "MM format" else ():
-        yield f"{key!r} is no module key; one of {sorted(GRID_FLAG)}"
+    if tuple(keys) != family.module_keys:
+        yield f"its modules are {keys}, in another variant {list(family.module_keys)}"
+    for key in keys:
+        if not KEY.fullmatch(key):
+            yield f"{key!r} is no module key: small letters and digits, a letter first"
+    if (count := [m.role for m in modules].count("decoder")) != 1:
+        yield f"it has {count} modules with the role of a decoder; one of them must have it"
     rows = [r for m in modules for r in m.all_rows()]
     for name, count in Counter(r.mm for r in rows).items():
         if count > 1:

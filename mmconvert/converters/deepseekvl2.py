@@ -124,6 +124,7 @@ def vision(variant: Variant) -> Module:
     return Module(
         key="vit",
         label="image_encoder",
+        word="vision",
         before=(
             *norms(BOTH, w, (f"{e}.patch_embed.proj", "vision.patch_embed.proj")),
             row(f"{e}.pos_embed", "vision.pos_embed"),
@@ -208,6 +209,7 @@ def text(variant: Variant) -> Module:
     return Module(
         key="llm",
         label="text_decoder",
+        role="decoder",
         before=(embedding("language.model.embed_tokens.weight"),),
         layer=(
             *norms(("weight",), w, (f"{T}.input_layernorm", f"{L}.input_layernorm")),

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from functools import cached_property
+from typing import Literal, cast
 
 from mmconvert.errors import CheckpointError
 from mmconvert.names import EXPERT, NO_EXPERT, NameTemplate, TemplateIndex, fields, fill
 from mmconvert.narrow import is_object
+from mmconvert.sharding.layout import tp_flag
 from mmconvert.sharding.spans import Concat, Interleave, Part, Split
 
-# Sizes by name, such as "llm.layers" or "vit.heads"; see each family's `dims`.
+# Sizes by name: the module's key, a dot, what it is, such as "layers"; see each family's `dims`.
 Dims = dict[str, int]
 
-# Layers by name, such as "llm.moe": those in which rows that say ``only="llm.moe"`` stand.
+# Layers by name, such as "KEY.moe": those in which rows that say ``only="KEY.moe"`` stand.
 LayerLists = dict[str, tuple[int, ...]]
 
 Fuse = Concat | Interleave | Part
+Role = Literal["encoder", "decoder", "head"]
+Medium = Literal["pictures", "sounds"]
 
 ZEROS = ""  # in a row's HF names: as many zeros as the first source has, kept by no HF tensor
 CONCAT = Concat()
@@ -82,7 +86,7 @@ def row(
     transposed: bool = False,
     only: str = "",
 ) -> Row:
-    """A :class:`Row`, with ``rows`` as words: ``rows="llm.q llm.kv llm.kv"``, and ``{}`` in a
+    """A :class:`Row`, with ``rows`` as words: ``rows="KEY.q KEY.kv KEY.kv"``, and ``{}`` in a
     name for ``{layer}``.
     """
     names = tuple(fields(name) for name in hf)
@@ -95,8 +99,13 @@ class Module:
     """An encoder or decoder of a family: rows before its layers, in each layer, after them.
 
     Attributes:
-        key: ``vit``, ``audio`` or ``llm``: names its stage grid, tp size and layer count.
+        key: names its stage grid, tp size and sizes: ``KEY_pp_layers``, ``KEY_tp_size``,
+            ``KEY.layers``.
         label: the module's MM name, for people.
+        role: an encoder hands features to the decoder, and stands before it in the pipeline;
+            a head is an output layer that is a module of its own.
+        word: what it is called in pictures; not given: the first word of its label.
+        medium: what an encoder takes in.
         beside_text: whether training can use it only as a whole, on the first stage of the text.
         everywhere: rows outside the layers whose tensors stand on every pipeline stage.
     """
@@ -106,12 +115,25 @@ class Module:
     before: tuple[Row, ...]
     layer: tuple[Row, ...]
     after: tuple[Row, ...]
+    role: Role = "encoder"
+    word: str = ""
+    medium: Medium = "pictures"
     beside_text: bool = False
     everywhere: tuple[Row, ...] = ()
 
     def all_rows(self) -> tuple[Row, ...]:
         """Every row, in model order."""
         return self.everywhere + self.before + self.layer + self.after
+
+    @property
+    def tp_flag(self) -> str:
+        """The user's name of its tensor-parallel size."""
+        return tp_flag(self.key, self.key if self.role == "decoder" else "")
+
+    @property
+    def name(self) -> str:
+        """What it is called in pictures."""
+        return self.word or self.label.partition("_")[0]
 
     @property
     def has_experts(self) -> bool:
@@ -126,7 +148,7 @@ class Variant:
     Attributes:
         tied: the output layer is the word embedding.
         canonical: q/k/v and gate/up stay apart (``enable_canonical_hf_struct``).
-        vit_qkv: ``interleaved`` per head, or ``concatenated`` as the reference 2.2.0 to 2.3.0
+        encoder_qkv: ``interleaved`` per head, or ``concatenated`` as the reference 2.2.0 to 2.3.0
             wrote it.
         traits: what else of config.json changes the table; each family has its own words.
         lists: the layers that have rows of their own, by name, as far as they are known.
@@ -134,7 +156,7 @@ class Variant:
 
     tied: bool = False
     canonical: bool = False
-    vit_qkv: str = "interleaved"
+    encoder_qkv: str = "interleaved"
     traits: frozenset[str] = frozenset()
     lists: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
@@ -186,7 +208,8 @@ class Family:
         converter: the name of its command.
         model_types: values of ``model_type`` in config.json that it serves.
         dims: sizes from config.json.
-        modules: the table, encoders first (their order is the order of the pipeline).
+        modules: the table, encoders first (their order is the order of the pipeline); every
+            variant has the same modules.
         spellings: (prefix, prefix on the hub): other spellings of HF names.
         dropped: tensors that are left out knowingly, in hub spelling.
         carried: tensors that stay in ``hf_dir``, in hub spelling.
@@ -212,7 +235,6 @@ class Family:
     dims: Callable[[Mapping[str, object]], Dims]
     modules: Callable[[Variant], tuple[Module, ...]]
     text_config: Callable[[Mapping[str, object]], Mapping[str, object]]
-    module_keys: tuple[str, ...] = ("vit", "llm")
     spellings: tuple[tuple[str, str], ...] = ()
     dropped: tuple[Dropped, ...] = ()
     carried: tuple[Carried, ...] = ()
@@ -228,6 +250,21 @@ class Family:
     naming: str = "mm"
     preprocessor: bool = True
     ordered: bool = True
+
+    @cached_property
+    def module_keys(self) -> tuple[str, ...]:
+        """The keys of the modules, in their order."""
+        return tuple(m.key for m in self.modules(self.variants[0]))
+
+    @cached_property
+    def decoder(self) -> str:
+        """The key of the module that comes after all encoders."""
+        return decoder_of(self.modules(self.variants[0]))
+
+    @property
+    def vocabulary(self) -> str:
+        """The dimension that counts the words."""
+        return vocabulary_of(self.decoder)
 
     def table(self, variant: Variant) -> tuple[Module, ...]:
         """The table, whose rows know the layers that have them as far as ``variant`` does."""
@@ -260,6 +297,21 @@ def bound(modules: tuple[Module, ...], lists: Mapping[str, tuple[int, ...]]) -> 
         )
         for m in modules
     )
+
+
+def decoder_of(modules: Sequence[Module]) -> str:
+    """The key of the module that comes after all encoders; "" if it is not there."""
+    return next((m.key for m in modules if m.role == "decoder"), "")
+
+
+def vocabulary_of(decoder: str) -> str:
+    """The dimension that counts a decoder's words."""
+    return f"{decoder}.vocab"
+
+
+def encoders(modules: tuple[Module, ...]) -> tuple[Module, ...]:
+    """The table without what follows the encoders."""
+    return tuple(m for m in modules if m.role == "encoder")
 
 
 def any_family() -> Family:

@@ -68,6 +68,7 @@ def vision(variant: Variant) -> Module:
     return Module(
         key="vit",
         label="image_encoder",
+        word="vision",
         before=(
             *norms(BOTH, w, (f"{e}.patch_embed.proj", f"{E}.patch_embed.proj")),
             *norms(("weight",), w, (f"{e}.post_conv_layernorm", f"{E}.post_conv_layernorm")),
@@ -103,6 +104,7 @@ def text(variant: Variant) -> Module:
     return Module(
         key="llm",
         label="text_decoder",
+        role="decoder",
         before=(embedding("model.language_model.embed_tokens.weight"),),
         layer=(
             *norms(("weight",), w, *((f"{T}.{kind}", f"{L}.{kind}") for kind in kinds)),

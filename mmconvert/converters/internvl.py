@@ -1,4 +1,8 @@
-"""InternVL2, 2.5 and 3: InternViT (300M, 6B) with an InternLM2, Llama or Qwen2 text decoder."""
+"""InternVL2, 2.5, 3 and 3.5: InternViT (300M, 6B) with an InternLM2, Llama, Qwen2 or Qwen3 decoder.
+
+The hub has two forms of one model: ``internvl_chat`` with code of its own, and in repositories that
+end in -HF ``internvl``, the names of transformers' class. In MM format both are the same.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +29,19 @@ from mmconvert.converters.family import (
     row,
     section,
 )
+from mmconvert.converters.internvlnames import (
+    CHAT_NAMES,
+    NATIVE_NAMES,
+    SPELLINGS,
+    VisionNames,
+)
+from mmconvert.converters.qwen3vl import text_layer as qwen3_text_layer
 from mmconvert.errors import CheckpointError
 from mmconvert.names import NameTemplate
 from mmconvert.narrow import is_array
 from mmconvert.sharding.spans import GATED, ROW, Split, head_columns, heads
 
 V = "image_encoder.encoder.encoder.layers.{}"
-E = "vision_model.encoder.layers.{}"
 L = "language_model.model.layers.{}"
 BOTH = ("weight", "bias")
 
@@ -45,32 +55,70 @@ TEXTS = {
     "InternLM2ForCausalLM": "internlm2",
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
 }
+NATIVE = "native"  # the names of transformers' own class
+NATIVE_TYPE = "internvl"
+NATIVE_TEXTS = ("llama", "qwen2", "qwen3")  # model_type of its text_config
+# Class defaults of transformers' InternVLVisionConfig.
+NATIVE_DEFAULTS = {"vit.layers": 24, "vit.heads": 16, "vit.width": 1024, "vit.ffn": 4096}
 QK_NORM, QKV_BIAS, NORM_BIAS = "qk_norm", "qkv_bias", "norm_bias"
+
+
+def is_native(config: Mapping[str, object]) -> bool:
+    """Whether config.json is that of transformers' own class."""
+    return config.get("model_type") == NATIVE_TYPE
 
 
 def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
     """The text decoder's own config."""
-    return section(config, "llm_config")
+    return section(config, "text_config" if is_native(config) else "llm_config")
+
+
+def text_kind(config: Mapping[str, object]) -> str:
+    """The text decoder, from config.json.
+
+    Raises:
+        CheckpointError: one that has no rows here.
+    """
+    if is_native(config):
+        where, named, known = (
+            "text_config.model_type",
+            text_config(config).get("model_type"),
+            NATIVE_TEXTS,
+        )
+        kind = named if isinstance(named, str) and named in known else ""
+    else:
+        where, known = "llm_config.architectures", tuple(TEXTS)
+        named = text_config(config).get("architectures")
+        first = named[0] if is_array(named) and named else None
+        kind = TEXTS.get(first, "") if isinstance(first, str) else ""
+    if kind:
+        return kind
+    moe = "moe" in str(named).lower()
+    raise CheckpointError(
+        f"config.json: {where} is {named!r}",
+        f"one of {', '.join(known)}",
+        "with experts it has no MM form; mm-convert moe_expert --style merge makes what "
+        "MindSpeed-MM trains"
+        if moe
+        else "",
+    )
 
 
 def traits(config: Mapping[str, object]) -> frozenset[str]:
-    """Text decoder and vision details, from config.json.
+    """Form, text decoder and vision details, from config.json.
 
     Raises:
-        CheckpointError: a text decoder that is none of the three.
+        CheckpointError: a text decoder that has no rows here.
     """
-    named = text_config(config).get("architectures")
-    kind = named[0] if is_array(named) and named else None
-    if not isinstance(kind, str) or kind not in TEXTS:
-        raise CheckpointError(
-            f"config.json: llm_config.architectures is {named!r}", f"one of {', '.join(TEXTS)}"
-        )
-    vision = (section(config, "vision_config"),)
-    found = {TEXTS[kind]}
-    if flag(vision, "qk_normalization"):
+    vision, native = (section(config, "vision_config"),), is_native(config)
+    found = {text_kind(config)}
+    if flag(vision, "use_qk_norm" if native else "qk_normalization"):
         found.add(QK_NORM)
-    if flag(vision, "qkv_bias") is not False:
+    if native:
+        found |= {NATIVE, QKV_BIAS} if flag(vision, "attention_bias") else {NATIVE}
+    elif flag(vision, "qkv_bias") is not False:
         found.add(QKV_BIAS)
     if vision[0].get("norm_type") != "rms_norm":
         found.add(NORM_BIAS)
@@ -85,62 +133,64 @@ def dims(config: Mapping[str, object]) -> Dims:
         "vit.width": ("hidden_size",),
         "vit.ffn": ("intermediate_size",),
     }
-    vision = vision_dims(section(config, "vision_config"), "vision_config", names)
-    text = text_dims(text_config(config), "llm_config")
+    native = is_native(config)
+    defaults = NATIVE_DEFAULTS if native else None
+    vision = vision_dims(section(config, "vision_config"), "vision_config", names, defaults)
+    head = {"llm.head_dim": 128} if text_kind(config) == "qwen3" else None  # the class's default
+    text = text_dims(text_config(config), "text_config" if native else "llm_config", head)
     text["llm.wqkv"] = text["llm.q"] + 2 * text["llm.kv"]
     return vision | text
 
 
+def attention(variant: Variant, names: VisionNames) -> tuple[Row, ...]:
+    """The attention of a vision layer."""
+    mm, hf, w = f"{V}.self_attention", f"{names.layer}.{names.attention}", "vit.width"
+    qkv = tuple(f"{hf}.{name}" for name in names.qkv)
+    rows = "vit.qkv" if len(qkv) == 1 else " ".join([w] * len(qkv))
+    weight, bias = ([f"{name}.{kind}" for name in qkv] for kind in BOTH)
+    qk_norms = ((f"{mm}.{x}_layernorm", f"{hf}.{x}_norm") for x in "qk")
+    return (
+        row(f"{mm}.linear_qkv.weight", *weight, rows=rows, cols=w, shard=QKV),
+        *(
+            (row(f"{mm}.linear_qkv.bias", *bias, rows=rows, shard=QKV),)
+            if QKV_BIAS in variant.traits
+            else ()
+        ),
+        *(norms(("weight",), w, *qk_norms) if QK_NORM in variant.traits else ()),
+        row(f"{mm}.linear_proj.weight", f"{hf}.{names.output}.weight", rows=w, cols=w, shard=PROJ),
+        row(f"{mm}.linear_proj.bias", f"{hf}.{names.output}.bias", rows=w),
+    )
+
+
 def vision(variant: Variant) -> Module:
-    """InternViT and the projector ``mlp1``."""
+    """InternViT and the projector."""
     w, e, p = "vit.width", "image_encoder.encoder.embeddings", "image_encoder.projector"
     kinds = BOTH if NORM_BIAS in variant.traits else ("weight",)
-    attn = f"{V}.self_attention"
-    qk_norms = (
-        (f"{attn}.q_layernorm", f"{E}.attn.q_norm"),
-        (f"{attn}.k_layernorm", f"{E}.attn.k_norm"),
-    )
-    bias: tuple[Row, ...] = (
-        row(f"{attn}.linear_qkv.bias", f"{E}.attn.qkv.bias", rows="vit.qkv", shard=QKV),
-    )
+    names = NATIVE_NAMES if NATIVE in variant.traits else CHAT_NAMES
+    layer, below, (norm, one, two) = names.layer, names.embeddings, names.projector
     return Module(
         key="vit",
         label="image_encoder",
+        word="vision",
         before=(
-            row(f"{e}.class_embedding", "vision_model.embeddings.class_embedding"),
-            *norms(BOTH, w, (f"{e}.patch_embedding", "vision_model.embeddings.patch_embedding")),
-            row(f"{e}.position_embedding", "vision_model.embeddings.position_embedding"),
+            row(f"{e}.class_embedding", f"{below}.{names.token}"),
+            *norms(BOTH, w, (f"{e}.patch_embedding", f"{below}.{names.patches}")),
+            row(f"{e}.position_embedding", f"{below}.{names.positions}"),
         ),
         layer=(
-            *norms(kinds, w, (f"{V}.input_layernorm", f"{E}.norm1")),
-            row(
-                f"{attn}.linear_qkv.weight",
-                f"{E}.attn.qkv.weight",
-                rows="vit.qkv",
-                cols=w,
-                shard=QKV,
-            ),
-            *(bias if QKV_BIAS in variant.traits else ()),
-            *(norms(("weight",), w, *qk_norms) if QK_NORM in variant.traits else ()),
-            row(
-                f"{attn}.linear_proj.weight",
-                f"{E}.attn.proj.weight",
-                rows=w,
-                cols=w,
-                shard=PROJ,
-            ),
-            row(f"{attn}.linear_proj.bias", f"{E}.attn.proj.bias", rows=w),
-            *norms(kinds, w, (f"{V}.pre_mlp_layernorm", f"{E}.norm2")),
-            *plain_mlp(f"{V}.mlp", f"{E}.mlp", w, "vit.ffn"),
-            row(f"{V}.ls1", f"{E}.ls1", rows=w),
-            row(f"{V}.ls2", f"{E}.ls2", rows=w),
+            *norms(kinds, w, (f"{V}.input_layernorm", f"{layer}.{names.norms[0]}")),
+            *attention(variant, names),
+            *norms(kinds, w, (f"{V}.pre_mlp_layernorm", f"{layer}.{names.norms[1]}")),
+            *plain_mlp(f"{V}.mlp", f"{layer}.mlp", w, "vit.ffn"),
+            row(f"{V}.ls1", f"{layer}.{names.scales[0]}", rows=w),
+            row(f"{V}.ls2", f"{layer}.{names.scales[1]}", rows=w),
         ),
         after=(
-            *norms(BOTH, "vit.merged", (f"{p}.norm", "mlp1.0")),
-            row(f"{p}.linear_fc1.weight", "mlp1.1.weight", rows="llm.hidden", cols="vit.merged"),
-            row(f"{p}.linear_fc1.bias", "mlp1.1.bias", rows="llm.hidden"),
-            row(f"{p}.linear_fc2.weight", "mlp1.3.weight", rows="llm.hidden", cols="llm.hidden"),
-            row(f"{p}.linear_fc2.bias", "mlp1.3.bias", rows="llm.hidden"),
+            *norms(BOTH, "vit.merged", (f"{p}.norm", norm)),
+            row(f"{p}.linear_fc1.weight", f"{one}.weight", rows="llm.hidden", cols="vit.merged"),
+            row(f"{p}.linear_fc1.bias", f"{one}.bias", rows="llm.hidden"),
+            row(f"{p}.linear_fc2.weight", f"{two}.weight", rows="llm.hidden", cols="llm.hidden"),
+            row(f"{p}.linear_fc2.bias", f"{two}.bias", rows="llm.hidden"),
         ),
     )
 
@@ -178,6 +228,15 @@ def internlm2_layer() -> tuple[Row, ...]:
     )
 
 
+def text_layer(variant: Variant) -> tuple[Row, ...]:
+    """A layer of the text decoder."""
+    if "internlm2" in variant.traits:
+        return internlm2_layer()
+    if "qwen3" in variant.traits:
+        return qwen3_text_layer(L, variant)
+    return qwen2_text_layer(L, variant, bias="qwen2" in variant.traits)
+
+
 def text(variant: Variant) -> Module:
     """The text decoder under ``language_model.``."""
     internlm2 = "internlm2" in variant.traits
@@ -185,10 +244,9 @@ def text(variant: Variant) -> Module:
     return Module(
         key="llm",
         label="text_decoder",
+        role="decoder",
         before=(embedding(f"language_model.model.{embed}.weight", VOCAB),),
-        layer=internlm2_layer()
-        if internlm2
-        else qwen2_text_layer(L, variant, bias="qwen2" in variant.traits),
+        layer=text_layer(variant),
         after=text_tail(
             "language_model.model.norm.weight", f"language_model.{head}.weight", variant, VOCAB
         ),
@@ -203,10 +261,11 @@ def modules(variant: Variant) -> tuple[Module, ...]:
 FAMILY = Family(
     name="InternVL",
     converter="InternVLConverter",
-    model_types=frozenset({"internvl_chat"}),
+    model_types=frozenset({"internvl_chat", NATIVE_TYPE}),
     dims=dims,
     modules=modules,
     text_config=text_config,
+    spellings=SPELLINGS,
     dropped=(
         Dropped(
             NameTemplate("language_model.model.layers.{}.self_attn.rotary_emb.inv_freq"),
@@ -220,7 +279,7 @@ FAMILY = Family(
     traits=traits,
     variants=tuple(
         Variant(traits=frozenset({text, *vit}))
-        for text in ("qwen2", "llama")
+        for text in ("qwen2", "llama", "qwen3")
         for vit in ((QKV_BIAS, NORM_BIAS), (QK_NORM,), (QK_NORM, QKV_BIAS, NORM_BIAS), ())
     ),
     canonical=False,

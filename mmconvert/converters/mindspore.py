@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmconvert.converters.family import Family, Row
+from mmconvert.converters.family import Family, Module, Row
 from mmconvert.names import NO_LAYER
 from mmconvert.sharding.devices import DeviceLayout
 from mmconvert.sharding.slices import WHOLE, Slicing
@@ -22,17 +22,13 @@ class MSFamily(Family):
         embedding, head: MM names of the word embedding and of the output layer.
         tables: MM names of further tensors that are looked up or added, no weights of a linear
             or convolution: the optimizer never divides them.
-        last: keys of modules that stand on the last pipeline stage; see :meth:`stage`.
         units: dimension -> its words; ``model_parallel`` must divide each.
-        vocabulary: the dimension that counts tokens.
     """
 
     embedding: str
     head: str
     tables: frozenset[str] = frozenset()
-    last: frozenset[str] = frozenset()
     units: tuple[tuple[str, str], ...] = ()
-    vocabulary: str = "llm.vocab"
     form: str = "MindSpore format"
     naming: str = "mindformers"
 
@@ -74,12 +70,12 @@ class MSFamily(Family):
         fits = shape[0] % (first * layout.devices // parts) == 0
         return fits and size // parts >= layout.threshold
 
-    def stage(self, module: str, row_is_after: bool, layer: int, layout: DeviceLayout) -> int:
+    def stage(self, module: Module, row_is_after: bool, layer: int, layout: DeviceLayout) -> int:
         """The pipeline stage of a tensor: encoders and embedding on the first, each text layer
         where the layout has it, final norm and output layer on the last.
         """
-        if module in self.last or (module == "llm" and row_is_after):
+        if module.role == "head" or (module.role == "decoder" and row_is_after):
             return layout.stages - 1
-        if module == "llm" and layer != NO_LAYER and layout.stages > 1:
+        if module.role == "decoder" and layer != NO_LAYER and layout.stages > 1:
             return layout.stage_of(layer)
         return 0

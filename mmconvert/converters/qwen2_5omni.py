@@ -123,6 +123,7 @@ def vision(variant: Variant) -> Module:
     return Module(
         key="vit",
         label="image_encoder",
+        word="vision",
         before=(qwen_patch_embed("thinker.visual"),),
         layer=(
             *norms(("weight",), w, (f"{V}.input_layernorm", f"{B}.norm1")),
@@ -149,6 +150,7 @@ def audio() -> Module:
     return Module(
         key="audio",
         label="audio_encoder",
+        medium="sounds",
         beside_text=True,
         before=(
             *norms(BOTH, w, (f"{mm}.conv1", f"{hf}.conv1"), (f"{mm}.conv2", f"{hf}.conv2")),
@@ -185,7 +187,6 @@ FAMILY = Family(
     dims=dims,
     modules=modules,
     text_config=text_config,
-    module_keys=("vit", "audio", "llm"),
     # As transformers 5 names the thinker's parts; the hub has the second of each pair. A thinker
     # that was saved alone has no prefix.
     spellings=(

@@ -49,6 +49,7 @@ def modules(variant: Variant) -> tuple[Module, ...]:
     vision = Module(
         key="vit",
         label="image_encoder",
+        word="vision",
         before=(qwen_patch_embed("visual"),),
         layer=(
             *norms(("weight",), w, (f"{V}.input_layernorm", f"{B}.norm1")),

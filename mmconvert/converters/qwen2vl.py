@@ -79,6 +79,7 @@ def modules(variant: Variant) -> tuple[Module, ...]:
     vision = Module(
         key="vit",
         label="image_encoder",
+        word="vision",
         before=(qwen_patch_embed("visual"),),
         layer=(
             *norms(BOTH, w, (f"{V}.input_layernorm", f"{B}.norm1")),

@@ -35,7 +35,7 @@ from mmconvert.converters.family import (
     section,
     section_or_defaults,
 )
-from mmconvert.errors import CheckpointError
+from mmconvert.converters.stacks import EXPERT_COUNT, OUTPUTS_FIRST, orientation, sparse_layers
 from mmconvert.sharding.spans import GATED, ROW, head_columns
 
 B, L = "model.visual.blocks.{}", "model.language_model.layers.{}"
@@ -54,10 +54,16 @@ VISION_DEFAULTS = {
     "vit.merge": 2,
     "vit.ffn": 4304,
 }
-TEXT_DEFAULTS = {"llm.layers": 32, "llm.heads": 32, "llm.query_groups": 32, "llm.hidden": 4096}
+TEXT_DEFAULTS = {
+    "llm.layers": 32,
+    "llm.heads": 32,
+    "llm.query_groups": 32,
+    "llm.hidden": 4096,
+    "llm.head_dim": 128,
+}
 MOE_DEFAULTS = {"llm.layers": 24, "llm.heads": 16, "llm.query_groups": 16, "llm.hidden": 2048}
 MOE_KEYS = {
-    "llm.experts": ("num_experts",),
+    "llm.experts": EXPERT_COUNT,
     "llm.expert_ffn": ("moe_intermediate_size",),
     "llm.active_experts": ("num_experts_per_tok",),
 }
@@ -112,9 +118,7 @@ def lists(config: Mapping[str, object]) -> LayerLists:
     if MOE not in traits(config):
         return found
     text, count = text_config(config), size["llm.layers"]
-    plain = layer_list(text.get("mlp_only_layers") or [], "text_config.mlp_only_layers", count)
-    step = read_dims(text, "text_config", {"step": ("decoder_sparse_step",)}, {"step": 1})["step"]
-    experts = tuple(i for i in range(count) if i not in plain and (i + 1) % step == 0)
+    experts = sparse_layers(text, "text_config", count)
     dense = tuple(i for i in range(count) if i not in experts)
     return {**found, EXPERTS: experts, DENSE: dense}
 
@@ -130,23 +134,8 @@ def shape_traits(
     if MOE not in traits(config):
         return frozenset()
     size = dims(config)
-    h, x = size["llm.hidden"], size["llm.expert_ffn"]
-    hub = {"gate_up_proj": (h, 2 * x), "down_proj": (x, h)}
-    found: dict[bool, str] = {}
-    for name, shape in shapes.items():
-        kind = name.rpartition(".experts.")[2]
-        if kind not in hub or hub[kind] == hub[kind][::-1]:
-            continue
-        if shape[1:] in (hub[kind], hub[kind][::-1]):
-            found.setdefault(shape[1:] != hub[kind], f"{name} {list(shape)}")
-    if len(found) > 1:
-        raise CheckpointError(
-            f"experts are stored in two ways: {found[False]} as on the hub, {found[True]} with the "
-            "output dimension first",
-            "one way for all",
-            "take all weight files from one checkpoint",
-        )
-    return frozenset({OUTPUT_FIRST}) if True in found else frozenset()
+    form = orientation(shapes, size["llm.hidden"], size["llm.expert_ffn"])
+    return frozenset({OUTPUT_FIRST}) if form == OUTPUTS_FIRST else frozenset()
 
 
 def vision(variant: Variant) -> Module:
@@ -157,6 +146,7 @@ def vision(variant: Variant) -> Module:
     return Module(
         key="vit",
         label="image_encoder",
+        word="vision",
         before=(
             *norms(BOTH, w, (f"{e}.patch_embed.proj", "model.visual.patch_embed.proj")),
             row(
@@ -252,6 +242,7 @@ def text(variant: Variant) -> Module:
     return Module(
         key="llm",
         label="text_decoder",
+        role="decoder",
         before=(embedding("model.language_model.embed_tokens.weight"),),
         layer=text_layer(
             L, variant, *(expert_rows(OUTPUT_FIRST not in variant.traits) if moe else ())

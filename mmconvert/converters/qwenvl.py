@@ -101,6 +101,8 @@ def _text() -> Module:
     return Module(
         key="llm",
         label="llm_model.transformer",
+        role="decoder",
+        word="text",
         before=(row(EMBEDDING, "transformer.wte.weight", rows="llm.vocab", cols=w, shard=COLUMN),),
         layer=(
             row(f"{T}.attention_norm.weight", f"{H}.ln_1.weight", rows=w),
@@ -169,6 +171,7 @@ def _vision() -> Module:
     return Module(
         key="vit",
         label=V,
+        word="vision",
         before=(
             row(f"{V}.positional_embedding", f"{HV}.positional_embedding", cols="vit.width"),
             row(f"{V}.proj", f"{HV}.proj", rows="vit.out", cols="vit.out", shard=COLUMN),
@@ -185,7 +188,7 @@ def modules(variant: Variant) -> tuple[Module, ...]:
     del variant
     head = row(HEAD, "lm_head.weight", rows="llm.vocab", cols="llm.hidden", shard=COLUMN)
     # HF's module order, which is the order of the file: the output layer stands behind the ViT.
-    return _text(), _vision(), Module("head", "llm_model.lm_head", (), (), (head,))
+    return _text(), _vision(), Module("head", "llm_model.lm_head", (), (), (head,), role="head")
 
 
 def _text_config(config: Mapping[str, object]) -> Mapping[str, object]:
@@ -200,7 +203,6 @@ FAMILY = MSFamily(
     dims=dims,
     modules=modules,
     text_config=_text_config,
-    module_keys=("vit", "llm", "head"),
     dropped=(
         Dropped(NameTemplate("transformer.rotary_emb.inv_freq"), BUFFER),
         Dropped(NameTemplate("transformer.h.{}.attn.rotary_emb.inv_freq"), BUFFER),
@@ -215,6 +217,5 @@ FAMILY = MSFamily(
     tables=frozenset(
         {f"{V}.positional_embedding", f"{V}.attn_pool.pos_embed", f"{V}.attn_pool.query"}
     ),
-    last=frozenset({"head"}),
     units=(("llm.heads", "attention heads"), ("vit.heads", "vision heads")),
 )

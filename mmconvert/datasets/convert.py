@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmconvert.datasets.jsonlist import ListWriter, read_items
-from mmconvert.datasets.llava import KINDS, MEDIA, SHOWN, Converter, Report
+from mmconvert.datasets.llava import KINDS, MEDIA, SHOWN, Converter, ItemCounts
 from mmconvert.errors import DatasetError
 from mmconvert.events import Events
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DataResult:
     """What a conversion did.
 
     Attributes:
@@ -26,7 +26,7 @@ class Outcome:
     output: Path
     read: int
     written: int
-    report: Report
+    report: ItemCounts
     seconds: float
 
     def as_dict(self) -> dict[str, object]:
@@ -50,7 +50,7 @@ def convert_file(
     events: Events,
     *,
     none_found_is_ok: bool,
-) -> Outcome:
+) -> DataResult:
     """Converts ``source`` into the file of ``writer``.
 
     Args:
@@ -86,10 +86,10 @@ def convert_file(
             )
         writer.commit()
     _warn(report, events)
-    return Outcome(writer.target, index + 1, writer.count, report, time.monotonic() - began)
+    return DataResult(writer.target, index + 1, writer.count, report, time.monotonic() - began)
 
 
-def _warn(report: Report, events: Events) -> None:
+def _warn(report: ItemCounts, events: Events) -> None:
     for kind, (words, _) in KINDS.items():
         count = report.counts[kind]
         if count:

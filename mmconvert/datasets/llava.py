@@ -36,7 +36,7 @@ SHOWN = 5  # examples of each kind that are named
 
 
 @dataclass
-class Report:
+class ItemCounts:
     """What has been met, by kind; see :data:`KINDS`."""
 
     counts: Counter[str] = field(default_factory=Counter[str])
@@ -115,7 +115,7 @@ class Converter:
         self.images = images
         self.strict = strict
         self.compat = compat
-        self.report = Report()
+        self.report = ItemCounts()
 
     def convert(self, item: Item, index: int) -> Item | None:
         """The item in the other form; None if it is left out.

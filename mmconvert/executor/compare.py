@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from mmconvert.executor.blockio import Region, read_compact
-from mmconvert.executor.differences import Difference
+from mmconvert.executor.differences import TensorDifference
 from mmconvert.executor.fileio import BAND, Files, open_files
 from mmconvert.executor.jobs import JOB_SIZE, Job, run_jobs
 from mmconvert.plan.plan import Comparison, Zeros, matrix
@@ -24,13 +24,13 @@ def compare(
     workers: int,
     progress: Callable[[int], None] | None = None,
     cast: str = "",
-) -> list[Difference]:
+) -> list[TensorDifference]:
     """The differences, one for each pair of tensors at most, in the order of the tensors.
 
     Args:
         cast: the dtype in which tensors of two dtypes are compared; "" takes the narrower one.
     """
-    found: dict[tuple[int, int], Difference] = {}
+    found: dict[tuple[int, int], TensorDifference] = {}
     lock = threading.Lock()
 
     def look(files: Files, pieces: Sequence[Comparison]) -> None:
@@ -111,14 +111,14 @@ def _pieces(comparisons: Sequence[Comparison], a: Sequence[StoredTensor]) -> lis
 
 def _describe(
     piece: Comparison, a: StoredTensor, b: StoredTensor, left: memoryview, right: memoryview
-) -> Difference:
+) -> TensorDifference:
     from mmconvert.executor.values import (
         gaps,  # numpy: a tenth of a second that equality need not pay
     )
 
     c = piece.copy
     found = gaps(left, right, (a.dtype, b.dtype), c.cols)
-    return Difference(
+    return TensorDifference(
         piece.key,
         a,
         b,
@@ -131,7 +131,7 @@ def _describe(
     )
 
 
-def _first(known: Difference | None, new: Difference) -> Difference:
+def _first(known: TensorDifference | None, new: TensorDifference) -> TensorDifference:
     if known is None:
         return new
     first, other = (known, new) if known.a_index <= new.a_index else (new, known)
@@ -145,9 +145,9 @@ def _larger(a: float, b: float) -> float:
     return b if math.isnan(a) else a if math.isnan(b) else max(a, b)
 
 
-def not_zero(zeros: Sequence[Zeros], tensors: Sequence[StoredTensor]) -> list[Difference]:
+def not_zero(zeros: Sequence[Zeros], tensors: Sequence[StoredTensor]) -> list[TensorDifference]:
     """Regions that should hold zeros and do not, each as a difference from zero."""
-    found: list[Difference] = []
+    found: list[TensorDifference] = []
     with open_files() as files:
         for zero in zeros:
             tensor = tensors[zero.tensor]
@@ -163,7 +163,7 @@ def not_zero(zeros: Sequence[Zeros], tensors: Sequence[StoredTensor]) -> list[Di
             index = (zero.row + gap.row, zero.col + gap.col)
             none = tensor._replace(name="zero")
             found.append(
-                Difference(
+                TensorDifference(
                     *(zero.key, tensor, none, index, index),
                     *(gap.left, 0.0, gap.largest, gap.elements),
                 )

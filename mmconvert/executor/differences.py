@@ -8,7 +8,7 @@ from mmconvert.plan.plan import Key
 from mmconvert.stored import StoredTensor
 
 
-class Difference(NamedTuple):
+class TensorDifference(NamedTuple):
     """Two stored tensors that should be equal and are not.
 
     Attributes:
@@ -38,7 +38,7 @@ def place(tensor: StoredTensor) -> str:
     return f"{tensor.name} in {where}"
 
 
-def in_words(d: Difference) -> str:
+def in_words(d: TensorDifference) -> str:
     """A difference as one line."""
     return (
         f"{d.key.name()}: {place(d.a)} has {d.a_value:g} at {list(d.a_index)}, {place(d.b)} "
@@ -47,7 +47,7 @@ def in_words(d: Difference) -> str:
     )
 
 
-def as_dict(d: Difference) -> dict[str, object]:
+def as_dict(d: TensorDifference) -> dict[str, object]:
     """A difference as JSON."""
     return {
         "tensor": d.key.name(),

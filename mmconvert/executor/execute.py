@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mmconvert.executor.bands import cut, steps
 from mmconvert.executor.blockio import (
@@ -32,7 +32,10 @@ from mmconvert.executor.differences import place
 from mmconvert.executor.fileio import BAND, BUFFERS, ByteRange, Files, copy_range, write_pieces
 from mmconvert.executor.jobs import JOB_SIZE, Job, Losses
 from mmconvert.plan.plan import Copy, Plan, matrix
-from mmconvert.stored import ITEM_SIZE, StoredTensor
+from mmconvert.stored import ITEM_SIZE, Scales, StoredTensor
+
+if TYPE_CHECKING:
+    from mmconvert.executor.values import Cast
 
 STREAM_MIN = 64 << 10  # bytes; shorter runs are gathered
 TURNED_BAND = 8 << 20  # bytes of a target that is put together from a transposed source: each of
@@ -46,7 +49,8 @@ def jobs_of(plan: Plan, targets: Sequence[StoredTensor]) -> list[Job]:
         targets: where each of the plan's targets lies, in their order; files exist when the jobs
             run.
     """
-    if plan.cast or plan.products or plan.fitted:
+    scaled = any(source.scales for source in plan.sources)
+    if plan.cast or plan.products or plan.fitted or scaled:
         import_module("mmconvert.executor.values")  # numpy, before threads ask for it at once
     return list(_jobs(plan, targets))
 
@@ -278,11 +282,29 @@ def _read_cast(
     """Reads a region of a source in another dtype into the rows of a window."""
     from mmconvert.executor.values import cast
 
-    found = cast(read_compact(files, source, region, "cast"), source.dtype, dtype)
+    data = read_compact(files, source, region, "cast")
+    if source.scales is not None:
+        found = _dequantised(files, source.scales, data, region, dtype)
+    else:
+        found = cast(data, source.dtype, dtype)
     width = region.cols * ITEM_SIZE[dtype]
     for row in range(region.rows):
         window.row(row, width)[:] = found.bits[row * width : (row + 1) * width]
     return Loss(found.overflowed, found.underflowed)
+
+
+def _dequantised(
+    files: Files, scales: Scales, data: memoryview, region: Region, dtype: str
+) -> Cast:
+    """The values of a region of scaled fp8."""
+    from mmconvert.executor.values import Blocks, dequantise
+
+    first = (region.row // scales.rows, region.col // scales.cols)
+    down = [(region.row + i) // scales.rows - first[0] for i in range(region.rows)]
+    right = [(region.col + i) // scales.cols - first[1] for i in range(region.cols)]
+    met = Region(*first, down[-1] + 1, right[-1] + 1)
+    factors = read_compact(files, scales.tensor, met, "scales")
+    return dequantise(data, factors, scales.tensor.dtype, Blocks(down, right), dtype)
 
 
 def _batches(origin: Origin, small: list[tuple[StoredTensor, list[Copy]]]) -> Iterator[Job]:

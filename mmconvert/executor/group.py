@@ -20,7 +20,7 @@ from mmconvert.errors import LostProcessError, MMConvertError, RequestError, dis
 T = TypeVar("T")
 
 
-class Group:
+class ProcessGroup:
     """The processes of one run; this one is alone.
 
     Attributes:
@@ -94,7 +94,7 @@ class Group:
         return mine
 
 
-class Launched(Group):
+class Launched(ProcessGroup):
     """The processes that torchrun has started."""
 
     def __init__(self) -> None:
@@ -161,15 +161,15 @@ def _rebuilt(said: tuple[str, str, str, str], rank: int) -> MMConvertError:
     return (kind if known else MMConvertError)(f"process {rank}: {what}", expected, fix)
 
 
-_current = Group()
+_current = ProcessGroup()
 
 
-def current() -> Group:
+def current() -> ProcessGroup:
     """The processes that work on this run."""
     return _current
 
 
-def join() -> Group:
+def join() -> ProcessGroup:
     """Joins the processes of torchrun, if it has started this one.
 
     Only ``python -m mmconvert`` asks: the command mm-convert may well be called by a program that

@@ -13,7 +13,7 @@ from mmconvert.events import Events
 from mmconvert.executor import journal
 from mmconvert.executor.casts import Losses
 from mmconvert.executor.execute import jobs_of
-from mmconvert.executor.group import Group
+from mmconvert.executor.group import ProcessGroup
 from mmconvert.executor.jobs import Job, run_jobs
 from mmconvert.executor.pieces import in_pieces
 from mmconvert.plan.plan import Plan
@@ -51,7 +51,7 @@ class Staged:
 
 
 def move(
-    plan: Plan, staged: Staged, workers: int, group: Group, events: Events, *, sync: bool
+    plan: Plan, staged: Staged, workers: int, group: ProcessGroup, events: Events, *, sync: bool
 ) -> Moved:
     """Moves every byte of a plan that is not in place already; returns when all processes have.
 
@@ -83,7 +83,13 @@ def move(
 
 
 def _run(
-    jobs: Sequence[Job], staged: Staged, workers: int, group: Group, events: Events, *, sync: bool
+    jobs: Sequence[Job],
+    staged: Staged,
+    workers: int,
+    group: ProcessGroup,
+    events: Events,
+    *,
+    sync: bool,
 ) -> Losses:
     """Runs the jobs of this process; returns what they lost."""
     events.start("converting", sum(job.nbytes for job in jobs))

@@ -7,6 +7,7 @@ interrupted run: the next run of the same request goes on with it, any other rem
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +19,7 @@ from mmconvert import durable
 from mmconvert.errors import Interrupted, LostProcessError, OutputError, cannot_write
 from mmconvert.executor import staging
 from mmconvert.executor.apart import Identity, check_apart, check_survives, identity, is_mount_point
-from mmconvert.executor.replaceable import looks_like_a_checkpoint, strangers
+from mmconvert.formats.registry import strangers
 from mmconvert.names import summarise
 
 
@@ -51,7 +52,8 @@ class Output:
             sync: whether everything is brought to the disk before the output gets its name.
 
         Raises:
-            OutputError: it exists, is a mount point, or is, holds or lies in an input.
+            OutputError: it exists, is a mount point, is, holds or lies in an input, or cannot be
+                written.
         """
         self.final = Path(os.path.realpath(target))
         self.folder = self.final.parent / f".{self.final.name}.mmconvert-partial"
@@ -67,6 +69,7 @@ class Output:
         self._read = {**(read or {}), **found}
         check_apart(self.final, inputs)
         self._check_target()
+        self._check_writable()
 
     def _check_target(self) -> None:
         if is_mount_point(self.final):
@@ -97,13 +100,14 @@ class Output:
                 "a folder that does not exist yet",
                 "choose another folder, or give --overwrite to replace it",
             )
-        if not looks_like_a_checkpoint(self.final, names):
+        others = strangers(self.final, names)
+        if others is None:
             raise OutputError(
                 f"{self.final} does not look like a checkpoint, so --overwrite does not remove it",
                 "a checkpoint folder, or one that does not exist yet",
                 "choose another folder, or empty this one yourself",
             )
-        if others := strangers(names):
+        if others:
             raise OutputError(
                 f"{self.final} also holds {summarise(others)}, which no conversion writes; "
                 "--overwrite replaces the whole folder",
@@ -122,6 +126,14 @@ class Output:
                 "room for the whole checkpoint",
                 "free some space, or write to another disk",
             )
+
+    def _check_writable(self) -> None:
+        there = next(folder for folder in self.final.parents if folder.exists())
+        if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+            return
+        denied = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        why = os.strerror(denied if there.is_dir() else errno.ENOTDIR)
+        raise OutputError(f"{there}: {why}", "a folder that can be written")
 
     def __enter__(self) -> Output:
         try:

@@ -143,7 +143,37 @@ def cast(data: memoryview, old: str, new: str) -> Cast:
         data: the bits of the values.
         old, new: dtypes among F16, BF16, F32 and F64.
     """
-    values = floats(data, old)
+    return _cast(floats(data, old), new)
+
+
+def dequantise(data: memoryview, scales: memoryview, dtype: str, blocks: Blocks, new: str) -> Cast:
+    """F8_E4M3 values times the scales of their blocks, each product rounded once.
+
+    A product of the two has 28 bits at most: float64 holds it.
+
+    Args:
+        data: the values' bits, row by row.
+        scales: the bits of the scales of all blocks that they meet, row by row.
+        dtype: of the scales.
+        blocks: which scale belongs to which row and column.
+        new: among F16, BF16 and F32.
+    """
+    bits: Array = np.frombuffer(data, "<u1").reshape(len(blocks.rows), len(blocks.cols))
+    rows, cols = np.asarray(blocks.rows), np.asarray(blocks.cols)
+    factors = floats(scales, dtype).astype("<f8").reshape(rows[-1] + 1, cols[-1] + 1)
+    with np.errstate(all="ignore"):
+        values = (_E4M3[bits] * factors[rows][:, cols]).ravel()
+    return _cast(values, new)
+
+
+class Blocks(NamedTuple):
+    """The number of the block that each row and each column of a region is in."""
+
+    rows: list[int]
+    cols: list[int]
+
+
+def _cast(values: Array, new: str) -> Cast:
     bits, result = from_floats(values, new)
     overflowed = int((np.isinf(result) & np.isfinite(values)).sum())
     underflowed = int(((result == 0) & (values != 0)).sum())

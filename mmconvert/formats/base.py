@@ -80,7 +80,7 @@ class Opening:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored(ABC):
+class StoredCheckpoint(ABC):
     """A checkpoint that was opened: what is stored, and which model that is.
 
     Attributes:
@@ -127,14 +127,14 @@ class Placing:
         original: the checkpoint whose files the output is like, if the format needs one.
     """
 
-    source: Stored
+    source: StoredCheckpoint
     wholes: Mapping[Key, Whole]
     path: Path
     layout: object
     flags: str
     options: Options
     cast: str = ""
-    original: Stored | None = None
+    original: StoredCheckpoint | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +243,9 @@ class Format(ABC):
         title: in words.
         naming: whose names its tensors have; "" for those of the family's own table.
         reads, writes: the options that make sense only where this format is read, or written.
-        needs_original: its files are made like those of an original checkpoint of this format.
+        needs_original: its files are made like those of an original Hugging Face checkpoint.
+        own_names: a regular expression of what stands at the top of its folders; ``--overwrite``
+            replaces no folder that holds anything else, and none of a format without it.
         Layout: a frozen dataclass; its fields are the flags of the command line.
     """
 
@@ -253,6 +255,7 @@ class Format(ABC):
     reads: ClassVar[frozenset[str]] = frozenset()
     writes: ClassVar[frozenset[str]] = frozenset()
     needs_original: ClassVar[bool] = False
+    own_names: ClassVar[str] = ""
     Layout: ClassVar[type] = NoLayout
 
     @abstractmethod
@@ -276,7 +279,7 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def open(self, path: Path, told: Opening) -> Stored:
+    def open(self, path: Path, told: Opening) -> StoredCheckpoint:
         """Opens a checkpoint: every tensor is claimed by a row, or named as left out.
 
         Raises:
@@ -302,6 +305,17 @@ class Format(ABC):
         Raises:
             RequestError: a tensor that the format cannot hold.
         """
+
+    def owns(self, folder: Path) -> bool:
+        """Whether a folder holds an output of this format, so that ``--overwrite`` may replace it
+        if nothing else is in it.
+        """
+        return bool(self.own_names) and self.recognise(folder)
+
+    def as_hf(self, family: Family, layout: object) -> bool:
+        """Whether it takes matrices as Hugging Face has them, where MM format transposes them."""
+        del family, layout
+        return self.naming == "hf"
 
     def read_back(self, stored: Sequence[StoredTensor], placed: Placed, asked: Placing) -> Side:
         """A placed checkpoint as the reader will see it, for a rehearsal without any files.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mmconvert.converters.family import ZEROS, Family, Module, Row, Variant
+from mmconvert.converters.family import ZEROS, Family, Module, Row, Variant, encoders
 from mmconvert.formats.hf.folder import HFCheckpoint
 from mmconvert.names import NO_LAYER, TemplateIndex
 from mmconvert.sharding.layout import Chunk, Layout
@@ -13,12 +13,16 @@ from mmconvert.sharding.stages import flat
 from mmconvert.stored import StoredTensor
 from mmconvert.words import ranges
 
-# Module key -> the word for it in pictures.
-WORDS = {"vit": "vision", "audio": "audio", "llm": "text"}
 NOT_CONVERTED, LEFT_OUT, OTHER = "not converted", "left out", "other"
 GROUPS = 6  # of tensors of an unknown family, by the first word of their names
 BEFORE, AFTER = -1, -2  # "layers" of what stands before and after the layers
 UNKNOWN = -3
+
+
+def colours(modules: Sequence[Module]) -> dict[str, str]:
+    """What gives modules their colours, by key: ``encoder1``, ``encoder2`` …, ``decoder``."""
+    places = {m.key: f"encoder{n}" for n, m in enumerate(encoders(tuple(modules)), 1)}
+    return {m.key: places.get(m.key, m.role) for m in modules}
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,12 @@ class Holding:
     """The tensors of one module in one place.
 
     Attributes:
-        module: ``vit``, ``audio``, ``llm``, or what else these tensors are, in words.
+        module: the module's key, or what else these tensors are, in words.
         layers: their numbers in the model; in a single rank file, in its model chunk.
         before, after: whether it holds tensors that stand before or after the layers.
         nbytes, tensors: how much.
+        word: what the module is called in pictures.
+        colour: its place among the colours of modules, see :func:`colours`.
     """
 
     module: str
@@ -38,11 +44,13 @@ class Holding:
     after: bool
     nbytes: int
     tensors: int
+    word: str = ""
+    colour: str = ""
 
     @property
     def words(self) -> str:
         """Such as: in, vision 0-11."""
-        name = WORDS.get(self.module, self.module)
+        name = self.word or self.module
         name += f" {ranges(self.layers)}" if self.layers else ""
         return ("in, " if self.before else "") + name + (", out" if self.after else "")
 
@@ -93,10 +101,14 @@ class _Pile:
 
 
 def _box(
-    name: str, found: Iterable[tuple[str, int, StoredTensor]], chunk: Chunk | None = None
+    name: str,
+    found: Iterable[tuple[str, int, StoredTensor]],
+    modules: Sequence[Module] = (),
+    chunk: Chunk | None = None,
 ) -> Box:
-    """A place from (module, layer, tensor); modules in the order of WORDS, then the others."""
-    piles = {key: _Pile() for key in WORDS}
+    """A place from (module, layer, tensor): ``modules`` in their order, then the others."""
+    words, hues = {m.key: m.name for m in modules}, colours(modules)
+    piles = {key: _Pile() for key in words}
     for module, layer, tensor in found:
         pile = piles.setdefault(module, _Pile())
         pile.layers.add(layer)
@@ -110,6 +122,8 @@ def _box(
             AFTER in pile.layers,
             pile.nbytes,
             pile.tensors,
+            words.get(module, ""),
+            hues.get(module, ""),
         )
         for module, pile in piles.items()
         if pile.tensors
@@ -134,7 +148,7 @@ def of_mm(
             found.append((module, layer + first[module] if layer >= 0 else layer, tensor))
         name = layout.folder(chunk.rank)
         name += f" {layout.part(chunk.virtual)}" if layout.vpp_size > 1 else ""
-        boxes.append(_box(name, found, chunk))
+        boxes.append(_box(name, found, modules, chunk))
     return boxes
 
 
@@ -146,15 +160,19 @@ def of_rank_file(
     Such a file may not tell its family, so any family's table may know a name.
     """
     table: dict[str, tuple[str, int]] = {}
+    known: dict[str, Module] = {}
     for family in families:
         for variant in family.variants:
             for module, section, row in _sections(family.modules(variant)):
                 table.setdefault(row.mm, (module.key, section))
+                known.setdefault(module.key, module)
     index = TemplateIndex(table.items())
-    return [
-        _box(part, ((*_placed(index.find(name)), tensor) for name, tensor in tensors.items()))
-        for part, tensors in parts.items()
-    ]
+    modules = sorted(known.values(), key=lambda m: m.role != "encoder")
+    boxes: list[Box] = []
+    for part, tensors in parts.items():
+        found = ((*_placed(index.find(name)), tensor) for name, tensor in tensors.items())
+        boxes.append(_box(part, found, modules))
+    return boxes
 
 
 def _sections(modules: Iterable[Module]) -> Iterator[tuple[Module, int, Row]]:
@@ -196,7 +214,7 @@ def of_hf(checkpoint: HFCheckpoint, family: Family | None) -> list[Box]:
         return _placed(hit)
 
     return [
-        _box(file.path.name, ((*place(t.name), t) for t in file.tensors))
+        _box(file.path.name, ((*place(t.name), t) for t in file.tensors), modules)
         for file in checkpoint.files
     ]
 
@@ -211,7 +229,7 @@ def _by_first_word(checkpoint: HFCheckpoint) -> list[Box]:
 
     def place(name: str) -> tuple[str, int]:
         word = name.partition(".")[0]
-        return (word if word in kept and word not in WORDS else OTHER), UNKNOWN
+        return (word if word in kept else OTHER), UNKNOWN
 
     return [
         _box(file.path.name, ((*place(t.name), t) for t in file.tensors))

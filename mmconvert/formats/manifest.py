@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from mmconvert.converters.family import Dims
+from mmconvert.converters.family import Dims, Variant
 from mmconvert.errors import MMConvertError
 from mmconvert.formats.containers.allocate import write_file
 from mmconvert.formats.hf.folder import read_json_file
@@ -15,7 +15,7 @@ from mmconvert.narrow import is_array, is_object, is_texts
 from mmconvert.version import VERSION
 
 NAME = "mmconvert.json"
-WEIGHTS = {".pt", ".safetensors", ".ckpt"}  # endings of files whose state it notes
+WEIGHTS = {".pt", ".safetensors", ".ckpt", ".distcp"}  # endings of files whose state it notes
 
 
 def write(folder: Path, content: Mapping[str, object], weights: Collection[str]) -> None:
@@ -112,3 +112,23 @@ def sizes(content: Mapping[str, object]) -> Dims:
         for name, value in found.items()
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
     }
+
+
+def variant(content: Mapping[str, object]) -> Variant:
+    """The variant of the family's table from a manifest, as far as it tells."""
+    said, listed = content.get("variant"), content.get("lists")
+    said = said if is_object(said) else {}
+    traits = said.get("traits")
+    lists = listed.items() if is_object(listed) else ()
+    return Variant(
+        tied=said.get("tied") is True,
+        canonical=said.get("canonical") is True,
+        traits=frozenset(t for t in traits if isinstance(t, str))
+        if is_array(traits)
+        else frozenset(),
+        lists=tuple(
+            (name, tuple(n for n in layers if isinstance(n, int)))
+            for name, layers in lists
+            if is_array(layers)
+        ),
+    )

@@ -14,12 +14,10 @@ from mmconvert.errors import LayoutError, RequestError
 from mmconvert.formats.hf.folder import HFCheckpoint
 from mmconvert.formats.mm.instances import experts_of
 from mmconvert.names import number, summarise
-from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
+from mmconvert.sharding.layout import Layout, grid_flag, tp_flag
 from mmconvert.sharding.spans import divisors
 from mmconvert.sharding.stages import show, total
 from mmconvert.stored import StoredTensor
-
-ENCODERS = {"vit", "audio"}  # what save_vit_only keeps
 
 
 class Notes:
@@ -56,6 +54,7 @@ class Model:
         tied_known: whether config.json or the tensors tell if the output layer is tied.
         dropped: names of tensors that are left out, by the reason.
         adapter: what it changes, if it is an adapter; ``modules`` are the rows of its matrices.
+        words: rows of the vocabulary in Hugging Face, where the checkpoint has more; else 0.
     """
 
     family: Family
@@ -70,11 +69,17 @@ class Model:
     tied_known: bool = True
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     adapter: AdapterModel | None = None
+    words: int = 0
+
+    @property
+    def true_dims(self) -> Dims:
+        """The sizes of the model itself, whose vocabulary is not padded."""
+        return {**self.dims, self.family.vocabulary: self.words} if self.words else self.dims
 
     @property
     def plain_modules(self) -> tuple[Module, ...]:
         """The table of what we write: vision q, k and v interleaved."""
-        plain = self.family.table(replace(self.variant, vit_qkv="interleaved"))
+        plain = self.family.table(replace(self.variant, encoder_qkv="interleaved"))
         if self.adapter is not None:
             return derived(like(plain, self.adapter.base))
         keys = {m.key for m in self.modules}
@@ -129,42 +134,47 @@ def target_layout(model: Model, given: ParallelConfig, prefix: str) -> Layout:
     """
     _check_ep(model, given.ep_size, prefix)
     grids = given.grids()
-    keys = model.family.module_keys
+    keys, decoder = model.family.module_keys, model.family.decoder
     extra = [key for key in grids if key not in keys]
     if extra:
         raise LayoutError(
-            f"{prefix}{GRID_FLAG[extra[0]]} is given, but {model.family.name} has no such module",
-            "lists for " + ", ".join(GRID_FLAG[key] for key in keys),
+            f"{prefix}{grid_flag(extra[0])} is given, but {model.family.name} has no such module",
+            "lists for " + ", ".join(grid_flag(key) for key in keys),
         )
     expected = [key for key in keys if any(m.key == key for m in model.modules)]
     if not grids:
         grids = {key: ((model.dims[f"{key}.layers"],),) for key in expected}
-    absent = [GRID_FLAG[key] for key in expected if key not in grids]
+    absent = [grid_flag(key) for key in expected if key not in grids]
     if absent:
         raise LayoutError(
             f"{prefix}{absent[0]} is missing",
-            "a list for each of " + ", ".join(GRID_FLAG[key] for key in expected),
+            "a list for each of " + ", ".join(grid_flag(key) for key in expected),
         )
-    sizes = given.tp()
+    sizes = given.tp(decoder)
     for key, size in sizes.items():
         if key not in keys:
             raise LayoutError(
-                f"{prefix}{TP_FLAG[key]} is given, but {model.family.name} has no such module",
-                "sizes for " + ", ".join(TP_FLAG[key] for key in keys),
+                f"{prefix}{tp_flag(key, decoder)} is given, but {model.family.name} has no such "
+                "module",
+                "sizes for " + ", ".join(tp_flag(key, decoder) for key in keys),
             )
         if size < 1:
-            raise LayoutError(f"{prefix}{TP_FLAG[key]} is {size}", "a size of at least 1")
+            raise LayoutError(f"{prefix}{tp_flag(key, decoder)} is {size}", "a size of at least 1")
     if given.tp_size == 0:
         raise LayoutError(f"{prefix}tp_size is 0", "a size of at least 1")
+    grids = {key: grids[key] for key in keys if key in grids}
     layout = Layout(
-        {key: sizes.get(key, sizes.get("llm", 1)) for key in grids}, grids, given.ep_size or 1
+        {key: sizes.get(key, sizes.get(decoder, 1)) for key in grids},
+        grids,
+        given.ep_size or 1,
+        decoder=decoder if decoder in grids else "",
     )
     layout.check(ordered=model.family.ordered)
     for key, grid in grids.items():
         want = model.dims.get(f"{key}.layers", total(grid))
         if total(grid) != want:
             raise LayoutError(
-                f"{prefix}{GRID_FLAG[key]} {show(grid)} adds up to {total(grid)} layers; the "
+                f"{prefix}{grid_flag(key)} {show(grid)} adds up to {total(grid)} layers; the "
                 f"model has {want}",
                 f"layer counts that add up to {want}",
                 "correct the list, or the input folder if it is of another model",

@@ -15,6 +15,7 @@ from functools import wraps
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, ParamSpec, TypeVar
 
+from mmconvert.causes.downloads import LONGEST, not_the_file
 from mmconvert.errors import CheckpointError
 
 P = ParamSpec("P")
@@ -44,7 +45,7 @@ class State(NamedTuple):
         )
 
 
-class Watch:
+class FileWatch:
     """The files that were read, each in the state of the first look."""
 
     def __init__(self) -> None:
@@ -72,12 +73,12 @@ class Watch:
                 )
 
 
-_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
+_watch: ContextVar[FileWatch | None] = ContextVar("watch", default=None)
 
 
-def current() -> Watch:
+def current() -> FileWatch:
     """The watch of the conversion under way; one of nothing where there is none."""
-    return _watch.get() or Watch()
+    return _watch.get() or FileWatch()
 
 
 def watched(conversion: Callable[P, R]) -> Callable[P, R]:
@@ -89,7 +90,7 @@ def watched(conversion: Callable[P, R]) -> Callable[P, R]:
     def watching(*args: P.args, **kwargs: P.kwargs) -> R:
         if _watch.get() is not None:
             return conversion(*args, **kwargs)
-        token = _watch.set(Watch())
+        token = _watch.set(FileWatch())
         try:
             return conversion(*args, **kwargs)
         finally:
@@ -132,10 +133,13 @@ def opened(path: Path) -> Generator[BinaryIO]:
 
     Raises:
         CheckpointError: a pipe or a device, which would keep us waiting for ever.
+        FormatError: what a download has left in place of the file.
         OSError: it is not there, or cannot be read.
     """
     size_of_file(path)
     with path.open("rb") as file:
+        if (fault := not_the_file(path, os.pread(file.fileno(), LONGEST, 0))) is not None:
+            raise fault
         if (watch := _watch.get()) is not None:
             watch.states.setdefault(path, State.of(os.fstat(file.fileno())))
         yield file

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mmconvert import converters
 from mmconvert.adapters import WEIGHT, parse_key, paths
@@ -19,9 +18,6 @@ from mmconvert.formats.registry import load, recognise
 from mmconvert.names import TemplateIndex
 from mmconvert.stored import FLOATS, StoredTensor
 
-if TYPE_CHECKING:
-    from mmconvert.converters.mindspore import MSFamily
-
 
 def hf_family(folder: Path) -> Family:
     """The family of an HF checkpoint, by ``model_type`` of its config.json.
@@ -29,14 +25,24 @@ def hf_family(folder: Path) -> Family:
     Raises:
         CheckpointError: config.json cannot be read, or no family serves it.
     """
-    kind = read_config(folder).get("model_type")
+    path, kind = folder / "config.json", read_config(folder).get("model_type")
+    if not isinstance(kind, str) or not kind.strip():
+        raise CheckpointError(
+            f"{path}: model_type is {kind!r}",
+            "the model_type of a model",
+            "take config.json from the model's page",
+            cause="damaged-config",
+            path=path,
+        )
     families = converters.registry()
     for family in (*families.values(), *converters.ms_registry().values()):
-        if isinstance(kind, str) and kind in family.model_types:
+        if kind in family.model_types:
             return family
     raise CheckpointError(
-        f"{folder / 'config.json'} is of model_type {kind!r}",
+        f"{path} is of model_type {kind!r}",
         "one of " + ", ".join(sorted(t for f in families.values() for t in f.model_types)),
+        cause="unsupported-model",
+        path=path,
     )
 
 
@@ -61,7 +67,7 @@ def mm_family(folder: Path) -> Family:
     return by_names({name for part in parts.values() for name in part}, folder)
 
 
-def ms_family(names: Iterable[str]) -> MSFamily | None:
+def ms_family(names: Iterable[str]) -> Family | None:
     """The family whose table knows every one of MindSpore's names; None if there is none."""
     names = list(names)
     for family in converters.ms_registry().values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +18,7 @@ BUILT_IN = {
     "hf": "mmconvert.formats.hf.format",
     "peft": "mmconvert.formats.peft.format",
     "ms": "mmconvert.formats.mindspore.format",
+    "dcp": "mmconvert.formats.dcp.format",
     "mm": "mmconvert.formats.mm.format",
 }
 
@@ -48,6 +51,22 @@ def recognise(path: Path) -> str:
         return next((name for name in names() if load(name).recognise(path)), "")
     except OSError:  # a folder that may not be listed
         return ""
+
+
+def strangers(folder: Path, present: Iterable[str]) -> list[str] | None:
+    """What belongs to no checkpoint in a folder that ``--overwrite`` is to replace.
+
+    Args:
+        present: the names of what is in the folder.
+
+    Returns:
+        those that no conversion writes there; None if the folder is no output of any format.
+    """
+    owner = next((found for name in names() if (found := load(name)).owns(folder)), None)
+    if owner is None:
+        return None
+    own = re.compile(rf"{owner.own_names}|mmconvert\.json|\.DS_Store", re.DOTALL)
+    return sorted(name for name in present if not own.fullmatch(name))
 
 
 @cache

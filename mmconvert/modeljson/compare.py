@@ -40,7 +40,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-class Difference(NamedTuple):
+class KeyDifference(NamedTuple):
     """A key of a model.json that is not as it should be."""
 
     key: str
@@ -59,7 +59,7 @@ class Difference(NamedTuple):
         return f"{self.key} is {self.found}, expected {self.expected}"
 
 
-def against_config(model: ModelJson, config: Mapping[str, Any]) -> list[Difference]:
+def against_config(model: ModelJson, config: Mapping[str, Any]) -> list[KeyDifference]:
     """What is not as config.json says.
 
     Raises:
@@ -76,14 +76,14 @@ def against_config(model: ModelJson, config: Mapping[str, Any]) -> list[Differen
     if token not in known:
         ids = sorted(i for i in known if isinstance(i, int))
         if ids or token is None:
-            found.append(Difference("img_context_token_id", str(token), f"one of {ids}"))
+            found.append(KeyDifference("img_context_token_id", str(token), f"one of {ids}"))
     return found
 
 
 ENDS = ("id", "index")
 
 
-def _differences(found: object, expected: Mapping[str, Any], where: str) -> Iterator[Difference]:
+def _differences(found: object, expected: Mapping[str, Any], where: str) -> Iterator[KeyDifference]:
     given = cast("Mapping[str, Any]", found if isinstance(found, Mapping) else {})
     for key, value in expected.items():
         path = f"{where}.{key}" if where else key
@@ -91,39 +91,39 @@ def _differences(found: object, expected: Mapping[str, Any], where: str) -> Iter
             if key in given:
                 yield from _differences(given[key], cast("Mapping[str, Any]", value), path)
             else:
-                yield Difference(path, "missing", "a part of the model", absent=True)
+                yield KeyDifference(path, "missing", "a part of the model", absent=True)
         elif key in CHECKED and where:
             one = given.get(key, ABSENT.get(key))
             if one is None and key in FROM_FLAGS:
                 continue
             if one != value:
                 absent = "missing" + (f" (there: {one})" if one is not None else "")
-                yield Difference(
+                yield KeyDifference(
                     path, str(one) if key in given else absent, str(value), key not in given
                 )
 
 
-def against_layout(model: ModelJson, layout: Layout) -> list[Difference]:
+def against_layout(model: ModelJson, layout: Layout) -> list[KeyDifference]:
     """What is not as in a checkpoint: layer lists where there are several stages, and tp sizes.
 
     ``tp`` keys count with ``--hetero-parallel``; without them the script has one size for all.
     """
-    found: list[Difference] = []
+    found: list[KeyDifference] = []
     try:
         grids = model.grids()
     except LayoutError as error:
-        return [Difference(LISTS, f"no layout: {error.what}", error.expected)]
+        return [KeyDifference(LISTS, f"no layout: {error.what}", error.expected)]
     for key, grid in layout.grids.items():
         given = grids.get(key)
         if given != grid:
             name = f"{'.'.join(PLACES[key])}.{LISTS}"
-            found.append(Difference(name, show(given) if given else "missing", show(grid)))
+            found.append(KeyDifference(name, show(given) if given else "missing", show(grid)))
     sizes = model.tp()
     for key, size in layout.tp.items():
         if sizes and sizes.get(key) != size:
             name = f"{PLACES[key][0]}.tp"
-            found.append(Difference(name, str(sizes.get(key, "missing")), str(size)))
+            found.append(KeyDifference(name, str(sizes.get(key, "missing")), str(size)))
     if not sizes and len(set(layout.tp.values())) > 1:
         listed = ", ".join(f"{PLACES[key][0]}.tp {size}" for key, size in layout.tp.items())
-        found.append(Difference("tp", "missing", f"{listed}, with --hetero-parallel"))
+        found.append(KeyDifference("tp", "missing", f"{listed}, with --hetero-parallel"))
     return found

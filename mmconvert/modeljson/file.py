@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from mmconvert.errors import LayoutError, RequestError
-from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG
+from mmconvert.sharding.layout import grid_flag, tp_flag
 from mmconvert.sharding.stages import StageGrid, check_grids, parse_grid, show, total
 
 LARGEST_FILE = 1 << 24  # bytes; theirs have some 5,000
-# Module -> where its sizes stand. The outer part has tp, pp and cp.
+# Module, by the beginning of its flags -> where its sizes stand. The outer part has tp, pp and cp.
 PLACES = {
     "vit": ("image_encoder", "vision_encoder"),
     "audio": ("audio_encoder", "audio_encoder"),
     "llm": ("text_decoder",),
 }
+DECODER = "llm"
 LISTS = "pipeline_num_layers"
 # Part -> (MM name, whether it is frozen where nothing is said): vlm_model.py. The text decoder's
 # own key has no effect there.
@@ -124,8 +125,8 @@ class ModelJson:
 
     def layout_words(self) -> str:
         """Its layout in the words of the command line."""
-        words = [f"{TP_FLAG[key]} {size}" for key, size in self.tp().items()]
-        return ", ".join(words + [f"{GRID_FLAG[k]} {show(g)}" for k, g in self.grids().items()])
+        words = [f"{tp_flag(key, DECODER)} {size}" for key, size in self.tp().items()]
+        return ", ".join(words + [f"{grid_flag(k)} {show(g)}" for k, g in self.grids().items()])
 
 
 def read_model_json(path: Path) -> ModelJson:

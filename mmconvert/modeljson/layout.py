@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from mmconvert.config import HFToMM, MMToHF, ParallelConfig, Resplit
 from mmconvert.errors import LayoutError
-from mmconvert.modeljson.file import PLACES, ModelJson, read_model_json
-from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG
+from mmconvert.modeljson.file import DECODER, PLACES, ModelJson, read_model_json
+from mmconvert.sharding.layout import grid_flag, tp_flag
 from mmconvert.sharding.stages import show
 
 Request = TypeVar("Request", HFToMM, MMToHF, Resplit)
@@ -39,26 +39,19 @@ def joined(config: ParallelConfig, model: ModelJson, prefix: str = "") -> Parall
     Raises:
         LayoutError: a flag and the file differ; both are printed.
     """
-    grids, sizes = config.grids(), config.tp()
+    grids, sizes = config.grids(), config.tp(DECODER)
     for key, grid in model.grids().items():
         if grids.setdefault(key, grid) != grid:
             where = ".".join(PLACES[key])
-            raise _differ(prefix + GRID_FLAG[key], show(grids[key]), model.path, where, show(grid))
+            raise _differ(prefix + grid_flag(key), show(grids[key]), model.path, where, show(grid))
     for key, size in model.tp().items():
-        flag = sizes.get(key, sizes.get("llm", size))
+        flag = sizes.get(key, sizes.get(DECODER, size))
         if flag != size:
-            name = prefix + TP_FLAG[key if key in sizes else "llm"]
+            name = prefix + tp_flag(key if key in sizes else DECODER, DECODER)
             raise _differ(name, str(flag), model.path, f"{PLACES[key][0]}.tp", str(size))
         sizes[key] = size
-    return ParallelConfig(
-        llm_pp_layers=grids.get("llm"),
-        vit_pp_layers=grids.get("vit"),
-        audio_pp_layers=grids.get("audio"),
-        tp_size=sizes.get("llm"),
-        vit_tp_size=sizes.get("vit", 0),
-        audio_tp_size=sizes.get("audio", 0),
-        ep_size=config.ep_size,
-    )
+    flags: dict[str, Any] = {grid_flag(key): grid for key, grid in grids.items()}
+    return replace(config, **flags, **{tp_flag(k, DECODER): size for k, size in sizes.items()})
 
 
 def _differ(flag: str, one: str, path: Path, where: str, other: str) -> LayoutError:

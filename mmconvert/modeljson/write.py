@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mmconvert.errors import OutputError, cannot_write
-from mmconvert.modeljson.file import FREEZE, LISTS, PLACES
+from mmconvert.modeljson.file import DECODER, FREEZE, LISTS, PLACES
 from mmconvert.narrow import is_object
 from mmconvert.sharding.layout import Layout
 
@@ -37,7 +37,7 @@ def with_layout(content: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
 def script_flags(content: Mapping[str, Any], layout: Layout) -> list[str]:
     """The flags of the training script that go with a model.json of this layout."""
     hetero = len(set(layout.tp.values())) > 1
-    size = 1 if hetero else layout.tp["llm"]
+    size = 1 if hetero else layout.tp[DECODER]
     flags = [f"--tensor-model-parallel-size {size}"]
     flags.append(f"--pipeline-model-parallel-size {layout.pp_size}")
     if layout.vpp_size > 1:
@@ -51,7 +51,7 @@ def script_flags(content: Mapping[str, Any], layout: Layout) -> list[str]:
 
 def frozen_ranks(content: Mapping[str, Any], layout: Layout) -> list[int]:
     """Pipeline ranks on which nothing learns."""
-    learns = {"llm"}
+    learns = {DECODER}
     for place, (_, default) in FREEZE.items():
         part: object = content
         for name in place:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mmconvert.names import number
-from mmconvert.stored import FLOATS, ITEM_SIZE, StoredTensor
+from mmconvert.stored import FLOATS, ITEM_SIZE, SCALED, StoredTensor
 
 if TYPE_CHECKING:
     from mmconvert.plan.plan import Key, Whole
 
+DEQUANTISED = "BF16"  # what scaled fp8 becomes where nothing else is asked for
+CAST = FLOATS | {SCALED}  # what a cast may change
 ONE_DTYPE = "one dtype for all that one tensor is made of"
 CAST_ALL = "give --dtype bf16, fp16 or fp32: each part is cast once"
 
@@ -23,7 +25,7 @@ def joint_dtype(dtypes: Sequence[str]) -> str:
     parts = {part for dtype in dtypes for part in dtype.split("+")}
     if len(parts) == 1:
         return dtypes[0]
-    return "+".join(dtypes) if parts <= FLOATS else ""
+    return "+".join(dtypes) if parts <= CAST else ""
 
 
 def widest(dtype: str) -> str:
@@ -46,5 +48,10 @@ def in_words(first: StoredTensor, other: StoredTensor) -> str:
 
 
 def cast_dtype(old: str, new: str) -> str:
-    """What a tensor of dtype ``old`` becomes when ``new`` is asked for ("": nothing is)."""
-    return new if new and FLOATS.issuperset(old.split("+")) else old
+    """What a tensor of dtype ``old`` becomes when ``new`` is asked for ("": nothing is). Scaled fp8
+    becomes bf16 in any case.
+    """
+    parts = old.split("+")
+    if new and CAST.issuperset(parts):
+        return new
+    return joint_dtype([DEQUANTISED if part == SCALED else part for part in parts])

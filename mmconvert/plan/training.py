@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from mmconvert.converters.family import Dims, Module
 from mmconvert.errors import LayoutError
 from mmconvert.names import INDEX
-from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
-from mmconvert.sharding.stages import check_order, first_stage, flat, show, total
+from mmconvert.sharding.layout import Layout, grid_flag
+from mmconvert.sharding.stages import first_stage, flat, show, total
 
 LARGEST = 64  # tp sizes that are named as a way out
 
@@ -34,7 +34,7 @@ def cautions(modules: Sequence[Module], dims: Dims, layout: Layout) -> list[str]
 def _order(layout: Layout) -> Iterator[str]:
     """Text layers before the end of an encoder, in families whose checkpoints may be so."""
     try:
-        check_order(layout.grids, GRID_FLAG)
+        layout.check_order()
     except LayoutError as error:
         yield f"{error.what}: the text reads features that are not there yet"
 
@@ -48,7 +48,7 @@ def _deepstack(modules: Sequence[Module], layout: Layout) -> Iterator[str]:
         inner = any(INDEX in name for r in module.layer for name in r.hf)
         if inner and sum(map(bool, flat(grid))) > 1:
             yield (
-                f"{GRID_FLAG[module.key]} {show(grid)} has {module.label} on several stages: "
+                f"{grid_flag(module.key)} {show(grid)} has {module.label} on several stages: "
                 "training looks for its mergers by the layer's number within a stage, and hands "
                 "their features on within a stage only"
             )
@@ -56,9 +56,9 @@ def _deepstack(modules: Sequence[Module], layout: Layout) -> Iterator[str]:
 
 def _encoders_beside_text(modules: Sequence[Module], layout: Layout) -> Iterator[str]:
     """Encoders of which training builds both ends on each stage that has a layer of them."""
-    if "llm" not in layout.grids:
+    if not layout.decoder:
         return
-    text = first_stage(layout.grids["llm"])
+    text = first_stage(layout.grids[layout.decoder])
     for module in modules:
         grid = layout.grids.get(module.key)
         if not module.beside_text or grid is None or flat(grid)[text] == total(grid):
@@ -74,8 +74,8 @@ def _encoders_beside_text(modules: Sequence[Module], layout: Layout) -> Iterator
         width = len(grid[0])
         better = tuple(tuple(good[i : i + width]) for i in range(0, len(good), width))
         yield (
-            f"{GRID_FLAG[module.key]} {show(grid)} has {module.label} {where}: {then}. "
-            f"Training can use {GRID_FLAG[module.key]} {show(better)}: all its layers on the stage "
+            f"{grid_flag(module.key)} {show(grid)} has {module.label} {where}: {then}. "
+            f"Training can use {grid_flag(module.key)} {show(better)}: all its layers on the stage "
             "where the text begins"
         )
 
@@ -83,7 +83,7 @@ def _encoders_beside_text(modules: Sequence[Module], layout: Layout) -> Iterator
 def _uneven_rows(modules: Sequence[Module], dims: Dims, layout: Layout) -> Iterator[str]:
     """Vocabularies that tp does not divide: training starts each rank's rows elsewhere."""
     for module in modules:
-        size = layout.tp.get(module.key, 1)
+        flag, size = module.tp_flag, layout.tp.get(module.key, 1)
         names = {
             row.rows[0]
             for row in module.all_rows()
@@ -94,8 +94,8 @@ def _uneven_rows(modules: Sequence[Module], dims: Dims, layout: Layout) -> Itera
             if count % size:
                 good = [str(n) for n in range(1, LARGEST + 1) if count % n == 0]
                 yield (
-                    f"{TP_FLAG[module.key]} {size} does not divide the vocabulary of {count:,}: "
+                    f"{flag} {size} does not divide the vocabulary of {count:,}: "
                     "training with --unaligned-linear reads the rows of rank 1 and later one off, "
                     "and its logits are wrong without a word. Training can use "
-                    f"{TP_FLAG[module.key]} {' or '.join(good)}, as far as it divides the heads"
+                    f"{flag} {' or '.join(good)}, as far as it divides the heads"
                 )

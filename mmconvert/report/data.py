@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from mmconvert.executor.distance import Totals
-from mmconvert.tools.comparison.diffresult import At, Diff, Facts, Group, TensorDistance
+from mmconvert.tools.comparison.diffresult import At, Diff, DiffGroup, Facts, TensorDistance
 
 
 def diff_dict(found: Diff, top: int) -> dict[str, object]:
@@ -67,7 +67,7 @@ def _totals(totals: Totals) -> dict[str, object]:
     }
 
 
-def _group(group: Group) -> dict[str, object]:
+def _group(group: DiffGroup) -> dict[str, object]:
     counts = {"module": group.module, "tensors": group.tensors, "changed": group.changed}
     return counts | _totals(group.totals)
 

@@ -10,9 +10,8 @@ from mmconvert.report.chart import EDGE, WHOLE, Bar, bar_chart
 from mmconvert.report.style import module_class
 from mmconvert.report.svg import Drawing
 from mmconvert.report.text import facts, figure, headline, percent
-from mmconvert.tools.comparison.diffresult import Diff, Group, TensorDistance
+from mmconvert.tools.comparison.diffresult import Diff, DiffGroup, TensorDistance
 
-COLORS = {"image_encoder": "vit", "audio_encoder": "audio", "text_decoder": "llm"}
 QUANTITY = "relative L2 of each layer, ||A - B|| / ||A||"
 MARKS = (
     "in, out: what stands before and after the layers. !: NaN or infinite values, which are in no "
@@ -28,7 +27,7 @@ def layers_drawing(found: Diff, title: str = "") -> Drawing:
         drawing.text(EDGE, 24, title, "ink big")
         drawing.text(EDGE, 44, headline(found), "dim")
     top = 56.0 if title else 0.0
-    by_module: dict[str, list[Group]] = {}
+    by_module: dict[str, list[DiffGroup]] = {}
     for group in found.layers():
         by_module.setdefault(group.module, []).append(group)
     for module, groups in by_module.items():
@@ -40,7 +39,7 @@ def layers_drawing(found: Diff, title: str = "") -> Drawing:
             top += 60
             continue
         bars = [Bar(str(g.layer), g.totals.relative, _hint(g), mark(g)) for g in groups]
-        css = module_class(COLORS.get(module, "other"))
+        css = module_class(found.colours.get(module, ""))
         bar_chart(drawing, top, module, bars, css, QUANTITY)
         top += WHOLE
     drawing.width += EDGE
@@ -60,14 +59,14 @@ def title_of(found: Diff) -> str:
     return f"{a} and {b}: how far apart"
 
 
-def mark(group: Group) -> str:
+def mark(group: DiffGroup) -> str:
     """What stands above a bar, see MARKS."""
     if group.totals.odd:
         return "!"
     return "∞" if group.totals.relative == math.inf else ""
 
 
-def _hint(group: Group) -> str:
+def _hint(group: DiffGroup) -> str:
     t = group.totals
     return (
         f"layer {group.layer}: relative L2 {figure(t.relative)}, largest difference "
@@ -101,7 +100,7 @@ def diff_page(found: Diff, top: int) -> str:
     return page.page(title, parts)
 
 
-def _figures(group: Group) -> tuple[str, ...]:
+def _figures(group: DiffGroup) -> tuple[str, ...]:
     t = group.totals
     return (
         figure(t.relative),
@@ -111,12 +110,12 @@ def _figures(group: Group) -> tuple[str, ...]:
     )
 
 
-def _modules(groups: Sequence[Group]) -> str:
+def _modules(groups: Sequence[DiffGroup]) -> str:
     rows = [(g.module, *_figures(g)) for g in groups]
     return page.table(("module", *FIGURES, "tensors that differ"), rows, "mnnnn")
 
 
-def _layers(groups: Sequence[Group]) -> str:
+def _layers(groups: Sequence[DiffGroup]) -> str:
     rows = [(g.module, str(g.layer), *_figures(g)) for g in groups]
     return page.table(("module", "layer", *FIGURES, "tensors that differ"), rows, "mnnnnn")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from mmconvert.formats.contents import Box
 from mmconvert.report.style import SHADES
 from mmconvert.report.svg import Drawing, width_of
-from mmconvert.sharding.layout import TP_FLAG, Chunk, Layout
+from mmconvert.sharding.layout import Chunk, Layout
 from mmconvert.words import amount
 
 EDGE, GAP, PAD = 20, 3, 8  # pixels: around the picture, between cells, inside cells
@@ -44,7 +44,7 @@ class GridPicture:
     def draw(self, title: str) -> Drawing:
         """The whole picture."""
         self._drawing.text(EDGE, EDGE + 12, title, "ink big")
-        sizes = [f"{TP_FLAG[key]} {size}" for key, size in self._layout.tp.items()]
+        sizes = [f"{self._layout.tp_flag(key)} {size}" for key, size in self._layout.tp.items()]
         sizes += [f"pp_size {self._layout.pp_size}", f"vpp_size {self._layout.vpp_size}"]
         self._drawing.text(EDGE, EDGE + 32, ", ".join(sizes), "dim")
         y = self._heads(EDGE + 62)

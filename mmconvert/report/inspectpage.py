@@ -8,7 +8,7 @@ from mmconvert.report import page
 from mmconvert.report.grid import layout_drawing
 from mmconvert.report.stacks import stacks_drawing
 from mmconvert.report.svg import Drawing
-from mmconvert.sharding.layout import GRID_FLAG
+from mmconvert.sharding.layout import grid_flag
 from mmconvert.sharding.stages import show
 from mmconvert.stored import StoredTensor
 from mmconvert.tools.inspection import Inspection
@@ -50,7 +50,7 @@ def inspect_page(found: Inspection, path: Path, *, tensors: bool) -> str:
         "iteration": found.iteration,
     }
     if found.layout is not None:
-        facts |= {GRID_FLAG[key]: show(grid) for key, grid in found.layout.grids.items()}
+        facts |= {grid_flag(key): show(grid) for key, grid in found.layout.grids.items()}
     parts = [page.heading(title_of(found, path), 1), page.facts(facts)]
     parts += [page.bullets(found.notes)] if found.notes else []
     parts.append(page.picture(inspect_drawing(found, "What lies where"), title_of(found, path)))

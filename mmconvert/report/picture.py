@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from mmconvert.formats.contents import WORDS, Box
-from mmconvert.sharding.layout import TP_FLAG, Chunk, Layout
+from mmconvert.formats.contents import Box, Holding
+from mmconvert.sharding.layout import Chunk, Layout
 from mmconvert.sharding.stages import first_stage, flat, last_stage
 from mmconvert.words import amount, printable
 
-COLORS = {"vit": "cyan", "audio": "magenta", "llm": "green"}
+COLORS = {"encoder1": "cyan", "encoder2": "magenta", "encoder3": "yellow", "decoder": "green"}
 BAR = 12  # characters of the longest bar
 EIGHTHS = " ▏▎▍▌▋▊▉"
 
@@ -20,30 +20,32 @@ EIGHTHS = " ▏▎▍▌▋▊▉"
 def layout_table(
     layout: Layout,
     title: str = "",
-    sizes: Mapping[Chunk, int] | None = None,
+    boxes: Sequence[Box] = (),
     *,
     unicode: bool = True,
 ) -> Table:
     """One line for each pipeline rank, one column for each virtual stage.
 
     Args:
-        sizes: bytes of each model chunk of each rank; with them, the bytes of the rank files
+        boxes: what each model chunk of each rank holds; with them, the bytes of the rank files
             are drawn as bars.
         unicode: whether block characters can be shown.
     """
-    words = ", ".join(f"{TP_FLAG[key]} {size}" for key, size in layout.tp.items())
+    words = ", ".join(f"{layout.tp_flag(key)} {size}" for key, size in layout.tp.items())
     caption = f"{words}; in, out: what stands before and after a module's layers"
     table = Table(title=title or None, caption=caption)
     table.add_column("pp rank", justify="right")
     for virtual in range(layout.vpp_size):
         table.add_column(f"model chunk {virtual}" if layout.vpp_size > 1 else "model")
+    sizes = {box.chunk: box.nbytes for box in boxes if box.chunk is not None}
+    modules = {holding.module: holding for box in boxes for holding in box.holdings}
     files = _file_sizes(layout, sizes) if sizes else []
     if files:
         table.add_column("bytes of each rank file", overflow="fold")
     most = max((largest for _, largest in files), default=0)
     for pp in range(layout.pp_size):
         stages = [v * layout.pp_size + pp for v in range(layout.vpp_size)]
-        cells: list[str | Text] = [_cell(layout, stage) for stage in stages]
+        cells: list[str | Text] = [_cell(layout, stage, modules) for stage in stages]
         if files:
             least, largest = files[pp]
             size = amount(largest) if least == largest else f"{amount(least)} to {amount(largest)}"
@@ -82,14 +84,14 @@ def boxes_table(boxes: Sequence[Box], unit: str, *, unicode: bool = True) -> Tab
     most = max((box.nbytes for box in boxes), default=0)
     for box in boxes:
         holds = Text("\n").join(
-            Text(printable(h.words), style=COLORS.get(h.module, "")) for h in box.holdings
+            Text(printable(h.words), style=COLORS.get(h.colour, "")) for h in box.holdings
         )
         bar = f"{_bar(box.nbytes, most, unicode)} {amount(box.nbytes)}"
         table.add_row(Text(printable(box.name)), Text(bar), holds)
     return table
 
 
-def _cell(layout: Layout, stage: int) -> str:
+def _cell(layout: Layout, stage: int, modules: Mapping[str, Holding]) -> str:
     lines: list[str] = []
     for key, grid in layout.grids.items():
         counts = flat(grid)
@@ -97,10 +99,11 @@ def _cell(layout: Layout, stage: int) -> str:
             continue
         first = sum(counts[:stage])
         last = first + counts[stage] - 1
-        words = f"{WORDS[key]} {first}" + (f"-{last}" if last > first else "")
+        held = modules.get(key)
+        words = f"{held.word if held else key} {first}" + (f"-{last}" if last > first else "")
         if stage == first_stage(grid):
             words = f"in, {words}"
         if stage == last_stage(grid):
             words = f"{words}, out"
-        lines.append(f"[{COLORS[key]}]{words}[/]")
+        lines.append(f"[{COLORS.get(held.colour if held else '', 'default')}]{words}[/]")
     return "\n".join(lines) or "[dim]empty[/]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmconvert.formats.contents import WORDS, Box
+from mmconvert.formats.contents import Box
 from mmconvert.report.style import module_class
 from mmconvert.report.svg import Drawing, width_of
 from mmconvert.words import amount, printable
@@ -21,11 +21,11 @@ def stacks_drawing(boxes: Sequence[Box], title: str, unit: str) -> Drawing:
     """
     drawing = Drawing()
     drawing.text(EDGE, EDGE + 12, title, "ink big")
-    modules = list(dict.fromkeys(h.module for box in boxes for h in box.holdings))
+    modules = {h.module: h for box in boxes for h in box.holdings}
     x = EDGE
-    for module in modules:
-        word = printable(WORDS.get(module, module), LONGEST)
-        drawing.rect(x, EDGE + 25, 11, 11, module_class(module))
+    for module, holding in modules.items():
+        word = printable(holding.word or module, LONGEST)
+        drawing.rect(x, EDGE + 25, 11, 11, module_class(holding.colour))
         drawing.text(x + 17, EDGE + 35, word, "dim")
         x += 17 + width_of(word) + 18
     names = [printable(box.name, LONGEST) for box in boxes]
@@ -49,7 +49,7 @@ def _bar(drawing: Drawing, box: Box, left: float, y: float, most: int) -> None:
         length = BAR * holding.nbytes / most
         if length:
             hint = f"{holding.words}: {holding.tensors} tensors, {holding.nbytes:,} bytes"
-            drawing.rect(x, y - 11, max(1, length - 1), 15, module_class(holding.module), hint)
+            drawing.rect(x, y - 11, max(1, length - 1), 15, module_class(holding.colour), hint)
         x += length
     words = "; ".join(holding.words for holding in box.holdings) or "nothing"
     drawing.text(x + 8, y, amount(box.nbytes), "ink bold")

@@ -9,21 +9,21 @@ _INK_LIGHT = ("#1b1f24",) * 4 + ("#ffffff",) * 2
 _INK_DARK = ("#e6edf3",) * 4 + ("#0d1117",) * 2
 SHADES = len(_LIGHT)
 
-# Colours of modules: (light, dark).
+# Colours of modules, as formats/contents.py calls them: (light, dark).
 _MODULES = {
-    "vit": ("#0f766e", "#2dd4bf"),
-    "audio": ("#a21caf", "#e879f9"),
-    "llm": ("#1d4ed8", "#79a8ff"),
-    "projector": ("#b45309", "#fbbf24"),
+    "encoder1": ("#0f766e", "#2dd4bf"),
+    "encoder2": ("#a21caf", "#e879f9"),
+    "encoder3": ("#b45309", "#fbbf24"),
+    "decoder": ("#1d4ed8", "#79a8ff"),
     "other": ("#6b7280", "#9ca3af"),
 }
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"
 
 
-def module_class(module: str) -> str:
+def module_class(colour: str) -> str:
     """The CSS class that colours a module."""
-    return f"m-{module if module in _MODULES else 'other'}"
+    return f"m-{colour if colour in _MODULES else 'other'}"
 
 
 def _theme(shades: tuple[str, ...], inks: tuple[str, ...], dark: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mmconvert.report.chart import Axis, axis_for
-from mmconvert.tools.comparison.diffresult import Diff, Facts, Group, TensorDistance
+from mmconvert.tools.comparison.diffresult import Diff, DiffGroup, Facts, TensorDistance
 from mmconvert.words import amount, printable
 
 BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "12345678"
@@ -101,7 +101,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _modules(groups: Sequence[Group]) -> list[str]:
+def _modules(groups: Sequence[DiffGroup]) -> list[str]:
     head = ("relative L2", "largest", "tensors", "elements", "module")
     return _table(
         head,
@@ -118,9 +118,9 @@ def _modules(groups: Sequence[Group]) -> list[str]:
     )
 
 
-def _layers(groups: Sequence[Group], levels: str) -> list[str]:
+def _layers(groups: Sequence[DiffGroup], levels: str) -> list[str]:
     """One line for each module that changed: a bar for each layer, on the scale of the charts."""
-    by_module: dict[str, list[Group]] = {}
+    by_module: dict[str, list[DiffGroup]] = {}
     for group in groups:
         if isinstance(group.layer, int):
             by_module.setdefault(group.module, []).append(group)
@@ -141,7 +141,7 @@ def _layers(groups: Sequence[Group], levels: str) -> list[str]:
     return lines
 
 
-def _level(group: Group, axis: Axis, levels: str) -> str:
+def _level(group: DiffGroup, axis: Axis, levels: str) -> str:
     """A layer as one character: ! for NaN or infinite values, . for no difference."""
     if group.totals.odd:
         return "!"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmconvert.runtime.attention import head_qkv
 from mmconvert.runtime.bind import Binder
-from mmconvert.runtime.encoders import Point, Span, kept, layer_points
+from mmconvert.runtime.encoders import LayerRange, Point, kept, layer_points
 
 AUDIO = "audio_encoder.encoder"
 
@@ -31,7 +31,7 @@ class Silent(nn.Module):
 class QwenAudio(nn.Module):
     """Audio encoder of Qwen2.5-Omni. MM format has a k bias that transformers has not: zeros."""
 
-    def __init__(self, binder: Binder, audio: Any, span: Span, dtype: torch.dtype) -> None:  # noqa: ANN401 - HF's model
+    def __init__(self, binder: Binder, audio: Any, span: LayerRange, dtype: torch.dtype) -> None:  # noqa: ANN401 - HF's model
         super().__init__()
         self.width, self.span = audio.conv2.out_channels, span
         self.points: list[Point] = []

@@ -10,8 +10,8 @@ from mmconvert.formats.mm.folder import TRACKER
 from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.launch import replicas_for
-from mmconvert.runtime.mmfiles import Stored, iteration_folder
-from mmconvert.runtime.training import Plan, Start
+from mmconvert.runtime.mmfiles import LoadableCheckpoint, iteration_folder
+from mmconvert.runtime.training import Start, TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Load:
 
 
 def beginning(
-    mm_dir: Path | None, hf_dir: Path, plan: Plan, resume: bool, load: Load | None
-) -> tuple[Architecture, Stored, Start]:
+    mm_dir: Path | None, hf_dir: Path, plan: TrainingPlan, resume: bool, load: Load | None
+) -> tuple[Architecture, LoadableCheckpoint, Start]:
     """The model, the checkpoint to begin with, and whether its iteration is gone on from."""
     optimizer = load is None or load.optimizer
     if resume and (plan.save / TRACKER).is_file():
@@ -68,7 +68,7 @@ def _iteration_of(load: Load) -> Path:
     return folder
 
 
-def _look_for_later(save: Path, stored: Stored | None) -> None:
+def _look_for_later(save: Path, stored: LoadableCheckpoint | None) -> None:
     """Refuses to train into a folder whose checkpoints would be replaced, or outdone.
 
     Args:
@@ -101,7 +101,7 @@ def _look_for_later(save: Path, stored: Stored | None) -> None:
         )
 
 
-def fitted(plan: Plan, stored: Stored) -> Plan:
+def fitted(plan: TrainingPlan, stored: LoadableCheckpoint) -> TrainingPlan:
     """The plan with its numbers of replicas and micro-batches for a checkpoint's layout.
 
     Raises:

@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name torch's own pages use
 
 from mmconvert.errors import TensorError
 from mmconvert.runtime.parallel import (
+    OfOwnPart,
     PartOf,
     RowParallel,
     TensorGroup,
@@ -39,15 +41,14 @@ class Binder:
     def __init__(self, shard: Shard, key: str, group: TensorGroup) -> None:
         self.shard, self.key, self.group = shard, key, group
 
-    def _bind(
+    def bind(
         self, mm: str, hf: str, p: nn.Parameter, part: View = whole, mine: View = whole
     ) -> None:
+        """Notes what a tensor of the shard is in transformers' model, as :class:`Binding` says."""
         self.shard.bindings.append(Binding(mm, (self.key, hf), p, part, mine))
 
     def _take(self, name: str, shape: tuple[int, ...], divided: bool) -> nn.Parameter:
-        if divided:
-            self.shard.divided.add(name)
-        return self.shard.take(name, shape, self.group)
+        return self.shard.take(name, shape, self.group.size if divided else 1)
 
     def replicated(self, module: nn.Module, mm: str, hf: str) -> None:
         """Every parameter of a small module (a norm, a convolution, a bias), as it is."""
@@ -55,7 +56,14 @@ class Binder:
             full = f"{mm}.{name}" if mm else name
             parameter = self._take(full, tuple(empty.shape), divided=False)
             setattr(module, name, parameter)
-            self._bind(full, f"{hf}.{name}", parameter)
+            self.bind(full, f"{hf}.{name}", parameter)
+
+    def norm_of_heads(self, attn: nn.Module, attribute: str, mm: str, hf: str) -> None:
+        """A norm of each head, of which this rank has its own: all ranks have the same weight."""
+        norm = getattr(attn, attribute)
+        self.replicated(norm, mm, hf)
+        if self.group.size > 1:
+            setattr(attn, attribute, OfOwnPart(norm, self.group))
 
     def own(
         self, module: nn.Module, name: str, mm: str, hf: str, shape: tuple[int, ...] | None = None
@@ -64,7 +72,7 @@ class Binder:
         empty = getattr(module, name)
         parameter = self._take(mm, tuple(empty.shape), divided=False)
         setattr(module, name, parameter)
-        self._bind(mm, hf, parameter)
+        self.bind(mm, hf, parameter)
 
     def packed(
         self,
@@ -89,11 +97,11 @@ class Binder:
         for suffix, (parent, attribute) in pieces.items():
             part, mine = parts[suffix]
             setattr(parent, attribute, PartOf(weight, bias, part, self.group))
-            self._bind(f"{mm}.weight", f"{hf}{suffix}.weight", weight, part, mine)
+            self.bind(f"{mm}.weight", f"{hf}{suffix}.weight", weight, part, mine)
             if bias is None:
                 continue
             if suffix in biased:
-                self._bind(f"{mm}.bias", f"{hf}{suffix}.bias", bias, part, mine)
+                self.bind(f"{mm}.bias", f"{hf}{suffix}.bias", bias, part, mine)
             else:
                 self.shard.void.append((f"{mm}.bias", bias, part))
 
@@ -117,11 +125,11 @@ class Binder:
         mine = slice(some.start * width, some.stop * width)
         shape = (linear.out_features, mine.stop - mine.start)
         weight = self._take(f"{mm}.weight", shape, divided=True)
-        self._bind(f"{mm}.weight", f"{hf}.weight", weight, whole, lambda t: t[:, mine])
+        self.bind(f"{mm}.weight", f"{hf}.weight", weight, whole, lambda t: t[:, mine])
         bias = None
         if linear.bias is not None:
             bias = self._take(f"{mm}.bias", (linear.out_features,), divided=False)
-            self._bind(f"{mm}.bias", f"{hf}.bias", bias)
+            self.bind(f"{mm}.bias", f"{hf}.bias", bias)
         setattr(parent, attribute, RowParallel(weight, bias, self.group))
 
     def glu(self, mlp: nn.Module, mm: str, hf: str) -> None:
@@ -140,12 +148,23 @@ class Binder:
         }
         self.packed(pieces, f"{mm}.linear_fc1", hf, 2 * rows, parts)
 
+    def glu_as_one(self, mlp: nn.Module, mm: str, hf: str) -> None:
+        """gate_up_proj: one below the other in transformers too."""
+        out = _linear(mlp, "gate_up_proj").out_features // 2
+        mine = share(even(out, self.group, f"rows of {hf}.gate_up_proj"), self.group)
+
+        def own(t: Tensor) -> Tensor:
+            return t.view(2, out, *t.shape[1:])[:, mine].flatten(0, 1)
+
+        pieces = {".gate_up_proj": (mlp, "gate_up_proj")}
+        rows = 2 * (mine.stop - mine.start)
+        self.packed(pieces, f"{mm}.linear_fc1", hf, rows, {".gate_up_proj": (whole, own)})
+
     def embedding(self, parent: nn.Module, attribute: str, mm: str, hf: str) -> nn.Parameter:
         """The word embedding."""
         vocab, width = getattr(parent, attribute).weight.shape
-        parameter, mine = self._vocab(mm, hf, vocab, width)
-        del mine
-        setattr(parent, attribute, VocabEmbedding(parameter, vocab, self.group))
+        parameter = self._vocab(mm, hf, vocab, width)
+        setattr(parent, attribute, VocabEmbedding(parameter, self._rows(vocab), self.group))
         return parameter
 
     def head(
@@ -154,17 +173,27 @@ class Binder:
         """The output layer; ``tied`` is the word embedding of this chunk, if it serves as such."""
         vocab, width = getattr(parent, attribute).weight.shape
         if tied is None or mm in self.shard.left:
-            parameter, _ = self._vocab(mm, hf, vocab, width)
+            parameter = self._vocab(mm, hf, vocab, width)
         else:
             parameter = tied
-        setattr(parent, attribute, VocabHead(parameter, vocab, self.group))
+        setattr(parent, attribute, VocabHead(parameter, self._rows(vocab), vocab, self.group))
         return parameter
 
-    def _vocab(self, mm: str, hf: str, vocab: int, width: int) -> tuple[nn.Parameter, slice]:
-        mine = share(vocab, self.group)
+    def _rows(self, vocab: int) -> int:
+        """The rows of the vocabulary in the checkpoint, which may pad it."""
+        return max(vocab, self.shard.vocabulary)
+
+    def _vocab(self, mm: str, hf: str, vocab: int, width: int) -> nn.Parameter:
+        rows = self._rows(vocab)
+        mine = share(rows, self.group)
         parameter = self._take(mm, (mine.stop - mine.start, width), divided=True)
-        self._bind(mm, hf, parameter, whole, lambda t: t[mine])
-        return parameter, mine
+
+        def own(t: Tensor) -> Tensor:
+            """The rows of this rank; those that pad the vocabulary are zeros."""
+            return t[mine] if mine.stop <= vocab else F.pad(t, (0, 0, 0, rows - vocab))[mine]
+
+        self.bind(mm, hf, parameter, whole, own)
+        return parameter
 
 
 def even(total: int, group: TensorGroup, what: str) -> int:

@@ -19,13 +19,13 @@ from mmconvert.runtime.dataset import Data
 from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.families import Architecture, read_config
 from mmconvert.runtime.launch import Emit, launch, leads
-from mmconvert.runtime.mmfiles import Stored
+from mmconvert.runtime.mmfiles import LoadableCheckpoint
 from mmconvert.runtime.pictures import drawn_picture
 from mmconvert.runtime.prepare import Prepare
 from mmconvert.runtime.sounds import drawn_sound
-from mmconvert.runtime.training import Outcome, Plan, Training
+from mmconvert.runtime.training import Training, TrainingOutcome, TrainingPlan
 from mmconvert.runtime.validation import DTYPES, Validation
-from mmconvert.runtime.verdict import Report
+from mmconvert.runtime.verdict import ValidationReport
 from mmconvert.sharding.layout import Layout
 
 Note = Callable[[object], None]
@@ -41,7 +41,7 @@ def validate(
     dtype: str,
     tolerance: float,
     note: Note,
-) -> Report:
+) -> ValidationReport:
     """Runs an MM checkpoint and an HF folder on the same inputs.
 
     Raises:
@@ -51,11 +51,11 @@ def validate(
         raise RequestError(f"--tolerance is {tolerance}", "a number from 0 to 1")
     arch, stored = load_folder(hf_dir, mm_dir)
     if left := left_over(read_config(hf_dir)):
-        note(left)
+        note(f"warning: {left}")
     batch, about = _question(arch, hf_dir, words, images, sounds, note)
     job = Validation(arch, stored, hf_dir, batch, about, dtype, tolerance)
     report = launch(job, stored.world, note)
-    assert isinstance(report, Report)  # noqa: S101 - what the job returns
+    assert isinstance(report, ValidationReport)  # noqa: S101 - what the job returns
     return report
 
 
@@ -103,7 +103,7 @@ class Answering:
     """The job of every process that answers a prompt."""
 
     arch: Architecture
-    stored: Stored
+    stored: LoadableCheckpoint
     batch: Batch
     most: int
     stop: frozenset[int]
@@ -188,13 +188,13 @@ def finetune(
     mm_dir: Path | None,
     hf_dir: Path,
     data: Data,
-    plan: Plan,
+    plan: TrainingPlan,
     dtype: str,
     resume: bool,
     on_event: Note,
     expected: Callable[[Layout], None] | None = None,
     load: Load | None = None,
-) -> Outcome:
+) -> TrainingOutcome:
     """Fine-tunes an MM checkpoint.
 
     Args:
@@ -215,5 +215,5 @@ def finetune(
         arch, stored, hf_dir, samples, kept, plan, dtype, start, data.prepare, data.strict
     )
     ended = launch(job, stored.world * plan.replicas, on_event)
-    assert isinstance(ended, Outcome)  # noqa: S101 - what the job returns
+    assert isinstance(ended, TrainingOutcome)  # noqa: S101 - what the job returns
     return ended

@@ -15,7 +15,7 @@ from typing import Any, cast
 from mmconvert.errors import RequestError
 from mmconvert.modeljson.file import read_object
 from mmconvert.runtime.prepare import Prepare, Tiling
-from mmconvert.runtime.samples import KINDS, Columns, Source, listed
+from mmconvert.runtime.samples import KINDS, Columns, SampleSource, listed
 
 # Keys without effect here: how data is loaded, and fallbacks.
 IDLE_BASIC = {
@@ -45,8 +45,8 @@ class DataJson:
     """
 
     hf_dir: Path | None
-    train: tuple[Source, ...]
-    check: tuple[Source, ...] = ()
+    train: tuple[SampleSource, ...]
+    check: tuple[SampleSource, ...] = ()
     rate: float = 0.0
     prepare: Prepare = field(default_factory=Prepare)
     notes: tuple[str, ...] = ()
@@ -136,7 +136,7 @@ def _huggingface(param: dict[str, Any], path: Path) -> DataJson:
             "leave it out, and give --seq-length",
         )
     columns = _columns(param.get("attr"), path)
-    source = Source(_files(named), basic.count("max_samples", 0), (folder,), columns)
+    source = SampleSource(_files(named), basic.count("max_samples", 0), (folder,), columns)
     prepare = Prepare(
         image_pixels=(pre.count("image_min_pixels", 1024), pre.count("image_max_pixels", 589824)),
         video_pixels=(pre.count("video_min_pixels", 256), pre.count("video_max_pixels", 65536)),
@@ -223,8 +223,8 @@ def _multimodal(param: dict[str, Any], path: Path) -> DataJson:
     top = _Keys(param, "dataset_param", path)
     given = param.get("basic_parameters")
     parts = cast("list[object]", given) if isinstance(given, list) else [given]
-    sources: list[Source] = []
-    check: list[Source] = []
+    sources: list[SampleSource] = []
+    check: list[SampleSource] = []
     rate, idle, unknown = 0.0, set[str](), set[str]()
     for part in parts:
         if not isinstance(part, dict):
@@ -240,11 +240,11 @@ def _multimodal(param: dict[str, Any], path: Path) -> DataJson:
             )
         columns = Columns(files={"image": "image", "video": "video", "audio": None}, front="\n")
         folders = (Path(folder),) if folder else ()
-        sources.append(Source(_files(named), 0, folders, columns, share))
+        sources.append(SampleSource(_files(named), 0, folders, columns, share))
         held, limit = basic.take("val_dataset", str, ""), basic.count("val_max_samples", 0)
         rate = basic.take("val_rate", float, 0.0) or rate
         if held:
-            check.append(Source(_files(held), limit, folders, columns))
+            check.append(SampleSource(_files(held), limit, folders, columns))
         left = basic.left(IDLE_BASIC)
         idle, unknown = idle | left[0], unknown | left[1]
     tokenizer = param.get("tokenizer_config")

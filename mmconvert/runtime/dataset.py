@@ -23,7 +23,7 @@ from mmconvert.runtime.dialects import read_source
 from mmconvert.runtime.encoding import Encoder
 from mmconvert.runtime.inputs import joined
 from mmconvert.runtime.prepare import Prepare
-from mmconvert.runtime.samples import Sample, Source
+from mmconvert.runtime.samples import Sample, SampleSource
 
 Order = Literal["epoch", "seed", "file", "once"]
 
@@ -40,8 +40,8 @@ class Data:
         strict: a sample that cannot be used ends the training; else it is left out and counted.
     """
 
-    train: tuple[Source, ...]
-    check: tuple[Source, ...] = ()
+    train: tuple[SampleSource, ...]
+    check: tuple[SampleSource, ...] = ()
     rate: float = 0.0
     prepare: Prepare = field(default_factory=Prepare)
     strict: bool = False
@@ -55,7 +55,7 @@ class Data:
         samples, kept = (self._all(sources, say) for sources in (self.train, self.check))
         return split(samples, self.rate, seed) if self.rate else (samples, kept)
 
-    def _all(self, sources: Sequence[Source], say: Callable[[str], None]) -> list[Sample]:
+    def _all(self, sources: Sequence[SampleSource], say: Callable[[str], None]) -> list[Sample]:
         samples: list[Sample] = []
         for source in sources:
             found = read_source(source, strict=self.strict)
@@ -76,7 +76,7 @@ def read_samples(files: Sequence[Path], most: int) -> list[Sample]:
     Raises:
         DatasetError: a file is missing or an entry makes no sense; it is named.
     """
-    return read_source(Source(tuple(files), most), strict=True).samples
+    return read_source(SampleSource(tuple(files), most), strict=True).samples
 
 
 def split(samples: Sequence[Sample], rate: float, seed: int) -> tuple[list[Sample], list[Sample]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mmconvert.errors import DatasetError
-from mmconvert.runtime.samples import KINDS, PLACE, Clip, Columns, Found, Sample, Source
+from mmconvert.runtime.samples import KINDS, PLACE, Clip, Columns, Sample, SampleSource, SamplesRead
 
 QWEN_VL_PICTURE = re.compile(r"<img>(.*?)</img>")
 ROLES = {
@@ -26,14 +26,14 @@ FORM = '{"images": ["a.png"], "messages": [{"role": "user", "content": "<image>.
 LARGEST = 1 << 32  # bytes of a data file: it is read whole
 
 
-def read_source(source: Source, *, strict: bool = False) -> Found:
+def read_source(source: SampleSource, *, strict: bool = False) -> SamplesRead:
     """The conversations of a source.
 
     Raises:
         DatasetError: a file cannot be read, or nothing in it can be used; with ``strict``, the
             first entry that cannot.
     """
-    found = Found()
+    found = SamplesRead()
     count = 0
     for path in source.files:
         entries = _shared(list(_entries(path)), source.share)
@@ -107,7 +107,7 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------ entries
-def _sample(item: Any, source: Source, folder: Path, name: str, unread: set[str]) -> Sample:  # noqa: ANN401 - a stranger's JSON
+def _sample(item: Any, source: SampleSource, folder: Path, name: str, unread: set[str]) -> Sample:  # noqa: ANN401 - a stranger's JSON
     """A conversation out of an entry.
 
     Raises:

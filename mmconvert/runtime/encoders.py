@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 
-class Span(NamedTuple):
+class LayerRange(NamedTuple):
     """The layers of a module that one stage holds: ``start`` to ``stop`` of ``total``."""
 
     start: int
@@ -23,6 +24,18 @@ class Span(NamedTuple):
     def last(self) -> bool:
         """Whether what stands after the layers is here."""
         return self.stop == self.total
+
+
+class Seen(NamedTuple):
+    """What a vision encoder passes on.
+
+    Attributes:
+        rows: hidden states of the patches, or one row for each image token.
+        deep: rows of inner layers, for image tokens in the first text layers; in their order.
+    """
+
+    rows: Tensor
+    deep: Sequence[Tensor] = ()
 
 
 class Point(NamedTuple):
@@ -51,7 +64,7 @@ class Rows(nn.Module):
         return x.reshape(-1, self._width)
 
 
-def kept(layers: Any, span: Span) -> nn.ModuleList:  # noqa: ANN401 - a ModuleList of any model
+def kept(layers: Any, span: LayerRange) -> nn.ModuleList:  # noqa: ANN401 - a ModuleList of any model
     """The layers of a span."""
     return nn.ModuleList(list(layers)[span.start : span.stop])
 

@@ -22,7 +22,7 @@ from mmconvert.runtime.batch import Batch, next_step
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.losses import LossType
 from mmconvert.runtime.mesh import Mesh
-from mmconvert.runtime.mmfiles import Stored, chunk_tensors, read_rank
+from mmconvert.runtime.mmfiles import LoadableCheckpoint, chunk_tensors, read_rank
 from mmconvert.runtime.parallel import sum_over
 from mmconvert.runtime.pipeline import Loss, pipeline_stage, schedule
 from mmconvert.runtime.stage import Border, Stage
@@ -36,7 +36,9 @@ class Engine:
         mesh: this process among the others.
     """
 
-    def __init__(self, arch: Architecture, stored: Stored, mesh: Mesh, dtype: torch.dtype) -> None:
+    def __init__(
+        self, arch: Architecture, stored: LoadableCheckpoint, mesh: Mesh, dtype: torch.dtype
+    ) -> None:
         self.arch, self.mesh, self.dtype = arch, mesh, dtype
         self.stored = stored
         layout = stored.layout
@@ -48,7 +50,8 @@ class Engine:
             where = f"{layout.folder(mesh.rank)} {part}"
             number = virtual * layout.pp_size + mesh.rank.pp
             tensors = chunk_tensors(content, part)
-            self.stages.append(Stage(arch, mesh, number, tensors, dtype, where))
+            rows = stored.vocabulary
+            self.stages.append(Stage(arch, mesh, number, tensors, dtype, where, rows))
         self.border = Border(arch, layout, dtype)
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._tie()
@@ -280,13 +283,17 @@ class Engine:
 
 
 def load(
-    arch: Architecture, stored: Stored, device: torch.device, dtype: torch.dtype, replicas: int = 1
+    arch: Architecture,
+    stored: LoadableCheckpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    replicas: int = 1,
 ) -> Engine:
     """Loads this process's rank file; every process of the run calls this."""
     return Engine(arch, stored, meshes.build(stored.layout, device, replicas), dtype)
 
 
-def load_folder(hf_dir: Path, mm_dir: Path) -> tuple[Architecture, Stored]:
+def load_folder(hf_dir: Path, mm_dir: Path) -> tuple[Architecture, LoadableCheckpoint]:
     """The model and the layout of a checkpoint; reads no weights."""
     from mmconvert.runtime.families import architecture
     from mmconvert.runtime.mmfiles import find

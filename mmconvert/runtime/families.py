@@ -20,6 +20,9 @@ CLASSES = {
     "qwen2_vl": ("Qwen2VLConfig", "Qwen2VLForConditionalGeneration"),
     "qwen2_5_vl": ("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration"),
     "qwen2_5_omni": ("Qwen2_5OmniThinkerConfig", "Qwen2_5OmniThinkerForConditionalGeneration"),
+    "qwen3_vl": ("Qwen3VLConfig", "Qwen3VLForConditionalGeneration"),
+    "qwen3_vl_moe": ("Qwen3VLMoeConfig", "Qwen3VLMoeForConditionalGeneration"),
+    "glm4v": ("Glm4vConfig", "Glm4vForConditionalGeneration"),
     "internvl_chat": ("InternVLConfig", "InternVLForConditionalGeneration"),
 }
 THINKER = "qwen2_5_omni_thinker"  # model_type of Omni's thinker saved alone
@@ -78,6 +81,21 @@ class Architecture:
         return self.kind == "internvl_chat"
 
     @property
+    def deepstack(self) -> list[int]:
+        """The vision layers whose rows go to text layers of their own, in order."""
+        return sorted(getattr(self.config.vision_config, "deepstack_visual_indexes", ()))
+
+    @property
+    def experts(self) -> int:
+        """Experts of a text layer; 0 if there are none."""
+        return int(getattr(self.text_config, "num_experts", None) or 0)
+
+    @property
+    def timed(self) -> bool:
+        """Whether the frames of a video stand apart in the text, each behind its time."""
+        return self.kind in ("qwen3_vl", "qwen3_vl_moe")
+
+    @property
     def text_config(self) -> Any:  # noqa: ANN401 - transformers' config
         """The config of the text model."""
         return self.config.text_config
@@ -90,6 +108,16 @@ class Architecture:
         """Another token id of the config, or None."""
         value = getattr(self.config, name, None)
         return value if isinstance(value, int) else None
+
+    def around(self, kind: str) -> tuple[list[int], list[int]]:
+        """The tokens before and behind the placeholders of an image, a video or an audio."""
+        ends = list[list[int]]()
+        for end in ("start", "end"):
+            names = [f"{kind}_{end}_token_id"]
+            names += [f"vision_{end}_token_id"] if kind != "audio" else []
+            found = [token for name in names if (token := self.token(name)) is not None]
+            ends.append([token for token in found if token < self.text_config.vocab_size][:1])
+        return ends[0], ends[1]
 
     @property
     def places(self) -> set[int]:
@@ -156,7 +184,7 @@ def architecture(hf_dir: Path) -> Architecture:
     try:
         config = _config(str(kind), content)
         tied = bool(_tied(content, config))
-        _choose_attention(config)
+        _choose_kernels(config)
     except MMConvertError:
         raise
     except Exception as error:  # transformers checks config.json in ways of its own
@@ -174,6 +202,8 @@ def _config(kind: str, content: dict[str, Any]) -> Any:  # noqa: ANN401 - transf
         return _intern_config(content)
     if kind == "qwen2_5_omni":
         content = content.get("thinker_config") or {}
+    if kind == "glm4v" and content.get("text_config") is None:  # as the hub has it at first
+        content = {**content, "text_config": content}
     made = getattr(transformers, CLASSES[kind][0])
     plain = without_method(content)  # from_pretrained would quantise by it
     return made.from_dict({k: v for k, v in plain.items() if k != "auto_map"})
@@ -189,12 +219,13 @@ def _tied(content: dict[str, Any], config: Any) -> object:  # noqa: ANN401 - as 
     return config.tie_word_embeddings
 
 
-def _choose_attention(config: Any) -> None:  # noqa: ANN401 - as above
-    """One attention for both sides, so that a difference is the checkpoint's."""
+def _choose_kernels(config: Any) -> None:  # noqa: ANN401 - as above
+    """One way of computing for both sides, so that a difference is the checkpoint's."""
     for name in ("", "text_config", "vision_config", "audio_config"):
         place = getattr(config, name, None) if name else config
         if place is not None:
             place._attn_implementation = "sdpa"
+            place._experts_implementation = "eager"  # expert by expert, each of them a tensor
 
 
 def _intern_config(content: dict[str, Any]) -> Any:  # noqa: ANN401 - as above

@@ -25,6 +25,7 @@ from mmconvert.runtime.families import Architecture, Parts
 from mmconvert.stored import StoredTensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EXPERTS = ".mlp.experts."
 OTHER_PARTS = ("talker.", "token2wav.")  # of Omni, which the thinker does not need
 # Names in the model -> the tensor of one stored tensor: (name, tensor) pairs.
 Naming = Callable[[str, Tensor], list[tuple[str, Tensor]]]
@@ -61,6 +62,20 @@ def qwen_name(name: str) -> str:
     if short.startswith(("visual.", "audio_tower.", "lm_head.")):
         return short
     return f"language_model.{short.removeprefix('language_model.')}"
+
+
+def other_way_round(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether stacked experts are stored transposed: the hub has (experts, in, out), transformers
+    5 saves (experts, out, in) under the same names. Told by the first stack that is no square.
+    """
+    shapes = {n.rpartition(EXPERTS)[2]: p.shape for n, p in model.named_parameters()}
+    for name, stored in tensors.items():
+        kind = name.rpartition(EXPERTS)[2]
+        if EXPERTS in name and kind in shapes and len(stored.shape) == 3:
+            experts, one, two = shapes[kind]
+            if one != two:
+                return tuple(stored.shape) == (experts, two, one)
+    return False
 
 
 class Weights:
@@ -143,7 +158,7 @@ class Weights:
         """The value of a parameter of the model, read from the folder if it is not in memory."""
         if not parameter.is_meta:
             return parameter.detach()
-        return self._made[parameter]().to(self._device, self._dtype)
+        return self._made[parameter]().to(self._device, self._dtype).contiguous()
 
     def _resident(self, empty: nn.Parameter) -> nn.Parameter:
         """The parameter with its data; one for one, so that tied ones stay tied."""

@@ -30,7 +30,7 @@ def synthetic(arch: Architecture, seed: int = 0) -> Batch:
 
     ids.append(words(WORDS[0]))
     pixels, grid, image = picture(arch, made)
-    ids += wrapped(arch, "vision", image)
+    ids += wrapped(arch, "image", image)
     features, lengths = torch.zeros(1, 0), torch.zeros(0, dtype=torch.int64)
     if arch.kind == "qwen2_5_omni":
         audio = arch.config.audio_config
@@ -43,16 +43,15 @@ def synthetic(arch: Architecture, seed: int = 0) -> Batch:
     return assemble(arch, line, line.clone(), pixels, grid, len(image), features, lengths)
 
 
-TOKENS = ("video_token_id", "audio_token_id", "vision_start_token_id", "vision_end_token_id",
-          "audio_start_token_id", "audio_end_token_id", "eos_token_id", "bos_token_id")  # fmt: skip
+TOKENS = ("video_token_id", "audio_token_id", "eos_token_id", "bos_token_id",
+          *(f"{kind}_{end}_token_id" for kind in ("vision", "image", "video", "audio")
+            for end in ("start", "end")))  # fmt: skip
 
 
 def wrapped(arch: Architecture, kind: str, tokens: Tensor) -> list[Tensor]:
     """Placeholders between their start and end tokens, as far as the config has such."""
-    ends = [arch.token(f"{kind}_{end}_token_id") for end in ("start", "end")]
-    ends = [e if e is not None and e < arch.text_config.vocab_size else None for e in ends]
-    edge = [torch.tensor([] if e is None else [e], dtype=torch.int64) for e in ends]
-    return [edge[0], tokens, edge[1]]
+    before, after = (torch.tensor(ids, dtype=torch.int64) for ids in arch.around(kind))
+    return [before, tokens, after]
 
 
 def audio_tokens(frames: int) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmconvert.runtime.attention import per_head_qkv
 from mmconvert.runtime.bind import Binder
-from mmconvert.runtime.encoders import Point, Span, kept, layer_points
+from mmconvert.runtime.encoders import LayerRange, Point, Seen, kept, layer_points
 from mmconvert.runtime.parallel import SlicedNorm, share
 from mmconvert.runtime.vision import PROJECTOR
 
@@ -47,7 +47,7 @@ class InternVision(nn.Module):
         inner: transformers' InternVLModel, which has encoder and projector.
     """
 
-    def __init__(self, binder: Binder, inner: Any, span: Span) -> None:  # noqa: ANN401 - HF's model
+    def __init__(self, binder: Binder, inner: Any, span: LayerRange) -> None:  # noqa: ANN401 - HF's model
         super().__init__()
         vision, self.span = inner.vision_tower, span
         self.width = vision.config.hidden_size
@@ -126,7 +126,7 @@ class InternVision(nn.Module):
         """The layers of this chunk."""
         return self.inner.vision_tower.encoder.layer
 
-    def forward(self, x: Tensor, grid: Tensor) -> Tensor:
+    def forward(self, x: Tensor, grid: Tensor) -> Seen:
         """Pixels or hidden states of all tiles -> hidden states, or one row per image token.
 
         Args:
@@ -136,9 +136,9 @@ class InternVision(nn.Module):
         if not self.span.first:
             x = x.view(grid.shape[0], -1, self.width)
         if not self.span.last:
-            return self.inner.vision_tower(x).last_hidden_state.reshape(-1, self.width)
+            return Seen(self.inner.vision_tower(x).last_hidden_state.reshape(-1, self.width))
         out = self.inner.get_image_features(
             pixel_values=x, vision_feature_layer=-1, vision_feature_select_strategy="default"
         )
         out = getattr(out, "pooler_output", out)
-        return out.reshape(-1, out.shape[-1])
+        return Seen(out.reshape(-1, out.shape[-1]))

@@ -40,7 +40,7 @@ class Line:
         return {k: finite(v) if isinstance(v, float) else v for k, v in kept.items()}
 
 
-class Journal:
+class TrainingLog:
     """The lines of a training in a file, and their picture.
 
     Args:

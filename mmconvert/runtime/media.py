@@ -84,13 +84,17 @@ class Media:
             tokens.append(each * len(cut))
         return torch.stack(made), torch.ones(len(made), 3, dtype=torch.int64), tokens
 
-    def frames(self, video: Path | Clip) -> list[Image.Image]:
-        """The frames of a video that are taken.
+    def frames(self, video: Path | Clip) -> tuple[list[Image.Image], list[float]]:
+        """The frames of a video that are taken, and the second of each.
+
+        Of pictures that stand for a video the rate is taken to be that of ``prepare``.
 
         Raises:
             RequestError: it is none that can be read.
         """
         path, most = (video.path if isinstance(video, Clip) else video), self._prepare.video_frames
+        rate = self._prepare.video_rate
+        times: list[float] = []
 
         def choose(count: int, seconds: float) -> list[int]:
             first, last = 0, count
@@ -98,16 +102,18 @@ class Media:
                 first = min(count - 1, int(video.start / seconds * count))
                 last = max(first + 1, min(count, round(video.end / seconds * count)))
             if self._arch.intern:
-                return films.middles(last - first, min(most, last - first), first)
-            found = films.sampled(last - first, seconds, self._prepare.video_rate, most)
-            return [first + i for i in found]
+                found = films.middles(last - first, min(most, last - first), first)
+            else:
+                found = [first + i for i in films.sampled(last - first, seconds, rate, most)]
+            times.extend(i * seconds / count for i in found)
+            return found
 
         held = frames_of(path)
         if held is None:
-            return films.frames(path, choose)
+            return films.frames(path, choose), times
         if len(held) > most:
             held = [held[i * len(held) // most] for i in range(most)]
-        return held
+        return held, [i / rate for i in range(len(held))]
 
     def video(self, frames: Sequence[Image.Image]) -> tuple[Tensor, Tensor, int]:
         """(pixels, grid of one row, tokens): frames in pairs, as a temporal patch takes two."""

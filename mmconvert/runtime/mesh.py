@@ -1,4 +1,4 @@
-"""The processes of a run: replicas times pipeline ranks times tensor-parallel ranks."""
+"""The processes of a run: replicas, in each the pipeline, expert and tensor-parallel ranks."""
 
 # Some functions of torch have no types, or types that are open.
 # pyright: reportUnknownMemberType=false
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from mmconvert.runtime.experts import ExpertGroup
 from mmconvert.runtime.parallel import TensorGroup
 from mmconvert.sharding.layout import Layout, Rank
 from mmconvert.sharding.stages import first_stage, last_stage
@@ -23,15 +24,16 @@ class Mesh:
     """The place of this process among the others.
 
     Attributes:
-        rank: its coordinates in its replica; process number = (replica * pp size + pp rank) *
-            tp folders + tp rank.
+        rank: its coordinates in its replica; process number = ((replica * pp size + pp rank) *
+            ep size + ep rank) * tp folders + tp rank.
         replica: which copy of the model it belongs to, of ``replicas``.
         data: the processes with its coordinates in the other replicas; None where there are none.
         model: the processes of its replica.
         pipe: the processes of its pipeline.
-        line: the processes with its pp rank.
         tp_groups: by module key, the processes that share that module with it.
-        tied: the processes of the first and the last text stage with its tp rank, if they are two.
+        experts: the processes that share the experts of its text layers with it.
+        tied: the processes of the first and the last text stage with its tp and ep rank, if they
+            are two.
         device: what it computes on.
     """
 
@@ -42,8 +44,8 @@ class Mesh:
     data: dist.ProcessGroup | None
     model: dist.ProcessGroup
     pipe: dist.ProcessGroup
-    line: dist.ProcessGroup
     tp_groups: dict[str, TensorGroup]
+    experts: ExpertGroup
     tied: dist.ProcessGroup | None
     device: torch.device
 
@@ -72,30 +74,46 @@ def build(layout: Layout, device: torch.device, replicas: int = 1) -> Mesh:
     Args:
         replicas: copies of the model that share the samples of a step.
     """
-    folders, pp = layout.tp_folders, layout.pp_size
-    mesh = init_device_mesh(device.type, (replicas, pp, folders), mesh_dim_names=("dp", "pp", "tp"))
-    d, p, t = (mesh.get_local_rank(name) for name in ("dp", "pp", "tp"))
-    line, pipe = mesh.get_group("tp"), mesh.get_group("pp")
+    folders, pp, ep = layout.tp_folders, layout.pp_size, layout.ep
+    names = ("dp", "pp", "ep", "tp")
+    mesh = init_device_mesh(device.type, (replicas, pp, ep, folders), mesh_dim_names=names)
+    d, p, e, t = (mesh.get_local_rank(name) for name in names)
+    pipe = mesh.get_group("pp")
     data = mesh.get_group("dp") if replicas > 1 else None
-    world = pp * folders
+    world = pp * ep * folders
     starts = range(0, replicas * world, world)  # of each replica's processes
     model = _mine([range(start, start + world) for start in starts])
     assert model is not None  # noqa: S101 - every process is in a replica
-    groups: dict[int, TensorGroup] = {1: TensorGroup(), folders: TensorGroup(folders, t, line)}
-    if folders == 1:
-        groups[1] = TensorGroup()
+    groups = {folders: TensorGroup(folders, t, mesh.get_group("tp")), 1: TensorGroup()}
     for size in sorted({*layout.tp.values()} - {1, folders}):
         group = _mine([range(i, i + size) for i in range(0, replicas * world, size)])
         groups[size] = TensorGroup(size, t % size, group)
     tp_groups = {key: groups[size] for key, size in layout.tp.items()}
+    size = layout.tp["llm"]
+    experts = ExpertGroup(ep, e, _sharing_experts(layout, replicas, groups[size]))
     ends = [end(layout.grids["llm"]) % pp for end in (first_stage, last_stage)]
     tied = None
     if ends[0] != ends[1]:
-        pairs = [
-            [s + rank * folders + tp for rank in ends] for s in starts for tp in range(folders)
-        ]
+        stage = ep * folders  # processes
+        pairs = [[s + rank * stage + i for rank in ends] for s in starts for i in range(stage)]
         tied = _mine(pairs)
-    return Mesh(layout, Rank(t, p), d, replicas, data, model, pipe, line, tp_groups, tied, device)
+    rank = Rank(t, p, e)
+    return Mesh(layout, rank, d, replicas, data, model, pipe, tp_groups, experts, tied, device)
+
+
+def _sharing_experts(layout: Layout, replicas: int, tensors: TensorGroup) -> TensorGroup:
+    """The processes that share a layer's experts: the tensor-parallel ranks of all ep ranks."""
+    if layout.ep == 1:
+        return tensors
+    folders, size = layout.tp_folders, tensors.size
+    stage = layout.ep * folders
+    some = [
+        [first + copy + e * folders + t for e in range(layout.ep) for t in range(size)]
+        for first in range(0, replicas * layout.pp_size * stage, stage)
+        for copy in range(0, folders, size)
+    ]
+    group = _mine(some)
+    return TensorGroup(layout.ep * size, 0 if group is None else dist.get_rank(group), group)
 
 
 def _mine(members: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:

@@ -26,6 +26,7 @@ from mmconvert.runtime.families import Architecture
 from mmconvert.sharding.layout import Layout, Rank
 from mmconvert.sharding.stages import StageGrid, show, total
 
+EMBEDDING = "text_decoder.embedding.word_embeddings.weight"
 # Where the layers of each module stand. InternViT's are one level deeper.
 LAYER = {
     "vit": re.compile(r"image_encoder\.encoder\.(?:blocks|encoder)\.layers\.(\d{1,4})\."),
@@ -35,26 +36,28 @@ LAYER = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class LoadableCheckpoint:
     """An MM checkpoint that the runtime can load.
 
     Attributes:
         folder: the folder of the rank folders.
         iteration: 0 for a ``release`` that was not resplit from one.
         layout: how it is divided.
+        vocabulary: rows of the word embedding and the output layer, those that pad it included.
     """
 
     folder: Path
     iteration: int
     layout: Layout
+    vocabulary: int = 0
 
     @property
     def world(self) -> int:
         """The number of processes that it wants: one for each rank file."""
-        return self.layout.tp_folders * self.layout.pp_size
+        return self.layout.tp_folders * self.layout.pp_size * self.layout.ep
 
 
-def find(mm_dir: Path, arch: Architecture) -> Stored:
+def find(mm_dir: Path, arch: Architecture) -> LoadableCheckpoint:
     """Reads the layout of an MM checkpoint.
 
     Raises:
@@ -75,8 +78,8 @@ def find(mm_dir: Path, arch: Architecture) -> Stored:
                 "all layers, and the hf_dir of the checkpoint's own model",
                 "give the hf_dir that the checkpoint was made from",
             )
-    tp = {key: _tp(checkpoint, key, _width(found[0])) for key, found in layers.items()}
-    layout = Layout(tp, grids)
+    tp = {key: _tp(checkpoint, key, *_width(found[0])) for key, found in layers.items()}
+    layout = Layout(tp, grids, checkpoint.ep_size, decoder="llm")
     layout.check()
     if layout.tp_folders != checkpoint.tp_folders:
         raise CheckpointError(
@@ -84,7 +87,19 @@ def find(mm_dir: Path, arch: Architecture) -> Stored:
             "as many folders as the largest tp size",
             "give the hf_dir of the model that this checkpoint was made from",
         )
-    return Stored(checkpoint.folder, _iteration(checkpoint), layout)
+    rows = _vocabulary(checkpoint, layout)
+    return LoadableCheckpoint(checkpoint.folder, _iteration(checkpoint), layout, rows)
+
+
+def _vocabulary(checkpoint: MMCheckpoint, layout: Layout) -> int:
+    """Rows of the word embedding on all tensor-parallel ranks; 0 if there is none."""
+    rows: dict[tuple[int, int], int] = {}
+    for chunk, tensors in checkpoint.parts.items():
+        found = tensors.get(EMBEDDING)
+        if found is not None and not chunk.rank.ep and chunk.rank.tp < layout.tp["llm"]:
+            place = (chunk.virtual, chunk.rank.pp)
+            rows[place] = rows.get(place, 0) + found.shape[0]
+    return max(rows.values(), default=0)
 
 
 def _iteration(checkpoint: MMCheckpoint) -> int:
@@ -100,10 +115,13 @@ def _layers(visual: Any) -> list[Any]:  # noqa: ANN401 - an encoder of any model
     return list(visual.blocks if hasattr(visual, "blocks") else visual.vision_tower.encoder.layer)
 
 
-def _width(layer: Any) -> int:  # noqa: ANN401 - a layer of any model
-    """Input width of a layer's second feed-forward matrix, which tp divides by columns."""
+def _width(layer: Any) -> tuple[str, int]:  # noqa: ANN401 - a layer of any model
+    """A matrix that tp divides by columns, and the number of these."""
     mlp = getattr(layer, "mlp", layer)
-    return (mlp.down_proj if hasattr(mlp, "down_proj") else mlp.fc2).in_features
+    for name in ("down_proj", "linear_fc2", "fc2"):
+        if hasattr(mlp, name):
+            return "mlp.linear_fc2.weight", getattr(mlp, name).in_features
+    return "self_attention.linear_proj.weight", layer.self_attn.o_proj.in_features
 
 
 def _grid(checkpoint: MMCheckpoint, key: str) -> StageGrid:
@@ -127,11 +145,11 @@ def _grid(checkpoint: MMCheckpoint, key: str) -> StageGrid:
     )
 
 
-def _tp(checkpoint: MMCheckpoint, key: str, width: int) -> int:
+def _tp(checkpoint: MMCheckpoint, key: str, matrix: str, width: int) -> int:
     for tensors in checkpoint.parts.values():
         for name, tensor in tensors.items():
             found = LAYER[key].match(name)
-            if found and name.endswith("mlp.linear_fc2.weight") and len(tensor.shape) == 2:
+            if found and name[found.end() :] == matrix and len(tensor.shape) == 2:
                 if tensor.shape[1] == 0 or width % tensor.shape[1]:
                     raise CheckpointError(
                         f"{checkpoint.folder}: {name} has {tensor.shape[1]} columns",
@@ -139,10 +157,12 @@ def _tp(checkpoint: MMCheckpoint, key: str, width: int) -> int:
                         "give the hf_dir of the model that this checkpoint was made from",
                     )
                 return width // tensor.shape[1]
-    raise CheckpointError(f"{checkpoint.folder}: no mlp.linear_fc2 of the {key} module", "a model")
+    raise CheckpointError(
+        f"{checkpoint.folder}: no {matrix} in a layer of the {key} module", "a model"
+    )
 
 
-def read_rank(stored: Stored, rank: Rank) -> dict[str, Any]:
+def read_rank(stored: LoadableCheckpoint, rank: Rank) -> dict[str, Any]:
     """The content of a rank file, its data mapped from disk.
 
     Raises:

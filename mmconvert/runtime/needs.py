@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import sys
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from types import ModuleType
+from typing import cast
 
 from mmconvert.errors import RequestError
 
@@ -41,14 +43,28 @@ def require(device: str = "auto") -> None:
     os.environ[DEVICE] = device
     if device == "npu":
         _require_npu()
-    elif device == "auto":
-        guard_npu()
-    else:
-        os.environ.setdefault(AUTOLOAD, "0")
+    shield(device)
+    if _has(PLUGIN) and os.environ.get(AUTOLOAD) != "0":
+        _load_npu()
+
+
+def shield(device: str) -> None:
+    """Hides torch_npu where it is not to be used, or where the NPU's own libraries are missing.
+
+    torch loads installed backends when it is imported, and transformers imports torch_npu where
+    it finds it; both die of it on a machine without CANN, such as a login node. To Python a module
+    that is None in ``sys.modules`` is not there.
+    """
+    if device == "npu" or not _has(PLUGIN):
+        return
+    if device == "auto" and os.environ.get(AUTOLOAD) != "0" and _has_cann():
+        return
+    os.environ[AUTOLOAD] = "0"
+    sys.modules.setdefault(PLUGIN, cast("ModuleType", None))
 
 
 def _require_npu() -> None:
-    if find_spec(PLUGIN) is None:
+    if not _has(PLUGIN):
         raise RequestError(
             "--device npu: torch_npu is not installed",
             "torch's NPU plugin, of torch's own version",
@@ -61,6 +77,36 @@ def _require_npu() -> None:
             "source the set_env.sh of CANN, or --device cpu",
         )
     os.environ[AUTOLOAD] = "1"
+    if not sys.modules.get(PLUGIN, True):  # hidden before it was asked for
+        del sys.modules[PLUGIN]
+
+
+def _load_npu() -> None:
+    """Imports torch with its plugin.
+
+    Raises:
+        RequestError: the plugin cannot be loaded: a library of CANN is missing or too old, or it
+            is made for another torch.
+    """
+    try:
+        import torch as _  # noqa: F401 - what counts is that it can be
+    except (ImportError, OSError, RuntimeError) as error:
+        cause = error.__cause__ or error
+        raise RequestError(
+            f"torch_npu {version(PLUGIN)} is installed and cannot be loaded beside torch "
+            f"{version('torch')}: {cause}",
+            "torch_npu of torch's own version, and the CANN that it is made for",
+            "source the set_env.sh of CANN, or --device cpu",
+        ) from None
+
+
+def _has(package: str) -> bool:
+    """Whether a package is installed; hidden or not."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _has_cann() -> bool:
@@ -73,13 +119,3 @@ def _has_cann() -> bool:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", text)[:2])
-
-
-def guard_npu() -> None:
-    """Stops torch from loading torch_npu where the NPU's own libraries are missing.
-
-    torch loads installed backends when it is imported, and dies if one fails, as torch_npu does
-    on a machine without CANN, such as a login node.
-    """
-    if find_spec(PLUGIN) is not None and not _has_cann():
-        os.environ.setdefault(AUTOLOAD, "0")

@@ -56,7 +56,7 @@ class Optimizer:
         self.named: dict[str, nn.Parameter] = {}
         self._shares: dict[str, float] = {}
         self._masters: dict[str, Tensor] = {}
-        folders = run.mesh.layout.tp_folders
+        copies = run.mesh.layout.tp_folders * run.mesh.layout.ep  # of what is not divided
         groups: list[dict[str, Any]] = [
             {"params": [], "weight_decay": recipe.decay}, {"params": [], "weight_decay": 0.0},
         ]  # fmt: skip
@@ -66,9 +66,8 @@ class Optimizer:
             key = f"{stage.number}.{name}"
             self.named[key] = parameter
             # Over all processes the squares of one parameter must add up to its own once.
-            size = stage.shard.group_of[name].size if name in stage.shard.divided else 1
             copy = run.arch.tied and parameter is run.head and run.head is not run.embedding
-            self._shares[key] = 0.0 if copy else size / folders
+            self._shares[key] = 0.0 if copy else stage.shard.pieces[name] / copies
             part = self._mine(parameter.detach())
             fine = part.dtype == torch.float32
             self._masters[key] = part if fine else part.to(torch.float32, copy=True)

@@ -11,11 +11,12 @@ of a row-parallel one is (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812 - the name torch's own pages use
 
 View = Callable[[Tensor], Tensor]
@@ -204,20 +205,37 @@ class VocabHead(nn.Module):
 
     Args:
         weight: (rows on this rank, width).
-        vocab: number of rows in all.
+        rows: their number in all, those that pad the vocabulary included.
+        vocab: number of logits.
     """
 
-    def __init__(self, weight: nn.Parameter, vocab: int, group: TensorGroup) -> None:
+    def __init__(self, weight: nn.Parameter, rows: int, vocab: int, group: TensorGroup) -> None:
         super().__init__()
         self.weight = weight
-        self._vocab, self._group = vocab, group
+        self._rows, self._vocab, self._group = rows, vocab, group
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., vocab)."""
         out = F.linear(copy_in(x, self._group), self.weight)
-        if self._group.group is None:
-            return out
-        return _Gather.apply(out, self._vocab, self._group)  # type: ignore[return-value]
+        if self._group.group is not None:
+            out = cast("Tensor", _Gather.apply(out, self._rows, self._group))
+        return out[..., : self._vocab]
+
+
+class OfOwnPart(nn.Module):
+    """A module whose parameters all ranks have, and of whose work each does a part.
+
+    Each rank has the gradient of its own part; they are summed.
+    """
+
+    def __init__(self, inner: nn.Module, group: TensorGroup) -> None:
+        super().__init__()
+        self.inner, self._group = inner, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the module makes of this rank's part."""
+        shared = {name: copy_in(p, self._group) for name, p in self.inner.named_parameters()}
+        return functional_call(self.inner, shared, (x,))
 
 
 class SlicedNorm(nn.Module):

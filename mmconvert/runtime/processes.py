@@ -72,7 +72,7 @@ def spawn(job: Job, world: int, on_event: Emit, method: str) -> object:
                 theirs.close()
                 processes.append(process)
                 pipes.append(ours)
-            watch = trouble.Watch([process.pid for process in processes], on_event)
+            watch = trouble.ProcessWatch([process.pid for process in processes], on_event)
             with _passing_on(job, processes) as heard:
                 result = _listen(pipes, lambda event: on_event(heard(event)), watch)
         finally:
@@ -173,7 +173,7 @@ class _Heard:
         return self.result
 
 
-def _listen(pipes: list[Connection], on_event: Emit, watch: trouble.Watch) -> tuple[object]:
+def _listen(pipes: list[Connection], on_event: Emit, watch: trouble.ProcessWatch) -> tuple[object]:
     """Passes events on until every process has ended.
 
     Once a process has failed its neighbours hang or fail in turn. So an error of mmconvert, from

@@ -20,7 +20,7 @@ from mmconvert.causes.quantised import quantised
 from mmconvert.formats.hf.folder import open_hf
 from mmconvert.runtime.batch import Batch, appended
 from mmconvert.runtime.families import Architecture
-from mmconvert.runtime.hfweights import Weights, qwen_name
+from mmconvert.runtime.hfweights import EXPERTS, Weights, other_way_round, qwen_name
 
 
 def load_reference(
@@ -42,10 +42,13 @@ def load_reference(
     def intern(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         return native_names(name, tensor, heads, groups)
 
-    def qwen(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-        return [(qwen_name(name), tensor)]
-
     model = arch.skeleton(dtype)
+    transposed = other_way_round(model, tensors)
+
+    def qwen(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+        turn = transposed and EXPERTS in name
+        return [(qwen_name(name), tensor.transpose(1, 2) if turn else tensor)]
+
     naming = intern if arch.intern else qwen
     return model, Weights(arch, model, tensors, naming, dtype, device)
 

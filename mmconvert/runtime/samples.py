@@ -74,7 +74,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Source:
+class SampleSource:
     """Where conversations come from.
 
     Attributes:
@@ -93,7 +93,7 @@ class Source:
 
 
 @dataclass
-class Found:
+class SamplesRead:
     """What a source held.
 
     Attributes:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmconvert.errors import TensorError
-from mmconvert.runtime.parallel import TensorGroup, View
+from mmconvert.runtime.parallel import View
 
 
 class Binding(NamedTuple):
@@ -66,24 +66,33 @@ class Shard:
     Args:
         tensors: the chunk's tensors by MM name.
         where: the file and chunk, for messages.
+        vocabulary: rows of the whole word embedding, those that pad it included; 0: not padded.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype, device: torch.device
+        self,
+        tensors: Mapping[str, Tensor],
+        where: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        vocabulary: int = 0,
     ) -> None:
+        self.vocabulary = vocabulary
         self.left = dict(tensors)
         self.where = where
         self.tree = nn.Module()
         self.bindings: list[Binding] = []
         # Parts of packed biases that transformers' layer has not: they must be and stay zero.
         self.void: list[tuple[str, nn.Parameter, View]] = []
-        self.divided: set[str] = set()  # MM names of which each rank of a module has its own part
-        self.group_of: dict[str, TensorGroup] = {}  # MM name -> the group of its module
+        self.pieces: dict[str, int] = {}  # MM name -> how many different parts its ranks hold
         self.canonical = any(".self_attention.q_proj." in name for name in tensors)
         self._dtype, self._device = dtype, device
 
-    def take(self, name: str, shape: tuple[int, ...], group: TensorGroup) -> nn.Parameter:
+    def take(self, name: str, shape: tuple[int, ...], pieces: int) -> nn.Parameter:
         """Moves a tensor from the shard into the MM tree.
+
+        Args:
+            pieces: how many different parts of it the processes of a model hold; 1: copies.
 
         Raises:
             TensorError: it is absent, or of another shape.
@@ -104,7 +113,7 @@ class Shard:
         data = tensor.to(device=self._device, dtype=self._dtype, copy=True)
         parameter = nn.Parameter(data)
         _plant(self.tree, name, parameter)
-        self.group_of[name] = group
+        self.pieces[name] = pieces
         return parameter
 
     def finish(self, parts: nn.Module) -> None:

@@ -16,10 +16,12 @@ from mmconvert.errors import LayoutError
 from mmconvert.runtime.audio import QwenAudio
 from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.bind import Binder
-from mmconvert.runtime.encoders import Point, Span
+from mmconvert.runtime.encoders import LayerRange, Point, Seen
 from mmconvert.runtime.families import Architecture
+from mmconvert.runtime.glm import GlmVision
 from mmconvert.runtime.intern import InternVision
 from mmconvert.runtime.mesh import Mesh
+from mmconvert.runtime.qwen3 import Qwen3Vision
 from mmconvert.runtime.shard import Shard
 from mmconvert.runtime.text import Text
 from mmconvert.runtime.vision import QwenVision
@@ -27,13 +29,19 @@ from mmconvert.sharding.layout import Layout
 from mmconvert.sharding.stages import StageGrid, first_stage, flat, last_stage
 
 ENCODERS = ("vit", "audio")
+VISION = {
+    "internvl_chat": InternVision,
+    "qwen3_vl": Qwen3Vision,
+    "qwen3_vl_moe": Qwen3Vision,
+    "glm4v": GlmVision,
+}
 
 
-def span_of(grid: StageGrid, stage: int) -> Span | None:
+def span_of(grid: StageGrid, stage: int) -> LayerRange | None:
     """The layers of a stage, or None if it has none."""
     counts = flat(grid)
     start = sum(counts[:stage])
-    return Span(start, start + counts[stage], sum(counts)) if counts[stage] else None
+    return LayerRange(start, start + counts[stage], sum(counts)) if counts[stage] else None
 
 
 class Border:
@@ -57,27 +65,33 @@ class Border:
             widths["audio"] = config.audio_config.d_model
         self._widths, self._text = widths, text
         self._vocab = arch.text_config.vocab_size
+        self._deep = arch.deepstack
 
     def keys(self, stage: int) -> list[str]:
-        """Which encoders' values cross the border behind a stage.
+        """What crosses the border behind a stage: modules, and rows of deepstack layers.
 
         Raises:
             LayoutError: nothing does.
         """
+        seen, used = (_layers_until(self._grids[key], stage) for key in ("vit", "llm"))
+        deep = [deep_key(k) for k, layer in enumerate(self._deep) if layer < seen and k >= used]
         if stage >= first_stage(self._grids["llm"]):
-            return ["llm"]
+            return ["llm"] if stage >= last_stage(self._grids["llm"]) else ["llm", *deep]
         found = [k for k in ENCODERS if k in self._grids and stage >= first_stage(self._grids[k])]
         if not found:
             raise LayoutError(
                 f"stage {stage} of the pipeline has no layers, nor has one before it",
                 "a first stage with layers of some module",
             )
-        return found
+        return [*found, *deep]
 
     def metas(self, stage: int, batch: Batch, grad: bool) -> tuple[Tensor, ...]:
         """Tensors without data in the shapes that leave a stage: logits from the last one."""
         shapes: list[tuple[int, ...]] = []
         for key in self.keys(stage):
+            if key not in self._grids:  # of a deepstack layer
+                shapes.append(self.vision_shape(batch.patches, True))
+                continue
             done = stage >= last_stage(self._grids[key])
             if key == "llm":
                 shapes.append((*batch.ids.shape, self._vocab if done else self._text))
@@ -98,6 +112,16 @@ class Border:
         return (patches // self._unit, self._text) if done else (patches, self._widths["vit"])
 
 
+def deep_key(number: int) -> str:
+    """Key of the rows of a deepstack layer, counted in order."""
+    return f"deep {number}"
+
+
+def _layers_until(grid: StageGrid, stage: int) -> int:
+    """Layers on a stage and those before it."""
+    return sum(flat(grid)[: stage + 1])
+
+
 def pooled(batch: Batch) -> int:
     """Rows that the audio encoder gives: its states are pooled in pairs, sound by sound."""
     return int((((batch.lengths + 1) // 2 - 2) // 2 + 1).sum())
@@ -109,6 +133,7 @@ class Stage(nn.Module):
     Args:
         tensors: the chunk's tensors by MM name.
         number: of the stage, in flat order.
+        vocabulary: rows of the whole word embedding, those that pad it included; 0: not padded.
     """
 
     def __init__(
@@ -119,12 +144,13 @@ class Stage(nn.Module):
         tensors: Mapping[str, Tensor],
         dtype: torch.dtype,
         where: str,
+        vocabulary: int = 0,
     ) -> None:
         super().__init__()
         grids = mesh.layout.grids
         model = arch.skeleton(dtype)
         parts = arch.parts(model)
-        shard = Shard(tensors, where, dtype, mesh.device)
+        shard = Shard(tensors, where, dtype, mesh.device, vocabulary)
         spans = {key: span_of(grid, number) for key, grid in grids.items()}
         if not any(spans.values()):
             raise LayoutError(
@@ -134,14 +160,14 @@ class Stage(nn.Module):
             )
         self.vit = self.audio = self.llm = None
         if (span := spans["vit"]) is not None:
-            made = InternVision if arch.intern else QwenVision
+            made = VISION.get(arch.kind, QwenVision)
             self.vit = made(Binder(shard, "vit", mesh.tp_groups["vit"]), parts.visual, span)
         if (span := spans.get("audio")) is not None:
             binder = Binder(shard, "audio", mesh.tp_groups["audio"])
             self.audio = QwenAudio(binder, parts.audio, span, dtype)
         if (span := spans["llm"]) is not None:
             binder = Binder(shard, "llm", mesh.tp_groups["llm"])
-            self.llm = Text(binder, parts.text, parts.owner, span, arch.tied)
+            self.llm = Text(binder, mesh.experts, parts.text, parts.owner, span, arch.tied)
         shard.finish(self)
         self.to(mesh.device)
         self.shard, self.number, self.arch = shard, number, arch
@@ -183,12 +209,13 @@ class Stage(nn.Module):
         if self.number:
             held = dict(zip(self._border.keys(self.number - 1), received, strict=True))
         if self.vit is not None:
-            held["vit"] = self._vision(batch, held)
+            held |= self._vision(batch, held)
         if self.audio is not None:
             held["audio"] = self._sound(batch, held)
         if self.llm is not None:
             hidden = held["llm"] if "llm" in held else self._embed(batch, held)
-            held = {"llm": self.llm(hidden, batch.positions, self.cache)}
+            deep, seen = self._deep(batch, held, hidden)
+            held["llm"] = self.llm(hidden, batch.positions, self.cache, deep, seen)
         if self.llm is not None and self.llm.span.last:
             out: tuple[Tensor, ...] = (held["llm"],)
         else:
@@ -197,13 +224,23 @@ class Stage(nn.Module):
             out = (_joined(out[0], received), *out[1:])
         return out[0] if len(out) == 1 else out
 
-    def _vision(self, batch: Batch, held: Mapping[str, Tensor]) -> Tensor:
+    def _vision(self, batch: Batch, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The encoder's rows, and those of its deepstack layers."""
         assert self.vit is not None  # noqa: S101 - the caller has looked
-        x = batch.pixels.to(self._dtype) if self.vit.span.first else held["vit"]
+        span = self.vit.span
+        x = batch.pixels.to(self._dtype) if span.first else held["vit"]
+        mine = [k for k, i in enumerate(self.arch.deepstack) if span.start <= i < span.stop]
         if batch.patches == 0:  # a batch of text: nothing to compute, nothing to send
-            shape = self._border.vision_shape(0, self.vit.span.last)
-            return torch.zeros(shape, dtype=self._dtype, device=self._device)
-        return self.vit(x, batch.grid)
+            out = Seen(self._nothing(span.last), [self._nothing(True) for _ in mine])
+        else:
+            out = self.vit(x, batch.grid)
+        deep = zip(mine, out.deep, strict=True)
+        return {"vit": out.rows, **{deep_key(k): rows for k, rows in deep}}
+
+    def _nothing(self, done: bool) -> Tensor:
+        """The rows of no picture."""
+        shape = self._border.vision_shape(0, done)
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
     def _sound(self, batch: Batch, held: Mapping[str, Tensor]) -> Tensor:
         assert self.audio is not None  # noqa: S101 - the caller has looked
@@ -217,15 +254,33 @@ class Stage(nn.Module):
     def _embed(self, batch: Batch, held: Mapping[str, Tensor]) -> Tensor:
         """Word embeddings with the encoders' rows at the placeholders."""
         assert self.llm is not None  # noqa: S101 - the caller has looked
-        hidden = self.llm.embed(batch.ids)
-        rows = held["vit"]
+        hidden = self._placed(batch, self.llm.embed(batch.ids), held["vit"])
+        if "audio" in held and (sound := self.arch.token("audio_token_id")) is not None:
+            hidden = _scatter(hidden, batch.ids == sound, held["audio"])
+        return hidden
+
+    def _placed(self, batch: Batch, hidden: Tensor, rows: Tensor) -> Tensor:
+        """(batch, time, width) with the rows of pictures and videos at their placeholders."""
         images, videos = rows[: batch.image_rows], rows[batch.image_rows :]
         hidden = _scatter(hidden, batch.ids == self.arch.image_token(), images)
         if (video := self.arch.token("video_token_id")) is not None:
             hidden = _scatter(hidden, batch.ids == video, videos)
-        if "audio" in held and (sound := self.arch.token("audio_token_id")) is not None:
-            hidden = _scatter(hidden, batch.ids == sound, held["audio"])
         return hidden
+
+    def _deep(
+        self, batch: Batch, held: Mapping[str, Tensor], hidden: Tensor
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """What is added behind the text layers here, and where: the rows of deepstack layers."""
+        assert self.llm is not None  # noqa: S101 - the caller has looked
+        count = len(self.arch.deepstack)
+        if not count or not batch.patches:
+            return [], None
+        seen = batch.ids == self.arch.image_token()
+        if (video := self.arch.token("video_token_id")) is not None:
+            seen = seen | (batch.ids == video)
+        mine = range(min(self.llm.span.start, count), min(self.llm.span.stop, count))
+        empty = torch.zeros_like(hidden)
+        return [self._placed(batch, empty, held[deep_key(k)])[seen] for k in mine], seen
 
 
 class _Joined(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,9 +12,12 @@ from mmconvert.runtime.families import Architecture, read_config
 
 @dataclass(frozen=True)
 class Template:
-    """ChatML in one of its forms.
+    """The form of a conversation: ChatML in one of its forms, or GLM's.
 
     Attributes:
+        openings: tokens that open a message, by its role; none for ChatML.
+        beginning: tokens that stand first.
+        closings: tokens that end an answer, beside the tokenizer's own, which is learnt there.
         system: what a conversation begins with that has no such message of its own; "" for nothing.
         between: what stands behind the end of each message.
         begin: the tokenizer's first token stands first, if it has one.
@@ -25,10 +28,20 @@ class Template:
     between: str = "\n"
     begin: bool = False
     by_turn: bool = True
+    openings: Mapping[str, str] = field(default_factory=dict[str, str])
+    beginning: tuple[str, ...] = ()
+    closings: tuple[str, ...] = ()
 
 
 # Qwen: the chat templates of the models. InternVL: conversation.py of OpenGVLab's models.
 QWEN = Template("You are a helpful assistant.")
+GLM = Template(  # as LLaMA-Factory's glm4v has it
+    between="",
+    openings={role: f"<|{role}|>" for role in ("system", "user", "assistant")},
+    beginning=("[gMASK]", "<sop>"),
+    closings=("<|user|>", "<|observation|>"),
+)
+BY_KIND = {"glm4v": GLM, "qwen3_vl": Template(), "qwen3_vl_moe": Template()}
 TEMPLATES = {
     "internlm2-chat": Template(
         "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
@@ -53,7 +66,7 @@ def template_of(arch: Architecture, hf_dir: Path, name: str) -> Template:
         name: InternVL's, by data.json; "" takes that of config.json, or a bare one.
     """
     if not arch.intern:
-        return QWEN
+        return BY_KIND.get(arch.kind, QWEN)
     return TEMPLATES.get(name or str(read_config(hf_dir).get("template")), Template(by_turn=False))
 
 

@@ -3,28 +3,64 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from mmconvert.runtime.attention import separate_qkv
 from mmconvert.runtime.bind import Binder
-from mmconvert.runtime.encoders import Point, Span, kept, layer_points
+from mmconvert.runtime.encoders import LayerRange, Point, kept, layer_points
+from mmconvert.runtime.experts import ExpertGroup, bind_experts
 
 TEXT = "text_decoder.decoder"
+# Modules of a layer in transformers and in MM format, those that a family has: norms, and places
+# to compare hidden states at, in the order of computing.
+NORMS = {
+    "input_layernorm": "input_layernorm",
+    "post_self_attn_layernorm": "post_self_attn_layernorm",
+    "post_attention_layernorm": "pre_mlp_layernorm",
+    "post_mlp_layernorm": "post_mlp_layernorm",
+}
+PLACES = {
+    "input_layernorm": "input_layernorm",
+    "self_attn": "self_attention",
+    "post_self_attn_layernorm": "post_self_attn_layernorm",
+    "post_attention_layernorm": "pre_mlp_layernorm",
+    "mlp.gate": "mlp.router",
+    "mlp.experts": "mlp.experts",
+    "mlp": "mlp",
+    "post_mlp_layernorm": "post_mlp_layernorm",
+}
+
+
+def has(layer: nn.Module, name: str) -> bool:
+    """Whether a layer has a module of a name."""
+    parent, _, leaf = name.rpartition(".")
+    return (not parent or has(layer, parent)) and hasattr(layer.get_submodule(parent), leaf)
 
 
 class Text(nn.Module):
-    """Text decoder: Qwen2 with m-RoPE, Qwen2 or Llama.
+    """Text decoder: Qwen2 and Qwen3 with m-RoPE or without, GLM, Llama; with experts or without.
 
     Args:
+        experts: the ranks that share the experts of a layer.
         model: transformers' text model.
         owner: the model that has ``lm_head``.
         tied: whether config.json ties the output layer to the embedding.
     """
 
-    def __init__(self, binder: Binder, model: Any, owner: Any, span: Span, tied: bool) -> None:  # noqa: ANN401 - HF's
+    def __init__(
+        self,
+        binder: Binder,
+        experts: ExpertGroup,
+        model: Any,  # noqa: ANN401 - HF's
+        owner: Any,  # noqa: ANN401 - HF's
+        span: LayerRange,
+        tied: bool,
+    ) -> None:
         super().__init__()
+        self._experts = experts
         self.width, self.span = model.norm.weight.shape[0], span
         self.points: list[Point] = []
         self.embedding = self.head_weight = None
@@ -69,18 +105,28 @@ class Text(nn.Module):
             mm, hf = f"{TEXT}.layers.{i}", f"layers.{number}"
             attn, mm_attn = layer.self_attn, f"{mm}.self_attention"
             attn.layer_idx = i  # counts in this chunk's own cache
-            binder.replicated(
-                layer.input_layernorm, f"{mm}.input_layernorm", f"{hf}.input_layernorm"
-            )
+            for name, mm_name in NORMS.items():
+                if hasattr(layer, name):
+                    binder.replicated(getattr(layer, name), f"{mm}.{mm_name}", f"{hf}.{name}")
             separate_qkv(binder, attn, config.num_key_value_heads, mm_attn, f"{hf}.self_attn")
+            for x in "qk":
+                if hasattr(attn, f"{x}_norm"):
+                    names = (f"{mm_attn}.{x}_layernorm", f"{hf}.self_attn.{x}_norm")
+                    binder.norm_of_heads(attn, f"{x}_norm", *names)
             binder.row(attn, "o_proj", f"{mm_attn}.linear_proj", f"{hf}.self_attn.o_proj")
-            norm = "post_attention_layernorm"
-            binder.replicated(getattr(layer, norm), f"{mm}.pre_mlp_layernorm", f"{hf}.{norm}")
-            binder.glu(layer.mlp, f"{mm}.mlp", f"{hf}.mlp")
-            binder.row(layer.mlp, "down_proj", f"{mm}.mlp.linear_fc2", f"{hf}.mlp.down_proj")
-            names = {"input_layernorm": "input_layernorm", "self_attn": "self_attention"}
-            names |= {norm: "pre_mlp_layernorm", "mlp": "mlp"}
-            self.points += layer_points(f"text_decoder layer {number}", "llm", hf, layer, names)
+            self._feed_forward(binder, layer.mlp, f"{mm}.mlp", f"{hf}.mlp")
+            inside = {hf: mm for hf, mm in PLACES.items() if has(layer, hf)}
+            self.points += layer_points(f"text_decoder layer {number}", "llm", hf, layer, inside)
+
+    def _feed_forward(self, binder: Binder, mlp: Any, mm: str, hf: str) -> None:  # noqa: ANN401 - HF's module
+        if hasattr(mlp, "experts"):
+            bind_experts(binder, self._experts, mlp, mm, hf)
+            return
+        if hasattr(mlp, "gate_up_proj"):
+            binder.glu_as_one(mlp, mm, hf)
+        else:
+            binder.glu(mlp, mm, hf)
+        binder.row(mlp, "down_proj", f"{mm}.linear_fc2", f"{hf}.down_proj")
 
     def embed(self, ids: Tensor) -> Tensor:
         """(batch, time) ids -> (batch, time, width)."""
@@ -91,13 +137,28 @@ class Text(nn.Module):
         """The layers of this chunk."""
         return self.model.layers
 
-    def forward(self, hidden: Tensor, positions: Tensor, cache: Any = None) -> Tensor:  # noqa: ANN401 - HF's cache
-        """(batch, time, width) -> the same; logits (batch, time, vocabulary) on the last stage."""
+    def forward(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        cache: Any = None,  # noqa: ANN401 - HF's cache
+        deep: Sequence[Tensor] = (),
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        """(batch, time, width) -> the same; logits (batch, time, vocabulary) on the last stage.
+
+        Args:
+            deep: (image tokens, width) each, to be added behind the first, second ... layer here.
+            seen: (batch, time) where image tokens are.
+        """
+        more: dict[str, Any] = {self._cache: cache}
+        if deep:
+            more |= {"visual_pos_masks": seen, "deepstack_visual_embeds": list(deep)}
         out = self.model(
             inputs_embeds=hidden,
             position_ids=positions,
             attention_mask=None,
             use_cache=cache is not None,
-            **{self._cache: cache},
+            **more,
         )
         return self.lm_head(out.last_hidden_state)

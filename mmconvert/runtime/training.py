@@ -30,15 +30,16 @@ from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.dataset import Feed, Order, Share
 from mmconvert.runtime.families import Architecture
-from mmconvert.runtime.journal import Journal, Line
+from mmconvert.runtime.journal import Line, TrainingLog
 from mmconvert.runtime.launch import Emit
 from mmconvert.runtime.losses import LossType
-from mmconvert.runtime.mmfiles import Stored
+from mmconvert.runtime.mmfiles import LoadableCheckpoint
 from mmconvert.runtime.optimizer import Optimizer, Recipe, freeze
 from mmconvert.runtime.parameters import gather
 from mmconvert.runtime.prepare import Prepare
 from mmconvert.runtime.samples import Sample
 from mmconvert.runtime.validation import DTYPES
+from mmconvert.sharding.layout import Rank
 
 SAVE_EVERY = 1800.0  # seconds between checkpoints where no interval is given
 # Settings by the names of their flags.
@@ -54,7 +55,7 @@ FLAGS = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What a fine-tuning does.
 
     Attributes:
@@ -140,11 +141,11 @@ class Training:
     """The job of every process of a fine-tuning."""
 
     arch: Architecture
-    stored: Stored
+    stored: LoadableCheckpoint
     hf_dir: Path
     train: Sequence[Sample]
     check: Sequence[Sample]
-    plan: Plan
+    plan: TrainingPlan
     dtype: str
     start: Start
     prepare: Prepare = field(default_factory=Prepare)
@@ -152,7 +153,7 @@ class Training:
 
     stops_gently = True  # a SIGTERM is passed on to it, and it ends by itself
 
-    def __call__(self, device: torch.device, emit: Emit) -> Outcome:
+    def __call__(self, device: torch.device, emit: Emit) -> TrainingOutcome:
         """Trains; emits notes and lines."""
         plan = self.plan
         wants = {FLAGS.get(key, key): value for key, value in plan.settings().items()}
@@ -163,11 +164,11 @@ class Training:
         agree(wants, folders)
         stop = Stop()
         with stop.listening():
-            return Run(self, device, emit, stop).train()
+            return TrainingRun(self, device, emit, stop).train()
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """How a training ended.
 
     Attributes:
@@ -195,7 +196,7 @@ class Agreed(NamedTuple):
     due: bool
 
 
-class Run:
+class TrainingRun:
     """A fine-tuning under way in this process."""
 
     def __init__(self, job: Training, device: torch.device, emit: Emit, stop: Stop) -> None:
@@ -235,10 +236,10 @@ class Run:
 
         self._feed = feed(job.train, plan.order, plan.seed, None)  # of all replicas: _agree
         self._check = feed(job.check, "once", 0, emit) if job.check else None
-        self._journal = Journal(plan.save, self._first) if mesh.lead else None
+        self._journal = TrainingLog(plan.save, self._first) if mesh.lead else None
         self._saved, self._clock = self._first, time.monotonic()
 
-    def train(self) -> Outcome:
+    def train(self) -> TrainingOutcome:
         """All steps, or as many as there is time for."""
         plan, loss = self._plan, float("nan")
         self._ahead = self._read(self._first)
@@ -259,10 +260,10 @@ class Run:
             if number == plan.steps or done.stop or done.due:
                 self._save(number, rolling=done.late and number < plan.steps)
             if done.stop:
-                return Outcome(loss, number, stopped=number < plan.steps)
+                return TrainingOutcome(loss, number, stopped=number < plan.steps)
         if self._journal is not None:
             self._journal.picture()
-        return Outcome(loss, plan.steps, stopped=False)
+        return TrainingOutcome(loss, plan.steps, stopped=False)
 
     def _write_down(self, line: Line) -> None:
         if self._journal is not None:
@@ -287,7 +288,7 @@ class Run:
         mesh, every = self._run.mesh, self._plan.save_every
         late = every is None and mesh.lead and time.monotonic() - self._clock > SAVE_EVERY
         wrong = isinstance(self._ahead, MMConvertError)
-        speaks = mesh.rank.tp == mesh.rank.pp == 0  # one process of a replica, for its tokens
+        speaks = mesh.rank == Rank(0)  # one process of a replica, for its tokens
         tokens = 0 if wrong or not speaks or not self._ahead else self._feed.tokens(number)
         bad = len(self._feed.bad) if speaks else 0
         flags = torch.tensor([self._stop.asked, late, wrong, tokens, bad], device=mesh.device)

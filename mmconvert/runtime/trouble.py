@@ -72,7 +72,7 @@ def stopped(pid: int) -> bool:
     return text.rpartition(")")[2].split()[:1] == ["T"]
 
 
-class Watch:
+class ProcessWatch:
     """Looks for stopped processes among those that this one has started.
 
     Args:

@@ -23,7 +23,7 @@ from mmconvert.runtime.engine import Engine
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.hfweights import Weights
 from mmconvert.runtime.launch import Emit
-from mmconvert.runtime.mmfiles import Stored
+from mmconvert.runtime.mmfiles import LoadableCheckpoint
 from mmconvert.runtime.parameters import (
     compare_gradients,
     compare_weights,
@@ -31,7 +31,7 @@ from mmconvert.runtime.parameters import (
     gather,
     sample,
 )
-from mmconvert.runtime.verdict import GRADIENTS, TOLERANCE, Check, Parting, Report
+from mmconvert.runtime.verdict import GRADIENTS, TOLERANCE, Check, Parting, ValidationReport
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GREEDY = 20  # tokens that are generated on both sides
@@ -47,14 +47,14 @@ class Validation:
     """
 
     arch: Architecture
-    stored: Stored
+    stored: LoadableCheckpoint
     hf_dir: Path
     batch: Batch
     inputs: str
     dtype: str
     tolerance: float
 
-    def __call__(self, device: torch.device, emit: Emit) -> Report:
+    def __call__(self, device: torch.device, emit: Emit) -> ValidationReport:
         """Compares; every process returns the same report."""
         dtype = DTYPES[self.dtype]
         run = engines.load(self.arch, self.stored, device, dtype)
@@ -83,10 +83,10 @@ class Validation:
             "such as an epsilon or a rope_theta, makes no difference here"
         ]
         layout = self.stored.layout.describe()
-        return Report(layout, self.inputs, self.dtype, checks, parting, notes)
+        return ValidationReport(layout, self.inputs, self.dtype, checks, parting, notes)
 
     def _limit(self) -> float:
-        many = self.stored.layout.tp_folders > 1
+        many = self.stored.layout.tp_folders * self.stored.layout.ep > 1
         return self.tolerance or TOLERANCE[self.dtype, many]
 
     def _outputs(

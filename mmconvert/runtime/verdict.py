@@ -78,7 +78,7 @@ class Parting:
 
 
 @dataclass(frozen=True)
-class Report:
+class ValidationReport:
     """The outcome of a validation.
 
     Attributes:

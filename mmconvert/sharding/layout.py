@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mmconvert.errors import LayoutError
 from mmconvert.sharding.stages import StageGrid, check_grids, check_order, show
 
-# Module key -> the user's name of its stage grid and of its tensor-parallel size.
-GRID_FLAG = {"vit": "vit_pp_layers", "audio": "audio_pp_layers", "llm": "llm_pp_layers"}
-TP_FLAG = {"vit": "vit_tp_size", "audio": "audio_tp_size", "llm": "tp_size"}
-
 # The widest plausible rank number: a folder name is a stranger's text.
-_RANK_FOLDER = re.compile(r"mp_rank_(\d{2,5})(?:_(\d{3,5}))?(?:_(\d{3,5}))?")
+RANK_FOLDER = re.compile(r"mp_rank_(\d{2,5})(?:_(\d{3,5}))?(?:_(\d{3,5}))?")
+
+
+def grid_flag(key: str) -> str:
+    """The user's name of a module's stage grid."""
+    return f"{key}_pp_layers"
+
+
+def tp_flag(key: str, decoder: str) -> str:
+    """The user's name of a module's tensor-parallel size; the decoder's counts for all."""
+    return "tp_size" if key == decoder else f"{key}_tp_size"
 
 
 class Rank(NamedTuple):
@@ -41,11 +47,13 @@ class Layout:
         tp: tensor-parallel size by module key.
         grids: stage grid by module key; all of one size.
         ep: expert-parallel size: each rank holds its share of the experts, and all else.
+        decoder: key of the module that comes after all the others; "" if it was left out.
     """
 
     tp: Mapping[str, int]
     grids: Mapping[str, StageGrid]
     ep: int = 1
+    decoder: str = field(kw_only=True)
 
     @property
     def tp_folders(self) -> int:
@@ -82,11 +90,15 @@ class Layout:
         """Key of a model chunk in its rank file."""
         return f"model{virtual}" if self.vpp_size > 1 else "model"
 
+    def tp_flag(self, key: str) -> str:
+        """The user's name of a module's tensor-parallel size."""
+        return tp_flag(key, self.decoder)
+
     def describe(self) -> str:
         """One line for messages, in the words of the command line."""
-        words = [f"{TP_FLAG[key]} {size}" for key, size in self.tp.items()]
+        words = [f"{self.tp_flag(key)} {size}" for key, size in self.tp.items()]
         words += [f"ep_size {self.ep}"] if self.ep > 1 else []
-        return ", ".join(words + [f"{GRID_FLAG[k]} {show(g)}" for k, g in self.grids.items()])
+        return ", ".join(words + [f"{grid_flag(k)} {show(g)}" for k, g in self.grids.items()])
 
     def as_dict(self) -> dict[str, object]:
         """The layout as JSON, with the converter's own keys."""
@@ -94,8 +106,8 @@ class Layout:
         if self.ep > 1:
             out["ep_size"] = self.ep
         for key, grid in self.grids.items():
-            out[TP_FLAG[key]] = self.tp[key]
-            out[GRID_FLAG[key]] = [list(row) for row in grid]
+            out[self.tp_flag(key)] = self.tp[key]
+            out[grid_flag(key)] = [list(row) for row in grid]
         return out
 
     def check(self, *, ordered: bool = True) -> None:
@@ -104,24 +116,34 @@ class Layout:
         Raises:
             LayoutError: naming the numbers that do not fit.
         """
-        check_grids(self.grids, GRID_FLAG)
+        flags = {key: grid_flag(key) for key in self.grids}
+        check_grids(self.grids, flags)
         if ordered:
-            check_order(self.grids, GRID_FLAG)
+            self.check_order()
         if self.ep < 1:
             raise LayoutError(f"ep_size is {self.ep}", "a size of at least 1")
         for key, size in self.tp.items():
             if size < 1:
-                raise LayoutError(f"{TP_FLAG[key]} is {size}", "a size of at least 1")
+                raise LayoutError(f"{self.tp_flag(key)} is {size}", "a size of at least 1")
             if self.tp_folders % size:
                 raise LayoutError(
-                    f"{TP_FLAG[key]} {size} does not divide {self.tp_folders}, the largest size",
+                    f"{self.tp_flag(key)} {size} does not divide {self.tp_folders}, the largest "
+                    "size",
                     f"sizes that divide {self.tp_folders}",
                 )
+
+    def check_order(self) -> None:
+        """The order rule: no layer of the decoder stands before an encoder ends.
+
+        Raises:
+            LayoutError: naming both grids.
+        """
+        check_order(self.grids, self.decoder, {key: grid_flag(key) for key in self.grids})
 
 
 def parse_folder(name: str) -> tuple[int, int | None, int | None] | None:
     """The numbers in the name of a rank folder, or None if it is no such name."""
-    match = _RANK_FOLDER.fullmatch(name)
+    match = RANK_FOLDER.fullmatch(name)
     if not match:
         return None
     tp, second, third = match.groups()

@@ -101,23 +101,24 @@ def check_grids(grids: Mapping[str, StageGrid], flags: Mapping[str, str]) -> Non
             raise LayoutError(f"{flags[key]} {show(grid)} holds no layer", "at least one layer")
 
 
-def check_order(grids: Mapping[str, StageGrid], flags: Mapping[str, str]) -> None:
+def check_order(grids: Mapping[str, StageGrid], decoder: str, flags: Mapping[str, str]) -> None:
     """No text layer stands before an encoder ends.
 
     Args:
-        grids: stage grid by module key; ``llm`` is the text decoder.
+        grids: stage grid by module key.
+        decoder: key of the text decoder.
         flags: how the user names each module's grid.
 
     Raises:
         LayoutError: naming both grids.
     """
-    if "llm" not in grids:
+    if decoder not in grids:
         return
-    text = first_stage(grids["llm"])
+    text = first_stage(grids[decoder])
     for key, grid in grids.items():
-        if key != "llm" and last_stage(grid) > text:
+        if key != decoder and last_stage(grid) > text:
             raise LayoutError(
-                f"{flags['llm']} {show(grids['llm'])} has a text layer on stage {text}, before "
+                f"{flags[decoder]} {show(grids[decoder])} has a text layer on stage {text}, before "
                 f"{flags[key]} {show(grid)} ends on stage {last_stage(grid)}",
                 "no text layer on an earlier stage than the last layer of an encoder",
                 f"move the first text layers to stage {last_stage(grid)} or later",

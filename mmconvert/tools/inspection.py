@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import prod
 from pathlib import Path
 
+from mmconvert.config import ParallelConfig
 from mmconvert.formats.contents import Box
 from mmconvert.formats.look import look
-from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
+from mmconvert.sharding.layout import Layout, grid_flag
 from mmconvert.stored import StoredTensor
 
 
@@ -68,12 +69,12 @@ class Inspection:
 
 def layout_dict(layout: Layout) -> dict[str, object]:
     """A layout as JSON, with every key, null where a module is absent."""
-    out: dict[str, object] = {flag: layout.tp.get(key) for key, flag in TP_FLAG.items()}
+    flags = [field.name for field in fields(ParallelConfig)]
+    out: dict[str, object] = {flag: None for flag in flags if flag.endswith("tp_size")}
+    out |= {layout.tp_flag(key): size for key, size in layout.tp.items()}
     out |= {"pp_size": layout.pp_size, "vpp_size": layout.vpp_size, "ep_size": layout.ep}
-    for key, flag in GRID_FLAG.items():
-        grid = layout.grids.get(key)
-        out[flag] = None if grid is None else [list(row) for row in grid]
-    return out
+    out |= {flag: None for flag in flags if flag.endswith(grid_flag(""))}
+    return out | {grid_flag(k): [list(row) for row in grid] for k, grid in layout.grids.items()}
 
 
 def inspect(path: Path) -> Inspection:

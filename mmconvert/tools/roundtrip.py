@@ -20,7 +20,7 @@ from mmconvert.events import Events
 from mmconvert.executor import compare
 from mmconvert.executor.digests import digests
 from mmconvert.executor.jobs import default_workers
-from mmconvert.formats.base import Described, Format, NoLayout, Opening, Placing, Stored
+from mmconvert.formats.base import Described, Format, NoLayout, Opening, Placing, StoredCheckpoint
 from mmconvert.formats.hf.side import hf_target
 from mmconvert.formats.reading import steady
 from mmconvert.formats.registry import load, of_naming
@@ -44,7 +44,7 @@ NOWHERE = Path("not written")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LayoutOutcome:
     """What one layout gave.
 
     Attributes:
@@ -72,7 +72,7 @@ def roundtrip(
     layouts: Sequence[tuple[str, object]],
     options: Options | None = None,
     events: Events | None = None,
-) -> list[Outcome]:
+) -> list[LayoutOutcome]:
     """Sends a checkpoint through layouts and back.
 
     Args:
@@ -92,11 +92,11 @@ def roundtrip(
     ]
     workers = options.workers or default_workers()
     original = digests(_straight(side.stored), side.stored, workers, events)
-    outcomes: list[Outcome] = []
+    outcomes: list[LayoutOutcome] = []
     for name, found in planned:
         began = time.monotonic()
         if isinstance(found, MMConvertError):
-            outcomes.append(Outcome(name, None, 0, 0, (), str(found.what), 0.0))
+            outcomes.append(LayoutOutcome(name, None, 0, 0, (), str(found.what), 0.0))
             continue
         layout, plan = found
         differing = compare.compare(plan.replicas, plan.sources, plan.sources, workers)
@@ -105,13 +105,13 @@ def roundtrip(
         unequal |= {d.a.name for d in differing}
         seconds = time.monotonic() - began
         outcomes.append(
-            Outcome(name, layout, len(back), plan.nbytes, tuple(sorted(unequal)), "", seconds)
+            LayoutOutcome(name, layout, len(back), plan.nbytes, tuple(sorted(unequal)), "", seconds)
         )
     return outcomes
 
 
 def _plan(
-    hf: Stored, side: Side, kind: Format, name: str, given: object, *, must: bool
+    hf: StoredCheckpoint, side: Side, kind: Format, name: str, given: object, *, must: bool
 ) -> tuple[str, tuple[Described, Plan] | MMConvertError]:
     """The joined plan of one layout, or why there is none."""
     path = Path(kind.file_name(given))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from cli import run_cli
-from hfgen import make_hf
+from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_hf, compare_mm, compare_record, compare_side_files
 
 RECORDS = Path(__file__).parent / "records"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hfgen import MODELS, NEW_NAMES, make_hf, nested_config, renamed
+from mmconvert.playground.checkpoints import MODELS, NEW_NAMES, make_hf, nested_config, renamed
 from mmread import compare_hf, read_weight_file, weight_files
 
 WEIGHTS = {
@@ -30,6 +30,11 @@ WEIGHTS = {
     "qwen3vl-30b-a3b": "4ed6edba0a84134c459fd61dc0b7a5a0",
     "glm4.1v-9b": "8b5bcce4f6cad487fae527fed88b4291",
     "deepseekvl2": "2395b88051bff6a76da7ee650f9c98ef",
+    "internvl3.5-1b": "d52e3da610faef8770ba25405b3a8279",
+    "internvl3.5-8b": "5ce2574910a51612748e6f948dd174c9",
+    "internvl3.5-30b-a3b": "cb2ba2151f321b8738106cdea4c20b8e",
+    "glm4.5v": "156acf2311a45868eac77a211bec4cd8",
+    "qwen3omni-30b-a3b": "4dc72fc395e68c368be34795dccca8ff",
 }
 OVERRIDES: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2vl-2b", {"shards": 1}, "6e30849ddbf7bdc0d57785c1caadb576"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from commands import hf_to_mm, install, layout
-from hfgen import make_hf
+from mmconvert.playground.checkpoints import make_hf
 
 
 @pytest.fixture(scope="session")

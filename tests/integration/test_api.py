@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mmconvert
-from hfgen import make_hf
+from mmconvert.playground.checkpoints import make_hf
 from mmconvert.sharding.layout import Layout
 from mmread import compare_hf
 

@@ -28,7 +28,7 @@ from commands import (
     target,
     untouched,
 )
-from hfgen import make_hf
+from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_mm
 
 QWEN2_SIZES: dict[str, Any] = {"layers": 4, "vit_layers": 2}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from cli import run_cli
 from commands import copied, edit_rank, edit_single, hf_to_mm, layout, rank_files, refused
-from hfgen import make_hf
+from mmconvert.playground.checkpoints import make_hf
 
 QKV = [f"model.layers.2.self_attn.{x}_proj.weight" for x in "qkv"]
 

@@ -31,7 +31,7 @@ from commands import (
     rank_files,
     snapshot,
 )
-from hfgen import NEW_NAMES, make_hf, nested_config
+from mmconvert.playground.checkpoints import NEW_NAMES, make_hf, nested_config
 from mmconvert.tools.doctor.mm import EXPLAINED
 from mmconvert.tools.doctor.report import SEVERITY
 from mmread import INDEX, TRACKER
@@ -845,9 +845,9 @@ HF_CASES = {
     "no architecture": Case(nameless_model, ("damaged-config",), ("model_type is ' '",)),
     "a language model": Case(language_model, ("unsupported-model-type",), ("'llama'",)),
     "a missing layer": Case(
-        more_layers, ("missing-tensor",), ("text_decoder layer 4 lacks 12 tensors",)
+        more_layers, ("missing-tensor",), ("12 tensors missing", "(text_decoder layer 4)")
     ),
-    "a layer too many": Case(fewer_layers, ("extra-layers",), ("12 tensors of llm", "the 3")),
+    "a layer too many": Case(fewer_layers, ("extra-layers",), ("12 tensors beyond", "llm 3")),
     "another size": Case(wider, ("wrong-shape",), ("model.embed_tokens.weight", "304 rows", "999")),
     "no tokenizer": Case(
         no_side_files, ("missing-tokenizer", "missing-preprocessor"), ("vocab.json",)

@@ -26,9 +26,9 @@ from commands import (
     target,
     untouched,
 )
-from filesystems import file_system
-from hfgen import make_hf
+from filesystems import bind, file_system
 from inprocess import BACK, HF, MM, SOURCE, TARGET, call
+from mmconvert.playground.checkpoints import make_hf
 from mmread import INDEX, MANIFEST, TRACKER, files_in, weight_files
 
 OMNI = "Qwen2_5_OmniConverter"
@@ -281,13 +281,14 @@ def test_a_disk_that_is_too_small(cases: dict[str, Case], disk: Path) -> None:
     refused(cases["omni hf_to_mm"].run(disk / "out", check=None), 2, "GB free", out=disk / "out")
 
 
-def test_a_place_that_cannot_be_written(cases: dict[str, Case], tmp_path: Path) -> None:
+def test_a_disk_without_files_that_have_no_name(
+    cases: dict[str, Case], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No probe there; the rest is said all the same."""
-    if not Path("/proc/self").is_dir():
-        pytest.skip("there is no /proc")
-    found = cases["hf_to_mm"].json(Path("/proc/self/out"), "--dry-run")
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    found = cases["hf_to_mm"].json(out, "--dry-run")
     assert found["estimate"]["seconds"] is None
-    text = cases["hf_to_mm"].run(Path("/proc/self/out"), "--dry-run").stdout
+    text = cases["hf_to_mm"].run(out, "--dry-run").stdout
     assert "time: unknown" in text
 
 
@@ -339,3 +340,16 @@ def test_a_tool_in_an_environment_of_torchrun(
     assert done.returncode == 0, done.stderr
     plain = run_cli("inspect", folder, env={"WORLD_SIZE": size}, check=0)
     assert plain.stdout == done.stdout
+
+
+@pytest.mark.parametrize("flags", [["--dry-run"], []], ids=str)
+def test_where_nothing_can_be_written(flags: list[str], tied_hf: Path, tmp_path: Path) -> None:
+    """The conversion could not write there, and the dry run says so."""
+    words = (QWEN, "hf_to_mm", HF, tied_hf, *flags, MM)
+    (tmp_path / "shown").mkdir()
+    (tmp_path / "file").touch()
+    done = call(*words, tmp_path / "file" / "mm", check=None)
+    refused(done, 2, str(tmp_path / "file"), "Not a directory")
+    with bind(tmp_path / "shown", tmp_path / "mount", "-o", "ro") as mount:
+        done = call(*words, mount / "a" / "mm", check=None)
+        refused(done, 2, str(mount), "Read-only file system")

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from commands import Tensors, edit_rank, layout, litter, rank_files, target
-from hfgen import make_hf, nested_config
 from inprocess import Done, call, converter_of, to_hf, to_mm, to_other
+from mmconvert.playground.checkpoints import make_hf, nested_config
 from mmread import tensor_data
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -32,7 +32,7 @@ from commands import (
     same_hf,
     snapshot,
 )
-from hfgen import NEW_NAMES, make_hf, nested_config
+from mmconvert.playground.checkpoints import NEW_NAMES, make_hf, nested_config
 from mmread import INDEX, MANIFEST, compare_hf, compare_mm, files_in
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cli import run_cli
 from commands import edit_json, hf_to_mm, layout, rank_files, refused
-from hfgen import make_hf
+from mmconvert.playground.checkpoints import make_hf
 
 OMNI = "Qwen2_5_OmniConverter"
 LAYOUT_KEYS = {

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hfgen import make_hf
 from inprocess import BACK, HF, MM, SOURCE, TARGET, call, to_mm
+from mmconvert.playground.checkpoints import make_hf
 
 QWEN = "Qwen2VLConverter"
 

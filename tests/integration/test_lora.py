@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from hfgen import make_hf
 
 from commands import layout, refused, untouched
-from hfgen import make_hf
 from lora import (
     Tensors,
     adapter,

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from cli import run_cli
 from commands import QWEN2VL, copied, edit_json, edit_rank, hf_to_mm, layout, rank_files, target
-from hfgen import make_hf
 from inprocess import call, to_hf, to_mm, to_other
 from mmconvert.formats import manifest
+from mmconvert.playground.checkpoints import make_hf
 from mmread import MANIFEST, tensor_data
 
 Digests = dict[str, str]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import mmconvert
 from commands import Tensors, edit_rank, edit_single, layout, none, refused
-from hfgen import make_hf
 from inprocess import call, to_hf, to_mm, to_other
+from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_mm
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from hfgen import make_hf
 from inprocess import HF, MM, SOURCE, TARGET, call, to_mm
 from mmconvert.modeljson.keys import model_keys
+from mmconvert.playground.checkpoints import make_hf
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "model_json"
 TEXT = {

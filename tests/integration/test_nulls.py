@@ -10,11 +10,11 @@ import pytest
 from safetensors import safe_open
 
 from commands import none
-from hfgen import make_hf
 from inprocess import call, converter_of, to_hf, to_mm
 from mmconvert import converters
 from mmconvert.errors import CheckpointError
 from mmconvert.formats.hf.model import config_model
+from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_mm
 
 SIZES: dict[str, Any] = {"layers": 1, "vit_layers": 1}

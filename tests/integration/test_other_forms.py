@@ -18,9 +18,9 @@ from torch import Tensor
 
 import mmconvert
 from commands import edit_index, edit_json, edit_rank, edit_single, read_single
-from hfgen import make_hf, nested_config, renamed
 from inprocess import HF, MM, call, to_hf, to_mm, to_other
 from mmconvert.errors import CheckpointError
+from mmconvert.playground.checkpoints import make_hf, nested_config, renamed
 from mmread import INDEX
 
 MODEL = "qwen2vl-2b"
@@ -699,3 +699,28 @@ def test_open_says_it_too(plain: Path, tmp_path: Path) -> None:
     shutil.copytree(plain, tmp_path / "all/checkpoint-500")
     with pytest.raises(CheckpointError, match=r"below it: checkpoint-500"):
         mmconvert.open(tmp_path / "all")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git LFS"),
+        (b"\n<!DOCTYPE html><html><body>Not found</body></html>", "an HTML page"),
+    ],
+    ids=["pointer", "page"],
+)
+def test_what_a_download_leaves(content: bytes, words: str, hf: Path, mm: Path) -> None:
+    """Every kind of file in its place says what it is; so does `open`."""
+    ckpt = hf.with_name("x.ckpt")
+    ckpt.write_bytes(content)
+    for rank in mm.rglob("*.pt"):
+        rank.write_bytes(content)
+    (hf / "model.safetensors").write_bytes(content)
+    for path in (hf, mm, ckpt, hf / "model.safetensors"):
+        assert words in error_of(call("inspect", path, "--json", check=3))["what"]
+    for path in (hf, mm, ckpt):
+        with pytest.raises(CheckpointError, match=words):
+            mmconvert.open(path)
+    (hf / "config.json").write_bytes(content)
+    assert words in error_of(call("suggest", hf, "--pp", "1", "--json", check=3))["what"]
+    assert any(words in finding["what"] for finding in findings(hf))

@@ -34,9 +34,9 @@ from commands import (
     untouched,
 )
 from filesystems import file_system
-from hfgen import make_hf
 from mmconvert.errors import OutputError
 from mmconvert.executor.output import Output
+from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_mm, modes
 
 Convert = Callable[..., Done]

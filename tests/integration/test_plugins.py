@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cli import run_cli
-from hfgen import make_hf
+from mmconvert.playground.checkpoints import make_hf
 
 GOOD = """
 from dataclasses import replace

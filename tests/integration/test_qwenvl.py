@@ -8,7 +8,9 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +19,13 @@ from safetensors.torch import load_file
 import mmconvert
 import mscodec
 from cli import run_cli
-from commands import litter, none, refused
-from hfgen import make_hf
+from commands import edit_json, litter, none, refused
+from mmconvert import converters
+from mmconvert.converters import qwenvl as qwenvl_table
+from mmconvert.converters.family import Family
 from mmconvert.formats.containers.ckpt import read_ckpt
 from mmconvert.formats.mindspore.strategy import read_strategy
+from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_hf, compare_side_files
 from qwenvl import Sizes, Tensors, devices, hf_to_ms, make_qwenvl, ms_to_hf, resplit_ms
 from stopping import noted, stopped
@@ -520,6 +525,36 @@ def test_auto_converter(hf: Path, ranks: Path, tmp_path: Path) -> None:
     same(hf, tmp_path / "back")
 
 
+def test_flags_of_resplit_fit_the_source(ranks: Path) -> None:
+    """Help shows those that will be taken, and how to see the others."""
+    plain = run_cli("AutoConverter", "resplit", "-h", check=0).stdout
+    assert "source_parallel_config" in plain
+    assert "--cfg.source_dir X.ckpt -h shows the flags for MindSpore" in plain
+    for source in ("X.ckpt", ranks):
+        shown = run_cli("AutoConverter", "resplit", "--cfg.source_dir", source, "-h", check=0)
+        assert "--cfg.target_strategy" in shown.stdout
+        assert "source_parallel_config" not in shown.stdout
+
+
+def test_a_family_of_another_package(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose names are MindFormers' goes the MindSpore way, whatever its class."""
+    parts = {field.name: getattr(qwenvl_table.FAMILY, field.name) for field in fields(Family)}
+    own = {"name": "Mine", "converter": "MineConverter", "model_types": frozenset({"mine"})}
+    entry = SimpleNamespace(value="mine", load=lambda: Family(**parts | own))
+    monkeypatch.setattr(converters, "third_party", lambda: {"MineConverter": entry})
+    mine = tmp_path / "hf"
+    shutil.copytree(hf, mine)
+    edit_json(mine / "config.json", lambda config: config.update(model_type="mine"))
+    out, source = tmp_path / "x.ckpt", ("--cfg.hf_config.hf_dir", mine)
+    run_cli("AutoConverter", "hf_to_ms", *source, "--cfg.ms_path", out, check=0)
+    back = ("--cfg.ms_path", out, *source, "--cfg.save_hf_dir", tmp_path / "back")
+    run_cli("MineConverter", "ms_to_hf", *back, check=0)
+    same(mine, tmp_path / "back")
+    assert "checkpoint of Mine" in run_cli("doctor", mine).stdout
+
+
 def test_digests_of_one_file_have_no_place(hf: Path, tmp_path: Path) -> None:
     words = ("--cfg.hf_config.hf_dir", hf, "--cfg.ms_path", tmp_path / "x.ckpt", "--digests")
     refused(run_cli("QwenVLConverter", "hf_to_ms", *words), 2, "--digests", "mmconvert.json")
@@ -538,7 +573,7 @@ def test_doctor_reads_bin_files(files: int, tmp_path: Path) -> None:
     name = "pytorch_model-00002-of-00002.bin" if files > 1 else "pytorch_model.bin"
     os.truncate(sound / name, 5000)
     report = json.loads(run_cli("doctor", sound, "--json", check=3).stdout)
-    assert [f["id"] for f in report["findings"]] == ["damaged-weight-file"]
+    assert [f["id"] for f in report["findings"]] == ["truncated-weight-file"]
 
 
 def test_doctor_examines_mindspore(hf: Path, ckpt: Path, ranks: Path, tmp_path: Path) -> None:

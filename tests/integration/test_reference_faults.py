@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from commands import copied, edit_json, edit_rank, none, rank_files, same_hf
-from hfgen import NEW_NAMES, make_hf, nested_config
 from inprocess import (
     BACK,
     CONVERTERS,
@@ -37,6 +36,7 @@ from inprocess import (
     to_mm,
     to_other,
 )
+from mmconvert.playground.checkpoints import NEW_NAMES, make_hf, nested_config
 from mmread import INDEX, MANIFEST, TRACKER, compare_hf, compare_mm, weight_files
 
 NOT_OURS = {

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from cli import run_cli
 from commands import QWEN2VL, Done, copied, layout, litter, refused, target, untouched
 from filesystems import file_system
-from hfgen import make_hf
 from mmconvert.executor.journal import PREFIX
+from mmconvert.playground.checkpoints import make_hf
 from stopping import noted, staging, stopped
 
 ROWS = 128 << 10  # of the word embedding, 18 MiB: larger than what is put together in one job

@@ -10,13 +10,13 @@ import pytest
 
 from cli import run_cli
 from commands import copied, edit_single, refused, snapshot
-from hfgen import make_hf
 from mmconvert.config import Options
 from mmconvert.converters import load
 from mmconvert.errors import MMConvertError
 from mmconvert.formats.hf.model import hf_model
 from mmconvert.formats.mm.samples import representative
 from mmconvert.plan.plan import Copy, Plan
+from mmconvert.playground.checkpoints import make_hf
 from mmconvert.stored import StoredTensor, Target
 from mmconvert.tools.roundtrip import join_plans
 

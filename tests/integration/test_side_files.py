@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from commands import layout, refused
-from hfgen import make_hf
 from inprocess import call, to_hf, to_mm
 from mmconvert.formats.hf.sides import side_files
+from mmconvert.playground.checkpoints import make_hf
 from mmread import INDEX, MANIFEST, files_in
 
 MODEL = "qwen2vl-2b"

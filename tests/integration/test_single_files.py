@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import mmconvert
 from commands import layout, rank_files, refused
-from hfgen import make_hf
 from inprocess import call, to_mm
+from mmconvert.playground.checkpoints import make_hf
 from mmread import tensor_data
 from qwenvl import make_qwenvl
 

@@ -12,7 +12,7 @@ import pytest
 
 from cli import run_cli
 from commands import QWEN2VL, hf_to_mm
-from hfgen import make_hf
+from mmconvert.playground.checkpoints import make_hf
 
 FULL = Path("/dev/full")  # Linux, full(4): every write fails as on a full disk
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="only Linux has /dev/full")
@@ -108,6 +108,6 @@ def test_a_folder_flag_that_is_empty(flag: str, tied_hf: Path, tmp_path: Path) -
     words = [word for pair in folders.items() for word in pair]
     here = tmp_path / "here"
     here.mkdir()
-    done = run_cli(QWEN2VL, "hf_to_mm", *words, cwd=here, check=2)
+    done = run_cli(QWEN2VL, "hf_to_mm", *words, cwd=here, check=2, process=True)
     assert f"{flag} is empty" in done.stderr
     assert list(here.iterdir()) == []

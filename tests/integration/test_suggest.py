@@ -14,7 +14,7 @@ import torch
 
 from cli import run_cli
 from commands import edit_json, install, rank_files, refused
-from hfgen import make_hf
+from mmconvert.playground.checkpoints import make_hf
 from mmconvert.sharding.stages import check_grids, parse_grid
 
 LAYERS = {

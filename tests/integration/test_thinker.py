@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from commands import layout, none
-from hfgen import make_hf
 from inprocess import call, to_hf, to_mm, to_other
+from mmconvert.playground.checkpoints import make_hf
 from mmread import MANIFEST, compare_hf, compare_mm, files_in
 from tinyfamilies import make_omni, omni_thinker
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cli import run_cli
 from commands import QWEN2VL, Done, copied, layout, litter, snapshot, target
-from hfgen import make_hf
+from mmconvert.playground.checkpoints import make_hf
 from stopping import command, noted
 
 HF, MM = "--cfg.hf_config.hf_dir", "--cfg.mm_dir"

@@ -12,12 +12,12 @@ import torch
 
 import mmconvert
 import toyformat
-from hfgen import make_hf
 from inprocess import call
 from mmconvert import Options
-from mmconvert.errors import CheckpointError, RequestError
+from mmconvert.errors import CheckpointError, OutputError, RequestError
 from mmconvert.executor import journal
 from mmconvert.formats import registry
+from mmconvert.playground.checkpoints import make_hf
 
 AUTO, QWEN = "AutoConverter", "Qwen2VLConverter"
 NPY, NORM = "npy", "text_decoder.decoder.final_layernorm.weight"
@@ -124,6 +124,23 @@ def test_resume(hf: Path, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert result.moved.resumed > 0
     for file in sorted(toy.glob("*.npy")):
         assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+def test_overwrite(hf: Path, toy: Path) -> None:
+    """Its folder is replaced, unless something else is in it; its new content is complete."""
+    kept = (toy / toyformat.INDEX).read_bytes()
+    with pytest.raises(OutputError, match="--overwrite"):
+        mmconvert.convert_to(NPY, hf, toy)
+    (toy / toyformat.INDEX).write_text("{}")
+    (toy / "thesis.tex").write_text("by hand")
+    with pytest.raises(OutputError, match=r"thesis\.tex"):
+        mmconvert.convert_to(NPY, hf, toy, options=Options(overwrite=True))
+    (toy / "thesis.tex").unlink()
+    mmconvert.convert_to(NPY, hf, toy, options=Options(overwrite=True))
+    assert (toy / toyformat.INDEX).read_bytes() == kept
+    (toy / toyformat.INDEX).unlink()
+    with pytest.raises(OutputError, match="does not look like a checkpoint"):
+        mmconvert.convert_to(NPY, hf, toy, options=Options(overwrite=True))
 
 
 def test_the_command_line(hf: Path, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from hfgen import make_hf
 from inprocess import HF, MM, SOURCE, TARGET, Done, call
+from mmconvert.playground.checkpoints import make_hf
 
 OMNI, INTERN = "Qwen2_5_OmniConverter", "InternVLConverter"
 P = "--cfg.parallel_config."

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from api import Shape, to_hf, to_mm
-from hfgen import NEW_NAMES, renamed
+from mmconvert.playground.checkpoints import NEW_NAMES, renamed
 from mmread import MANIFEST, compare_mm, files_in
 from tinymodels import CONVERTERS, inputs, save, tiny_model
 

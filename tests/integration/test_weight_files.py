@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load_file
 
 from commands import layout, litter, none, refused, untouched
-from hfgen import make_hf
 from inprocess import call, to_hf, to_mm, to_other
 from mmconvert.errors import RequestError
+from mmconvert.playground.checkpoints import make_hf
 from mmconvert.words import parse_size
 from mmread import INDEX, compare_side_files, read_weight_file, weight_files
 

@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api import Shape, to_hf, to_mm, to_other
-from hfgen import NEW_NAMES, make_hf, nested_config
 from mmconvert.errors import LayoutError, MMConvertError
 from mmconvert.plan.plan import Copy, Plan
 from mmconvert.plan.proof import prove
+from mmconvert.playground.checkpoints import NEW_NAMES, make_hf, nested_config
 from mmread import MANIFEST, compare_mm, files_in
 from painting import DRY, NORMAL, assert_none, folder, painted, tries
 

@@ -22,7 +22,7 @@ from mmconvert.runtime.dataset import Data, Feed, Order, Share, read_samples, sp
 from mmconvert.runtime.dialects import read_source
 from mmconvert.runtime.encoding import Encoder, nbytes
 from mmconvert.runtime.families import architecture
-from mmconvert.runtime.samples import Source
+from mmconvert.runtime.samples import SampleSource
 from mmconvert.runtime.stage import pooled
 
 
@@ -327,7 +327,7 @@ def spoiled(folder: Path) -> Path:
 
 def test_bad_samples_are_counted_named_and_left_out(speaker: Speaker, tmp_path: Path) -> None:
     said: list[str] = []
-    samples, _ = Data((Source((spoiled(tmp_path),)),)).read(0, said.append)
+    samples, _ = Data((SampleSource((spoiled(tmp_path),)),)).read(0, said.append)
     text = "\n".join(said)
     assert "2 of 8 samples are left out" in text  # before the first step: missing, and places
     assert "entry 5: " in text
@@ -349,19 +349,19 @@ def test_bad_samples_are_counted_named_and_left_out(speaker: Speaker, tmp_path: 
 def test_with_strict_the_first_bad_sample_is_an_error(speaker: Speaker, tmp_path: Path) -> None:
     path = spoiled(tmp_path)
     with pytest.raises(DatasetError, match=r"entry 5: .*gone\.png is missing"):
-        Data((Source((path,)),), strict=True).read(0, print)
+        Data((SampleSource((path,)),), strict=True).read(0, print)
     items = json.loads(path.read_text())
     path.write_text(json.dumps(items[:5]))
     with pytest.raises(DatasetError, match=r"entry 1: .*cut\.jpg"):
-        Data((Source((path,)),), strict=True).read(0, print)
+        Data((SampleSource((path,)),), strict=True).read(0, print)
     path.write_text(json.dumps([items[0], items[3]]))
-    samples, _ = Data((Source((path,)),), strict=True).read(0, print)
+    samples, _ = Data((SampleSource((path,)),), strict=True).read(0, print)
     with pytest.raises(DatasetError, match=r"entry 1: .*torn\.png"):
         Feed(speaker, samples, 1, 2, "file", strict=True).step(0)
 
 
 def test_an_evaluation_counts_no_sample_twice(speaker: Speaker, tmp_path: Path) -> None:
-    samples, _ = Data((Source((spoiled(tmp_path),)),)).read(0, lambda said: None)
+    samples, _ = Data((SampleSource((spoiled(tmp_path),)),)).read(0, lambda said: None)
     batches = Feed(speaker, samples, 1, 6, "once").step(0)
     counted = [bool((b.labels != IGNORED).any()) for b in batches]
     assert counted == [True, False, True, False, True, True]
@@ -425,7 +425,7 @@ def test_every_dialect_is_the_same_conversation(name: str, tmp_path: Path) -> No
     talking.write_data(tmp_path)
     file, text = DIALECTS[name]
     (tmp_path / file).write_text(text)
-    found = read_source(Source((tmp_path / file,)))
+    found = read_source(SampleSource((tmp_path / file,)))
     assert not found.faults
     for sample in found.samples:
         assert list(sample.messages) == [("user", "<image>Q"), ("assistant", "A")]
@@ -436,7 +436,7 @@ def test_every_dialect_is_the_same_conversation(name: str, tmp_path: Path) -> No
 def test_a_line_that_is_no_json_is_left_out(tmp_path: Path) -> None:
     good = json.dumps(talking.talk("Q", "A"))
     (tmp_path / "a.jsonl").write_text(f"{good}\n{good[:20]}\n{good}\n")
-    found = read_source(Source((tmp_path / "a.jsonl",)))
+    found = read_source(SampleSource((tmp_path / "a.jsonl",)))
     assert len(found.samples) == 2
     assert "line 2 is no JSON" in found.faults[0].what
     assert found.notes()[0] == "warning: 1 of 3 samples are left out:"

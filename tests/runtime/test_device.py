@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from pathlib import Path
 
 def load():
     Path(os.environ["LOADED"]).touch()
-    if "ASCEND" not in os.environ:
+    if os.environ.get("ASCEND") != "1":
         raise ImportError("libhccl.so: cannot open shared object file: No such file or directory")
     import torch
     import torch.distributed as dist
@@ -53,6 +54,7 @@ CHOICE = (
     "import sys\n"
     "try:\n"
     "    needs.require(sys.argv[1])\n"
+    "    import transformers\n"
     "    from mmconvert.runtime.device import backend, device\n"
     "    print(device().type, backend(device()))\n"
     "except MMConvertError as error:\n"
@@ -121,6 +123,19 @@ def test_a_plugin_without_cann_does_not_stop_torch(plugin: dict[str, str]) -> No
     Path(plugin["LOADED"]).unlink()
     assert choice("auto", plugin) == "cpu gloo"
     assert not Path(plugin["LOADED"]).exists()
+
+
+def test_a_plugin_that_cannot_be_loaded_is_named(
+    plugin: dict[str, str], cann: dict[str, str]
+) -> None:
+    broken = {**plugin, **cann, "ASCEND": "too old"}
+    for device in ("auto", "npu"):
+        assert choice(device, broken) == (
+            "torch_npu 2.13.0 is installed and cannot be loaded beside torch "
+            f"{version('torch')}: libhccl.so: cannot open shared object file: "
+            "No such file or directory"
+        )
+    assert choice("cpu", broken) == "cpu gloo"
 
 
 def test_an_npu_is_taken_where_there_is_one(plugin: dict[str, str], cann: dict[str, str]) -> None:

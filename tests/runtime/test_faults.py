@@ -24,7 +24,7 @@ from inprocess import call
 from mmconvert.errors import CheckpointError, LostProcessError, RequestError
 from mmconvert.runtime import commands, trouble
 from mmconvert.runtime.launch import Emit, launch
-from mmconvert.runtime.verdict import Report
+from mmconvert.runtime.verdict import ValidationReport
 
 pytestmark = pytest.mark.slow
 
@@ -192,7 +192,7 @@ def test_workers_end_when_their_parent_is_killed(work: Work, tmp_path: Path) -> 
 
 
 # ------------------------------------------------------------------------------ wrong inputs
-def validated(mm: Path, hf: Path) -> Report:
+def validated(mm: Path, hf: Path) -> ValidationReport:
     return commands.validate(mm, hf, "", (), (), "fp32", 0.0, lambda event: None)
 
 

@@ -19,7 +19,7 @@ from cli import run_cli
 from commands import mm_to_hf
 from mmconvert.errors import OutputError
 from mmconvert.runtime.dataset import Data
-from mmconvert.runtime.samples import Source
+from mmconvert.runtime.samples import SampleSource
 
 STEPS, HALF = 6, 3
 pytestmark = pytest.mark.slow
@@ -135,7 +135,7 @@ def test_a_restart_says_what_has_changed(work: Work, tmp_path: Path) -> None:
     other.write_text(json.dumps([talking.talk("Hello.", "Hi.")]))
     what = talking.plan(save, 2, rate=1e-3)
     talking.commands.finetune(
-        work.mm, work.hf, Data((Source((other,)),)), what, "bf16", True,
+        work.mm, work.hf, Data((SampleSource((other,)),)), what, "bf16", True,
         lambda event: heard.append(str(event)),
     )  # fmt: skip
     warned = {line.split()[1] for line in heard if line.startswith("warning: ")}

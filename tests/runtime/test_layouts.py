@@ -20,7 +20,7 @@ from mmconvert.runtime.dataset import Feed, read_samples
 from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.launch import Emit, launch
-from mmconvert.runtime.mmfiles import Stored
+from mmconvert.runtime.mmfiles import LoadableCheckpoint
 from nights import nightly
 
 STEPS = 20
@@ -42,7 +42,7 @@ class Gradients:
     """The job of every process: the gradients of one step, by transformers' names, whole."""
 
     arch: Architecture
-    stored: Stored
+    stored: LoadableCheckpoint
     hf: Path
     data: Path
 

@@ -18,6 +18,7 @@ from mmconvert.errors import RequestError
 from mmconvert.runtime import films
 from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.families import architecture
+from mmconvert.runtime.media import Media
 from mmconvert.runtime.pictures import frames_of, open_picture, scaled
 from mmconvert.runtime.prepare import Prepare, Tiling
 from mmconvert.runtime.samples import Clip, Sample
@@ -231,10 +232,12 @@ def test_internvl_counts_its_tiles_and_numbers_its_frames(intern: Path, tmp_path
 def test_internvl_takes_the_middles_of_equal_parts(intern: Path, tmp_path: Path) -> None:
     filming = pytest.importorskip("filming")
     path = filming.film(tmp_path / "a.mp4", [i * 10 for i in range(20)])
-    speaker = Speaker(architecture(intern), intern, Prepare(video_frames=4))
-    greys = [f.getpixel((30, 20))[0] for f in speaker.media.frames(path)]  # type: ignore[index]
+    media = Media(architecture(intern), intern, Prepare(video_frames=4))
+    frames, times = media.frames(path)
+    greys = [f.getpixel((30, 20))[0] for f in frames]  # type: ignore[index]
     assert greys == pytest.approx([20, 70, 120, 170], abs=5)
-    part = speaker.media.frames(Clip(path, 1.0, 1.4))  # frames 10 to 13
+    assert times == pytest.approx([0.2, 0.7, 1.2, 1.7])
+    part, _ = media.frames(Clip(path, 1.0, 1.4))  # frames 10 to 13
     assert [f.getpixel((30, 20))[0] for f in part] == pytest.approx([100, 110, 120, 130], abs=5)  # type: ignore[index]
 
 

@@ -14,7 +14,7 @@ import tinyfamilies as models
 from commands import copied, edit_rank
 from mmconvert.errors import TensorError
 from mmconvert.runtime import commands
-from mmconvert.runtime.verdict import Report
+from mmconvert.runtime.verdict import ValidationReport
 
 Shard = dict[str, torch.Tensor]
 VIT, TEXT = "image_encoder.encoder.blocks.layers", "text_decoder.decoder.layers"
@@ -108,7 +108,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return hf, models.convert("qwen2_vl", hf, folder / "mm", "[1,3]", "[3,0]", 2)
 
 
-def validated(mm: Path, hf: Path) -> Report:
+def validated(mm: Path, hf: Path) -> ValidationReport:
     return commands.validate(mm, hf, "", (), (), "fp32", 0.0, lambda event: None)
 
 

@@ -25,7 +25,7 @@ from mmconvert.runtime.dataset import Feed, read_samples
 from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.families import Architecture, architecture
 from mmconvert.runtime.launch import Emit, launch
-from mmconvert.runtime.mmfiles import Stored
+from mmconvert.runtime.mmfiles import LoadableCheckpoint
 
 pytestmark = pytest.mark.slow
 STEPS, SIZE, COUNT = 4, 2, 2
@@ -182,7 +182,7 @@ class Summed:
     """The job: one step of many micro-batches in bf16, and the same micro-batches one by one."""
 
     arch: Architecture
-    stored: Stored
+    stored: LoadableCheckpoint
     hf: Path
     data: Path
 

@@ -14,7 +14,7 @@ import qwenvlgolden as golden
 from mmconvert.errors import CheckpointError, MMConvertError, ReplicaError
 from mmconvert.runtime.qwenvl import model as text
 from mmconvert.runtime.qwenvl import vision
-from mmconvert.runtime.qwenvl.model import Cache, Places, QwenVL
+from mmconvert.runtime.qwenvl.model import Cache, Places, QwenVLModel
 from qwenvl import devices, hf_to_ms, resplit_ms
 from qwenvlgolden import LOGITS, VISION, away, recorded
 
@@ -112,7 +112,7 @@ def test_a_checkpoint_of_other_sizes_is_refused(hf: Path, tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------- one fact changed
 
 
-def gate_on_w1(self: text.MLP, x: Tensor) -> Tensor:
+def gate_on_w1(self: text.GatedMLP, x: Tensor) -> Tensor:
     return self.c_proj(F.silu(self.w1(x)) * self.w2(x))
 
 
@@ -124,11 +124,11 @@ def interleaved(x: Tensor, places: Places) -> Tensor:
     return torch.stack((one * cos - two * sin, two * cos + one * sin), -1).flatten(-2)
 
 
-def tanh_gelu(self: vision.MLP, x: Tensor) -> Tensor:
+def tanh_gelu(self: vision.VisionMLP, x: Tensor) -> Tensor:
     return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
-def contiguous(self: vision.Attention, x: Tensor) -> Tensor:
+def contiguous(self: vision.VisionAttention, x: Tensor) -> Tensor:
     q, k, v = (vision.heads_of(part, self.heads) for part in self.in_proj(x).chunk(3, -1))
     out = F.scaled_dot_product_attention(q, k, v)
     return self.out_proj(out.transpose(1, 2).flatten(2))
@@ -150,37 +150,37 @@ def no_positions_on_queries(self: vision.Resampler, x: Tensor) -> Tensor:
 
 
 def one_slot_later(
-    self: QwenVL, ids: Tensor, pixels: Tensor | None, slots: Tensor | None
+    self: QwenVLModel, ids: Tensor, pixels: Tensor | None, slots: Tensor | None
 ) -> Tensor:
     moved = None if slots is None else slots + torch.tensor([0, 1])
     return EMBED(self, ids, pixels, moved)
 
 
-def pads_seen(self: QwenVL, x: Tensor, keep: Tensor | None, cache: Cache | None) -> Places:
+def pads_seen(self: QwenVLModel, x: Tensor, keep: Tensor | None, cache: Cache | None) -> Places:
     return PLACES(self, x, None, cache)
 
 
-EMBED, PLACES = QwenVL.embed, QwenVL.places
-Patch = Callable[[pytest.MonkeyPatch, QwenVL], object]
+EMBED, PLACES = QwenVLModel.embed, QwenVLModel.places
+Patch = Callable[[pytest.MonkeyPatch, QwenVLModel], object]
 
 
-def norms(patch: pytest.MonkeyPatch, model: QwenVL) -> None:
+def norms(patch: pytest.MonkeyPatch, model: QwenVLModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             patch.setattr(module, "eps", 1e-5)
 
 
-def transposed(patch: pytest.MonkeyPatch, model: QwenVL) -> None:
+def transposed(patch: pytest.MonkeyPatch, model: QwenVLModel) -> None:
     visual = model.transformer.visual
     patch.setattr(visual, "proj", nn.Parameter(visual.proj.T.contiguous()))
 
 
-def of_the_hub(patch: pytest.MonkeyPatch, model: QwenVL) -> None:
+def of_the_hub(patch: pytest.MonkeyPatch, model: QwenVLModel) -> None:
     patch.setattr(model.transformer.visual, "positions", "hub")
     patch.setattr(model.transformer.visual.attn_pool, "positions", "hub")
 
 
-def base(patch: pytest.MonkeyPatch, model: QwenVL) -> None:
+def base(patch: pytest.MonkeyPatch, model: QwenVLModel) -> None:
     sizes = text.Sizes(**{**vars(model.sizes), "base": 1e6})
     patch.setattr(model, "sizes", sizes)
 
@@ -188,14 +188,14 @@ def base(patch: pytest.MonkeyPatch, model: QwenVL) -> None:
 MUTATIONS: dict[str, tuple[Patch, str]] = {
     "half pixel centres": (of_the_hub, "vision"),
     "bicubic a -0.5": (lambda p, m: p.setattr(vision, "A", -0.5), "vision"),
-    "gate on w1": (lambda p, m: p.setattr(text.MLP, "forward", gate_on_w1), "text"),
+    "gate on w1": (lambda p, m: p.setattr(text.GatedMLP, "forward", gate_on_w1), "text"),
     "rope interleaved": (lambda p, m: p.setattr(text, "rotate", interleaved), "text"),
     "rope base 1e6": (base, "text"),
     "rms eps 1e-5": (lambda p, m: p.setattr(text, "EPS", 1e-5), "text"),
     "layer norm eps 1e-5": (norms, "vision"),
-    "tanh gelu": (lambda p, m: p.setattr(vision.MLP, "forward", tanh_gelu), "vision"),
+    "tanh gelu": (lambda p, m: p.setattr(vision.VisionMLP, "forward", tanh_gelu), "vision"),
     "vision qkv not interleaved": (
-        lambda p, m: p.setattr(vision.Attention, "forward", contiguous),
+        lambda p, m: p.setattr(vision.VisionAttention, "forward", contiguous),
         "vision",
     ),
     "positions on values too": (
@@ -207,8 +207,11 @@ MUTATIONS: dict[str, tuple[Patch, str]] = {
         "vision",
     ),
     "proj transposed": (transposed, "vision"),
-    "picture one slot later": (lambda p, m: p.setattr(QwenVL, "embed", one_slot_later), "picture"),
-    "padding not masked": (lambda p, m: p.setattr(QwenVL, "places", pads_seen), "pad"),
+    "picture one slot later": (
+        lambda p, m: p.setattr(QwenVLModel, "embed", one_slot_later),
+        "picture",
+    ),
+    "padding not masked": (lambda p, m: p.setattr(QwenVLModel, "places", pads_seen), "pad"),
     "masked by -inf": (lambda p, m: p.setattr(text, "MASKED", -1e30), "leftpad"),
 }
 

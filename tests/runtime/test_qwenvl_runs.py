@@ -12,7 +12,7 @@ from PIL import Image
 
 import qwenvlgolden as golden
 from cli import run_cli
-from hfgen import make_hf
+from mmconvert.playground.checkpoints import make_hf
 from mmconvert.runtime.qwenvl import answer, validation
 from mmconvert.runtime.qwenvl.prompts import Prompt
 from qwenvl import devices, hf_to_ms, make_qwenvl, resplit_ms

@@ -22,9 +22,9 @@ from mmconvert.runtime.optimizer import Recipe
 from mmconvert.runtime.qwenvl import learning, saving, training
 from mmconvert.runtime.qwenvl.learning import Lesson, Teacher, template
 from mmconvert.runtime.qwenvl.tokenizer import Tokenizer
-from mmconvert.runtime.samples import Sample, Source
+from mmconvert.runtime.samples import Sample, SampleSource
 from mmconvert.runtime.schedule import Schedule
-from mmconvert.runtime.training import Outcome, Plan
+from mmconvert.runtime.training import TrainingOutcome, TrainingPlan
 from qwenvl import QWENVL, hf_to_ms
 from qwenvlgolden import recorded
 
@@ -113,7 +113,7 @@ def test_what_learns_is_what_mindformers_lets_learn(folder: Path) -> None:
         training.freeze(model, ["image_encoder"])
 
 
-def plan(save: Path, steps: int, **changes: Any) -> Plan:
+def plan(save: Path, steps: int, **changes: Any) -> TrainingPlan:
     schedule = Schedule(1e-3, 1e-4, 2, 4, 0.0, "cosine")
     recipe = Recipe(schedule, 0.1, 0.9, 0.95, 1e-8, 1.0)
     settings: dict[str, Any] = {
@@ -121,7 +121,7 @@ def plan(save: Path, steps: int, **changes: Any) -> Plan:
         "log_every": 1, "size": 1, "count": 2, "seed": 1, "frozen": (), "save_optimizer": True,
         "recipe": recipe,
     }  # fmt: skip
-    return Plan(**{**settings, **changes})
+    return TrainingPlan(**{**settings, **changes})
 
 
 def finetuned(
@@ -132,11 +132,11 @@ def finetuned(
     *,
     resume: bool = False,
     **changes: Any,
-) -> Outcome:
-    source = training.Source(
+) -> TrainingOutcome:
+    source = training.QwenVLSource(
         folder / "hf", folder / "x.ckpt", folder / "hf" / "qwen.tiktoken", length=400
     )
-    data = Data((Source((folder / "train.json",), 0, (folder / "coco",)),))
+    data = Data((SampleSource((folder / "train.json",), 0, (folder / "coco",)),))
     settings = plan(save, steps, **changes)
     return training.finetune(source, data, settings, "fp32", emit, resume=resume)
 
@@ -223,10 +223,10 @@ def test_a_sample_that_is_cut_in_a_picture_is_left_out(folder: Path) -> None:
 
 
 def test_evaluations_are_the_loss_of_the_samples(folder: Path, tmp_path: Path) -> None:
-    source = training.Source(
+    source = training.QwenVLSource(
         folder / "hf", folder / "hf", folder / "hf" / "qwen.tiktoken", length=400
     )
-    data = Source((folder / "train.json",), 0, (folder / "coco",))
+    data = SampleSource((folder / "train.json",), 0, (folder / "coco",))
     still = plan(
         tmp_path, 1, evaluate_every=1, recipe=Recipe(Schedule(0, 0, 0, 1), 0, 0.0, 0.0, 1, 0)
     )

@@ -20,8 +20,8 @@ from mmconvert.runtime import commands
 from mmconvert.runtime.beginning import Load
 from mmconvert.runtime.dataset import Data
 from mmconvert.runtime.journal import Line
-from mmconvert.runtime.samples import Source
-from mmconvert.runtime.training import Plan
+from mmconvert.runtime.samples import SampleSource
+from mmconvert.runtime.training import TrainingPlan
 from nights import nightly
 
 STEPS, HALF = 6, 3
@@ -136,10 +136,10 @@ def test_a_restart_with_other_frozen_parts_is_refused(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------- what a restart says
-def said_by(mm: Path, hf: Path, data: Path, what: Plan, **more: Any) -> list[str]:
+def said_by(mm: Path, hf: Path, data: Path, what: TrainingPlan, **more: Any) -> list[str]:
     heard: list[str] = []
     commands.finetune(
-        None, hf, Data((Source((data,)),)), what, "fp32", False,
+        None, hf, Data((SampleSource((data,)),)), what, "fp32", False,
         lambda event: heard.append(str(event)), load=Load(mm, **more),
     )  # fmt: skip
     return heard
@@ -162,7 +162,7 @@ def test_load_goes_on_from_an_iteration_and_says_what_has_changed(tmp_path: Path
     again = talking.plan(tmp_path / "anew", 4)
     lines: list[Line] = []
     commands.finetune(
-        None, hf, Data((Source((data,)),)), again, "fp32", False,
+        None, hf, Data((SampleSource((data,)),)), again, "fp32", False,
         lambda event: lines.append(event) if isinstance(event, Line) else None,
         load=Load(save, 2, optimizer=False),
     )  # fmt: skip
@@ -189,7 +189,7 @@ def test_iteration_and_schedule_survive_a_resplit(tmp_path: Path) -> None:
     run_cli("Qwen2VLConverter", "resplit", *where, *layout, check=0)
     lines: list[Line] = []
     commands.finetune(
-        None, hf, Data((Source((data,)),)), talking.plan(tmp_path / "rest", 4), "fp32", False,
+        None, hf, Data((SampleSource((data,)),)), talking.plan(tmp_path / "rest", 4), "fp32", False,
         lambda event: lines.append(event) if isinstance(event, Line) else None, load=Load(other),
     )  # fmt: skip
     assert [line.iteration for line in lines] == [3, 4]

@@ -20,7 +20,7 @@ from mmconvert.sharding.layout import Layout
 from syncing import recorded
 
 TRACKER = "latest_checkpointed_iteration.txt"
-LAYOUT = Layout({"vit": 1, "llm": 1}, {"vit": ((1, 0),), "llm": ((1, 1),)})
+LAYOUT = Layout({"vit": 1, "llm": 1}, {"vit": ((1, 0),), "llm": ((1, 1),)}, decoder="llm")
 
 
 def save(folder: Path, iteration: int, value: float) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -20,6 +21,7 @@ from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.families import architecture
 from mmconvert.runtime.prepare import Prepare
 from mmconvert.runtime.samples import Sample
+from tinymodels import END, START, VIDEO
 
 # How Qwen's tokenizer cuts a text before it merges: runs of newlines and of blanks are one piece.
 PIECES = (
@@ -80,6 +82,52 @@ def by_template(tokenizer: Any, messages: list[tuple[str, str]]) -> tuple[list[i
         else:
             add(f"{text}<|im_end|>\n", learnt=True)
     return ids, labels
+
+
+GLM = {
+    "one question": (
+        [("user", "Hi"), ("assistant", "Ho")],
+        "[gMASK]<sop><|user|>\nHi<|assistant|>",
+        "\nHo<|endoftext|>",
+    ),
+    "two questions": (
+        [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")],
+        "[gMASK]<sop><|system|>\ns<|user|>\na<|assistant|><|user|>\nc<|assistant|>",
+        "\nb\nd<|endoftext|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GLM)
+def test_glm_has_a_form_of_its_own(name: str, tmp_path: Path) -> None:
+    """LLaMA-Factory's ``glm4v``: what opens the next message ends an answer."""
+    hf = talking.make("glm4v", tmp_path / "hf")
+    speaker = Speaker(architecture(hf), hf)
+    messages, asked, learnt = GLM[name]
+    batch = speaker.batch(Sample(messages), answer=False)
+    ids, learns = batch.ids[0], batch.labels[0] != IGNORED
+    assert speaker.tokenizer.decode(ids[~learns]) == asked
+    assert speaker.tokenizer.decode(ids[learns]) == learnt
+    assert torch.equal(batch.labels[0][learns], ids[learns])
+    ends = (speaker.tokenizer.convert_tokens_to_ids(w) for w in ("<|user|>", "<|endoftext|>"))
+    assert set(ends) <= speaker.stop
+
+
+def test_the_frames_of_qwen3_stand_behind_their_times(tmp_path: Path) -> None:
+    """As Qwen3-VL's processor has them: two frames a time, the one between both."""
+    hf = talking.make("qwen3_vl", tmp_path / "hf")
+    speaker = Speaker(architecture(hf), hf)
+    frames = tmp_path / "film"
+    frames.mkdir()
+    for i, colour in enumerate(talking.COLOURS):
+        talking.picture(frames / f"{i}.png", colour)
+    batch = speaker.batch(Sample([("user", "<video>?")], videos=[frames]), answer=True)
+    video = [START, *[VIDEO] * 4, END]
+    times = [speaker.tokenizer.encode(f"<{t} seconds>") for t in ("0.2", "1.2")]  # 0, 0.5; 1, 1.5
+    before = speaker.tokenizer.encode("<|im_start|>user\n")
+    after = speaker.tokenizer.encode("?<|im_end|>\n<|im_start|>assistant\n")
+    assert batch.ids[0].tolist() == [*before, *times[0], *video, *times[1], *video, *after]
+    assert batch.grid.tolist() == [[2, 4, 4]]
 
 
 @pytest.mark.parametrize("messages", AWKWARD)

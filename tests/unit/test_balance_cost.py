@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hfgen import make_hf
 from mmconvert.formats.hf.folder import read_config
 from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.recognise import family_of
+from mmconvert.playground.checkpoints import make_hf
 from mmconvert.tools.suggest.cost import Costs, module_costs
 from mmconvert.tools.suggest.shapes import config_shapes, stored_shapes
 from mmconvert.tools.suggest.workload import Workload, flows, patch_sizes

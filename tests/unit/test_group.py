@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mmconvert.config import HFConfig, HFToMM, Options
 from mmconvert.errors import LayoutError, MMConvertError, OutputError, RequestError
 from mmconvert.executor.agreement import of_plan, of_request
-from mmconvert.executor.group import Group
+from mmconvert.executor.group import ProcessGroup
 from mmconvert.formats.reading import State
 from mmconvert.plan.plan import Plan
 from mmconvert.stored import StoredTensor
@@ -22,7 +22,7 @@ from mmconvert.stored import StoredTensor
 T = TypeVar("T")
 
 
-class Thread(Group):
+class Thread(ProcessGroup):
     """A process that is a thread; `table` holds what each of them says."""
 
     def __init__(self, rank: int, table: list, barrier: threading.Barrier) -> None:
@@ -37,7 +37,7 @@ class Thread(Group):
         return found
 
 
-def everywhere(size: int, work: Callable[[Group], T]) -> list[T | Exception]:
+def everywhere(size: int, work: Callable[[ProcessGroup], T]) -> list[T | Exception]:
     """What `work` returns, or raises, in each of `size` processes."""
     table: list = [None] * size
     barrier = threading.Barrier(size)
@@ -63,7 +63,7 @@ def test_shares(weights: Sequence[int], size: int) -> None:
     items = list(enumerate(weights))
     shares = []
     for rank in range(size):
-        group = Group()
+        group = ProcessGroup()
         group.rank, group.size = rank, size
         shares.append(group.share(items, lambda item: item[1]))
     assert [item for share in shares for item in share] == items
@@ -73,7 +73,7 @@ def test_shares(weights: Sequence[int], size: int) -> None:
 
 
 def test_alone() -> None:
-    group = Group()
+    group = ProcessGroup()
     assert (group.rank, group.size, group.leads) == (0, 1, True)
     assert group.together(lambda: 5) == [5]
     assert group.lead(lambda: 6) == 6
@@ -98,7 +98,7 @@ def test_the_leader_alone_works() -> None:
 def test_one_fails_all_fail(failing: set[int]) -> None:
     """Each with its own error, or with that of the first that failed, which it names."""
 
-    def work(group: Group) -> object:
+    def work(group: ProcessGroup) -> object:
         def fail() -> None:
             if group.rank in failing:
                 raise OutputError(f"disk {group.rank}", "room", "buy one")
@@ -115,7 +115,7 @@ def test_one_fails_all_fail(failing: set[int]) -> None:
 def test_kinds_of_errors_are_kept() -> None:
     """The exit code is the same in all processes; a stranger's error is named."""
 
-    def work(error: Exception) -> Callable[[Group], object]:
+    def work(error: Exception) -> Callable[[ProcessGroup], object]:
         def fail() -> object:
             raise error
 

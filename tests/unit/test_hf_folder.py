@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from hfgen import make_hf, nested_config
 from mmconvert import converters
 from mmconvert.config import Options
 from mmconvert.errors import CheckpointError, FormatError, MMConvertError
@@ -20,6 +19,7 @@ from mmconvert.formats.containers.image import create
 from mmconvert.formats.hf.folder import INDEX, open_hf, read_config
 from mmconvert.formats.hf.model import config_model, hf_model
 from mmconvert.formats.hf.output import weight_images
+from mmconvert.playground.checkpoints import make_hf, nested_config
 from mmconvert.stored import Target
 
 Json = dict[str, Any]

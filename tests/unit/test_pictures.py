@@ -149,9 +149,11 @@ def boxes_of(layout: Layout) -> list[Box]:
 
 
 LAYOUTS = {
-    "one rank": Layout({"vit": 1, "llm": 1}, {"vit": ((32,),), "llm": ((28,),)}),
+    "one rank": Layout({"vit": 1, "llm": 1}, {"vit": ((32,),), "llm": ((28,),)}, decoder="llm"),
     "hetero": Layout(
-        {"vit": 1, "audio": 2, "llm": 4}, {"vit": ((32,),), "audio": ((32,),), "llm": ((28,),)}
+        {"vit": 1, "audio": 2, "llm": 4},
+        {"vit": ((32,),), "audio": ((32,),), "llm": ((28,),)},
+        decoder="llm",
     ),
     "giant": Layout(
         {"vit": 8, "llm": 8},
@@ -159,6 +161,7 @@ LAYOUTS = {
             "vit": ((3,) * 15 + (0,), (0,) * 16, (0,) * 16),
             "llm": ((0,) * 15 + (1,), (2,) * 16, (3,) * 16),
         },
+        decoder="llm",
     ),
 }
 
@@ -200,7 +203,7 @@ def test_every_cell_says_what_it_holds(name: str) -> None:
 
 
 def test_more_bytes_are_a_darker_shade() -> None:
-    layout = Layout({"llm": 1}, {"llm": ((1, 2, 4, 8),)})
+    layout = Layout({"llm": 1}, {"llm": ((1, 2, 4, 8),)}, decoder="llm")
     cells, _ = parts(layout_drawing(layout, boxes_of(layout), "a title"))
     shades = [c.css for c in cells if c.right - c.left > 60 and c.bottom - c.top > 30]
     assert shades == ["s0", "s1", "s3", "s5"]
@@ -211,7 +214,7 @@ def test_more_bytes_are_a_darker_shade() -> None:
 def test_files_of_any_name_and_size(files: list[tuple[str, int]]) -> None:
     boxes: list[Box] = []
     for name, size in files:
-        vision = Holding("vit", (0, 1), True, False, size, 3)
+        vision = Holding("vit", (0, 1), True, False, size, 3, "vision", "encoder1")
         boxes.append(Box(name, (vision, Holding("x" + name, (), False, False, 7, 1))))
     _, words = parts(stacks_drawing(boxes, "a title", "weight file"))
     assert [w for w in words if w.text.startswith("in, vision 0-1")]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hfgen import make_hf
 from mmconvert import converters
 from mmconvert.config import HFConfig, HFToMM, MMToHF, Options, ParallelConfig
 from mmconvert.convert import hf_to_mm, mm_to_hf
 from mmconvert.errors import CheckpointError, LayoutError
+from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_hf, compare_mm
 
 FAMILY = converters.load("Qwen3VLMegatronConverter")

@@ -1,6 +1,6 @@
 """Contracts of every family, taken from the registry: a new family is tested by being there.
 
-It needs a line in MODELS, the catalogue entries of hfgen.py that it converts.
+It needs a line in MODELS, the catalogue entries of the playground that it converts.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from hfgen import MODELS as CATALOGUE
-from hfgen import NEW_NAMES, make_hf, renamed
 from mmconvert import converters
 from mmconvert.config import (
     CommonModelConfig,
@@ -29,7 +27,9 @@ from mmconvert.converters.checks import check_family
 from mmconvert.converters.family import ZEROS, Family, Module, Row, Variant, hf_templates
 from mmconvert.errors import RequestError
 from mmconvert.names import NO_LAYER
-from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG
+from mmconvert.playground.checkpoints import MODELS as CATALOGUE
+from mmconvert.playground.checkpoints import NEW_NAMES, make_hf, renamed
+from mmconvert.sharding.layout import grid_flag
 from mmconvert.testing import contract
 from mmread import MANIFEST, compare_hf, compare_side_files, files_in, read_mm
 
@@ -37,7 +37,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "Qwen2VLConverter": ("qwen2vl-7b", "qwen2vl-2b"),
     "Qwen2_5_VLConverter": ("qwen2.5vl-7b", "qwen2.5vl-3b"),
     "Qwen2_5_OmniConverter": ("qwen2.5omni-7b",),
-    "InternVLConverter": ("internvl2-1b", "internvl2-2b", "internvl2-76b"),
+    "InternVLConverter": ("internvl2-1b", "internvl2-2b", "internvl2-76b", "internvl3.5-8b"),
     "Qwen3VLMegatronConverter": ("qwen3vl-8b", "qwen3vl-30b-a3b"),
     "GlmConverter": ("glm4.1v-9b",),
     "DeepSeekVLConverter": ("deepseekvl2",),
@@ -96,7 +96,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def config_of(model: str) -> dict[str, Any]:
-    """The config.json that hfgen writes for a model."""
+    """The config.json that the playground writes for a model."""
     entry = CATALOGUE[model]
     return entry.config(entry.sizes)
 
@@ -168,7 +168,6 @@ def test_modules_are_in_the_order_of_the_pipeline(table: Table) -> None:
     assert keys == family.module_keys
     assert keys[-1] == "llm"
     assert len(set(keys)) == len(keys)
-    assert set(keys) <= set(GRID_FLAG) & set(TP_FLAG)
     for module, row in all_rows(modules):
         assert row.mm.startswith(module.label + ".") or row in module.everywhere, row.mm
 
@@ -248,7 +247,7 @@ def test_there_and_back(
     if canonical and not family.canonical:
         pytest.skip(f"{family.name} has no canonical structure")
     flags: dict[str, Any] = {
-        GRID_FLAG[key]: (tuple(split_in_two(dims[f"{key}.layers"], key != "llm")),)
+        grid_flag(key): (tuple(split_in_two(dims[f"{key}.layers"], key != family.decoder)),)
         for key in family.module_keys
     }
     mm, back = tmp_path / "mm", tmp_path / "back"

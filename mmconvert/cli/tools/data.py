@@ -15,7 +15,7 @@ from mmconvert.cli.screen import screen_events
 from mmconvert.errors import RequestError
 
 if TYPE_CHECKING:
-    from mmconvert.datasets.convert import Outcome
+    from mmconvert.datasets.convert import DataResult
     from mmconvert.datasets.jsonlist import ListWriter
     from mmconvert.datasets.llava import Converter
 
@@ -62,7 +62,7 @@ class MLLM:
 
 
 @dataclass(frozen=True)
-class QwenVL:
+class QwenVLData:
     """Files, folders and names."""
 
     data_path: Path = Path("detail_23k.json")
@@ -102,7 +102,7 @@ def _help() -> str:
     return "\n".join([*lines, "", f"{PROG} CONVERSION -h shows the flags."])
 
 
-Form = TypeVar("Form", MLLM, QwenVL)
+Form = TypeVar("Form", MLLM, QwenVLData)
 
 
 def _read(name: str, form: type[Form], words: list[str]) -> Form:
@@ -135,7 +135,7 @@ def _to_mllm(words: list[str]) -> int:
 
 
 def _to_qwenvl(words: list[str]) -> int:
-    asked = _read("llava-to-qwenvl", QwenVL, words)
+    asked = _read("llava-to-qwenvl", QwenVLData, words)
     from mmconvert.datasets.jsonlist import ListWriter
     from mmconvert.datasets.llava import Images, ToQwenVL
 
@@ -172,7 +172,7 @@ def _convert(source: Path, writer: ListWriter, converter: Converter, common: Com
     return 0
 
 
-def _show(outcome: Outcome) -> None:
+def _show(outcome: DataResult) -> None:
     counts = outcome.report.counts
     parts = [f"{counts['images']} with an image", f"{counts['text_only']} text only"]
     parts += [f"{counts[k]} with {k}" for k in ("videos", "audios") if counts[k]]

@@ -24,7 +24,7 @@ DIFFERENT = 1
 
 
 @dataclass(frozen=True)
-class Pair:
+class DiffFlags:
     """Two checkpoints."""
 
     a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
@@ -63,7 +63,7 @@ def run(words: list[str]) -> int:
     """Measures, and shows; exit code 1 if anything differs."""
     prog = "mm-convert diff"
     example = f"{prog} BASE_DIR TRAINED_DIR --top 5 --html report.html"
-    pair = read_plain(Pair, words, prog, f"{ABOUT}\n\nexample:\n  {example}")
+    pair = read_plain(DiffFlags, words, prog, f"{ABOUT}\n\nexample:\n  {example}")
     if pair.top < 0:
         raise RequestError(f"--top is {pair.top}", "a number of tensors, or 0 for all")
     from mmconvert.report.data import diff_dict
@@ -85,7 +85,7 @@ def run(words: list[str]) -> int:
     return 0 if found.equal else DIFFERENT
 
 
-def _write(found: Diff, pair: Pair) -> None:
+def _write(found: Diff, pair: DiffFlags) -> None:
     """The files that were asked for."""
     from mmconvert.report.diffpage import diff_page, diff_svg
     from mmconvert.report.files import write_report

@@ -14,7 +14,7 @@ from mmconvert.cli.screen import screen_events
 from mmconvert.config import MaybePath
 
 if TYPE_CHECKING:
-    from mmconvert.tools.doctor.report import Finding, Report
+    from mmconvert.tools.doctor.report import DoctorReport, Finding
 
 UNHEALTHY = 3
 KINDS = {
@@ -58,12 +58,12 @@ def run(words: list[str]) -> int:
     asked = read_plain(Patient, words, prog, f"{text}\n\nexample:\n  {prog} MM_DIR --hf_dir HF_DIR")
     from mmconvert.errors import RequestError
     from mmconvert.executor.jobs import default_workers
-    from mmconvert.tools.doctor.asked import Asked
+    from mmconvert.tools.doctor.asked import DoctorRequest
     from mmconvert.tools.doctor.examine import examine
 
     if asked.workers < 0:
         raise RequestError(f"--workers is {asked.workers}", "a number of threads, or 0")
-    expected = Asked(
+    expected = DoctorRequest(
         asked.hf_dir, asked.quick, asked.values, asked.workers or default_workers(),
         asked.model_json,
     )  # fmt: skip
@@ -76,7 +76,7 @@ def run(words: list[str]) -> int:
     return 0 if report.healthy else UNHEALTHY
 
 
-def _show(report: Report) -> None:
+def _show(report: DoctorReport) -> None:
     from mmconvert.tools.doctor.report import plain
 
     for finding in [*report.errors(), *report.warnings()]:

@@ -29,7 +29,7 @@ from mmconvert.sharding.layout import Layout
 if TYPE_CHECKING:
     from mmconvert.runtime.beginning import Load
     from mmconvert.runtime.dataset import Data
-    from mmconvert.runtime.training import Outcome, Plan
+    from mmconvert.runtime.training import TrainingOutcome, TrainingPlan
 
 INTERRUPTED = 130
 
@@ -231,7 +231,7 @@ def _train(asked: Finetuned, script: Script) -> int:
     return code
 
 
-def _qwenvl(asked: Finetuned, hf_dir: Path, data: Data, plan: Plan) -> Outcome:
+def _qwenvl(asked: Finetuned, hf_dir: Path, data: Data, plan: TrainingPlan) -> TrainingOutcome:
     """Trains a Qwen-VL, in this process."""
     from mmconvert.runtime.qwenvl import answer, training
 
@@ -239,7 +239,7 @@ def _qwenvl(asked: Finetuned, hf_dir: Path, data: Data, plan: Plan) -> Outcome:
         raise RequestError("Qwen-VL's checkpoints are no MM checkpoints", "--resume, not --load")
     if asked.data_parallel_size > 1:
         raise RequestError("Qwen-VL trains in one process", "no --data_parallel_size")
-    source = training.Source(
+    source = training.QwenVLSource(
         hf_dir, asked.mm_dir or hf_dir, asked.vocab_file or hf_dir / answer.RANKS, asked.like,
         data.prepare.length, data.strict,
     )  # fmt: skip

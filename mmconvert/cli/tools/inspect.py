@@ -94,8 +94,7 @@ def _show(found: Inspection, asked: Inspected) -> None:
         print(("" if note.startswith("warning: ") else "note: ") + printable(note, LONG))
     table = None
     if found.layout is not None:
-        sizes = {b.chunk: b.nbytes for b in found.boxes if b.chunk is not None}
-        table = layout_table(found.layout, sizes=sizes, unicode=shows_blocks())
+        table = layout_table(found.layout, boxes=found.boxes, unicode=shows_blocks())
     elif found.boxes:
         table = boxes_table(found.boxes, found.unit, unicode=shows_blocks())
     if table is not None:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import tyro
 
-from mmconvert.cli.arguments import read_plain
+from mmconvert.cli.arguments import by_module, read_plain
 from mmconvert.cli.screen import say
 from mmconvert.config import MaybeGrid, MaybePath
 from mmconvert.errors import CheckpointError, RequestError
+from mmconvert.modeljson.file import DECODER, ModelJson
 from mmconvert.modeljson.keys import model_keys
 from mmconvert.modeljson.write import script_flags, with_layout, write_json
-from mmconvert.sharding.layout import Layout
+from mmconvert.sharding.layout import Layout, grid_flag
 
 TEXT = """MindSpeed-MM's model.json for a model: sizes from config.json, layer lists and tp sizes
 from --mm_dir or from the flags (one stage if there are none). What is a choice stands as in
@@ -26,7 +27,7 @@ example:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ModelJsonFlags:
     """What to write."""
 
     path: tyro.conf.Positional[Path]
@@ -57,7 +58,7 @@ class Asked:
 
 def run(words: list[str]) -> int:
     """Writes, and prints the script's flags."""
-    asked = read_plain(Asked, words, "mm-convert model_json", TEXT)
+    asked = read_plain(ModelJsonFlags, words, "mm-convert model_json", TEXT)
     from mmconvert.formats.hf.folder import read_config
     from mmconvert.formats.recognise import family_of
 
@@ -84,17 +85,13 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _layout(asked: Asked, content: dict[str, object]) -> Layout:
+def _layout(asked: ModelJsonFlags, content: dict[str, object]) -> Layout:
     """The layout that is asked for.
 
     Raises:
         CheckpointError, RequestError: --mm_dir is none, or does not go with other flags.
     """
-    from mmconvert.modeljson.file import ModelJson
-
-    given = {
-        "vit": asked.vit_pp_layers, "audio": asked.audio_pp_layers, "llm": asked.llm_pp_layers,
-    }  # fmt: skip
+    given = by_module(asked, grid_flag(""))
     if asked.mm_dir is not None:
         if any(given.values()):
             raise RequestError("--mm_dir and layer lists are both given", "one of them")
@@ -112,13 +109,14 @@ def _layout(asked: Asked, content: dict[str, object]) -> Layout:
             raise RequestError(
                 f"the layer lists of {', '.join(missing)} are missing", "one for each module"
             )
-        grids = {key: grid for key, grid in given.items() if grid is not None}
-    sizes = {"vit": asked.vit_tp or asked.tp, "audio": asked.audio_tp or asked.tp, "llm": asked.tp}
-    layout = Layout({key: sizes[key] for key in grids}, grids)
+        grids = {key: given[key] for key in [*grids, *given] if given[key] is not None}
+    encoders = by_module(asked, "_tp")
+    sizes = {key: encoders.get(key) or asked.tp for key in grids}
+    layout = Layout(sizes, grids, decoder=DECODER)
     for key, part in ModelJson(asked.path, content).modules().items():
         count = sum(map(sum, grids[key])) if key in grids else part["num_layers"]
         if count != part["num_layers"]:
             raise RequestError(
-                f"{key}_pp_layers holds {count} layers", f"{part['num_layers']}, by config.json"
+                f"{grid_flag(key)} holds {count} layers", f"{part['num_layers']}, by config.json"
             )
     return layout

@@ -24,7 +24,7 @@ TEMPLATE = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class RunQwenVLFlags:
     """The flags of run_qwenvl.py."""
 
     config: Path
@@ -64,7 +64,7 @@ def run(words: list[str]) -> int:
         "with --hf_dir."
     )
     example = f"{PROG} --config F.yaml --load_checkpoint X.ckpt --vocab_file V --hf_dir HF_DIR"
-    asked = read_plain(Asked, words, PROG, f"{text}\n\nexample:\n  {example}")
+    asked = read_plain(RunQwenVLFlags, words, PROG, f"{text}\n\nexample:\n  {example}")
     if asked.run_mode != "finetune":
         raise RequestError(f"--run_mode {asked.run_mode}", "finetune", "mm-convert predict -h")
     from mmconvert.cli.tools import finetune
@@ -106,7 +106,7 @@ class Yaml:
         return value
 
 
-def flags_of(yaml: Yaml, asked: Asked) -> dict[str, object]:
+def flags_of(yaml: Yaml, asked: RunQwenVLFlags) -> dict[str, object]:
     """The flags of ``finetune`` for a configuration.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from mmconvert.cli.arguments import read_plain
+from mmconvert.cli.arguments import by_module, read_plain
 from mmconvert.cli.screen import screen_events
 from mmconvert.config import MaybePath
 from mmconvert.words import amount
@@ -80,7 +80,8 @@ def run(words: list[str]) -> int:
     expected = Goal(
         asked.pp,
         asked.vpp,
-        {"llm": asked.tp, "vit": asked.vit_tp, "audio": asked.audio_tp},
+        asked.tp,
+        by_module(asked, "_tp"),
         _frozen(asked),
         asked.by,
         Workload(asked.seq_length, asked.image_tokens, asked.images, asked.audio_tokens),
@@ -133,7 +134,9 @@ def _model_json(asked: SuggestFlags, found: Suggestion) -> Made:
     from mmconvert.sharding.layout import Layout
 
     grids = found.balance.grids
-    layout = Layout({key: found.tp.get(key, found.tp["llm"]) for key in grids}, grids)
+    decoder = found.model.family.decoder
+    sizes = {key: found.tp.get(key, found.tp[decoder]) for key in grids}
+    layout = Layout(sizes, grids, decoder=decoder)
     file = asked.model_json
     old = read_model_json(file).content if file else model_keys(read_config(asked.path))
     content = with_layout(old, layout)

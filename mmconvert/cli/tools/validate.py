@@ -15,7 +15,7 @@ from mmconvert.cli.scriptflags import check_only_qwenvl
 from mmconvert.config import MaybePath
 
 if TYPE_CHECKING:
-    from mmconvert.runtime.verdict import Report
+    from mmconvert.runtime.verdict import ValidationReport
 
 DIFFERENT = 1
 
@@ -95,7 +95,7 @@ def run(words: list[str]) -> int:
     return 0 if report.passed else DIFFERENT
 
 
-def show(report: Report) -> None:
+def show(report: ValidationReport) -> None:
     """The report as a table and a verdict."""
     print(f"layout: {report.layout}")
     print(f"inputs: {report.inputs}, {report.dtype}")

@@ -19,7 +19,7 @@ SHOWN = 5  # differences that are printed
 
 
 @dataclass(frozen=True)
-class Pair:
+class VerifyFlags:
     """Two checkpoints."""
 
     a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
@@ -47,7 +47,7 @@ def run(words: list[str]) -> int:
     """Compares; exit code 1 if they differ."""
     text = "Are two checkpoints the same model? Exit code 0 if so, 1 if not."
     prog = "mm-convert verify"
-    pair = read_plain(Pair, words, prog, f"{text}\n\nexample:\n  {prog} HF_DIR MM_DIR")
+    pair = read_plain(VerifyFlags, words, prog, f"{text}\n\nexample:\n  {prog} HF_DIR MM_DIR")
     from mmconvert.executor.differences import as_dict, in_words
     from mmconvert.tools.comparison import verification
 

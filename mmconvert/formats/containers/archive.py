@@ -5,11 +5,12 @@ Rules: the zip specification (PKWARE APPNOTE 4.3, 4.4, 4.5).
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zipfile
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, BinaryIO, NamedTuple, cast
 
 from mmconvert.errors import FormatError
 
@@ -25,17 +26,19 @@ class Record(NamedTuple):
 
 
 class Archive:
-    """An open archive.
+    """An open archive: a file, or a section of one.
 
     Args:
         path: its name, for messages.
         file: open for reading; must stay open.
+        section: where the archive begins in the file, and its bytes; None is all of it.
     """
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, section: tuple[int, int] | None = None) -> None:
         self.path = path
         self.file = file
-        self.size = os.fstat(file.fileno()).st_size
+        self.base, self.size = section or (0, os.fstat(file.fileno()).st_size)
+        self.section = section is not None
 
     def error(self, what: str, expected: str = "", fix: str = _COPY_AGAIN) -> FormatError:
         """What is wrong with the file."""
@@ -45,6 +48,7 @@ class Archive:
 
     def pread(self, count: int, offset: int) -> bytes:
         """Bytes at a place. Raises FormatError when the file ends before."""
+        offset += self.base
         data = os.pread(self.file.fileno(), count, offset)
         while len(data) < count:  # Linux returns at most 2 GiB, network mounts sometimes less
             more = os.pread(self.file.fileno(), count - len(data), offset + len(data))
@@ -55,7 +59,7 @@ class Archive:
 
     def check_start(self) -> None:
         """Tell what the file is when it is not a zip archive."""
-        head = os.pread(self.file.fileno(), 512, 0)
+        head = os.pread(self.file.fileno(), min(512, self.size), self.base)
         if not head:
             raise self.error("the file is empty")
         if head[:4] in (b"PK\3\4", b"PK\5\6"):
@@ -73,11 +77,15 @@ class Archive:
             "kinds are not read",
         )
 
+    def opened(self) -> IO[bytes]:
+        """What zipfile reads: the file, or the end of the section, where the directory stands."""
+        return cast("IO[bytes]", _Section(self)) if self.section else self.file
+
     def read_directory(self) -> dict[str, Record]:
         """The records by name, proved to be plain bytes that lie apart inside the file."""
         try:
             # Only the directory at the end is read here.
-            with zipfile.ZipFile(self.file) as archive:
+            with zipfile.ZipFile(self.opened()) as archive:
                 infos, end = archive.infolist(), archive.start_dir
         except (
             # How zipfile and struct report a broken directory: wrong signatures and sizes,
@@ -152,6 +160,36 @@ class Archive:
         if not _is_tiled(extra):
             raise self.error(f"record {name!r} has a local header with a broken extra field")
         return record
+
+
+class _Section(io.RawIOBase):
+    """A section of a file as a file of its own."""
+
+    def __init__(self, archive: Archive) -> None:
+        self.archive = archive
+        self.at = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        start = (0, self.at, self.archive.size)[whence]
+        if start + offset < 0:
+            raise OSError("a seek before the start")
+        self.at = start + offset
+        return self.at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self.archive.size - self.at, 0)
+        data = self.archive.pread(left if size < 0 else min(size, left), self.at)
+        self.at += len(data)
+        return data
 
 
 def _is_tiled(extra: bytes) -> bool:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable
+from io import BytesIO
 from sys import getsizeof
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from mmconvert.errors import FormatError
 from mmconvert.formats.containers.torch_objects import (
@@ -27,12 +28,13 @@ from mmconvert.narrow import is_array, is_dict, is_frozenset, is_sequence, is_se
 
 __all__ = ["Global", "Inert", "StorageRef", "TensorRef", "load_pickle"]
 
-# Steps that one pickle may take: opcodes, plus items that calls copy.  A tensor takes about 40,
-# so this is 250,000 tensors, while a hostile file stays at tens of seconds.
-MAX_STEPS = 10_000_000
+# Steps that one pickle may take: opcodes, which are at most as many as bytes, plus items that calls
+# copy.  So the time is proportional to the size: some 20 s for the 20 MB of metadata of 140,000
+# chunks and the moments of each, and a hostile file takes no longer than an honest one of its size.
+FREE_STEPS = 100_000
 # Bytes that the objects of one pickle may take, by the estimates below: so many for each of its
 # own bytes, and in all.  Tensors take 20 to 30 for each; an empty set takes 232 for one.
-MEMORY_PER_BYTE, FREE_MEMORY, MAX_MEMORY = 40, 64 << 20, 1 << 30
+MEMORY_PER_BYTE, FREE_MEMORY, MAX_MEMORY = 40, 64 << 20, 4 << 30
 # Parts of one dict key or set item: hashing a tuple visits every path through it, so a tuple
 # of shared tuples would take exponential time, and a deep one overflows the C stack.
 MAX_KEY_PARTS = 64
@@ -75,36 +77,74 @@ class _Machine:
 
     def __init__(self, size: int) -> None:
         self.position = 0
-        self.steps = MAX_STEPS
+        self.steps = self.most_steps = FREE_STEPS + size
         self.memory = self.most = min(FREE_MEMORY + MEMORY_PER_BYTE * size, MAX_MEMORY)
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}  # a dict, so that an index costs nothing by its size
+        self.memo: list[Any] = []  # in the order of their numbers, as every pickler gives them
+        self.odd_memo: dict[int, Any] = {}  # others: an index costs nothing by its size
 
     def run(self, data: bytes) -> object:
-        # genops bounds every argument by what is left of the data; it ends after STOP and
-        # raises ValueError if there is none.
-        for opcode, arg, position in pickletools.genops(data):
-            self.position = position or 0
-            self.spend(1, _SIZES.get(opcode.name, _WORD))
-            if opcode.name in _LITERALS:
-                self.spend(0, getsizeof(arg))
-                self.stack.append(arg)
-            elif opcode.name in _HANDLERS:
-                _HANDLERS[opcode.name](self, arg)
-            else:
-                raise ValueError(f"opcode {opcode.name} is not supported")
-        if self.position + 1 != len(data):
-            raise ValueError(f"{len(data) - self.position - 1} bytes follow the end")
-        if len(self.stack) != 1 or self.marks:
-            raise ValueError(f"{len(self.stack)} objects at the end instead of one")
-        return self.stack[0]
+        at, end = 0, len(data)
+        stack, memo, memory = self.stack, self.memo, 0
+        while at < end:
+            code = data[at]
+            # The three that are two thirds of all.
+            if code == _MEMOIZE and not self.odd_memo and stack and not self._at_mark():
+                memo.append(stack[-1])
+                at += 1
+                memory += _PLACE
+                continue
+            if code == _BINGET and at + 1 < end and data[at + 1] < len(memo):
+                stack.append(memo[data[at + 1]])
+                at += 2
+                memory += _WORD
+                continue
+            if code == _BININT1 and at + 1 < end:
+                stack.append(data[at + 1])
+                at += 2
+                memory += _WORD
+                continue
+            op, at = self.step(data, at, memory)
+            memory = 0
+            if op.name == "STOP":
+                break
+        else:
+            raise ValueError("there is no STOP at the end")
+        if at != end:
+            raise ValueError(f"{end - at} bytes follow the end")
+        if len(stack) != 1 or self.marks:
+            raise ValueError(f"{len(stack)} objects at the end instead of one")
+        return stack[0]
+
+    def step(self, data: bytes, at: int, nbytes: int) -> tuple[_Op, int]:
+        """Does what stands at a place; says where the next opcode stands.
+
+        Args:
+            nbytes: of memory that those before it took.
+        """
+        self.position = at
+        op = _OPS.get(data[at])
+        if op is None:
+            raise ValueError(f"opcode {data[at]:#04x} is unknown or not supported")
+        argument, at = (None, at + 1) if op.argument is None else op.argument(data, at + 1)
+        self.spend(1, op.nbytes + nbytes)
+        if op.handler is not None:
+            op.handler(self, argument)
+        elif op.name != "STOP":
+            self.spend(0, getsizeof(argument))
+            self.stack.append(argument)
+        return op, at
+
+    def _at_mark(self) -> bool:
+        """Whether nothing may be taken from the stack."""
+        return bool(self.marks) and self.marks[-1] >= len(self.stack)
 
     def spend(self, steps: int, nbytes: int) -> None:
         self.steps -= steps
         self.memory -= nbytes
         if self.steps < 0:
-            raise ValueError(f"more than {MAX_STEPS} steps")
+            raise ValueError(f"more than {self.most_steps} steps")
         if self.memory < 0:
             raise ValueError(f"its objects take more than {self.most >> 20} MiB of memory")
 
@@ -139,12 +179,23 @@ class _Machine:
         self.stack.append(tuple(reversed(items)))
 
     def get(self, index: int) -> None:
-        if index not in self.memo:
+        if 0 <= index < len(self.memo):
+            self.stack.append(self.memo[index])
+        elif index in self.odd_memo:
+            self.stack.append(self.odd_memo[index])
+        else:
             raise ValueError("a memo entry is read that was never set")
-        self.stack.append(self.memo[index])
 
     def put(self, index: int) -> None:
-        self.memo[index] = self.top()
+        if index == len(self.memo) and not self.odd_memo:
+            self.memo.append(self.top())
+        elif 0 <= index < len(self.memo):
+            self.memo[index] = self.top()
+        else:
+            self.odd_memo[index] = self.top()
+
+    def memoize(self) -> None:
+        self.put(len(self.memo) + len(self.odd_memo))
 
     # Containers.
 
@@ -290,6 +341,7 @@ _CALLS: dict[tuple[str, str], Callable[[_Machine, tuple[Any, ...]], object]] = {
 
 # Bytes that CPython 3.10 to 3.13 takes for what an opcode makes, rounded up.
 _WORD, _ENTRY = 8, 100  # a place on the stack; an entry of a dict or set, with room to grow
+_PLACE = 10  # a place in the memo, with room to grow
 _SMALL = {"EMPTY_LIST", "EMPTY_DICT", "LIST", "DICT", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
 _CALLED = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "GLOBAL", "STACK_GLOBAL", "BINPERSID"}
 _SIZES = {
@@ -314,7 +366,6 @@ _LITERALS = _NUMBERS | _BYTES | _TEXT | _PYTHON2_TEXT
 _HANDLERS: dict[str, Callable[[_Machine, Any], object]] = {
     "PROTO": _Machine.protocol,
     "FRAME": lambda m, _: None,
-    "STOP": lambda m, _: None,
     "NONE": lambda m, _: m.stack.append(None),
     "NEWTRUE": lambda m, _: m.stack.append(True),
     "NEWFALSE": lambda m, _: m.stack.append(False),
@@ -328,7 +379,7 @@ _HANDLERS: dict[str, Callable[[_Machine, Any], object]] = {
     "PUT": _Machine.put,
     "BINPUT": _Machine.put,
     "LONG_BINPUT": _Machine.put,
-    "MEMOIZE": lambda m, _: m.put(len(m.memo)),
+    "MEMOIZE": lambda m, _: m.memoize(),
     "EMPTY_LIST": lambda m, _: m.stack.append([]),
     "EMPTY_DICT": lambda m, _: m.stack.append({}),
     "EMPTY_SET": lambda m, _: m.stack.append(set()),
@@ -354,3 +405,74 @@ _HANDLERS: dict[str, Callable[[_Machine, Any], object]] = {
     "BUILD": lambda m, _: m.build(),
     "BINPERSID": lambda m, _: m.stack.append(storage_ref(m.pop())),
 }
+
+
+class _Op(NamedTuple):
+    """An opcode.
+
+    Attributes:
+        name: as pickletools has it.
+        argument: reads it from the data at a place, and says where it ends; None if there is none.
+        handler: what it does; None for STOP, and for those whose argument is the object itself.
+        nbytes: of memory that it takes.
+    """
+
+    name: str
+    argument: Callable[[bytes, int], tuple[Any, int]] | None
+    handler: Callable[[_Machine, Any], object] | None
+    nbytes: int
+
+
+def _fixed(size: int, signed: bool = False) -> Callable[[bytes, int], tuple[Any, int]]:
+    def read(data: bytes, at: int) -> tuple[Any, int]:
+        if at + size > len(data):
+            raise ValueError("the data ends within an argument")
+        return int.from_bytes(data[at : at + size], "little", signed=signed), at + size
+
+    return read
+
+
+def _short_text(data: bytes, at: int) -> tuple[Any, int]:
+    end = at + 1 + data[at] if at < len(data) else len(data) + 1
+    if end > len(data):
+        raise ValueError("the data ends within an argument")
+    return data[at + 1 : end].decode("utf-8", "surrogatepass"), end
+
+
+def _by_pickletools(read: Callable[[Any], object]) -> Callable[[bytes, int], tuple[Any, int]]:
+    """Arguments of the other kinds; pickletools bounds each by what is left of the data."""
+
+    def argument(data: bytes, at: int) -> tuple[Any, int]:
+        rest = BytesIO(data)  # shares the bytes
+        rest.seek(at)
+        return read(rest), rest.tell()
+
+    return argument
+
+
+_READERS = {
+    "BININT2": _fixed(2),
+    "BININT": _fixed(4, signed=True),
+    "BININT1": _fixed(1),
+    "BINGET": _fixed(1),
+    "BINPUT": _fixed(1),
+    "LONG_BINGET": _fixed(4),
+    "LONG_BINPUT": _fixed(4),
+    "FRAME": _fixed(8),
+    "SHORT_BINUNICODE": _short_text,
+}
+
+
+def _op(info: pickletools.OpcodeInfo) -> _Op:
+    read = _READERS.get(info.name)
+    if read is None and info.arg is not None:
+        read = _by_pickletools(info.arg.reader)
+    return _Op(info.name, read, _HANDLERS.get(info.name), _SIZES.get(info.name, _WORD))
+
+
+_OPS: dict[int, _Op] = {
+    ord(info.code): _op(info)
+    for info in pickletools.opcodes
+    if info.name in _HANDLERS or info.name in _LITERALS or info.name == "STOP"
+}
+_MEMOIZE, _BINGET, _BININT1 = 0x94, 0x68, 0x4B

@@ -98,17 +98,35 @@ def read_pt(path: Path) -> PtFile:
         ) from error
 
 
+def read_section(path: Path, file: BinaryIO, section: tuple[int, int], name: str) -> object:
+    """Read what torch.save wrote into a section of a file: a tensor, or any object.
+
+    Args:
+        path, file: the file, and the same open for reading.
+        section: where it begins, and its bytes.
+        name: of the tensor.
+
+    Returns:
+        a StoredTensor, or a tree as in :class:`PtFile`.
+
+    Raises:
+        FormatError: as :func:`read_pt`.
+    """
+    reader = _Reader(path, file, section)
+    return reader.resolve(reader.tree(), name, 0)
+
+
 class _Reader:
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, section: tuple[int, int] | None = None) -> None:
         self.path = path
-        self.archive = Archive(path, file)
+        self.archive = Archive(path, file, section)
         self.error = self.archive.error
         self.root = ""
         self.records: dict[str, Record] = {}
         self.done: dict[int, Any] = {}
         self.kept: list[Any] = []
 
-    def read(self) -> PtFile:
+    def tree(self) -> object:
         self.archive.check_start()
         self.records = self.archive.read_directory()
         pickles = [n for n in self.records if n.endswith("/data.pkl") and n.count("/") == 1]
@@ -119,9 +137,12 @@ class _Reader:
         record = self.records[pickles[0]]
         if record.size > MAX_PICKLE:
             raise self.error(f"{pickles[0]} has {record.size} bytes", f"at most {MAX_PICKLE}")
-        tree = load_pickle(
+        return load_pickle(
             self.archive.pread(record.size, record.start), f"{self.path}: {pickles[0]}"
         )
+
+    def read(self) -> PtFile:
+        tree = self.tree()
         if not is_dict(tree) or not all(isinstance(key, str) for key in tree):
             raise self.error(
                 f"the top level is a {type(tree).__name__}",
@@ -210,7 +231,9 @@ class _Reader:
     def tensor(self, ref: TensorRef, name: str) -> StoredTensor:
         record = self.storage(ref.storage)
         empty = 0 in ref.shape  # its offset may be anything; the start of the record is safe
-        offset = record.start + (0 if empty else ref.offset * ITEM_SIZE[ref.dtype])
+        offset = (
+            self.archive.base + record.start + (0 if empty else ref.offset * ITEM_SIZE[ref.dtype])
+        )
         strides = None if empty or _is_contiguous(ref) else ref.strides
         return StoredTensor(name, ref.dtype, ref.shape, self.path, offset, strides)
 

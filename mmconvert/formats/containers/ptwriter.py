@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import NamedTuple, cast
 
@@ -188,6 +188,42 @@ def pt_image(path: str, tree: SlotTree, stem: str = "archive") -> FileImage:
     archive.add("version", b"3\n")
     archive.finish()
     return FileImage(path, archive.position, archive.chunks, tuple(pieces))
+
+
+class Laid(NamedTuple):
+    """An archive of one object: all but a tensor's data, by offset; where that goes; its size."""
+
+    heads: Sequence[tuple[int, bytes]]
+    start: int
+    size: int
+
+
+def tensor_archive(dtype: str, shape: tuple[int, ...]) -> Laid:
+    """What torch.save writes of one tensor.
+
+    Raises:
+        RequestError: as :func:`emit_state`.
+    """
+    emitter = _Emitter()
+    emitter.tensor(TensorSlot("0", dtype, shape))
+    return _laid(bytes(emitter.out + b"."), prod(shape) * ITEM_SIZE[dtype])
+
+
+def object_archive(value: SlotTree | Scalar) -> Laid:
+    """What torch.save writes of a number, a text, or a dict of such."""
+    emitter = _Emitter()
+    emitter.value(value)
+    return _laid(bytes(emitter.out + b"."), None)
+
+
+def _laid(pickle: bytes, nbytes: int | None) -> Laid:
+    archive = _Archive("archive")
+    archive.add("data.pkl", pickle)
+    archive.add("byteorder", b"little")
+    start = 0 if nbytes is None else archive.reserve("data/0", nbytes)
+    archive.add("version", b"3\n")
+    archive.finish()
+    return Laid(archive.chunks, start, archive.position)
 
 
 def _number(tree: SlotTree, slots: list[Slot]) -> StateTree:

@@ -19,7 +19,7 @@ from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats.containers.image import FileImage, Piece, one_run
 from mmconvert.formats.reading import opened
 from mmconvert.narrow import is_array, is_object, is_texts
-from mmconvert.stored import ITEM_SIZE, StoredTensor, Target
+from mmconvert.stored import ITEM_SIZE, SCALED, StoredTensor, Target
 
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 MAX_DIM = 1 << 48  # no tensor is longer; keeps products of lying shapes small
@@ -156,7 +156,7 @@ def _tensor(path: Path, name: str, entry: object, start: int, size: int) -> Stor
     if not is_object(entry) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _damaged(path, f"the entry of {name!r} is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE or dtype == SCALED:
         raise low_bit_dtype(path, name, dtype) or _damaged(
             path, f"{name} has the unknown dtype {dtype!r}"
         )

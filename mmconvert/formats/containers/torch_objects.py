@@ -29,7 +29,7 @@ STORAGE_DTYPE: dict[str, str] = {
     "BoolStorage": "BOOL",
     "UntypedStorage": "U8",
 }
-_TORCH_DTYPE: dict[str, str] = {
+TORCH_DTYPE: dict[str, str] = {
     "bfloat16": "BF16",
     "float16": "F16",
     "float32": "F32",
@@ -196,7 +196,7 @@ def _tensor(
     if function.name == "_rebuild_tensor_v3":
         if not isinstance(args[6], Global):
             raise ValueError(f"{function}: no dtype")
-        dtype = _TORCH_DTYPE.get(args[6].name, "") if args[6].module == "torch" else ""
+        dtype = TORCH_DTYPE.get(args[6].name, "") if args[6].module == "torch" else ""
     # Metadata are the conjugate and negative bits: the values are not the stored elements.
     if not dtype or not storage.dtype or (len(args) > metadata and args[metadata]):
         return Inert(function, args)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from mmconvert.causes.tensors import nested
 from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.formats.containers.damage import explained
 from mmconvert.formats.containers.pickles import Inert
 from mmconvert.formats.containers.ptfile import read_pt
-from mmconvert.formats.containers.safetensors import WeightFile
+from mmconvert.formats.containers.safetensors import WeightFile, read_weight_file
 from mmconvert.stored import StoredTensor
 
 INDEX = "pytorch_model.bin.index.json"
@@ -44,6 +45,16 @@ def read_bin(path: Path) -> WeightFile:
     if not tensors:
         raise FormatError(f"{path}: there are no tensors in it", "a dict of tensors")
     return WeightFile(path, b"", dict(METADATA), tensors)
+
+
+def read_weights(path: Path) -> WeightFile:
+    """Reads a weight file of either kind, by the ending of its name.
+
+    Raises:
+        CheckpointError: as :func:`read_bin`; it says whether the file is cut off.
+    """
+    with explained(path, "weight-file"):
+        return read_bin(path) if path.name.endswith(SUFFIX) else read_weight_file(path)
 
 
 def as_safetensors(name: str) -> str:

@@ -49,6 +49,8 @@ def choose(folder: Path, config: Mapping[str, object]) -> str:
             f"{folder / 'config.json'}: transformers_weights is {named!r:.80}",
             f"weights in {' or '.join(ORDER)}",
             f"give the file one of these names and take the key out of {folder / 'config.json'}",
+            cause="damaged-config",
+            path=folder / "config.json",
         )
     order = ORDER if named is None else (str(named),)
     found = next((name for name in order if (folder / name).is_file()), "")
@@ -62,8 +64,8 @@ def weight_files(folder: Path) -> list[str]:
     return [name for name in found if not ADAPTER.fullmatch(name)]
 
 
-def not_read(folder: Path, read: Iterable[str]) -> list[str]:
-    """Notes on what else lies in a folder and is no part of the model that is read.
+def not_read(folder: Path, read: Iterable[str]) -> list[CheckpointError]:
+    """Remarks on what else lies in a folder and is no part of the model that is read.
 
     Args:
         read: names of the files that are.
@@ -72,18 +74,30 @@ def not_read(folder: Path, read: Iterable[str]) -> list[str]:
     there = sorted(p.name for p in folder.iterdir() if p.name not in taken and p.is_file())
     adapter = [name for name in there if ADAPTER.fullmatch(name)]
     others = [name for name in there if WEIGHTS.fullmatch(name) and name not in adapter]
-    notes = [adapter_words(folder, adapter)] if adapter else []
-    if others:
-        notes.append(
-            f"warning: other weights in {folder} are not read: {summarise(others)}; the model is "
-            f"read from {summarise(taken, 2)}, as transformers does"
+    found: list[CheckpointError] = []
+    if adapter:
+        found.append(
+            CheckpointError(
+                f"an adapter lies in {folder} and is not applied: {summarise(adapter)}",
+                fix="if its training is to count, merge it into the model first (PEFT's "
+                "merge_and_unload)",
+                cause="adapter-not-applied",
+                path=folder / adapter[0],
+                aside=[folder / name for name in adapter],
+            )
         )
-    return notes
-
-
-def adapter_words(folder: Path, names: Iterable[str]) -> str:
-    """What to say of an adapter that lies beside a model."""
-    return (
-        f"warning: an adapter lies in {folder} and is not applied: {summarise(names)}; if its "
-        "training is to count, merge it into the model first (PEFT's merge_and_unload)"
-    )
+    if others and taken:
+        index = others == [INDEX]
+        found.append(
+            CheckpointError(
+                f"other weights in {folder} are not read: {summarise(others)}; the model is read "
+                f"from {summarise(taken, 2)}, as transformers does",
+                fix="move it away, if it is of another save"
+                if len(others) == 1
+                else "move them away, if they are of another save",
+                cause="index-not-read" if index else "stray-weight-file",
+                path=folder / others[0],
+                aside=[folder / name for name in others],
+            )
+        )
+    return found

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmconvert.causes.folders import PARTS, other_form, stale_index
-from mmconvert.errors import CheckpointError, FormatError, TensorError
-from mmconvert.formats.containers.safetensors import WeightFile, parse_json, read_weight_file
+from mmconvert.errors import CheckpointError, FormatError, TensorError, blamed
+from mmconvert.formats.containers.safetensors import WeightFile, parse_json
+from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.hf import bin as hf_bin
+from mmconvert.formats.hf.bin import read_weights
 from mmconvert.formats.hf.choice import (
     INDEX,
     ORDER,
@@ -20,10 +22,12 @@ from mmconvert.formats.hf.choice import (
     weight_files,
 )
 from mmconvert.formats.reading import opened
+from mmconvert.names import number, summarise
 from mmconvert.narrow import is_object
 from mmconvert.stored import StoredTensor
 
 MAX_JSON = 64 << 20  # bytes
+ANOTHER_CONFIG = "take config.json from the model's page"
 MAX_NAME = 200  # characters of a file name; no file system takes more than 255 bytes
 
 
@@ -38,6 +42,7 @@ class HFCheckpoint:
         index: the index file, byte for byte; None if the checkpoint has none.
         notes: what is worth knowing, in words.
         read: names of the weight files, and of the index that lists them.
+        complete: all of these could be read.
     """
 
     folder: Path
@@ -46,6 +51,7 @@ class HFCheckpoint:
     index: bytes | None
     notes: tuple[str, ...] = ()
     read: frozenset[str] = frozenset()
+    complete: bool = True
 
     def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor by name."""
@@ -109,28 +115,53 @@ def read_config(folder: Path) -> dict[str, object]:
             f"{folder} has no config.json",
             "a Hugging Face checkpoint folder",
             "give the folder of the original model, or download its config.json into this one",
+            cause="missing-config",
+            path=folder / "config.json",
         )
-    return read_json_file(folder / "config.json")
+    with blamed("damaged-config", folder / "config.json", fix=ANOTHER_CONFIG):
+        return read_json_file(folder / "config.json")
 
 
-def open_hf(folder: Path) -> HFCheckpoint:
+def open_hf(folder: Path, faults: Faults = STRICT) -> HFCheckpoint:
     """Reads the headers of an HF checkpoint: of the files that transformers would load.
+
+    Args:
+        faults: where those go after which reading goes on.
 
     Raises:
         CheckpointError: missing files; FormatError: damaged ones; TensorError: an index that
             does not fit the files.
     """
-    config = read_config(folder)
-    name = chosen(folder, config)
-    if not name:
-        raise _no_weights(folder)
+    config = faults.attempt(lambda: read_config(folder), {})
+    unknown: str | None = None
+    name = faults.attempt(lambda: chosen(folder, config), unknown)
+    if name is None:  # config.json names a file of another kind
+        name = chosen(folder, {})
     if name.endswith(".json"):
-        found = _indexed(folder, config, name)
+        found = _indexed(folder, config, name, faults)
     else:
-        found = HFCheckpoint(folder, config, [_read(folder / name)], None)
-        check_single(found.files[0])
-    read = frozenset({name, *(file.path.name for file in found.files)})
-    return replace(found, notes=tuple(not_read(folder, read)), read=read)
+        if not name:
+            faults.add(_no_weights(folder))
+        names = [name] if name else weight_files(folder)
+        found = _files(HFCheckpoint(folder, config, [], None), names, faults)
+    if len(found.files) == 1 and (fault := partial_single(found.files[0])) is not None:
+        faults.add(fault)
+        return replace(found, files=[], complete=False)
+    read = frozenset({name, *found.read} - {""})
+    remarks = not_read(folder, read) if found.files else []
+    for remark in remarks:
+        faults.remark(remark)
+    notes = tuple("warning: " + "; ".join(filter(None, (r.what, r.fix))) for r in remarks)
+    return replace(found, notes=notes, read=read)
+
+
+def _files(found: HFCheckpoint, names: list[str], faults: Faults) -> HFCheckpoint:
+    """A checkpoint with the weight files of these names, as far as they can be read."""
+    none: WeightFile | None = None
+    files = [faults.attempt(lambda n=n: read_weights(found.folder / n), none) for n in names]
+    kept = [file for file in files if file is not None]
+    whole = found.complete and bool(names) and len(kept) == len(names)
+    return replace(found, files=kept, read=found.read | set(names), complete=whole)
 
 
 def chosen(folder: Path, config: Mapping[str, object]) -> str:
@@ -144,48 +175,69 @@ def chosen(folder: Path, config: Mapping[str, object]) -> str:
         return name
 
 
-def check_single(file: WeightFile) -> None:
-    """Raises TensorError for a single file that holds a part of the model alone, where an index
-    beside it lists the whole: transformers would start the rest from random numbers.
+def partial_single(file: WeightFile) -> TensorError | None:
+    """The fault of a single file that holds a part of the model alone, where an index beside it
+    lists the whole: transformers would start the rest from random numbers.
     """
     folder = file.path.parent
     if file.path.name != SINGLE or not (folder / INDEX).is_file():
-        return
+        return None
     try:
         listed = set(read_index(folder))
     except CheckpointError:
-        return
+        return None
     held = {tensor.name for tensor in file.tensors}
-    if held < listed:
-        raise TensorError(
-            f"{file.path} holds {len(held)} of the {len(listed)} tensors that {INDEX} lists; "
-            "transformers reads this file, and not those of the index",
-            "the whole model in the file, or no such file",
-            f"move {file.path} away, if the files of the index are the model",
-        )
+    if not held < listed:
+        return None
+    return TensorError(
+        f"{file.path} holds {len(held)} of the {len(listed)} tensors that {INDEX} lists; "
+        "transformers reads this file, and not those of the index",
+        "the whole model in the file, or no such file",
+        f"move {file.path} away, if the files of the index are the model",
+        cause="partial-weight-file",
+        path=file.path,
+        aside=[file.path],
+    )
 
 
-def _read(path: Path) -> WeightFile:
-    return hf_bin.read_bin(path) if path.name.endswith(hf_bin.SUFFIX) else read_weight_file(path)
-
-
-def _indexed(folder: Path, config: Mapping[str, object], index: str) -> HFCheckpoint:
+def _indexed(
+    folder: Path, config: Mapping[str, object], index: str, faults: Faults
+) -> HFCheckpoint:
     path = folder / index
-    raw = read_small(path)
     suffix = hf_bin.SUFFIX if index == hf_bin.INDEX else SAFETENSORS
-    weight_map = _weight_map(path, parse_json(raw, path), suffix)
+    weight_map = faults.attempt(lambda: _map_of(path, suffix), {})
+    if not weight_map:
+        names = [name for name in weight_files(folder) if name.endswith(suffix)]
+        return _files(HFCheckpoint(folder, config, [], None), names, faults)
+    raw = read_small(path)
     names = sorted(set(weight_map.values()))
-    absent = [name for name in names if not (folder / name).is_file()]
-    if absent:
-        raise stale_index(path, names) or CheckpointError(
-            f"{path} lists {', '.join(absent[:5])}, which "
-            f"{'is' if len(absent) == 1 else 'are'} not there",
-            f"all {len(names)} weight files of the index",
-            "download the missing files again",
-        )
-    files = [_read(folder / name) for name in names]
-    _check_map(path, weight_map, files)
-    return HFCheckpoint(folder, config, files, raw)
+    there = [name for name in names if (folder / name).is_file()]
+    found = HFCheckpoint(folder, config, [], raw, (), frozenset(names), there == names)
+    if not there and (stale := stale_index(path, names)) is not None:
+        faults.add(stale)
+        return found
+    for name in names:
+        if name not in there:
+            faults.add(_absent(path, name, weight_map, len(there)))
+    found = _files(found, there, faults)
+    fits = _check_map(path, weight_map, found.files, faults)
+    return replace(found, complete=found.complete and fits)
+
+
+def _absent(index: Path, name: str, weight_map: Mapping[str, str], there: int) -> CheckpointError:
+    """A weight file of the index that is not there."""
+    path, names = index.parent / name, set(weight_map.values())
+    link = " (a link to nowhere)" if path.is_symlink() else ""
+    what = "is a folder, a pipe or a device" if path.exists() else f"is not there{link}"
+    inside = [tensor for tensor, file in weight_map.items() if file == name]
+    return CheckpointError(
+        f"{path} {what}; {index.name} puts {number(inside, 'tensor')} into it ({there} of "
+        f"{len(names)} weight files are there)",
+        f"all {len(names)} weight files of the index",
+        "download the missing files again",
+        cause="missing-weight-file",
+        path=path,
+    )
 
 
 def _no_weights(folder: Path) -> CheckpointError:
@@ -196,12 +248,18 @@ def _no_weights(folder: Path) -> CheckpointError:
             f"{folder} has {len(found)} *.safetensors files and no {INDEX}",
             "the index that says which tensor lies in which file",
             f"download {INDEX} from the model's page",
+            cause="missing-index",
+            path=folder / INDEX,
         )
     other = sorted(p.name for p in folder.glob("*.bin"))
     return other_form(folder, "hf") or CheckpointError(
-        f"{folder} has no *.safetensors files" + (f", only {other[0]} ..." if other else ""),
+        f"{folder} has no *.safetensors files" + (f", only {summarise(other)}" if other else ""),
         f"{SINGLE} or {INDEX} with its files; or {hf_bin.SINGLE} or {hf_bin.INDEX} with its files",
-        f"download {hf_bin.INDEX} too" if other else "download the weights",
+        f"download {hf_bin.INDEX} too, or save the model with safe_serialization=True"
+        if other
+        else "download the weights",
+        cause="no-safetensors",
+        path=folder,
     )
 
 
@@ -215,8 +273,12 @@ def read_index(folder: Path, *, pickled: bool = False) -> dict[str, str]:
         CheckpointError: unreadable; FormatError: no weight map.
     """
     path = folder / (hf_bin.INDEX if pickled else INDEX)
-    suffix = hf_bin.SUFFIX if pickled else SAFETENSORS
-    return _weight_map(path, parse_json(read_small(path), path), suffix)
+    return _map_of(path, hf_bin.SUFFIX if pickled else SAFETENSORS)
+
+
+def _map_of(path: Path, suffix: str) -> dict[str, str]:
+    with blamed("damaged-index", path, fix="download the file again"):
+        return _weight_map(path, parse_json(read_small(path), path), suffix)
 
 
 def _weight_map(path: Path, index: object, suffix: str = SAFETENSORS) -> dict[str, str]:
@@ -241,20 +303,29 @@ def _is_plain(name: str, suffix: str) -> bool:
     return Path(name).name == name and "\\" not in name and len(name) <= MAX_NAME
 
 
-def _check_map(path: Path, weight_map: Mapping[str, str], files: list[WeightFile]) -> None:
-    stored = {(file.path.name, t.name) for file in files for t in file.tensors}
-    listed = {(name, tensor) for tensor, name in weight_map.items()}
-    for name, tensor in sorted(listed - stored):
-        raise FormatError(
-            f"{path}: weight_map puts {tensor} into {name}, which does not hold it",
-            "an index that fits its files",
-            "download the index and the weight files from one revision of the model",
-        )
-    for name, tensor in sorted(stored - listed):
-        other = weight_map.get(tensor)
-        where = f"the index puts it into {other}" if other else "the index does not list it"
-        raise FormatError(
-            f"{path.parent / name}: holds {tensor}; {where}",
-            "an index that fits its files",
-            "download the index and the weight files from one revision of the model",
-        )
+def _check_map(
+    path: Path, weight_map: Mapping[str, str], files: list[WeightFile], faults: Faults
+) -> bool:
+    """Whether every tensor of the index is in its file, and no other."""
+    fits = True
+    for file in files:
+        stored = {tensor.name for tensor in file.tensors}
+        listed = {tensor for tensor, name in weight_map.items() if name == file.path.name}
+        for wrong, words in (
+            (listed - stored, "lacks {} that the index puts into it"),
+            (stored - listed, "holds {} that the index does not list there"),
+        ):
+            if not wrong:
+                continue
+            fault = FormatError(
+                f"{file.path} {words.format(number(wrong, 'tensor'))}: {summarise(wrong)}",
+                f"an index that fits its files ({path.name})",
+                "weight files of two checkpoints are mixed: download the index and all weight "
+                "files from one revision of the model",
+                cause="index-mismatch",
+                path=file.path,
+                tensor=min(wrong),
+            )
+            faults.add(fault)
+            fits = False
+    return fits

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -10,8 +11,10 @@ from typing import ClassVar
 from mmconvert.converters.family import Family, Module
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.formats import contents, reading
-from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, Stored, plain
+from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint, plain
 from mmconvert.formats.containers.image import FileImage, small
+from mmconvert.formats.faults import STRICT, Faults
+from mmconvert.formats.hf.choice import INDEX
 from mmconvert.formats.hf.folder import HFCheckpoint, open_hf
 from mmconvert.formats.hf.model import hf_model
 from mmconvert.formats.hf.output import weight_images, with_dtype
@@ -20,16 +23,19 @@ from mmconvert.formats.hf.sides import SideFiles, side_files
 from mmconvert.formats.recognise import hf_family
 from mmconvert.formats.registry import load
 from mmconvert.names import summarise
-from mmconvert.plan.plan import Side
-from mmconvert.stored import Target
+from mmconvert.plan.padding import in_words, pad_vocabulary, vocabulary_keys
+from mmconvert.plan.plan import Key, Side, Whole
+from mmconvert.stored import SCALED, Target
 from mmconvert.words import parse_size
 
 CONFIG = Path("config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HFStored(Stored):
-    """A Hugging Face checkpoint that was opened."""
+class HFStored(StoredCheckpoint):
+    """A Hugging Face checkpoint that was opened; ``faults`` go where those of its reader went."""
+
+    faults: Faults = STRICT
 
     @property
     def checkpoint(self) -> HFCheckpoint:
@@ -41,7 +47,14 @@ class HFStored(Stored):
     def side(self, modules: tuple[Module, ...] | None = None, *, as_hf: bool = False) -> Side:
         """Its wholes, fused as a table says."""
         table = self.model.modules if modules is None else modules
-        return hf_side(table, self.model.dims, self.model.hf_tensors, transposed=not as_hf)
+        return hf_side(
+            table,
+            self.model.dims,
+            self.model.hf_tensors,
+            transposed=not as_hf,
+            faults=self.faults,
+            complete=self.checkpoint.complete,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +72,17 @@ class HuggingFace(Format):
     naming: ClassVar = "hf"
     writes: ClassVar = frozenset({"max_shard_size"})
     needs_original: ClassVar = True
+    own_names: ClassVar = ".*"  # a model's code, its pictures, its licence: anything
 
     def recognise(self, path: Path) -> bool:
         """By config.json, which no other format has."""
         return (path / CONFIG).is_file()
+
+    def owns(self, folder: Path) -> bool:
+        """By config.json and weights that it writes."""
+        names = os.listdir(folder)
+        weights = INDEX in names or any(name.endswith(".safetensors") for name in names)
+        return self.recognise(folder) and weights
 
     def family(self, path: Path) -> Family:
         """By model_type of config.json."""
@@ -96,19 +116,22 @@ class HuggingFace(Format):
             path,
             told.options,
             canonical=told.canonical,
-            vit_only=told.encoders_only,
+            encoders_only=told.encoders_only,
             llm_dir=told.llm_dir,
+            faults=told.faults,
         )
         inputs = () if told.llm_dir is None else (told.llm_dir,)
-        return HFStored(format=self.name, path=path, model=model, inputs=inputs)
+        return HFStored(format=self.name, path=path, model=model, inputs=inputs, faults=told.faults)
 
     def place(self, asked: Placing) -> Placed:
         """The tensors of the original, in the dtypes that the wholes have now."""
         original, source = _original(asked), asked.source
         headers = original.side(source.model.plain_modules, as_hf=True)
-        _check_shapes(asked, headers)
+        padded = _cut_padding(headers, source)
+        check_shapes(asked.wholes, headers, asked.source.path, original.path)
         side = hf_target(headers, asked.wholes)
-        notes = [] if asked.cast else _dtype_notes(headers, side, load(source.format).title)
+        changed = [] if asked.cast else _dtype_notes(headers, side, load(source.format).title)
+        notes = padded + changed
         if not original.checkpoint.files[0].header:
             notes.append("hf_dir holds pytorch_model*.bin; safetensors are written in their place")
         sides = side_files(original.checkpoint.folder, original.checkpoint.read)
@@ -130,7 +153,7 @@ class HuggingFace(Format):
         folder, copied = checkpoint.folder, placed.sides.copied
         reading.note(folder / path for path in copied)
         for path in copied:
-            if path == CONFIG and asked.cast:
+            if path == CONFIG and (asked.cast or asked.options.dequantize):
                 yield small(str(path), with_dtype(folder / path, asked.cast))
             else:
                 size = (folder / path).stat().st_size
@@ -143,24 +166,34 @@ def _original(asked: Placing) -> HFStored:
     return asked.original
 
 
-def _check_shapes(asked: Placing, headers: Side) -> None:
+def check_shapes(wholes: Mapping[Key, Whole], headers: Side, source: Path, original: Path) -> None:
     """Raises TensorError for wholes of other shapes than the original has."""
-    for key, whole in asked.wholes.items():
+    for key, whole in wholes.items():
         expected = headers.wholes.get(key)
         if expected is not None and whole.shape != expected.shape:
             raise TensorError(
-                f"{asked.source.path}: {key.name()} is {list(whole.shape)} in all; "
-                f"{_original(asked).path} makes it {list(expected.shape)}",
+                f"{source}: {key.name()} is {list(whole.shape)} in all; "
+                f"{original} makes it {list(expected.shape)}",
                 "the whole checkpoint, with its own strategy files, and the hf_dir of its model",
                 "give the folder above rank_0, not the file of one rank; or the right hf_dir",
             )
+
+
+def _cut_padding(headers: Side, source: StoredCheckpoint) -> list[str]:
+    """Rows that pad the vocabulary have no place in the files: they must be zeros, and are cut."""
+    model = source.model
+    if not model.words:
+        return []
+    rows = model.dims[model.family.vocabulary]
+    pad_vocabulary(headers, model.plain_modules, rows)
+    return [in_words(vocabulary_keys(headers, model.plain_modules), model.words, rows, "cut from")]
 
 
 def _dtype_notes(headers: Side, dst: Side, form: str) -> list[str]:
     """Says so where training has changed a dtype: tensors are written as training left them."""
     changed: dict[tuple[str, str], list[str]] = {}
     for old, new in zip(headers.stored, dst.targets, strict=True):
-        if old.dtype != new.dtype:
+        if old.dtype != new.dtype and old.dtype != SCALED:
             changed.setdefault((old.dtype, new.dtype), []).append(new.name)
     return [
         f"warning: {len(names)} tensors are {old} in hf_dir and {new} in the {form} checkpoint; "

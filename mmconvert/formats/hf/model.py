@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmconvert import converters
@@ -14,14 +14,25 @@ from mmconvert.converters.family import (
     Family,
     Module,
     Variant,
+    encoders,
     flag,
     hf_templates,
 )
-from mmconvert.errors import CheckpointError, FormError, RequestError, TensorError
-from mmconvert.formats.hf.folder import HFCheckpoint, open_hf, read_config
-from mmconvert.formats.model import ENCODERS, Model, Notes, dropped_by, drops_too_much
+from mmconvert.errors import (
+    CheckpointError,
+    FormError,
+    RequestError,
+    TensorError,
+    blamed,
+)
+from mmconvert.formats.faults import STRICT, Faults
+from mmconvert.formats.hf import scaled
+from mmconvert.formats.hf.folder import ANOTHER_CONFIG, HFCheckpoint, open_hf, read_config
+from mmconvert.formats.model import Model, Notes, dropped_by, drops_too_much
 from mmconvert.names import number, summarise
 from mmconvert.stored import StoredTensor
+
+CLOSEST = 20  # names for which the closest known one is looked for: it takes a while
 
 
 def check_family(family: Family, config: Mapping[str, object], folder: Path) -> None:
@@ -58,23 +69,30 @@ def hf_model(
     options: Options,
     *,
     canonical: bool = False,
-    vit_only: bool = False,
+    encoders_only: bool = False,
     llm_dir: Path | None = None,
+    faults: Faults = STRICT,
 ) -> Model:
     """Opens an HF checkpoint; every tensor is claimed by a row or named as left out.
+
+    Args:
+        faults: where those go after which reading goes on.
 
     Raises:
         TensorError: tensors that nothing claims.
     """
-    checkpoint = open_hf(folder)
+    checkpoint = open_hf(folder, faults)
     config = checkpoint.config
     check_family(family, config, folder)
     _check_choices(family, canonical, llm_dir)
-    traits = family.traits(config)
-    tensors = _by_hub_name(family, checkpoint)
+    with blamed("damaged-config", folder / "config.json", fix=ANOTHER_CONFIG):
+        traits = family.traits(config)
+    tensors = _by_hub_name(family, checkpoint, faults)
+    if options.dequantize:
+        tensors = scaled.dequantised(tensors, config, folder)
     traits |= family.shape_traits(config, {name: t.shape for name, t in tensors.items()})
     table = family.modules(Variant(traits=traits))
-    notes = Notes(checkpoint.notes)
+    notes = Notes([*checkpoint.notes, *scaled.note(tensors)])
     if llm_dir is not None:
         config, tensors = _with_text_of(llm_dir, family, table, config, tensors, notes)
     everything = list(tensors.values())
@@ -82,19 +100,26 @@ def hf_model(
     fault = form_of(family, table, tensors, config, folder)
     if fault is not None:
         raise fault
-    notes.words += [note] if (note := left_over(config)) else []
+    if (note := left_over(config)) and not options.dequantize:
+        notes.words.append(f"warning: {note}")
+        what, _, fix = note.partition("; ")
+        place = folder / "config.json"
+        faults.remark(CheckpointError(what, fix=fix, cause="quantization-config-left", path=place))
+    with blamed("damaged-config", folder / "config.json", fix=ANOTHER_CONFIG):
+        dims, lists = family.dims(config), tuple(family.lists(config).items())
+        _said_tied(family, config)
     tensors = {name: t for name, t in tensors.items() if name not in carried}
-    tensors = _claimed(family, table, tensors, options, notes)
+    tensors = _claimed(family, table, tensors, options, notes, faults)
     variant = Variant(
         tied=is_tied(family, table, config, tensors),
         canonical=canonical,
-        vit_qkv=options.vit_qkv,
+        encoder_qkv=options.vit_qkv,
         traits=traits,
-        lists=tuple(family.lists(config).items()),
+        lists=lists,
     )
     modules = family.table(variant)
-    if vit_only:
-        modules = tuple(m for m in modules if m.key in ENCODERS)
+    if encoders_only:
+        modules = encoders(modules)
         kept = hf_templates(modules)
         left = [name for name in tensors if not kept.find(name)]
         tensors = {name: t for name, t in tensors.items() if kept.find(name)}
@@ -103,7 +128,7 @@ def hf_model(
         family,
         variant,
         modules,
-        family.dims(config),
+        dims,
         checkpoint,
         tensors,
         tuple(notes.words),
@@ -126,18 +151,45 @@ def _check_choices(family: Family, canonical: bool, llm_dir: Path | None) -> Non
         )
 
 
-def _by_hub_name(family: Family, checkpoint: HFCheckpoint) -> dict[str, StoredTensor]:
+def _by_hub_name(
+    family: Family, checkpoint: HFCheckpoint, faults: Faults = STRICT
+) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
-    for file in checkpoint.files:
-        for tensor in file.tensors:
-            name = family.hub_name(tensor.name)
-            if name in found:
-                raise TensorError(
-                    f"{file.path}: {tensor.name} and {found[name].name} are the same tensor",
-                    "one spelling of each name",
-                )
-            found[name] = tensor
+    other: list[StoredTensor] = []
+    for tensor in (t for file in checkpoint.files for t in file.tensors):
+        name = family.hub_name(tensor.name)
+        other += [] if name.endswith(tensor.name) else [tensor]  # a prefix alone is no spelling
+        if name in found:
+            fault = TensorError(
+                f"{tensor.name} in {tensor.path} and {found[name].name} in "
+                f"{found[name].path.name} are the same tensor of the model",
+                "one spelling of each name",
+                "keep one of them: download the weight files from one revision of the model",
+                cause="duplicate-tensor",
+                path=tensor.path,
+                tensor=tensor.name,
+            )
+            faults.add(fault)
+        found[name] = tensor
+    if other:
+        faults.remark(_other_spelling(family, checkpoint, other))
     return found
+
+
+def _other_spelling(
+    family: Family, checkpoint: HFCheckpoint, other: Sequence[StoredTensor]
+) -> CheckpointError:
+    version = checkpoint.config.get("transformers_version")
+    wrote = f"; config.json says {version}" if isinstance(version, str) else ""
+    return CheckpointError(
+        f"{len(other)} of {sum(len(f.tensors) for f in checkpoint.files)} tensors are named as "
+        f"transformers 4.52 and later name them, not as on the hub: {other[0].name} for "
+        f"{family.hub_name(other[0].name)}{wrote}",
+        fix="nothing: both are read, and mm_to_hf writes the names of its hf_dir",
+        cause="other-spelling",
+        path=other[0].path,
+        tensor=other[0].name,
+    )
 
 
 def form_of(
@@ -164,11 +216,12 @@ def _claimed(
     tensors: Mapping[str, StoredTensor],
     options: Options,
     notes: Notes,
+    faults: Faults,
 ) -> dict[str, StoredTensor]:
     """The tensors that have a row; the others are named in notes, or are an error."""
     index = hf_templates(table)
     kept: dict[str, StoredTensor] = {}
-    lost: list[str] = []
+    lost: dict[str, StoredTensor] = {}
     reasons: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         pattern = dropped_by((name, tensor.name), options.drop)
@@ -180,14 +233,19 @@ def _claimed(
         elif index.find(name):
             kept[name] = tensor
         else:
-            closest = index.closest(name)
-            lost.append(tensor.name + (f" (closest known name: {closest})" if closest else ""))
+            closest = index.closest(name) if len(lost) < CLOSEST else ""
+            lost[tensor.name + (f" (closest known name: {closest})" if closest else "")] = tensor
     if lost:
-        raise TensorError(
+        first = lost[min(lost)]
+        fault = TensorError(
             f"{number(lost, 'tensor')} with no place in {family.form}: {summarise(lost)}",
             f"only tensors of {family.name}",
             "leave them out with --drop 'NAME' (a pattern; may be repeated)",
+            cause="unknown-tensor",
+            path=first.path,
+            tensor=first.name,
         )
+        faults.add(fault)
     for why, names in reasons.items():
         notes.drop(why, names)
     return kept
@@ -226,7 +284,7 @@ def _with_text_of(
     notes: Notes,
 ) -> tuple[dict[str, object], dict[str, StoredTensor]]:
     """The model with the text decoder of a plain language model in place of its own."""
-    text = tuple(m for m in table if m.key == "llm")
+    text = tuple(m for m in table if m.role == "decoder")
     index = hf_templates(text)
     other = open_hf(folder)
     notes.words += other.notes

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mmconvert.causes.quantised import said_method, without_method
 from mmconvert.errors import FormatError
 from mmconvert.formats.containers.image import FileImage, Piece, one_run, small
 from mmconvert.formats.containers.safetensors import parse_json, safetensors_image
@@ -37,7 +38,7 @@ def weight_images(
     """
     numbers = {target.name: number for number, target in enumerate(targets)}
     if limit:
-        return _new_files(model, targets, numbers, limit)
+        return new_files(model, targets, limit)
     names = [file.path.name.casefold() for file in model.files]
     if len(set(names)) < len(names):
         raise FormatError(f"{model.folder}: two weight files have the same name but for its case")
@@ -78,10 +79,15 @@ def _as_stored(targets: Sequence[Target], numbers: Sequence[int]) -> list[object
     return [(t.name, t.dtype, t.stack or t.shape) for t in found]
 
 
-def _new_files(
-    model: HFCheckpoint, targets: Sequence[Target], numbers: Mapping[str, int], limit: int
+def new_files(
+    model: HFCheckpoint, targets: Sequence[Target], limit: int, *, indexed: bool = False
 ) -> list[FileImage]:
-    """Files filled in the order of ``model``'s tensors, named as transformers names them."""
+    """Files filled in the order of ``model``'s tensors, named as transformers names them.
+
+    Args:
+        indexed: whether a single file too has an index.
+    """
+    numbers = {target.name: number for number, target in enumerate(targets)}
     groups: list[list[int]] = [[]]
     used = 0
     for file in model.files:
@@ -93,14 +99,13 @@ def _new_files(
             groups[-1].append(number)
             used += nbytes
     metadata = model.files[0].metadata
-    if len(groups) == 1:
-        return [safetensors_image(SINGLE, targets, groups[0], metadata)]
+    names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     images = [
-        safetensors_image(
-            f"model-{i:05d}-of-{len(groups):05d}.safetensors", targets, group, metadata
-        )
-        for i, group in enumerate(groups, 1)
+        safetensors_image(name, targets, group, metadata)
+        for name, group in zip([SINGLE] if len(groups) == 1 else names, groups, strict=True)
     ]
+    if len(groups) == 1 and not indexed:
+        return images
     return [*images, small(INDEX, _index(model.index or b"{}", images, targets), pointer=True)]
 
 
@@ -115,20 +120,23 @@ def _index(old: bytes, images: Sequence[FileImage], targets: Sequence[Target]) -
 
 
 def with_dtype(path: Path, cast: str) -> bytes:
-    """config.json with the dtype that the weights have now; if it has that already, as it is.
+    """config.json with the dtype that the weights have now, and without a way of quantising; if
+    it is so already, as it is.
 
     Args:
-        cast: safetensors spelling of the dtype.
+        cast: safetensors spelling of the dtype; "" leaves what it says of dtypes.
 
     Raises:
         CheckpointError: unreadable; FormatError: not JSON.
     """
-    text, dtype = read_small(path), TORCH_NAMES[cast]
+    text, dtype = read_small(path), TORCH_NAMES.get(cast)
     config = parse_json(text, path)
-    changed = False
+    changed = is_object(config) and bool(said_method(config))
+    if is_object(config) and changed:  # weights in this dtype are not quantised
+        config = without_method(config)
     for part in _objects(config):
         for key in DTYPE_KEYS:
-            if isinstance(part.get(key), str) and part[key] != dtype:
+            if dtype and isinstance(part.get(key), str) and part[key] != dtype:
                 part[key] = dtype
                 changed = True
     if not changed:  # the original, byte for byte

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 from mmconvert.causes.tensors import missing as missing_tensors
 from mmconvert.converters.family import OUTPUT_LAYER, ZEROS, Dims, Module, Row
-from mmconvert.errors import TensorError
+from mmconvert.errors import TensorError, blamed
+from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.mm.instances import Instance, experts_of, instances
-from mmconvert.names import EXPERT, summarise
+from mmconvert.names import EXPERT, NO_LAYER, number, summarise
 from mmconvert.plan.dtypes import in_words, joint_dtype
 from mmconvert.plan.plan import Block, Gap, Key, Side, Whole, matrix
 from mmconvert.stored import StoredTensor, Target, expert_of, transpose
@@ -38,6 +40,8 @@ def hf_side(
     tensors: Mapping[str, StoredTensor],
     *,
     transposed: bool = False,
+    faults: Faults = STRICT,
+    complete: bool = True,
 ) -> Side:
     """An HF checkpoint as wholes.
 
@@ -45,47 +49,85 @@ def hf_side(
         tensors: by name in hub spelling; each must be the source of some row.
         transposed: whether rows that say so see their tensor transposed. Only what is read can be:
             the wholes have the orientation of what is written. What is read is also taken expert
-            by expert from stacked tensors; what is written is one tensor.
+            by expert from stacked tensors; what is written is one tensor. Views are always read.
+        faults: where those go after which reading goes on.
+        complete: whether missing tensors are a fault of their own, not of files that are damaged.
 
     Raises:
         TensorError: missing tensors, or shapes that are not those of config.json.
     """
-    side = Side()
-    numbers: dict[str, int] = {}
-    used: set[str] = set()
-    missing: dict[str, None] = {}
+    made = _Wholes(dims, experts_of(modules, dims), transposed)
+    missing: dict[str, list[str]] = {}
     layers = {m.key: dims[f"{m.key}.layers"] for m in modules}
-    experts = experts_of(modules, dims)
-    for item in instances(modules, layers, experts):
+    for item in instances(modules, layers, made.experts):
         names = item.hf_names()
         absent = [name for name in names if name not in tensors]
-        if absent:
-            missing |= dict.fromkeys([] if item.row.tied_to else absent)
-            continue
-        used.update(names)
-        count = experts.get(item.module.key, 0)
-        found = _sources(item, [tensors[name] for name in names], count, read=transposed)
-        _check_sizes(item.row, found, dims, read=transposed)
-        for source in found:
-            name = source.stored.name
-            numbers.setdefault(name, len(numbers))
-            if numbers[name] == len(side.stored):
-                _store(side, source)
-        placed = [(numbers[source.stored.name], source) for source in found]
-        _add_whole(side, item, found[0].tensor, _fused(item.row, placed, dims))
-    if missing:
-        raise missing_tensors(list(missing), heads(modules))
-    beyond = [tensor.name for name, tensor in tensors.items() if name not in used]
-    if beyond:
-        counts = [f"{m.key} {layers[m.key]}" for m in modules]
-        counts += [f"{key} {count} experts" for key, count in experts.items()]
-        raise TensorError(
-            f"{len(beyond)} tensors are beyond the layers that config.json counts "
-            f"({', '.join(counts)}): {summarise(beyond)}",
-            "weights and config.json of one model",
-            "replace config.json or the weights by those that belong together",
-        )
-    return side
+        if not absent:
+            found = [tensors[name] for name in names]
+            faults.attempt(lambda item=item, found=found: made.add(item, found), None)
+        elif not item.row.tied_to:
+            there = missing.setdefault(_place(item), [])
+            there += [name for name in absent if name not in there]
+        made.used.update(names)
+    if complete:
+        folder = next((tensor.path.parent for tensor in tensors.values()), Path())
+        for fault in missing_tensors(missing, heads(modules), folder):
+            faults.add(fault)
+        beyond = [tensor for name, tensor in tensors.items() if name not in made.used]
+        _check_beyond(modules, dims, beyond, faults)
+    return made.side
+
+
+class _Wholes:
+    """Makes wholes of the tensors of a checkpoint, one row for one layer and expert at a time."""
+
+    def __init__(self, dims: Dims, experts: Mapping[str, int], read: bool) -> None:
+        self.side = Side()
+        self.dims = dims
+        self.experts = experts
+        self.read = read
+        self.numbers: dict[str, int] = {}
+        self.used: set[str] = set()
+
+    def add(self, item: Instance, tensors: Sequence[StoredTensor]) -> None:
+        """Adds the whole that an instance makes of its tensors."""
+        with blamed("wrong-shape", tensors[0].path, tensors[0].name):
+            count = self.experts.get(item.module.key, 0)
+            found = _sources(item, tensors, count, read=self.read)
+            _check_sizes(item.row, found, self.dims, read=self.read)
+            placed: list[tuple[int, _Source]] = []
+            for source in found:
+                number = self.numbers.setdefault(source.stored.name, len(self.numbers))
+                placed.append((number, source))
+                if number == len(self.side.stored):
+                    _store(self.side, source)
+            _add_whole(self.side, item, found[0].tensor, _fused(item.row, placed, self.dims))
+
+
+def _place(item: Instance) -> str:
+    """Where in the model an instance stands, in words."""
+    label, layer = item.module.label, item.layer
+    return f"{label} layer {layer}" if layer != NO_LAYER else f"{label}, outside its layers"
+
+
+def _check_beyond(
+    modules: Sequence[Module], dims: Dims, beyond: Sequence[StoredTensor], faults: Faults
+) -> None:
+    """Tensors that have a row, of layers or experts that config.json does not count."""
+    if not beyond:
+        return
+    counts = [f"{m.key} {dims[f'{m.key}.layers']}" for m in modules]
+    counts += [f"{key} {count} experts" for key, count in experts_of(modules, dims).items()]
+    fault = TensorError(
+        f"{number(beyond, 'tensor')} beyond the layers that config.json counts "
+        f"({', '.join(counts)}): {summarise(tensor.name for tensor in beyond)}",
+        "weights and config.json of one model",
+        "replace config.json or the weights by those that belong together",
+        cause="extra-layers",
+        path=min(beyond).path,
+        tensor=min(beyond).name,
+    )
+    faults.add(fault)
 
 
 def heads(modules: Sequence[Module]) -> set[str]:
@@ -122,7 +164,7 @@ def _sources(
                     "replace config.json or the weights by those that belong together",
                 )
             seen = expert_of(tensor, item.expert)
-            if not read:
+            if not read and tensor.strides is None and not tensor.parts:
                 rows, cols = seen.shape[0], prod(seen.shape[1:])
                 below = tensor._replace(shape=(experts * rows, cols), strides=None)
                 sources.append(_Source(seen, below, item.expert * rows, tensor.shape))
@@ -150,38 +192,6 @@ def _add_whole(side: Side, item: Instance, tensor: StoredTensor, whole: Whole) -
         known.dtype = dtype
         known.mixed = f"{tensor.name} is {tensor.dtype}, the embedding that it is tied to is not"
     known.copies += whole.copies
-
-
-def partial_hf(
-    modules: Sequence[Module], dims: Dims, tensors: Mapping[str, StoredTensor]
-) -> tuple[Side, list[Instance], list[TensorError]]:
-    """What of an HF checkpoint can be read as wholes; which rows lack tensors; what is wrong.
-
-    For looking at a damaged checkpoint; see :func:`hf_side`.
-    """
-    side = Side()
-    lacking: list[Instance] = []
-    faults: list[TensorError] = []
-    layers = {m.key: dims[f"{m.key}.layers"] for m in modules}
-    experts = experts_of(modules, dims)
-    for item in instances(modules, layers, experts):
-        names = item.hf_names()
-        found = [tensors[name] for name in names if name in tensors]
-        if len(found) < len(names):
-            lacking += [] if item.row.tied_to else [item]
-            continue
-        first = len(side.stored)
-        try:
-            count = experts.get(item.module.key, 0)
-            sources = _sources(item, found, count, read=True)
-            _check_sizes(item.row, sources, dims, read=True)
-            whole = _fused(item.row, list(enumerate(sources, first)), dims)
-            _add_whole(side, item, sources[0].tensor, whole)
-        except TensorError as error:
-            faults.append(error)
-            continue
-        side.stored += [source.stored for source in sources]
-    return side, lacking, faults
 
 
 def _fused(item: Row, found: Sequence[tuple[int, _Source]], dims: Dims) -> Whole:
@@ -243,6 +253,8 @@ def _check_size(tensor: StoredTensor, what: str, size: int, dim: str, dims: Dims
             f"{dims[dim]} ({dim})",
             "weights and config.json of one model",
             "replace config.json or the weights by those that belong together",
+            path=tensor.path,
+            tensor=tensor.name,
         )
 
 

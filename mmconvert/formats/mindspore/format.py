@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,20 @@ from mmconvert.converters.family import Family, Module
 from mmconvert.converters.mindspore import MSFamily
 from mmconvert.errors import RequestError
 from mmconvert.formats import contents
-from mmconvert.formats.base import Described, Format, Look, Opening, Placed, Placing, Stored
+from mmconvert.formats.base import (
+    Described,
+    Format,
+    Look,
+    Opening,
+    Placed,
+    Placing,
+    StoredCheckpoint,
+)
 from mmconvert.formats.containers.ckpt_layout import ckpt_image
 from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.containers.safetensors import safetensors_image
 from mmconvert.formats.faults import STRICT, Collected, Faults
-from mmconvert.formats.mindspore.folder import is_ms, open_ms, read_strategies
+from mmconvert.formats.mindspore.folder import SUFFIXES, is_ms, open_ms, read_strategies
 from mmconvert.formats.mindspore.layouts import (
     GivenLayout,
     by_strategy,
@@ -48,7 +57,7 @@ from mmconvert.stored import StoredTensor, Target
 
 
 @dataclass(frozen=True, kw_only=True)
-class MSStored(Stored):
+class MSStored(StoredCheckpoint):
     """A MindSpore checkpoint that was opened; ``ranks`` are its tensors and how they lie."""
 
     ranks: MSModel
@@ -86,11 +95,18 @@ class MindSpore(Format):
     title: ClassVar = "MindSpore"
     naming: ClassVar = "mindformers"
     writes: ClassVar = frozenset({"crc"})
+    own_names: ClassVar = r"rank_\d{1,5}|strategy"
     Layout: ClassVar = RankFolders
 
     def recognise(self, path: Path) -> bool:
         """By the name of a file, or rank folders."""
         return is_ms(path)
+
+    def owns(self, folder: Path) -> bool:
+        """By the file of a rank."""
+        ranks = [path for path in folder.iterdir() if re.fullmatch(r"rank_\d{1,5}", path.name)]
+        files = (file for path in ranks if path.is_dir() for file in path.iterdir())
+        return any(file.name.endswith(SUFFIXES) for file in files)
 
     def claims(self, layout: object) -> bool:
         """Parallel sizes divide by a family's table; strategy files and one file need none."""
@@ -183,7 +199,7 @@ class MindSpore(Format):
             layout = GivenLayout(spread.devices, len(spread.stages))
         elif model.modules and isinstance(family, MSFamily):
             layers = check_complete(wholes, model.modules, model.dims, asked.source.path)
-            devices = device_layout(given, layers["llm"], asked.flags)
+            devices = device_layout(given, layers[family.decoder], asked.flags)
             spread = family_spread(family, model.modules, wholes, layers, model.dims, devices)
             notes = unchecked_heads(family, model.dims, devices)
             layout = devices
@@ -235,7 +251,7 @@ class MindSpore(Format):
 
     def samples(self, model: Model) -> list[tuple[str, object]]:
         """One file, weights divided, weights divided by the optimizer over two stages."""
-        layers = model.dims["llm.layers"]
+        layers = model.dims[f"{model.family.decoder}.layers"]
         return [
             ("complete", RankFolders()),
             ("mp2", RankFolders(model_parallel=2)),

@@ -19,6 +19,7 @@ from mmconvert.formats.model import dropped_by
 from mmconvert.names import NO_LAYER, number, summarise
 from mmconvert.plan.plan import Key, Side, Whole
 from mmconvert.sharding.devices import DeviceLayout
+from mmconvert.sharding.layout import grid_flag
 from mmconvert.sharding.slices import Slicing
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
@@ -262,17 +263,18 @@ def family_spread(
     """
     layout.check()
     check_units(family, dims, layout)
-    if layout.stages > 1 and sum(layout.layers) != layers["llm"]:
+    count = layers[family.decoder]
+    if layout.stages > 1 and sum(layout.layers) != count:
         raise LayoutError(
-            f"llm_pp_layers {list(layout.layers)} adds up to {sum(layout.layers)} layers; the "
-            f"model has {layers['llm']}",
-            f"numbers of layers that add up to {layers['llm']}",
+            f"{grid_flag(family.decoder)} {list(layout.layers)} adds up to {sum(layout.layers)} "
+            f"layers; the model has {count}",
+            f"numbers of layers that add up to {count}",
         )
     stages: list[dict[Key, Slicing]] = [{} for _ in range(layout.stages)]
     for item in instances(table, layers):
         whole = wholes[item.key]
         after = item.row in item.module.after
-        stage = family.stage(item.module.key, after, item.layer, layout)
+        stage = family.stage(item.module, after, item.layer, layout)
         slicing = family.slicing(item.row, layout, whole.shape, ITEM_SIZE[whole.dtype])
         stages[stage][item.key] = slicing
     return Spread(stages, layout.devices)

@@ -54,7 +54,7 @@ def mm_adapter(
     weights = {_weight(name) for part in parts.values() for name in part}
     noted = noted_traits(content or {})
     variant = variant_of(family, weights, checkpoint, model, noted)
-    variant = replace(variant, vit_qkv=options.vit_qkv)
+    variant = replace(variant, encoder_qkv=options.vit_qkv)
     table = linear(family.table(variant))
     _check_known(family, table, weights, checkpoint)
     present = {r.mm for m in table for r in m.all_rows()}
@@ -63,7 +63,7 @@ def mm_adapter(
     layout = _layout(derived(base), checkpoint, dims, content, given)
     keys = set(layout.grids)
     grids = {key: grid for key, grid in given.grids().items() if key in keys}
-    sizes = {key: size for key, size in given.tp().items() if key in keys}
+    sizes = {key: size for key, size in given.tp(family.decoder).items() if key in keys}
     assert_layout(layout, grids, sizes, prefix)
     check_layers(layout, dims)
     dims |= {f"{key}.layers": sum(map(sum, grid)) for key, grid in layout.grids.items()}

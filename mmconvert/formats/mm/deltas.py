@@ -9,7 +9,7 @@ from mmconvert.adapters import MM_A, MM_B, WEIGHT
 from mmconvert.converters.adapters import part_spans
 from mmconvert.converters.family import ZEROS
 from mmconvert.errors import CheckpointError
-from mmconvert.formats.base import Stored
+from mmconvert.formats.base import StoredCheckpoint
 from mmconvert.formats.mm.instances import experts_of, instances
 from mmconvert.names import EXPERT, NO_EXPERT
 from mmconvert.plan.plan import Block, Comparison, Key, Term, join, matrix
@@ -17,7 +17,7 @@ from mmconvert.plan.products import Adapter, Delta
 from mmconvert.sharding.spans import Span
 
 
-def mm_deltas(stored: Stored, alpha: float | None, factor: float) -> Adapter:
+def mm_deltas(stored: StoredCheckpoint, alpha: float | None, factor: float) -> Adapter:
     """An adapter in MM format as it is merged: for each Hugging Face tensor, A and its rows of B.
 
     Args:

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
-from mmconvert.converters.family import MAX_SIZE, Dims, LayerLists, Module, Row, mm_index
+from mmconvert.converters.family import (
+    MAX_SIZE,
+    Dims,
+    LayerLists,
+    Module,
+    Row,
+    decoder_of,
+    mm_index,
+)
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.formats.mm.folder import MMCheckpoint
 from mmconvert.names import NO_EXPERT, NO_LAYER, fill
 from mmconvert.plan.plan import matrix
-from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Chunk, Layout, Rank
+from mmconvert.sharding.layout import Chunk, Layout, Rank, grid_flag
 from mmconvert.sharding.stages import StageGrid, flat, show, total
 from mmconvert.stored import StoredTensor
 
@@ -62,7 +70,7 @@ def detect_layout(
                 )
     tp = {m.key: tp_size(m, checkpoint, dims, same) for m in modules}
     rows = {key: tuple(tuple(row) for row in grid) for key, grid in grids.items()}
-    return Layout(tp, rows, checkpoint.ep_size)
+    return Layout(tp, rows, checkpoint.ep_size, decoder=decoder_of(modules))
 
 
 def count_experts(modules: Sequence[Module], checkpoint: MMCheckpoint) -> Dims:
@@ -247,18 +255,18 @@ def assert_layout(
     Raises:
         CheckpointError: naming both.
     """
-    absent = [GRID_FLAG[k] for k in grids if k not in found.grids]
-    absent += [TP_FLAG[k] for k in tp if k not in found.tp]
+    absent = [grid_flag(k) for k in grids if k not in found.grids]
+    absent += [found.tp_flag(k) for k in tp if k not in found.tp]
     if absent:
         raise CheckpointError(
             f"{prefix}{absent[0]} is given, but the checkpoint has no such module",
-            "flags for " + ", ".join(GRID_FLAG[key] for key in found.grids),
+            "flags for " + ", ".join(grid_flag(key) for key in found.grids),
             "leave the flag out",
         )
     for key, grid in grids.items():
         if found.grids[key] != grid:
             raise CheckpointError(
-                f"{prefix}{GRID_FLAG[key]} says {show(grid)}, the checkpoint holds "
+                f"{prefix}{grid_flag(key)} says {show(grid)}, the checkpoint holds "
                 f"{show(found.grids[key])}",
                 "the layout that the checkpoint has",
                 "leave the flag out: the layout is read off the checkpoint",
@@ -266,7 +274,7 @@ def assert_layout(
     for key, size in tp.items():
         if found.tp[key] != size:
             raise CheckpointError(
-                f"{prefix}{TP_FLAG[key]} says {size}, the checkpoint holds {found.tp[key]}",
+                f"{prefix}{found.tp_flag(key)} says {size}, the checkpoint holds {found.tp[key]}",
                 "the layout that the checkpoint has",
                 "leave the flag out: the layout is read off the checkpoint",
             )
@@ -279,7 +287,7 @@ def check_layers(layout: Layout, dims: Dims) -> None:
         CheckpointError: naming both numbers.
     """
     wrong = [
-        f"{total(grid)} by {GRID_FLAG[key]} {show(grid)}, the model {dims[f'{key}.layers']}"
+        f"{total(grid)} by {grid_flag(key)} {show(grid)}, the model {dims[f'{key}.layers']}"
         for key, grid in layout.grids.items()
         if dims.get(f"{key}.layers", total(grid)) != total(grid)
     ]

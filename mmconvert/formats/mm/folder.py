@@ -76,7 +76,7 @@ def find_weights(root: Path) -> tuple[Path, str]:
         )
     tracker = root / TRACKER
     if tracker.is_file():
-        text = _tracker_text(tracker)
+        text = tracker_text(tracker)
         name = "release" if text == "release" else f"iter_{int(text):07d}"
         if not (root / name).is_dir():
             raise CheckpointError(
@@ -97,7 +97,12 @@ def find_weights(root: Path) -> tuple[Path, str]:
     )
 
 
-def _tracker_text(tracker: Path) -> str:
+def tracker_text(tracker: Path) -> str:
+    """What a tracker file says: ``release``, or a number.
+
+    Raises:
+        FormatError: neither.
+    """
     try:
         with opened(tracker) as file:
             text = file.read(64).decode("ascii").strip()

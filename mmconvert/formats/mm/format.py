@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,10 @@ from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import Family, Module
 from mmconvert.errors import CheckpointError, MMConvertError, RequestError
 from mmconvert.formats import contents
-from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, Stored
+from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.mm.adapters import sized
-from mmconvert.formats.mm.folder import find_weights, is_mm
+from mmconvert.formats.mm.folder import TRACKER, find_weights, is_mm
 from mmconvert.formats.mm.model import mm_model
 from mmconvert.formats.mm.output import rank_images
 from mmconvert.formats.mm.samples import representative
@@ -22,15 +23,16 @@ from mmconvert.formats.mm.source import Parts, claim_mm, mm_source
 from mmconvert.formats.mm.target import mm_target
 from mmconvert.formats.model import Model, target_layout, unchecked_units
 from mmconvert.formats.recognise import mm_family
+from mmconvert.plan.padding import vocabulary_keys
 from mmconvert.plan.plan import Side
 from mmconvert.plan.reorder import reorder
 from mmconvert.plan.training import cautions
-from mmconvert.sharding.layout import Chunk, Layout
+from mmconvert.sharding.layout import RANK_FOLDER, Chunk, Layout
 from mmconvert.stored import StoredTensor, Target
 
 
 @dataclass(frozen=True, kw_only=True)
-class MMStored(Stored):
+class MMStored(StoredCheckpoint):
     """An MM checkpoint that was opened.
 
     Attributes:
@@ -56,11 +58,17 @@ class MM(Format):
     title: ClassVar = "MM"
     naming: ClassVar = "mm"
     reads: ClassVar = frozenset({"vit_qkv"})
+    own_names: ClassVar = rf"{re.escape(TRACKER)}|release|iter_\d+|{RANK_FOLDER.pattern}"
     Layout: ClassVar = ParallelConfig
 
     def recognise(self, path: Path) -> bool:
         """By the tracker file, or rank folders."""
         return is_mm(path)
+
+    def owns(self, folder: Path) -> bool:
+        """Also one whose tracker file is lost."""
+        inner = [path for path in folder.iterdir() if re.fullmatch(r"release|iter_\d+", path.name)]
+        return is_mm(folder) or any(is_mm(path) for path in inner)
 
     def family(self, path: Path) -> Family:
         """By mmconvert.json, else by the tensors' names."""
@@ -100,7 +108,7 @@ class MM(Format):
             told.like,
             told.options,
             prefix=told.flags,
-            vit_only=told.encoders_only,
+            encoders_only=told.encoders_only,
         )
         if told.canonical and not model.variant.canonical:
             raise CheckpointError(
@@ -127,7 +135,10 @@ class MM(Format):
         layout = target_layout(model, given, prefix=asked.flags)
         side = mm_target(model.plain_modules, model.dims, layout, asked.wholes)
         notes = unchecked_units(model, found if isinstance(found, Layout) else None, layout)
-        notes += [f"warning: {words}" for words in cautions(model.modules, model.dims, layout)]
+        dims = dict(model.dims)
+        for key in vocabulary_keys(side, model.modules):
+            dims[model.family.vocabulary] = side.wholes[key].shape[0]  # it may be padded
+        notes += [f"warning: {words}" for words in cautions(model.modules, dims, layout)]
         return Placed(side=side, layout=layout, notes=tuple(notes))
 
     def lay_out(

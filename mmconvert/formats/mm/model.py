@@ -15,6 +15,7 @@ from mmconvert.converters.family import (
     Row,
     Variant,
     bound,
+    encoders,
     mm_index,
 )
 from mmconvert.errors import CheckpointError, TensorError
@@ -30,11 +31,11 @@ from mmconvert.formats.mm.detect import (
 )
 from mmconvert.formats.mm.folder import MMCheckpoint, is_adapter, open_mm
 from mmconvert.formats.mm.source import Parts, claim_mm
-from mmconvert.formats.model import ENCODERS, Model, Notes, dropped_by, drops_too_much
+from mmconvert.formats.model import Model, Notes, dropped_by, drops_too_much
 from mmconvert.formats.recognise import by_names, mm_form_of
 from mmconvert.names import TemplateIndex, number, summarise
 from mmconvert.narrow import is_object
-from mmconvert.sharding.layout import GRID_FLAG, Chunk, Layout
+from mmconvert.sharding.layout import Chunk, Layout
 from mmconvert.sharding.stages import total
 from mmconvert.stored import StoredTensor
 
@@ -49,7 +50,7 @@ def mm_model(
     options: Options,
     *,
     prefix: str,
-    vit_only: bool = False,
+    encoders_only: bool = False,
 ) -> tuple[Model, Layout, Parts]:
     """Opens an MM checkpoint: its model, its layout, its tensors by chunk.
 
@@ -75,22 +76,24 @@ def mm_model(
     names = {name for tensors in parts.values() for name in tensors}
     # The manifest may say that the text decoder was left out; if it is there, it counts.
     said = content is not None and content.get("save_vit_only") is True
-    vit_only = vit_only or (said and not any(name.startswith(TEXT) for name in names))
+    encoders_only = encoders_only or (said and not any(name.startswith(TEXT) for name in names))
     variant = variant_of(family, names, checkpoint, model, noted_traits(content or {}))
     if model is not None and model.tied_known:
         tied = model.variant.tied
     else:
-        tied = vit_only or _looks_tied(family, variant, parts, content, notes)
-    variant = replace(variant, tied=tied, vit_qkv=options.vit_qkv)
+        tied = encoders_only or _looks_tied(family, variant, parts, content, notes)
+    variant = replace(variant, tied=tied, encoder_qkv=options.vit_qkv)
     modules = family.table(variant)
     _check_known(family, parts, mm_index(modules), checkpoint)
-    if vit_only:
-        modules = tuple(m for m in modules if m.key in ENCODERS)
+    if encoders_only:
+        modules = encoders(modules)
         index = mm_index(modules)
         parts = {c: {n: t for n, t in p.items() if index.find(n)} for c, p in parts.items()}
     checkpoint = replace(checkpoint, parts=parts)
-    layout = detect_layout(modules, checkpoint, dims, same_bytes)
-    _check_text(layout, checkpoint)
+    sizes = {dim: size for dim, size in dims.items() if dim != family.vocabulary}
+    layout = detect_layout(modules, checkpoint, sizes, same_bytes)
+    words = _unpadded(modules, parts, layout, dims, family.vocabulary)
+    _check_text(modules, layout, checkpoint)
     _check_experts(modules, checkpoint, given, dims, prefix)
     if model is None:
         lists = layer_lists(modules, checkpoint, layout)
@@ -99,7 +102,11 @@ def mm_model(
     # A module that was left out with save_vit_only is no contradiction.
     full = {m.key for m in modules}
     grids = {k: g for k, g in given.grids().items() if k in full or k not in family.module_keys}
-    sizes = {k: n for k, n in given.tp().items() if k in full or k not in family.module_keys}
+    sizes = {
+        k: n
+        for k, n in given.tp(family.decoder).items()
+        if k in full or k not in family.module_keys
+    }
     assert_layout(layout, grids, sizes, prefix)
     check_layers(layout, dims)
     lost = claim_mm(modules, dims, layout, parts)
@@ -118,8 +125,33 @@ def mm_model(
         notes=tuple(notes.words),
         patterns=used,
         dropped=notes.dropped,
+        words=words,
     )
     return found, layout, parts
+
+
+def _unpadded(
+    modules: tuple[Module, ...], parts: Parts, layout: Layout, dims: Dims, vocabulary: str
+) -> int:
+    """The rows that the vocabulary has without those that pad it; 0 if none do.
+
+    Args:
+        dims: receives the rows that it has here.
+        vocabulary: the name of that dimension.
+    """
+    rows = {r.mm for m in modules for r in m.before if r.rows == (vocabulary,)}
+    held: dict[tuple[int, int], int] = {}
+    for chunk, tensors in parts.items():
+        if chunk.rank.ep or chunk.rank.tp >= layout.tp.get(layout.decoder, 1):
+            continue
+        for name in rows & tensors.keys():
+            place = (chunk.rank.pp, chunk.virtual)
+            held[place] = held.get(place, 0) + tensors[name].shape[0]
+    words, found = dims.get(vocabulary, 0), max(held.values(), default=0)
+    if not words or found <= words:
+        return 0
+    dims[vocabulary] = found
+    return words
 
 
 def _check_experts(
@@ -184,12 +216,12 @@ def _check_known(
     )
 
 
-def _check_text(layout: Layout, checkpoint: MMCheckpoint) -> None:
+def _check_text(modules: tuple[Module, ...], layout: Layout, checkpoint: MMCheckpoint) -> None:
     """Raises CheckpointError for a module without any layer, which no flag has left out."""
-    for key, grid in layout.grids.items():
-        if not total(grid):
+    for module in modules:
+        if not total(layout.grids[module.key]):
             raise CheckpointError(
-                f"{checkpoint.folder} holds no layer of {GRID_FLAG[key].split('_')[0]}",
+                f"{checkpoint.folder} holds no layer of {module.label}",
                 "all modules of the model",
                 "for encoders alone give --cfg.save_vit_only True (resplit); else copy all ranks",
             )

@@ -7,17 +7,18 @@ from typing import Any
 
 from mmconvert.config import ParallelConfig
 from mmconvert.formats.model import Model
-from mmconvert.sharding.layout import GRID_FLAG
+from mmconvert.sharding.layout import grid_flag
 from mmconvert.sharding.stages import StageGrid
 
 
 def representative(model: Model) -> list[tuple[str, ParallelConfig]]:
     """One rank; tensor and pipeline parallel; virtual stages with a encoder over two of them."""
+    decoder = model.family.decoder
     counts = {key: model.dims[f"{key}.layers"] for key in model.family.module_keys}
 
     def config(stages: int, virtual: int, tp: int) -> ParallelConfig:
         grids: dict[str, Any] = {
-            GRID_FLAG[key]: _grid(_spread(count, stages * virtual, key == "llm"), stages)
+            grid_flag(key): _grid(_spread(count, stages * virtual, key == decoder), stages)
             for key, count in counts.items()
         }
         return ParallelConfig(tp_size=tp, **grids)

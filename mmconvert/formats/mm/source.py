@@ -52,7 +52,7 @@ def mm_source(
             "every tensor of the model on its rank",
             "copy the checkpoint again, with all its rank folders",
         )
-    return _transposed(side, modules) if transposed else side
+    return as_stored_in_hf(side, modules) if transposed else side
 
 
 def _places(
@@ -73,7 +73,7 @@ def _places(
             yield item, name, shards, absent
 
 
-def _transposed(side: Side, modules: Sequence[Module]) -> Side:
+def as_stored_in_hf(side: Side, modules: Sequence[Module]) -> Side:
     """The side with the wholes of transposed rows in the orientation of Hugging Face."""
     rows = {r.mm for m in modules for r in m.all_rows() if r.transposed}
     for key, whole in side.wholes.items():

@@ -10,7 +10,7 @@ from mmconvert.errors import LayoutError, TensorError, UnknownSizeError
 from mmconvert.formats.mm.instances import Instance, placements
 from mmconvert.names import NO_LAYER
 from mmconvert.plan.plan import Block, Key, Side, Whole, matrix
-from mmconvert.sharding.layout import TP_FLAG, Layout
+from mmconvert.sharding.layout import Layout
 from mmconvert.sharding.spans import Span, Split
 from mmconvert.stored import Target
 
@@ -65,7 +65,7 @@ def _with_sizes_that_do(
         return True
 
     sizes = [size for size in range(1, LARGEST_TP + 1) if does(size)]
-    flag = TP_FLAG[bad.module.key]
+    flag = bad.module.tp_flag
     whole = f"the whole {bad.module.label} allows {flag} among {sizes}"
     return LayoutError(error.what, f"{error.expected}; {whole}", error.fix)
 
@@ -85,7 +85,7 @@ def shard_spans(
     try:
         return split.spans(length, size, rank, dims)
     except LayoutError as error:
-        flag = TP_FLAG[item.module.key]
+        flag = item.module.tp_flag
         raise type(error)(
             f"{flag} {size}: {item.key.name()}: {error.what}", error.expected, error.fix
         ) from None

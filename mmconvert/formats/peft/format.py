@@ -13,7 +13,7 @@ from mmconvert.converters.adapters import derived, restricted
 from mmconvert.converters.family import Family, Module, Variant
 from mmconvert.errors import CheckpointError, RequestError, TensorError
 from mmconvert.executor.compare import same_bytes
-from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, Stored, plain
+from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint, plain
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.containers.safetensors import safetensors_image
 from mmconvert.formats.model import AdapterModel, Model
@@ -43,7 +43,7 @@ from mmconvert.stored import Target
 
 
 @dataclass(frozen=True, kw_only=True)
-class PEFTStored(Stored):
+class PEFTStored(StoredCheckpoint):
     """An adapter of PEFT that was opened.
 
     Attributes:
@@ -74,6 +74,7 @@ class PEFT(Format):
     title: ClassVar = "PEFT adapter"
     naming: ClassVar = "hf"
     Layout: ClassVar = PEFTChoices
+    own_names: ClassVar = r"adapter_(model\.safetensors|config\.json)"
 
     def recognise(self, path: Path) -> bool:
         """By adapter_config.json, or the weight file's name, where no model stands."""

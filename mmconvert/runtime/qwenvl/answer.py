@@ -16,7 +16,7 @@ import torch
 from mmconvert.errors import RequestError
 from mmconvert.runtime.device import device
 from mmconvert.runtime.qwenvl import prompts, weights
-from mmconvert.runtime.qwenvl.model import Cache, QwenVL
+from mmconvert.runtime.qwenvl.model import Cache, QwenVLModel
 from mmconvert.runtime.qwenvl.prompts import Prompt
 from mmconvert.runtime.qwenvl.sizes import Positions, Sizes
 from mmconvert.runtime.qwenvl.tokenizer import END, END_TURN, START_TURN, Tokenizer
@@ -118,7 +118,7 @@ def ask(
 
 @torch.no_grad()
 def generate(
-    model: QwenVL, asked: Prompt, most: int, stop: set[int], hear: Callable[[int], None]
+    model: QwenVLModel, asked: Prompt, most: int, stop: set[int], hear: Callable[[int], None]
 ) -> list[list[int]]:
     """Greedy tokens of each row, without the one that ends it; ``hear`` gets the first row's."""
     rows = len(asked.ids)

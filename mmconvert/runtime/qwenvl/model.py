@@ -74,7 +74,7 @@ def rotate(x: Tensor, places: Places) -> Tensor:
     return (wide * places.cos + turned * places.sin).to(x.dtype)
 
 
-class Attention(nn.Module):
+class CausalAttention(nn.Module):
     """Causal self-attention; rows of ``c_attn`` are all of q, of k, of v."""
 
     def __init__(self, sizes: Sizes) -> None:
@@ -102,7 +102,7 @@ class Attention(nn.Module):
         return self.c_proj(out.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
+class GatedMLP(nn.Module):
     """c_proj(w1(x) * silu(w2(x))): the gate is w2."""
 
     def __init__(self, sizes: Sizes) -> None:
@@ -122,9 +122,9 @@ class Layer(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.ln_1 = RMSNorm(sizes.hidden)
-        self.attn = Attention(sizes)
+        self.attn = CausalAttention(sizes)
         self.ln_2 = RMSNorm(sizes.hidden)
-        self.mlp = MLP(sizes)
+        self.mlp = GatedMLP(sizes)
 
     def forward(self, x: Tensor, places: Places, cache: Cache | None, layer: int) -> Tensor:
         """(batch, time, hidden) -> the same."""
@@ -143,7 +143,7 @@ class Transformer(nn.Module):
         self.visual = Vision(sizes)
 
 
-class QwenVL(nn.Module):
+class QwenVLModel(nn.Module):
     """The model: ids and pictures in, logits out."""
 
     def __init__(self, sizes: Sizes) -> None:

@@ -21,14 +21,14 @@ from mmconvert.errors import DatasetError, RequestError
 from mmconvert.runtime import losses, mmfiles
 from mmconvert.runtime.dataset import Data
 from mmconvert.runtime.device import device
-from mmconvert.runtime.journal import Journal, Line
+from mmconvert.runtime.journal import Line, TrainingLog
 from mmconvert.runtime.qwenvl import saving, weights
 from mmconvert.runtime.qwenvl.learning import Encoded, Lesson, Teacher
-from mmconvert.runtime.qwenvl.model import QwenVL
+from mmconvert.runtime.qwenvl.model import QwenVLModel
 from mmconvert.runtime.qwenvl.sizes import Positions
 from mmconvert.runtime.qwenvl.tokenizer import Tokenizer
 from mmconvert.runtime.samples import Sample
-from mmconvert.runtime.training import SAVE_EVERY, Outcome, Plan, Stop
+from mmconvert.runtime.training import SAVE_EVERY, Stop, TrainingOutcome, TrainingPlan
 
 VISUAL = "transformer.visual."
 # What learns of the vision encoder with MindFormers' freeze_vision True, freeze_resampler False.
@@ -36,7 +36,7 @@ RESAMPLER = tuple(f"{VISUAL}attn_pool.{name}." for name in ("kv_proj", "attn", "
 
 
 @dataclass(frozen=True)
-class Source:
+class QwenVLSource:
     """Where a training begins.
 
     Attributes:
@@ -55,7 +55,7 @@ class Source:
     strict: bool = False
 
 
-def freeze(model: QwenVL, prefixes: Sequence[str]) -> list[str]:
+def freeze(model: QwenVLModel, prefixes: Sequence[str]) -> list[str]:
     """Stops the vision encoder, and what the prefixes name, from learning; names of what learns.
 
     Raises:
@@ -77,22 +77,22 @@ def freeze(model: QwenVL, prefixes: Sequence[str]) -> list[str]:
     return learning
 
 
-def loss_of(model: QwenVL, lesson: Lesson, kind: losses.LossType) -> torch.Tensor:
+def loss_of(model: QwenVLModel, lesson: Lesson, kind: losses.LossType) -> torch.Tensor:
     """The loss of a micro-batch, not yet divided by the sizes of all."""
     keep = lesson.keep if model.sizes.positions == "mindformers" else None
     logits = model(lesson.ids, lesson.pixels, lesson.slots, keep)
     return losses.weighted(logits, lesson.labels, kind)
 
 
-class Run:
+class QwenVLTrainingRun:
     """A fine-tuning under way."""
 
     def __init__(
         self,
-        source: Source,
+        source: QwenVLSource,
         samples: Sequence[Sample],
         check: Sequence[Sample],
-        plan: Plan,
+        plan: TrainingPlan,
         dtype: str,
         emit: Callable[[object], None],
         *,
@@ -123,7 +123,7 @@ class Run:
         self._first = self._saved = last or 0
         self._teacher = Teacher(Tokenizer.read(source.vocab, source.like), sizes, source.length)
         self._bad: set[int] = set()
-        self._journal = Journal(plan.save, self._first)
+        self._journal = TrainingLog(plan.save, self._first)
         emit(f"one process, {self._where}; {len(learning)} tensors learn")
 
     def _optimizer(self) -> torch.optim.AdamW:
@@ -140,7 +140,7 @@ class Run:
             recipe.schedule.rate, (recipe.beta1, recipe.beta2), recipe.epsilon, foreach=False,
         )  # fmt: skip
 
-    def train(self) -> Outcome:
+    def train(self) -> TrainingOutcome:
         """All steps, or as many as there is time for."""
         plan, loss, clock, rolling = self._plan, float("nan"), time.monotonic(), 0
         with self._stop.listening():
@@ -169,9 +169,9 @@ class Run:
                         mmfiles.remove(plan.save, rolling)
                     rolling = number if late else rolling
                 if self._stop.asked:
-                    return Outcome(loss, number, stopped=number < plan.steps)
+                    return TrainingOutcome(loss, number, stopped=number < plan.steps)
         self._journal.picture()
-        return Outcome(loss, plan.steps, stopped=False)
+        return TrainingOutcome(loss, plan.steps, stopped=False)
 
     def _step(self, step: int) -> Line:
         """One update."""
@@ -268,14 +268,14 @@ class Run:
 
 
 def finetune(
-    source: Source,
+    source: QwenVLSource,
     data: Data,
-    plan: Plan,
+    plan: TrainingPlan,
     dtype: str,
     emit: Callable[[object], None],
     *,
     resume: bool,
-) -> Outcome:
+) -> TrainingOutcome:
     """Fine-tunes a Qwen-VL.
 
     Raises:
@@ -284,4 +284,4 @@ def finetune(
     samples, kept = data.read(plan.seed, emit)
     if not samples:
         raise DatasetError("there are no samples", "at least one conversation")
-    return Run(source, samples, kept, plan, dtype, emit, resume=resume).train()
+    return QwenVLTrainingRun(source, samples, kept, plan, dtype, emit, resume=resume).train()

@@ -19,11 +19,11 @@ from mmconvert.runtime.device import device
 from mmconvert.runtime.pictures import drawn_picture
 from mmconvert.runtime.qwenvl import prompts, weights
 from mmconvert.runtime.qwenvl.answer import DTYPES, RANKS, generate
-from mmconvert.runtime.qwenvl.model import QwenVL
+from mmconvert.runtime.qwenvl.model import QwenVLModel
 from mmconvert.runtime.qwenvl.prompts import Prompt
 from mmconvert.runtime.qwenvl.sizes import QUERIES, Positions, Sizes
 from mmconvert.runtime.qwenvl.tokenizer import Tokenizer
-from mmconvert.runtime.verdict import TOLERANCE, Check, Parting, Report
+from mmconvert.runtime.verdict import TOLERANCE, Check, Parting, ValidationReport
 
 PROMPT = "What is in this picture?"
 GREEDY = 20  # tokens that are generated on both sides
@@ -39,7 +39,7 @@ def validate(
     tolerance: float,
     like: Positions,
     note: weights.Note,
-) -> Report:
+) -> ValidationReport:
     """Runs a MindSpore checkpoint and a Hugging Face folder on the same inputs.
 
     Raises:
@@ -68,7 +68,7 @@ def validate(
         parting = _parting(ours, theirs, limit)
     narrow = {str(kind).removeprefix("torch.") for kind in stored.values()}
     notes = [f"weights of the Hugging Face folder as {', '.join(sorted(narrow))}, as stored here"]
-    return Report("complete, in one process", about, dtype, checks, parting, notes)
+    return ValidationReport("complete, in one process", about, dtype, checks, parting, notes)
 
 
 def _compare(
@@ -111,7 +111,7 @@ def _question(
 
 
 @torch.no_grad()
-def _outputs(model: QwenVL, asked: Prompt) -> dict[str, Tensor]:
+def _outputs(model: QwenVLModel, asked: Prompt) -> dict[str, Tensor]:
     """What the model makes of a prompt: each layer's output, then the results."""
     found: dict[str, Tensor] = {}
 

@@ -71,7 +71,7 @@ def heads_of(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-class Attention(nn.Module):
+class VisionAttention(nn.Module):
     """Self-attention of a block; rows of ``in_proj`` are q, k, v of the first head, and so on."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
+class VisionMLP(nn.Module):
     """Two linears with an exact GELU between them."""
 
     def __init__(self, width: int, inner: int) -> None:
@@ -101,15 +101,15 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x)))
 
 
-class Block(nn.Module):
+class VisionBlock(nn.Module):
     """One layer of the encoder."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(sizes.width, EPS)
-        self.attn = Attention(sizes.width, sizes.vision_heads)
+        self.attn = VisionAttention(sizes.width, sizes.vision_heads)
         self.ln_2 = nn.LayerNorm(sizes.width, EPS)
-        self.mlp = MLP(sizes.width, sizes.vision_inner)
+        self.mlp = VisionMLP(sizes.width, sizes.vision_inner)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, time, width) -> the same."""
@@ -122,7 +122,7 @@ class Blocks(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(sizes) for _ in range(sizes.vision_layers))
+        self.resblocks = nn.ModuleList(VisionBlock(sizes) for _ in range(sizes.vision_layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, time, width) -> the same."""

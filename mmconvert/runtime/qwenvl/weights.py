@@ -25,7 +25,7 @@ from mmconvert.formats.reading import watched
 from mmconvert.loading import read_target, torch_tensor
 from mmconvert.plan.plan import Copy, Plan, Side, build, in_dtype
 from mmconvert.plan.proof import prove
-from mmconvert.runtime.qwenvl.model import QwenVL
+from mmconvert.runtime.qwenvl.model import QwenVLModel
 from mmconvert.runtime.qwenvl.sizes import Positions, Sizes
 from mmconvert.stored import StoredTensor
 
@@ -55,10 +55,10 @@ def dims_of(sizes: Sizes) -> dict[str, int]:
     return {**FAMILY.dims(config), "vit.ffn": sizes.vision_inner}
 
 
-def skeleton(sizes: Sizes, dtype: torch.dtype) -> QwenVL:
+def skeleton(sizes: Sizes, dtype: torch.dtype) -> QwenVLModel:
     """The model, its parameters without data."""
     with torch.device("meta"):
-        return QwenVL(sizes).to(dtype).eval()
+        return QwenVLModel(sizes).to(dtype).eval()
 
 
 @watched
@@ -69,7 +69,7 @@ def load(
     device: torch.device,
     note: Note = lambda _: None,
     stored: Mapping[str, torch.dtype] | None = None,
-) -> QwenVL:
+) -> QwenVLModel:
     """The model with the weights of a checkpoint.
 
     Args:
@@ -90,7 +90,7 @@ def load(
     return model
 
 
-def tensors(model: QwenVL, path: Path, note: Note) -> Iterator[tuple[str, Tensor]]:
+def tensors(model: QwenVLModel, path: Path, note: Note) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a checkpoint under its name on the hub, as it is stored."""
     expected = {
         name: StoredTensor(name, "F32", tuple(p.shape), path, 0)

@@ -17,6 +17,7 @@ from mmconvert.events import Events
 from mmconvert.executor.differences import place as place_of
 from mmconvert.executor.distance import NOTHING, Distance, distances, nbytes_of, pieces_of
 from mmconvert.executor.jobs import default_workers
+from mmconvert.formats.contents import colours
 from mmconvert.formats.model import idle_patterns
 from mmconvert.formats.reading import steady
 from mmconvert.names import NO_LAYER, number
@@ -79,6 +80,7 @@ def diff(a: Path, b: Path, options: Options | None = None, events: Events | None
         [OtherShape(k.name(), ours[k].shape, theirs[k].shape) for k in both if k not in measured],
         nbytes,
         notes,
+        places.colours,
     )
     found.notes.extend(_findings(found))
     return found
@@ -163,6 +165,9 @@ class _Places:
 
     def __init__(self, a: Opened, b: Opened) -> None:
         self._a, self._b = a, b
+        modules = (*a.model.modules, *b.model.modules)
+        hues = colours(a.model.modules) | colours(b.model.modules)
+        self.colours = {m.label: hues[m.key] for m in modules}
         self._rows: dict[str, tuple[str, str, Row]] = {}
         for module in (*b.model.modules, *a.model.modules):
             first = module.everywhere + module.before

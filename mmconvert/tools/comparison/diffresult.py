@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,7 +59,7 @@ class TensorDistance:
 
 
 @dataclass(frozen=True)
-class Group:
+class DiffGroup:
     """Tensors together: a module (``layer`` None), or one layer of it."""
 
     module: str
@@ -89,6 +89,7 @@ class Diff:
         other_shapes: tensors that could not be compared.
         nbytes: bytes of A that were compared.
         notes: what is worth knowing.
+        colours: of the modules, by their MM names.
     """
 
     a: Facts
@@ -99,6 +100,7 @@ class Diff:
     other_shapes: list[OtherShape]
     nbytes: int
     notes: list[str] = field(default_factory=list[str])
+    colours: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def equal(self) -> bool:
@@ -119,13 +121,13 @@ class Diff:
         """The tensors that hold NaN or infinite values."""
         return [t for t in self.tensors if t.totals.odd]
 
-    def modules(self) -> list[Group]:
+    def modules(self) -> list[DiffGroup]:
         """Each module's tensors together, the largest relative L2 first."""
         return sorted(
             _grouped(self.tensors, lambda t: (t.module, None)), key=lambda g: -g.totals.relative
         )
 
-    def layers(self) -> list[Group]:
+    def layers(self) -> list[DiffGroup]:
         """Each layer's tensors together, in the model's order."""
         rest = [t for t in self.tensors if t.module != NOT_CONVERTED]
         order = {"in": -1, "out": 1 << 30}
@@ -143,12 +145,12 @@ class Diff:
 def _grouped(
     tensors: Iterable[TensorDistance],
     key: Callable[[TensorDistance], tuple[str, int | str | None]],
-) -> list[Group]:
+) -> list[DiffGroup]:
     groups: dict[tuple[str, int | str | None], list[TensorDistance]] = {}
     for tensor in tensors:
         groups.setdefault(key(tensor), []).append(tensor)
     return [
-        Group(
+        DiffGroup(
             *(module, layer, len(found), sum(t.totals.different > 0 for t in found)),
             _sum(t.totals for t in found),
         )

@@ -8,8 +8,9 @@ from pathlib import Path
 from mmconvert.config import Options
 from mmconvert.converters.family import Family, any_family
 from mmconvert.errors import CheckpointError
-from mmconvert.formats.base import Opening, Stored
+from mmconvert.formats.base import Opening, StoredCheckpoint
 from mmconvert.formats.registry import load, recognise
+from mmconvert.plan.padding import pad_vocabulary
 from mmconvert.plan.plan import Side
 from mmconvert.sharding.layout import Layout
 from mmconvert.tools.comparison.opened import Opened
@@ -25,7 +26,7 @@ def open_pair(a: Path, b: Path, options: Options) -> tuple[Opened, Opened]:
     kinds = [recognise(path) or "mm" for path in (a, b)]
     family = _family((a, b), kinds)
     told = Opening(family, options, claims=bool(family.converter))
-    found: dict[int, Stored] = {}
+    found: dict[int, StoredCheckpoint] = {}
     for number in sorted((0, 1), key=lambda i: kinds[i] != "hf"):
         kind, path = load(kinds[number]), (a, b)[number]
         hints = [stored.model for stored in found.values() if stored.format == "hf"]
@@ -33,6 +34,10 @@ def open_pair(a: Path, b: Path, options: Options) -> tuple[Opened, Opened]:
         found[number] = kind.open(path, replace(told, like=like))
     canonical = any(s.model.variant.canonical for s in found.values())
     left, right = (_opened(found[number], canonical=canonical) for number in (0, 1))
+    if left.model.words or right.model.words:  # one of them has rows that pad the vocabulary
+        rows = max(opened.model.dims.get(family.vocabulary, 0) for opened in (left, right))
+        for opened in (left, right):
+            pad_vocabulary(opened.side, opened.model.modules, rows)
     return left, right
 
 
@@ -57,11 +62,11 @@ def _family(paths: tuple[Path, Path], kinds: list[str]) -> Family:
     return known[0]
 
 
-def _opened(stored: Stored, *, canonical: bool) -> Opened:
+def _opened(stored: StoredCheckpoint, *, canonical: bool) -> Opened:
     """One of the two; Hugging Face in the structure of the other."""
     model, modules = stored.model, None
     if stored.format == "hf":
-        variant = replace(model.variant, canonical=canonical, vit_qkv="interleaved")
+        variant = replace(model.variant, canonical=canonical, encoder_qkv="interleaved")
         modules = model.family.table(variant)
         model = replace(model, variant=variant, modules=modules)
     side: Side = stored.side(modules)

@@ -9,7 +9,7 @@ from mmconvert.config import Options
 from mmconvert.errors import DifferenceError
 from mmconvert.events import Events
 from mmconvert.executor import compare
-from mmconvert.executor.differences import Difference
+from mmconvert.executor.differences import TensorDifference
 from mmconvert.executor.jobs import default_workers
 from mmconvert.formats import manifest
 from mmconvert.formats.reading import steady
@@ -32,7 +32,7 @@ class Verdict:
 
     tensors: int
     nbytes: int
-    differences: list[Difference]
+    differences: list[TensorDifference]
     unequal: tuple[str, ...] = ()
     by_digest: bool = False
 

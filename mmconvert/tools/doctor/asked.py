@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmconvert.config import Options
+from mmconvert.converters.family import encoders
 from mmconvert.errors import MMConvertError
 from mmconvert.formats.hf.folder import read_config
 from mmconvert.formats.hf.model import config_model, hf_model
 from mmconvert.formats.hf.side import hf_side
-from mmconvert.formats.model import ENCODERS, Model
+from mmconvert.formats.model import Model
 from mmconvert.formats.recognise import family_of
 from mmconvert.plan.plan import Side
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.shell import line, operand
 
 
@@ -27,21 +28,21 @@ class Original:
 
     model: Model
 
-    def side(self, canonical: bool, vit_only: bool) -> Side | None:
+    def side(self, canonical: bool, encoders_only: bool) -> Side | None:
         """Its weights in the structure of an MM checkpoint; None if they are not all there."""
         if self.model.hf is None:
             return None
-        variant = replace(self.model.variant, canonical=canonical, vit_qkv="interleaved")
+        variant = replace(self.model.variant, canonical=canonical, encoder_qkv="interleaved")
         modules = self.model.family.table(variant)
         full = hf_side(modules, self.model.dims, self.model.hf_tensors, transposed=True)
-        if not vit_only:
+        if not encoders_only:
             return full
-        kept = {r.mm for m in modules if m.key in ENCODERS for r in m.all_rows()}
+        kept = {r.mm for m in encoders(modules) for r in m.all_rows()}
         return replace(full, wholes={k: w for k, w in full.wholes.items() if k.mm in kept})
 
 
 @dataclass(frozen=True)
-class Asked:
+class DoctorRequest:
     """What an examination is asked for.
 
     Attributes:
@@ -58,7 +59,7 @@ class Asked:
     workers: int
     model_json: Path | None = None
 
-    def original(self, report: Report) -> Original | None:
+    def original(self, report: DoctorReport) -> Original | None:
         """Opens hf_dir. Its weights may be absent or damaged: config.json gives the sizes."""
         folder = self.hf_dir
         if folder is None:

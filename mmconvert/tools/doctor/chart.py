@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from mmconvert.converters.family import Dims, Family, Module, Row, Variant, mm_index
+from mmconvert.converters.family import Dims, Family, Module, Row, Variant, encoders, mm_index
 from mmconvert.errors import CheckpointError
 from mmconvert.formats import manifest
 from mmconvert.formats.mm.folder import MMCheckpoint
 from mmconvert.formats.mm.model import TEXT, variant_of
-from mmconvert.formats.model import ENCODERS, Model
+from mmconvert.formats.model import Model
 from mmconvert.formats.recognise import by_names, mm_form_of
 from mmconvert.names import NO_LAYER, TemplateIndex
 from mmconvert.narrow import is_object
@@ -20,7 +20,7 @@ from mmconvert.sharding.layout import Chunk
 from mmconvert.sharding.stages import StageGrid
 from mmconvert.stored import StoredTensor
 from mmconvert.tools.doctor.folder import Ranks
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.report import DoctorReport
 
 Chunks = Mapping[Chunk, Mapping[str, StoredTensor]]
 
@@ -37,7 +37,7 @@ class Chart:
         family, variant, modules: the table that its names fit.
         dims: sizes as far as hf_dir or mmconvert.json tell them.
         tied: whether the output layer is the embedding; None if nobody says.
-        vit_only: it holds the encoders alone.
+        encoders_only: it holds the encoders alone.
     """
 
     folder: Path
@@ -51,7 +51,7 @@ class Chart:
     modules: tuple[Module, ...]
     dims: Dims
     tied: bool | None
-    vit_only: bool
+    encoders_only: bool
 
     @cached_property
     def index(self) -> TemplateIndex[tuple[Module, Row]]:
@@ -131,7 +131,7 @@ class Chart:
 
 
 def make_chart(
-    root: Path, ranks: Ranks, parts: Chunks, hf: Model | None, report: Report
+    root: Path, ranks: Ranks, parts: Chunks, hf: Model | None, report: DoctorReport
 ) -> Chart | None:
     """Recognises the family; None if no family knows the names."""
     names = {name for part in parts.values() for name in part}
@@ -167,9 +167,9 @@ def make_chart(
     )
     variant = replace(variant, tied=tied is True)
     modules = family.table(variant)
-    vit_only = not any(name.startswith(TEXT) for name in names)
-    if vit_only:
-        modules = tuple(m for m in modules if m.key in ENCODERS)
+    encoders_only = not any(name.startswith(TEXT) for name in names)
+    if encoders_only:
+        modules = encoders(modules)
     return Chart(
         folder=ranks.folder,
         parts=parts,
@@ -182,5 +182,5 @@ def make_chart(
         modules=modules,
         dims=dict(hf.dims) if hf else manifest.sizes(content or {}),
         tied=tied if isinstance(tied, bool) else None,
-        vit_only=vit_only,
+        encoders_only=encoders_only,
     )

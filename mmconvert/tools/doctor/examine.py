@@ -12,24 +12,24 @@ from mmconvert.formats.hf.folder import INDEX, has_weights
 from mmconvert.formats.mm.folder import TRACKER
 from mmconvert.formats.registry import load, recognise
 from mmconvert.formats.single import MS_FILE, open_file
-from mmconvert.tools.doctor.asked import Asked
+from mmconvert.tools.doctor.asked import DoctorRequest
 from mmconvert.tools.doctor.folder import has_ranks, iterations
 from mmconvert.tools.doctor.hf import examine_hf
 from mmconvert.tools.doctor.leftovers import is_locked, look_beside, staged_for
 from mmconvert.tools.doctor.mm import examine_mm
 from mmconvert.tools.doctor.modelfile import look_at_model_json
 from mmconvert.tools.doctor.others import examine_other
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.single import examine_file
 
 
-def examine(path: Path, asked: Asked, events: Events) -> Report:
+def examine(path: Path, asked: DoctorRequest, events: Events) -> DoctorReport:
     """Everything that is wrong with an HF folder, an MM folder or a single weight file.
 
     Reads headers, and the data of tensors that have copies (not if ``quick``) and of vision q, k,
     v (if there is an ``hf_dir``); all data if ``values``. Writes nothing.
     """
-    report = Report(path)
+    report = DoctorReport(path)
     look_beside(path, report)
     try:
         _dispatch(path, asked, events, report)
@@ -53,7 +53,7 @@ def _other(path: Path) -> str:
     return name if name not in ("hf", "mm") and not any(_signs(path)) else ""
 
 
-def _dispatch(path: Path, asked: Asked, events: Events, report: Report) -> None:
+def _dispatch(path: Path, asked: DoctorRequest, events: Events, report: DoctorReport) -> None:
     if path.exists() and (name := _other(path)):
         examine_other(load(name), path, asked, events, report)
         return
@@ -97,7 +97,7 @@ def _signs(path: Path) -> tuple[str, str]:
     return hf, mm or ("mp_rank_* folders" if has_ranks(path) else inner[0] if inner else "")
 
 
-def _staging(path: Path, report: Report) -> None:
+def _staging(path: Path, report: DoctorReport) -> None:
     """PATH itself may be what a killed or running conversion works in."""
     final = staged_for(path)
     if final is None:

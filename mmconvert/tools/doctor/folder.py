@@ -12,7 +12,7 @@ from mmconvert.causes.folders import other_form
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats.mm.folder import RANK_FILE, TRACKER, find_weights
 from mmconvert.sharding.layout import Rank, parse_folder
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.shell import move_aside, write_tracker
 
 _ITERATION = re.compile(r"iter_(\d{7,12})")
@@ -41,7 +41,7 @@ class Ranks(NamedTuple):
     listed: bool
 
 
-def weights_folder(root: Path, report: Report) -> Path | None:
+def weights_folder(root: Path, report: DoctorReport) -> Path | None:
     """The folder of rank folders; where the tracker file is wrong, the one it should name."""
     tracker = root / TRACKER
     choices = [name for name in iterations(root) if has_ranks(root / name)]
@@ -95,7 +95,7 @@ def has_ranks(folder: Path) -> bool:
     return any(parse_folder(path.name) for path in folder.iterdir())
 
 
-def rank_folders(folder: Path, listed: Mapping[str, int], report: Report) -> Ranks | None:
+def rank_folders(folder: Path, listed: Mapping[str, int], report: DoctorReport) -> Ranks | None:
     """The rank folders that belong together, and what is missing or too much.
 
     Args:
@@ -125,7 +125,7 @@ def rank_folders(folder: Path, listed: Mapping[str, int], report: Report) -> Ran
     return _compared(folder, paths, expected, suffix, report)
 
 
-def _numbers(path: Path, report: Report) -> tuple[int, ...]:
+def _numbers(path: Path, report: DoctorReport) -> tuple[int, ...]:
     parsed = parse_folder(path.name) if path.is_dir() else None
     if parsed is None:
         if path.name.startswith("mp_rank"):
@@ -140,7 +140,7 @@ def _numbers(path: Path, report: Report) -> tuple[int, ...]:
 
 
 def _one_layout(
-    folder: Path, found: dict[str, tuple[int, ...]], listed: Mapping[str, int], report: Report
+    folder: Path, found: dict[str, tuple[int, ...]], listed: Mapping[str, int], report: DoctorReport
 ) -> dict[str, tuple[int, ...]]:
     """The folders of one form of name; those of the other are another checkpoint's."""
     forms = {n: {k: v for k, v in found.items() if len(v) == n} for n in map(len, found.values())}
@@ -172,7 +172,7 @@ def _root(folder: Path) -> Path:
 
 
 def _one_for_each_rank(
-    folder: Path, found: dict[str, tuple[int, ...]], report: Report
+    folder: Path, found: dict[str, tuple[int, ...]], report: DoctorReport
 ) -> dict[Rank, Path]:
     paths: dict[Rank, Path] = {}
     for name in sorted(found, key=lambda name: (len(name), name)):
@@ -192,7 +192,7 @@ def _one_for_each_rank(
 
 
 def _compared(
-    folder: Path, paths: dict[Rank, Path], listed: set[Rank], suffix: bool, report: Report
+    folder: Path, paths: dict[Rank, Path], listed: set[Rank], suffix: bool, report: DoctorReport
 ) -> Ranks:
     """What is there against what should be: mmconvert.json, else the largest grid."""
     if listed:

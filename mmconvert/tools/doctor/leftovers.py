@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.shell import line, operand
 
 try:
@@ -16,7 +16,7 @@ except ImportError:  # not POSIX: nobody can be asked
 PARTIAL, OLD = ".mmconvert-partial", ".mmconvert-old"
 
 
-def look_beside(path: Path, report: Report) -> None:
+def look_beside(path: Path, report: DoctorReport) -> None:
     """Staging folders of conversions into ``path``; a running one holds a lock on its own."""
     final = Path(os.path.realpath(path))
     partial, old = (final.parent / f".{final.name}{end}" for end in (PARTIAL, OLD))

@@ -14,18 +14,18 @@ from mmconvert.formats.mm.model import mm_model
 from mmconvert.formats.mm.source import mm_source
 from mmconvert.narrow import is_array, is_object
 from mmconvert.sharding.layout import Layout, parse_folder
-from mmconvert.tools.doctor.asked import Asked, Original
+from mmconvert.tools.doctor.asked import DoctorRequest, Original
 from mmconvert.tools.doctor.chart import Chart, make_chart
 from mmconvert.tools.doctor.folder import rank_folders, weights_folder
 from mmconvert.tools.doctor.modelfile import look_at_model_json
 from mmconvert.tools.doctor.rankfiles import read_rank_files
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.shapes import find_layout, look_at_shapes, look_at_use
 from mmconvert.tools.doctor.shell import line, operand, resplit, unused
 from mmconvert.tools.doctor.tensors import look_at_names
 from mmconvert.tools.doctor.values import (
+    look_at_encoder_qkv,
     look_at_replicas,
-    look_at_vit_qkv,
     look_at_zeros,
     look_for_nan,
 )
@@ -39,7 +39,7 @@ EXPLAINED = [
 ]
 
 
-def examine_mm(root: Path, asked: Asked, events: Events, report: Report) -> None:
+def examine_mm(root: Path, asked: DoctorRequest, events: Events, report: DoctorReport) -> None:
     """Everything about an MM folder."""
     original = asked.original(report)
     folder = weights_folder(root, report)
@@ -68,10 +68,10 @@ def examine_mm(root: Path, asked: Asked, events: Events, report: Report) -> None
 def _look_at_whole(
     root: Path,
     chart: Chart,
-    asked: Asked,
+    asked: DoctorRequest,
     original: Original | None,
     events: Events,
-    report: Report,
+    report: DoctorReport,
 ) -> None:
     found = find_layout(chart, report)
     if found is None:
@@ -89,16 +89,18 @@ def _look_at_whole(
     if original is None or report.has(["other-family"]):
         why = "no hf_dir" if original is None else "hf_dir is of another model"
         report.skipped.append(f"sizes of config.json, order of vision q, k, v: {why}")
-    elif (hf := original.side(chart.variant.canonical, chart.vit_only)) is not None:
+    elif (hf := original.side(chart.variant.canonical, chart.encoders_only)) is not None:
         look_at_zeros(side, hf, report)
-        look_at_vit_qkv(chart, layout, hf, asked.workers, events, report)
+        look_at_encoder_qkv(chart, layout, hf, asked.workers, events, report)
     else:
         report.skipped.append("the order of vision q, k, v: hf_dir has no readable weights")
     _as_a_conversion(root, chart, original, report)
     _commands(root, chart, layout, asked, report)
 
 
-def _as_a_conversion(root: Path, chart: Chart, original: Original | None, report: Report) -> None:
+def _as_a_conversion(
+    root: Path, chart: Chart, original: Original | None, report: DoctorReport
+) -> None:
     """What no examination before has seen, and a conversion would refuse."""
     if report.errors():
         return
@@ -111,14 +113,16 @@ def _as_a_conversion(root: Path, chart: Chart, original: Original | None, report
             model,
             Options(),
             prefix="",
-            vit_only=chart.vit_only,
+            encoders_only=chart.encoders_only,
         )
         mm_source(found.modules, found.dims, layout, parts)
     except MMConvertError as error:
         report.add_error("refused", error, path=root)
 
 
-def _commands(root: Path, chart: Chart, layout: Layout, asked: Asked, report: Report) -> None:
+def _commands(
+    root: Path, chart: Chart, layout: Layout, asked: DoctorRequest, report: DoctorReport
+) -> None:
     """One resplit for all findings that it mends; none if there is an error that it would meet."""
     mended = [f for f in report.findings if f.flags is not None]
     others = [f for f in report.errors() if f.flags is None and f.id != "pp-suffix-without-pp"]
@@ -150,7 +154,7 @@ def _listed_files(root: Path, folder: Path) -> dict[str, int]:
     return found
 
 
-def _look_at_manifest(root: Path, report: Report) -> None:
+def _look_at_manifest(root: Path, report: DoctorReport) -> None:
     """A manifest that is ignored; a fault of the files it lists is told already."""
     _, note = manifest.read(root)
     if not note or report.has(EXPLAINED):

@@ -9,14 +9,16 @@ from mmconvert.formats.hf.folder import read_config
 from mmconvert.modeljson.compare import against_config, against_layout
 from mmconvert.modeljson.file import read_model_json
 from mmconvert.sharding.layout import Layout
-from mmconvert.tools.doctor.asked import Asked
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.asked import DoctorRequest
+from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.shell import line, operand
 
 MAKE = ("mm-convert", "model_json")
 
 
-def look_at_model_json(path: Path, layout: Layout | None, asked: Asked, report: Report) -> None:
+def look_at_model_json(
+    path: Path, layout: Layout | None, asked: DoctorRequest, report: DoctorReport
+) -> None:
     """Adds what a model.json says otherwise than the checkpoint and its config.json.
 
     Args:

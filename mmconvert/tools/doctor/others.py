@@ -11,12 +11,15 @@ from mmconvert.events import Events
 from mmconvert.formats.base import Format, Opening
 from mmconvert.formats.faults import Collected
 from mmconvert.plan.plan import Side
-from mmconvert.tools.doctor.asked import Asked
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.asked import DoctorRequest
+from mmconvert.tools.doctor.faults import report_faults
+from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.values import look_at_replicas, look_for_nan
 
 
-def examine_other(kind: Format, path: Path, asked: Asked, events: Events, report: Report) -> None:
+def examine_other(
+    kind: Format, path: Path, asked: DoctorRequest, events: Events, report: DoctorReport
+) -> None:
     """Everything about a checkpoint, by its format's own reader."""
     report.kind = kind.name
     faults = Collected()
@@ -36,7 +39,8 @@ def examine_other(kind: Format, path: Path, asked: Asked, events: Events, report
     except MMConvertError as error:
         faults.errors.append(error)
     for error in faults.errors:
-        report.add_error(_id(error), error, path=path)
+        error.cause = error.cause or _id(error)
+    report_faults(faults, path, report)
     report.files = len({tensor.path for tensor in side.stored})
     report.tensors = len(side.stored)
     if asked.quick:

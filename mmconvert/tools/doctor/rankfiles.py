@@ -6,24 +6,24 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from mmconvert.causes.downloads import LFS, POINTER
 from mmconvert.errors import CheckpointError, FormatError, FormError
 from mmconvert.formats.containers.ptfile import PtFile, read_pt
 from mmconvert.formats.mm.folder import EXTRA_STATE, RANK_FILE, part_names, rank_parts
 from mmconvert.sharding.layout import Chunk, Rank
 from mmconvert.stored import StoredTensor
 from mmconvert.tools.doctor.folder import COPY, Ranks
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.shell import line, operand
 
 AGAIN = "copy the file again from the machine that wrote it"
-LFS = b"version https://git-lfs"
 _END = b"PK\5\6"  # how the directory's last record begins; a comment of 64 KiB may follow it
 
 Parts = dict[str, dict[str, StoredTensor]]
 
 
 def read_rank_files(
-    ranks: Ranks, listed: Mapping[str, int], report: Report
+    ranks: Ranks, listed: Mapping[str, int], report: DoctorReport
 ) -> dict[Chunk, dict[str, StoredTensor]]:
     """The tensors of every readable rank file that fits the others, by chunk."""
     files: dict[Rank, tuple[Path, Parts]] = {}
@@ -43,7 +43,7 @@ def read_rank_files(
 
 
 def read_rank_file(
-    file: Path, report: Report, size: int = 0, states: dict[Path, int] | None = None
+    file: Path, report: DoctorReport, size: int = 0, states: dict[Path, int] | None = None
 ) -> Parts | None:
     """The tensors of one rank file by the key of their chunk, or None.
 
@@ -74,7 +74,7 @@ def read_rank_file(
     return parts
 
 
-def _opened(file: Path, size: int, report: Report) -> PtFile | None:
+def _opened(file: Path, size: int, report: DoctorReport) -> PtFile | None:
     try:
         return read_pt(file)
     except FormatError as error:
@@ -103,18 +103,18 @@ def _opened(file: Path, size: int, report: Report) -> PtFile | None:
     return None
 
 
-def lfs_pointer(file: Path, report: Report) -> None:
+def lfs_pointer(file: Path, report: DoctorReport) -> None:
     """A weight file that git has not fetched."""
     report.add(
         "lfs-pointer",
-        f"{file} is the pointer that git LFS keeps in place of the file",
+        f"{file} is {POINTER}",
         "fetch the files with git LFS",
         path=file,
         command=line(["git", "-C", operand(file.parent), "lfs", "pull"]),
     )
 
 
-def note_states(states: Mapping[Path, int], report: Report) -> None:
+def note_states(states: Mapping[Path, int], report: DoctorReport) -> None:
     """``_extra_state`` entries with data, by file."""
     if states:
         first, *others = states
@@ -129,7 +129,7 @@ def note_states(states: Mapping[Path, int], report: Report) -> None:
 
 
 def _chunks(
-    files: Mapping[Rank, tuple[Path, Parts]], report: Report
+    files: Mapping[Rank, tuple[Path, Parts]], report: DoctorReport
 ) -> dict[Chunk, dict[str, StoredTensor]]:
     """All chunks, of the files that have the model chunks that most have."""
     keys = {rank: tuple(part_names(file, parts)) for rank, (file, parts) in files.items()}

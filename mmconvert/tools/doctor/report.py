@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mmconvert.errors import FormError, MMConvertError
+from mmconvert.errors import MMConvertError
 
 ERROR, WARNING = "error", "warning"
 
@@ -165,7 +165,7 @@ class Finding:
 
 
 @dataclass
-class Report:
+class DoctorReport:
     """The outcome of an examination.
 
     Attributes:
@@ -212,15 +212,26 @@ class Report:
         error: MMConvertError,
         *,
         path: Path,
-        tensor: str = "",
-        fix: str = "",
+        command: str = "",
+        flags: tuple[str, ...] | None = None,
     ) -> None:
-        """Notes what a function of the converter refused, under its cause where it names one."""
-        id = error.cause if isinstance(error, FormError) else id  # noqa: A001 - as above
-        fix = fix or error.fix
-        alone = error.expected and not fix
+        """Notes what a function of the converter refused.
+
+        Args:
+            id: where the error names no cause.
+            path: where it names no place.
+        """
+        alone = error.expected and not error.fix
         what = f"{error.what}; expected: {error.expected}" if alone else error.what
-        self.add(id, what, fix, path=path, tensor=tensor)
+        self.add(
+            error.cause if error.cause in SEVERITY else id,
+            what,
+            error.fix,
+            path=error.path or path,
+            tensor=error.tensor,
+            command=command,
+            flags=flags,
+        )
 
     def has(self, ids: Iterable[str]) -> bool:
         """Whether there is a finding of one of these ids."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from mmconvert.converters.family import decoder_of
 from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.executor.compare import same_bytes
 from mmconvert.formats.mm.detect import check_layers, fits, likely_tp_size, tp_size, whole_tp_size
@@ -13,17 +14,17 @@ from mmconvert.plan.training import cautions
 from mmconvert.sharding.layout import Layout
 from mmconvert.tools.doctor.chart import Chart
 from mmconvert.tools.doctor.folder import COPY
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.report import DoctorReport
 
 
-class Found(NamedTuple):
+class LayoutByShapes(NamedTuple):
     """A layout, and why the shapes of a module do not fit it ("" if they do)."""
 
     layout: Layout
     doubt: str
 
 
-def find_layout(chart: Chart, report: Report) -> Found | None:
+def find_layout(chart: Chart, report: DoctorReport) -> LayoutByShapes | None:
     """The layout; where shapes contradict each other, the one that most of them fit.
 
     None if the shapes say that tp ranks are missing: the rest would follow from that.
@@ -50,13 +51,13 @@ def find_layout(chart: Chart, report: Report) -> Found | None:
             size = likely_tp_size(module, checkpoint, chart.dims)
             doubt = error.what
         sizes[module.key] = size
-    layout = Layout(sizes, chart.grids())
+    layout = Layout(sizes, chart.grids(), decoder=decoder_of(chart.modules))
     if not report.has(["layer-hole", "missing-rank-folder"]):
         _look_at_layers(chart, layout, report)
-    return Found(layout, doubt)
+    return LayoutByShapes(layout, doubt)
 
 
-def _look_at_layers(chart: Chart, layout: Layout, report: Report) -> None:
+def _look_at_layers(chart: Chart, layout: Layout, report: DoctorReport) -> None:
     try:
         check_layers(layout, chart.dims)
     except CheckpointError as error:
@@ -68,7 +69,7 @@ def _look_at_layers(chart: Chart, layout: Layout, report: Report) -> None:
         report.add("stage-order", error.what, "resplit it into another layout", path=chart.folder)
 
 
-def look_at_use(chart: Chart, layout: Layout, side: Side, report: Report) -> None:
+def look_at_use(chart: Chart, layout: Layout, side: Side, report: DoctorReport) -> None:
     """Names layouts that convert in both directions and that training cannot use."""
     dims = dict(chart.dims)
     for row in (r for m in chart.modules for r in m.all_rows() if len(r.rows) == 1):
@@ -79,7 +80,7 @@ def look_at_use(chart: Chart, layout: Layout, side: Side, report: Report) -> Non
         report.add("not-for-training", words, "resplit it into that layout", path=chart.folder)
 
 
-def look_at_shapes(chart: Chart, found: Found, report: Report) -> Side:
+def look_at_shapes(chart: Chart, found: LayoutByShapes, report: DoctorReport) -> Side:
     """Notes every tensor whose shape or dtype does not fit; what fits is returned as wholes."""
     side, faults = partial_source(chart.modules, chart.dims, found.layout, chart.parts)
     for tensor, fault in faults:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
+from mmconvert.sharding.layout import Layout, grid_flag
 from mmconvert.sharding.stages import show
 
 TARGET = "--cfg.target_parallel_config."
@@ -63,7 +63,12 @@ def layout_words(layout: Layout) -> list[str]:
     """The flags of resplit for a layout."""
     words: list[str] = []
     for key, grid in layout.grids.items():
-        words += [TARGET + GRID_FLAG[key], show(grid), TARGET + TP_FLAG[key], str(layout.tp[key])]
+        words += [
+            TARGET + grid_flag(key),
+            show(grid),
+            TARGET + layout.tp_flag(key),
+            str(layout.tp[key]),
+        ]
     return words
 
 
@@ -79,7 +84,7 @@ def resplit(
     words += ["--cfg.target_dir", operand(unused(source, "_mended"))]
     if hf_dir is not None:
         words += ["--cfg.hf_config.hf_dir", operand(hf_dir)]
-    if "llm" not in layout.grids:
+    if not layout.decoder:
         words += ["--cfg.save_vit_only", "True"]
     return line([*words, *layout_words(layout), *flags])
 

@@ -5,25 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmconvert.causes.quantised import quantised
-from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.errors import CheckpointError
 from mmconvert.events import Events
-from mmconvert.formats.containers.safetensors import read_weight_file
-from mmconvert.formats.hf.bin import SUFFIX, read_bin
+from mmconvert.formats.hf.bin import SUFFIX, read_weights
 from mmconvert.formats.hf.choice import SAFETENSORS
 from mmconvert.formats.mm.folder import part_names
 from mmconvert.sharding.layout import Chunk, Rank
 from mmconvert.stored import StoredTensor
-from mmconvert.tools.doctor.asked import Asked
+from mmconvert.tools.doctor.asked import DoctorRequest
 from mmconvert.tools.doctor.chart import make_chart
+from mmconvert.tools.doctor.faults import command_of
 from mmconvert.tools.doctor.folder import Ranks
-from mmconvert.tools.doctor.hf_files import look_at_damage
 from mmconvert.tools.doctor.rankfiles import note_states, read_rank_file
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.tensors import look_at_names
 from mmconvert.tools.doctor.values import look_for_nan
 
 
-def examine_file(path: Path, asked: Asked, events: Events, report: Report) -> None:
+def examine_file(path: Path, asked: DoctorRequest, events: Events, report: DoctorReport) -> None:
     """One file by itself: what only other files can tell is left out."""
     report.skipped.append("whatever the other files of the checkpoint tell")
     is_hf = path.suffix in (SAFETENSORS, SUFFIX)
@@ -33,14 +32,11 @@ def examine_file(path: Path, asked: Asked, events: Events, report: Report) -> No
         look_for_nan(tensors, asked.workers, events, report)
 
 
-def _weight_file(path: Path, report: Report) -> list[StoredTensor]:
+def _weight_file(path: Path, report: DoctorReport) -> list[StoredTensor]:
     try:
-        file = read_bin(path) if path.suffix == SUFFIX else read_weight_file(path)
-    except FormatError as error:
-        look_at_damage(path, error, report)
-        return []
+        file = read_weights(path)
     except CheckpointError as error:
-        report.add_error("cannot-read", error, path=path)
+        report.add_error("refused", error, path=path, command=command_of(error, path))
         return []
     report.files, report.tensors = 1, len(file.tensors)
     plain = [t for t in file.tensors if t.name.endswith(".weight")]
@@ -49,7 +45,7 @@ def _weight_file(path: Path, report: Report) -> list[StoredTensor]:
     return file.tensors
 
 
-def _rank_file(path: Path, report: Report) -> list[StoredTensor]:
+def _rank_file(path: Path, report: DoctorReport) -> list[StoredTensor]:
     states: dict[Path, int] = {}
     parts = read_rank_file(path, report, states=states)
     note_states(states, report)

@@ -11,13 +11,13 @@ from mmconvert.sharding.stages import StageGrid, first_stage, flat, last_stage
 from mmconvert.stored import StoredTensor
 from mmconvert.tools.doctor.chart import Chart
 from mmconvert.tools.doctor.folder import COPY, Ranks
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.shell import drop_flags, operand, quote
 
 DROPPED = 20  # names that one command leaves out
 
 
-def look_at_names(chart: Chart, ranks: Ranks, report: Report) -> None:
+def look_at_names(chart: Chart, ranks: Ranks, report: DoctorReport) -> None:
     """Everything that names alone can tell."""
     _unknown(chart, report)
     for stage in chart.stages():
@@ -26,7 +26,7 @@ def look_at_names(chart: Chart, ranks: Ranks, report: Report) -> None:
         _missing_in_layers(chart, stage, report)
     if not chart.whole:
         return
-    if chart.vit_only:
+    if chart.encoders_only:
         report.add(
             "encoders-only",
             f"{chart.folder} holds no tensor of the text decoder",
@@ -44,7 +44,7 @@ def look_at_names(chart: Chart, ranks: Ranks, report: Report) -> None:
         _suffix(chart, report)
 
 
-def _unknown(chart: Chart, report: Report) -> None:
+def _unknown(chart: Chart, report: DoctorReport) -> None:
     index = mm_index(chart.family.modules(chart.variant))
     places: dict[str, Path] = {}
     for part in chart.parts.values():
@@ -66,7 +66,7 @@ def _unknown(chart: Chart, report: Report) -> None:
     )
 
 
-def _tp_ranks(chart: Chart, stage: int, report: Report) -> None:
+def _tp_ranks(chart: Chart, stage: int, report: DoctorReport) -> None:
     """The same names on all tp ranks of a stage."""
     parts = chart.chunks_at(stage)
     index = chart.index
@@ -104,7 +104,7 @@ def _folder_of(part: Mapping[str, StoredTensor], chart: Chart) -> Path:
     return next((tensor.path.parent for tensor in part.values()), chart.folder)
 
 
-def _holes(chart: Chart, stage: int, report: Report) -> None:
+def _holes(chart: Chart, stage: int, report: DoctorReport) -> None:
     """Local layers are numbered from 0 without a gap."""
     layers = chart.layers_at(stage)
     for module in chart.modules:
@@ -134,7 +134,7 @@ def summarise_numbers(numbers: Sequence[int], limit: int = 8) -> str:
     return ", ".join(map(str, numbers[:limit])) + (f" and {more} more" if more > 0 else "")
 
 
-def _missing_in_layers(chart: Chart, stage: int, report: Report) -> None:
+def _missing_in_layers(chart: Chart, stage: int, report: DoctorReport) -> None:
     """Every row of a layer of which anything is there."""
     layers = chart.layers_at(stage)
     before = [chart.layers_at(s) for s in range(stage)] if chart.whole else []
@@ -161,11 +161,11 @@ def _missing_in_layers(chart: Chart, stage: int, report: Report) -> None:
 
 def _ends(chart: Chart) -> bool:
     """Whether any stage holds what stands after the text decoder's layers."""
-    tails = {r.mm for m in chart.modules if m.key == "llm" for r in m.after}
+    tails = {r.mm for m in chart.modules if m.role == "decoder" for r in m.after}
     return any(name in tails for part in chart.parts.values() for name in part)
 
 
-def _no_last_stage(chart: Chart, ranks: Ranks, report: Report) -> None:
+def _no_last_stage(chart: Chart, ranks: Ranks, report: DoctorReport) -> None:
     named = f"mp_rank_00_{chart.pp:03d}"
     staged = "" if ranks.suffix else " (with several stages the folders are named mp_rank_TT_PPP)"
     report.add(
@@ -177,7 +177,7 @@ def _no_last_stage(chart: Chart, ranks: Ranks, report: Report) -> None:
     )
 
 
-def _outer(chart: Chart, module: Module, grid: StageGrid, report: Report) -> None:
+def _outer(chart: Chart, module: Module, grid: StageGrid, report: DoctorReport) -> None:
     """What stands before and after a module's layers: on its first and last stage only."""
     for rows, stage in ((module.before, first_stage(grid)), (module.after, last_stage(grid))):
         expected = [r.mm for r in rows if r.mm != OUTPUT_LAYER]
@@ -209,13 +209,13 @@ def _outer(chart: Chart, module: Module, grid: StageGrid, report: Report) -> Non
             )
 
 
-def _output_layer(chart: Chart, grids: Mapping[str, StageGrid], report: Report) -> None:
+def _output_layer(chart: Chart, grids: Mapping[str, StageGrid], report: DoctorReport) -> None:
     """The output layer on the last text stage; tied, on another stage than the embedding."""
-    llm = next((m for m in chart.modules if m.key == "llm"), None)
-    row = next((r for r in llm.after if r.mm == OUTPUT_LAYER), None) if llm else None
-    if llm is None or row is None:
+    text = next((m for m in chart.modules if m.role == "decoder"), None)
+    row = next((r for r in text.after if r.mm == OUTPUT_LAYER), None) if text else None
+    if text is None or row is None:
         return
-    grid = grids["llm"]
+    grid = grids[text.key]
     first, last = first_stage(grid), last_stage(grid)
     places = [s for s in chart.stages() if OUTPUT_LAYER in chart.names_at(s)]
     where, folder = chart.place(last), chart.path(last)
@@ -242,7 +242,7 @@ def _output_layer(chart: Chart, grids: Mapping[str, StageGrid], report: Report) 
     elif chart.tied is False:
         report.add(
             "missing-tensor",
-            f"{llm.label} lacks {OUTPUT_LAYER} on {where}; its embeddings are not tied",
+            f"{text.label} lacks {OUTPUT_LAYER} on {where}; its embeddings are not tied",
             "copy the folders of this stage again from the machines that wrote them",
             path=folder,
             tensor=OUTPUT_LAYER,
@@ -268,7 +268,7 @@ def _output_layer(chart: Chart, grids: Mapping[str, StageGrid], report: Report) 
         )
 
 
-def _suffix(chart: Chart, report: Report) -> None:
+def _suffix(chart: Chart, report: DoctorReport) -> None:
     folder = quote(operand(chart.folder))
     report.add(
         "pp-suffix-without-pp",

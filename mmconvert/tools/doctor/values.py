@@ -12,7 +12,7 @@ from mmconvert.errors import LayoutError, MMConvertError
 from mmconvert.events import Events
 from mmconvert.executor import compare
 from mmconvert.executor.blockio import Region, read_compact
-from mmconvert.executor.differences import Difference, in_words
+from mmconvert.executor.differences import TensorDifference, in_words
 from mmconvert.executor.fileio import BAND, Files
 from mmconvert.executor.jobs import Job, run_jobs
 from mmconvert.formats.mm.source import partial_source
@@ -30,7 +30,7 @@ from mmconvert.plan.reorder import reorder
 from mmconvert.sharding.layout import Layout
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 from mmconvert.tools.doctor.chart import Chart
-from mmconvert.tools.doctor.report import Report
+from mmconvert.tools.doctor.report import DoctorReport
 
 APART = "find out which values training used; the command takes the first copy of each"
 UNTIED = (
@@ -40,7 +40,9 @@ UNTIED = (
 CLOSER = 4  # times: differences so much smaller in the other row order tell which is right
 
 
-def look_at_replicas(side: Side, mm: bool, workers: int, events: Events, report: Report) -> None:
+def look_at_replicas(
+    side: Side, mm: bool, workers: int, events: Events, report: DoctorReport
+) -> None:
     """Copies of one tensor hold the same bytes."""
     pairs = [
         Comparison(key, copy)
@@ -63,7 +65,7 @@ def look_at_replicas(side: Side, mm: bool, workers: int, events: Events, report:
         report.checked.append(f"{len(pairs)} pieces of tensors that are stored more than once")
 
 
-def look_at_zeros(mm: Side, hf: Side, report: Report) -> None:
+def look_at_zeros(mm: Side, hf: Side, report: DoctorReport) -> None:
     """What MM stores and HF does not is zero."""
     zeros = [
         zero
@@ -83,8 +85,8 @@ def look_at_zeros(mm: Side, hf: Side, report: Report) -> None:
 
 
 # ------------------------------------------------------------------- order of vision q, k, v
-def look_at_vit_qkv(
-    chart: Chart, layout: Layout, hf: Side, workers: int, events: Events, report: Report
+def look_at_encoder_qkv(
+    chart: Chart, layout: Layout, hf: Side, workers: int, events: Events, report: DoctorReport
 ) -> None:
     """Whether the rows of vision q, k, v stand per head, by comparison with the HF checkpoint.
 
@@ -130,7 +132,7 @@ def look_at_vit_qkv(
 
 def _concatenated(chart: Chart) -> tuple[Module, ...]:
     keys = {m.key for m in chart.modules}
-    modules = chart.family.modules(replace(chart.variant, vit_qkv="concatenated"))
+    modules = chart.family.modules(replace(chart.variant, encoder_qkv="concatenated"))
     return tuple(m for m in modules if m.key in keys)
 
 
@@ -138,7 +140,9 @@ def _only(side: Side, templates: set[str]) -> Side:
     return replace(side, wholes={k: w for k, w in side.wholes.items() if k.mm in templates})
 
 
-def _differences(a: Side, b: Side, workers: int, events: Events) -> tuple[list[Difference], int]:
+def _differences(
+    a: Side, b: Side, workers: int, events: Events
+) -> tuple[list[TensorDifference], int]:
     """Differences of the wholes that both hold in one shape and dtype, and their number."""
 
     def common(side: Side, other: Mapping[Key, Whole]) -> Side:
@@ -156,13 +160,13 @@ def _differences(a: Side, b: Side, workers: int, events: Events) -> tuple[list[D
     return found, len(left.wholes)
 
 
-def _size(found: Sequence[Difference]) -> float:
+def _size(found: Sequence[TensorDifference]) -> float:
     return sum(math.inf if math.isnan(d.largest) else d.largest for d in found)
 
 
 # ------------------------------------------------------------------------------ NaN, infinity
 def look_for_nan(
-    tensors: Iterable[StoredTensor], workers: int, events: Events, report: Report
+    tensors: Iterable[StoredTensor], workers: int, events: Events, report: DoctorReport
 ) -> None:
     """Reads every value."""
     listed = list(tensors)

@@ -22,7 +22,7 @@ class Chain(NamedTuple):
     """A module as the balance sees it: layers of one cost, and what stands around them.
 
     Attributes:
-        key: ``vit``, ``audio`` or ``llm``.
+        key: the module's.
         layers: number of layers, at least 1.
         before: cost of what stands before the layers; it goes where the first layer goes.
         layer: cost of one layer.

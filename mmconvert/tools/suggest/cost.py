@@ -29,7 +29,7 @@ OUTPUT = "self_attention.linear_proj.weight"  # its columns are the attention's 
 
 
 @dataclass
-class Part:
+class SectionCost:
     """What stands before, in, or after the layers of a module, on one tensor-parallel rank.
 
     Attributes:
@@ -66,9 +66,9 @@ class Costs:
     key: str
     layers: int
     frozen: bool
-    before: Part = field(default_factory=Part)
-    layer: Part = field(default_factory=Part)
-    after: Part = field(default_factory=Part)
+    before: SectionCost = field(default_factory=SectionCost)
+    layer: SectionCost = field(default_factory=SectionCost)
+    after: SectionCost = field(default_factory=SectionCost)
 
     def chain(self, by: str, gradient: bool) -> Chain:
         """The module as the balance sees it.
@@ -108,7 +108,8 @@ def module_costs(
     Raises:
         LayoutError: a tp size that does not divide a tensor.
     """
-    one_layer = Layout(tp, {m.key: ((1,),) for m in model.modules})
+    grids = {m.key: ((1,),) for m in model.modules}
+    one_layer = Layout(tp, grids, decoder=model.family.decoder)
     mm_target(model.modules, model.dims, one_layer, wholes)  # raises what a conversion would
     found = {
         m.key: Costs(m.key, model.dims[f"{m.key}.layers"], m.key in frozen) for m in model.modules
@@ -139,7 +140,7 @@ def local_shape(
     return (held, cols) if split is None or split.axis == 0 else (rows, held)
 
 
-def _part(costs: Costs, item: Instance) -> Part:
+def _part(costs: Costs, item: Instance) -> SectionCost:
     if item.layer != NO_LAYER:
         return costs.layer
     return costs.before if _within(item.row, item.module) else costs.after

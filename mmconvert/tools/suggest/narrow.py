@@ -19,7 +19,7 @@ from mmconvert.tools.suggest.effort import Effort
 State = tuple[int, ...]  # layers placed of each encoder
 
 
-class Found(NamedTuple):
+class BalancedLayers(NamedTuple):
     """A layout: layers on every stage by chain key, and the largest load of a rank."""
 
     placed: dict[str, list[int]]
@@ -42,7 +42,7 @@ class _Best(NamedTuple):
 
 def layouts(
     problem: Problem, bound: int, effort: Effort, *, every: bool = False
-) -> Iterator[Found]:
+) -> Iterator[BalancedLayers]:
     """Layouts in which no rank's load exceeds ``bound``; at least one if there is any.
 
     For each first text stage and each state of the encoders before it, the way there with the most
@@ -134,7 +134,7 @@ def _cuts(problem: Problem, state: State, bound: int) -> Iterator[tuple[State, i
 
 def _finish(
     problem: Problem, bound: int, reached: list[dict[State, _Best]], stage: int, state: State
-) -> Found | None:
+) -> BalancedLayers | None:
     """Puts the rest of the encoders on ``stage``, which is the first with text layers."""
     path = [state]
     for earlier in range(stage, 0, -1):
@@ -153,7 +153,7 @@ def _finish(
 
 def with_text(
     problem: Problem, bound: int, stage: int, placed: dict[str, list[int]], base: list[int]
-) -> Found | None:
+) -> BalancedLayers | None:
     """Adds the text layers to a layout of the encoders, or None if the bound has no room for them.
 
     Args:
@@ -187,7 +187,7 @@ def with_text(
         shares = level(extra, [1] * len(own), [text.layers] * len(own), counts[rank], text.layer)
         for q, count in zip(own, shares or [], strict=True):
             filled[q] = count
-    return Found({**placed, text.key: filled}, loads)
+    return BalancedLayers({**placed, text.key: filled}, loads)
 
 
 def _encoder_cost(problem: Problem, placed: dict[str, list[int]], stage: int) -> int:

@@ -13,11 +13,12 @@ from functools import partial
 from typing import Protocol
 
 from mmconvert.errors import LayoutError
+from mmconvert.sharding.layout import grid_flag
 from mmconvert.sharding.stages import StageGrid, check_grids, check_order
 from mmconvert.tools.suggest import narrow, wide
 from mmconvert.tools.suggest.chains import Chain, Problem, grid, rank_loads
 from mmconvert.tools.suggest.effort import Effort, EffortSpent
-from mmconvert.tools.suggest.narrow import Found
+from mmconvert.tools.suggest.narrow import BalancedLayers
 
 STEPS = 1_500_000  # two or three seconds of Python; one encoder needs a tenth of it
 
@@ -25,7 +26,9 @@ STEPS = 1_500_000  # two or three seconds of Python; one encoder needs a tenth o
 class Layouts(Protocol):
     """A kind of layouts: those that keep a bound on every rank's load."""
 
-    def __call__(self, bound: int, effort: Effort, *, every: bool = False) -> Iterator[Found]:
+    def __call__(
+        self, bound: int, effort: Effort, *, every: bool = False
+    ) -> Iterator[BalancedLayers]:
         """At least one if there is any; ``every`` looks for more, for the sake of evenness."""
         ...
 
@@ -102,23 +105,23 @@ def _pinned(problem: Problem, whole: Chain) -> Layouts:
     joined = replace(problem, encoders=(other._replace(before=other.before + whole.total),))
     alone = [whole.layers] + [0] * (problem.stages - 1)
 
-    def layouts(bound: int, effort: Effort, *, every: bool = False) -> Iterator[Found]:
+    def layouts(bound: int, effort: Effort, *, every: bool = False) -> Iterator[BalancedLayers]:
         for found in wide.layouts(joined, bound, effort, every=every):
-            yield Found({whole.key: alone, **found.placed}, found.loads)
+            yield BalancedLayers({whole.key: alone, **found.placed}, found.loads)
 
     return layouts
 
 
 def _smallest(
     low: int, high: int, layouts: Layouts, effort: Effort, *, sure: bool = True
-) -> tuple[Found | None, int]:
+) -> tuple[BalancedLayers | None, int]:
     """The best layout of a kind with a largest load of at most ``high``, and a lower bound.
 
     The bound is for layouts of this kind; ``high + 1`` if none keeps ``high``. Bounds are tried
     from ``low`` upwards, since tight ones are decided fastest; where it is not ``sure`` that
     ``high`` can be kept, that is tried first.
     """
-    best: Found | None = None
+    best: BalancedLayers | None = None
     step = max(1, low // 256)
     try:
         if not sure and next(layouts(high, effort), None) is None:
@@ -145,12 +148,12 @@ def _smallest(
     return best, low
 
 
-def _checked(problem: Problem, found: Found, proven: int) -> Balance:
+def _checked(problem: Problem, found: BalancedLayers, proven: int) -> Balance:
     """The layout as grids, after what no layout may break has been checked once more."""
     grids = {c.key: grid(found.placed[c.key], problem.pp) for c in problem.chains}
-    flags = {c.key: f"{c.key}_pp_layers" for c in problem.chains}
+    flags = {c.key: grid_flag(c.key) for c in problem.chains}
     check_grids(grids, flags)
-    check_order(grids, flags)
+    check_order(grids, problem.text.key, flags)
     loads = rank_loads(problem, found.placed)
     sums_fit = all(sum(found.placed[c.key]) == c.layers for c in problem.chains)
     filled = all(map(any, zip(*found.placed.values(), strict=True)))

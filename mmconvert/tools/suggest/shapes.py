@@ -16,18 +16,19 @@ from mmconvert.plan.plan import Key, Whole
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
-# MM names of the tensors whose columns no table names -> the sizes whose product they are.
+# MM names of the tensors whose columns no table names -> the sizes whose product they are;
+# "own." is the module's, "decoder." the text decoder's.
 COLUMNS = {
     "image_encoder.encoder.patch_embed.proj.weight": ("channels", "frames", "patch", "patch"),
     "image_encoder.encoder.embeddings.patch_embedding.weight": ("channels", "patch", "patch"),
     "audio_encoder.encoder.conv1.weight": ("mel", "kernel"),
-    "audio_encoder.encoder.conv2.weight": ("audio.width", "kernel"),
+    "audio_encoder.encoder.conv2.weight": ("own.width", "kernel"),
 }
 # The same for tensors of which no table names any size.
 SHAPES = {
-    "image_encoder.encoder.embeddings.class_embedding": ("vit.width",),
-    "image_encoder.encoder.embeddings.position_embedding": ("positions", "vit.width"),
-    "audio_encoder.encoder.audio_bos_eos_token.weight": ("bos_eos", "llm.hidden"),
+    "image_encoder.encoder.embeddings.class_embedding": ("own.width",),
+    "image_encoder.encoder.embeddings.position_embedding": ("positions", "own.width"),
+    "audio_encoder.encoder.audio_bos_eos_token.weight": ("bos_eos", "decoder.hidden"),
 }
 KERNEL = 3  # of both audio convolutions (Whisper's encoder)
 
@@ -60,9 +61,10 @@ def config_shapes(
     Raises:
         CheckpointError: a size that config.json does not tell.
     """
-    known = dict(model.dims) | sizes | {"kernel": KERNEL, "bos_eos": 2}
+    base = dict(model.dims) | sizes | {"kernel": KERNEL, "bos_eos": 2}
+    base["decoder.hidden"] = model.dims[f"{model.family.decoder}.hidden"]
     if "tile" in sizes:
-        known["positions"] = (sizes["tile"] // sizes["patch"]) ** 2 + 1
+        base["positions"] = (sizes["tile"] // sizes["patch"]) ** 2 + 1
     dtype = _dtype(model.family, config)
     warnings: list[str] = []
     if not model.tied_known:
@@ -70,6 +72,8 @@ def config_shapes(
     wholes: dict[Key, Whole] = {}
     for item in instances(model.modules, {m.key: 1 for m in model.modules}):
         if not item.row.tied_to:
+            key = item.module.key
+            known = base | {"own.width": base.get(f"{key}.width", 0)}
             wholes[item.key] = Whole(_shape(item.row, known, warnings), dtype)
     return wholes, warnings
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mmconvert.causes.folders import other_form
-from mmconvert.converters.family import Variant
 from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.formats.hf.folder import read_config
 from mmconvert.formats.hf.model import config_model
@@ -16,7 +15,7 @@ from mmconvert.formats.model import Model
 from mmconvert.formats.recognise import family_of
 from mmconvert.formats.registry import recognise
 from mmconvert.plan.training import cautions
-from mmconvert.sharding.layout import GRID_FLAG, TP_FLAG, Layout
+from mmconvert.sharding.layout import Layout, grid_flag, tp_flag
 from mmconvert.sharding.stages import StageGrid, first_stage, flat, show
 from mmconvert.tools.suggest.chains import Problem, rank_loads, stage_costs
 from mmconvert.tools.suggest.chains import grid as as_grid
@@ -35,7 +34,8 @@ class Goal:
 
     Attributes:
         pp, vpp: pipeline ranks and virtual stages.
-        tp: tensor-parallel size by module key; 0 or absent means that of ``llm``.
+        tp: tensor-parallel size of the text decoder.
+        encoder_tp: that of each encoder by its key; 0 or absent means that of the decoder.
         freeze: MM names of the modules that are not trained.
         by: what is balanced, ``flops`` or ``parameters``.
         work: one training sample.
@@ -44,7 +44,8 @@ class Goal:
 
     pp: int
     vpp: int = 1
-    tp: Mapping[str, int] = field(default_factory=dict[str, int])
+    tp: int = 1
+    encoder_tp: Mapping[str, int] = field(default_factory=dict[str, int])
     freeze: tuple[str, ...] = ()
     by: str = "flops"
     work: Workload = field(default_factory=Workload)
@@ -95,18 +96,21 @@ class Suggestion:
     def parallel_config(self) -> dict[str, object]:
         """The layout with the converter's own keys."""
         out: dict[str, object] = {
-            GRID_FLAG[key]: _as_list(grid) for key, grid in sorted(self.balance.grids.items())
+            grid_flag(key): _as_list(grid) for key, grid in sorted(self.balance.grids.items())
         }
-        return out | {TP_FLAG[key]: size for key, size in self.tp.items()}
+        return out | {
+            tp_flag(key, self.model.family.decoder): size for key, size in self.tp.items()
+        }
 
     def command(self, hf_dir: Path, mm_dir: Path) -> str:
         """The command that converts to this layout, for a POSIX shell."""
         words = ["mm-convert", self.model.family.converter, "hf_to_mm"]
         words += ["--cfg.mm_dir", str(mm_dir), "--cfg.hf_config.hf_dir", str(hf_dir)]
         for key, grid in self.balance.grids.items():
-            words += [f"--cfg.parallel_config.{GRID_FLAG[key]}", show(grid)]
+            words += [f"--cfg.parallel_config.{grid_flag(key)}", show(grid)]
         for key, size in self.tp.items():
-            words += [f"--cfg.parallel_config.{TP_FLAG[key]}", str(size)]
+            flag = tp_flag(key, self.model.family.decoder)
+            words += [f"--cfg.parallel_config.{flag}", str(size)]
         return shlex.join(words)
 
     def as_dict(self, hf_dir: Path, mm_dir: Path) -> dict[str, object]:
@@ -157,8 +161,8 @@ def suggest(folder: Path, expected: Goal) -> Suggestion:
     config = read_config(folder)
     family = family_of(folder)
     model = config_model(family, folder)
-    expected.work.check(audio="audio" in family.module_keys)
-    tp = _tp(model, expected.tp)
+    expected.work.check(sounds=any(m.medium == "sounds" for m in model.modules))
+    tp = _tp(model, expected)
     frozen = frozen_keys(model, expected.freeze)
     sizes = patch_sizes(model, config)
     notes: list[str] = []
@@ -168,11 +172,11 @@ def suggest(folder: Path, expected: Goal) -> Suggestion:
     else:
         wholes, warnings = config_shapes(model, config, sizes)
         notes.append("sizes are those of config.json; no weight file was read")
-    every = {m.key: tp.get(m.key, tp["llm"]) for m in model.modules}
+    every = {m.key: tp.get(m.key, tp[family.decoder]) for m in model.modules}
     costs = module_costs(model, wholes, every, flows(model, sizes, expected.work), frozen)
     problem = _problem(costs, expected, expected.by)
     found = _balanced(problem, {m.key for m in model.modules if m.beside_text})
-    layout = Layout({m.key: every[m.key] for m in model.modules}, found.grids)
+    layout = Layout(every, found.grids, decoder=family.decoder)
     if unusable := cautions(model.modules, model.dims, layout):
         raise LayoutError(unusable[0], "a layout that training can use", "give another --tp")
     counts = {key: flat(grid) for key, grid in found.grids.items()}
@@ -180,7 +184,7 @@ def suggest(folder: Path, expected: Goal) -> Suggestion:
         sum(c)
         for c in zip(*(stage_costs(ch, counts[ch.key]) for ch in problem.chains), strict=True)
     ]
-    ranks = _ranks(found.grids, costs, expected, model.variant)
+    ranks = _ranks(found.grids, costs, expected, model)
     warnings += frozen_warnings(found.grids, frozen, expected.pp)
     if expected.vpp > 1 and expected.pp == 1:
         warnings.append("virtual stages need at least 2 pipeline ranks in training")
@@ -214,11 +218,13 @@ def _balanced(problem: Problem, beside_text: Set[str]) -> Balance:
     return replace(found, grids={chain.key: grids[chain.key] for chain in problem.chains})
 
 
-def _tp(model: Model, given: Mapping[str, int]) -> dict[str, int]:
-    """The sizes that were given, checked; ``llm`` always among them."""
-    sizes = {"llm": given.get("llm", 1)} | {k: s for k, s in given.items() if k != "llm" and s}
+def _tp(model: Model, expected: Goal) -> dict[str, int]:
+    """The sizes that were given, checked; that of the text decoder always among them."""
+    decoder = model.family.decoder
+    sizes = {decoder: expected.tp}
+    sizes |= {key: size for key, size in expected.encoder_tp.items() if size}
     for key, size in sizes.items():
-        flag = "--" + TP_FLAG[key].removesuffix("_size").replace("_", "-")
+        flag = "--" + tp_flag(key, decoder).removesuffix("_size").replace("_", "-")
         if key not in model.family.module_keys:
             raise LayoutError(f"{flag} is given, but {model.family.name} has no such module")
         if not 1 <= size <= LARGEST:
@@ -227,7 +233,7 @@ def _tp(model: Model, given: Mapping[str, int]) -> dict[str, int]:
     for key, size in sizes.items():
         if largest % size:
             raise LayoutError(
-                f"{TP_FLAG[key]} {size} does not divide {largest}, the largest size",
+                f"{tp_flag(key, decoder)} {size} does not divide {largest}, the largest size",
                 f"sizes that divide {largest}",
             )
     return sizes
@@ -246,7 +252,7 @@ def _problem(costs: Sequence[Costs], expected: Goal, by: str) -> Problem:
 
 
 def _ranks(
-    grids: Mapping[str, StageGrid], costs: Sequence[Costs], expected: Goal, variant: Variant
+    grids: Mapping[str, StageGrid], costs: Sequence[Costs], expected: Goal, model: Model
 ) -> list[RankFigures]:
     counts = {key: flat(grid) for key, grid in grids.items()}
     load = rank_loads(_problem(costs, expected, expected.by), counts)
@@ -257,7 +263,9 @@ def _ranks(
         placed = [(s, c.layer, counts[c.key][s]) for s in filled]
         placed.append((filled[0], c.before, 1))
         placed.append((filled[-1], c.after, 1))
-        if c.key == "llm" and variant.tied and len(filled) == 1:  # one tensor for both ends
+        if (
+            c.key == model.family.decoder and model.variant.tied and len(filled) == 1
+        ):  # one tensor for both ends
             placed.append((filled[0], c.before, -1))
         for stage, part, times in placed:
             parameters[stage % expected.pp] += part.parameters * times

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from mmconvert.tools.suggest.chains import Problem, level
 from mmconvert.tools.suggest.effort import Effort
-from mmconvert.tools.suggest.narrow import Found, with_text
+from mmconvert.tools.suggest.narrow import BalancedLayers, with_text
 
 
 class Ends(NamedTuple):
@@ -31,7 +31,7 @@ class Ends(NamedTuple):
 
 def layouts(
     problem: Problem, bound: int, effort: Effort, *, every: bool = False
-) -> Iterator[Found]:
+) -> Iterator[BalancedLayers]:
     """Layouts in which no rank's load exceeds ``bound``, the roomiest for each pair of ends.
 
     ``problem`` has one encoder. ``every`` changes nothing here.
@@ -51,7 +51,7 @@ def layouts(
                     yield found
 
 
-def _layout(problem: Problem, bound: int, ends: Ends, effort: Effort) -> Found | None:
+def _layout(problem: Problem, bound: int, ends: Ends, effort: Effort) -> BalancedLayers | None:
     (encoder,), text, pp = problem.encoders, problem.text, problem.pp
     last = ends.text if ends.shared else ends.text - 1
     own = [problem.stages_of(rank, 0, last + 1) for rank in range(pp)]

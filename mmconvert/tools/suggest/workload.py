@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mmconvert.converters.family import Dims, read_dims, section_or_defaults
+from mmconvert.converters.family import Dims, encoders, read_dims, section_or_defaults
 from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.formats.model import Model
 from mmconvert.narrow import is_array
@@ -51,19 +51,19 @@ class Workload:
     images: int = 1
     audio_tokens: int = 750
 
-    def check(self, audio: bool) -> None:
+    def check(self, sounds: bool) -> None:
         """Raises RequestError for a sample that cannot be."""
         for flag, value in vars(self).items():
             if not 1 <= value <= MOST:
                 words = flag.replace("_", "-")
                 raise RequestError(f"--{words} is {value}", f"a number from 1 to {MOST}")
-        inside = self.image_tokens + (self.audio_tokens if audio else 0)
+        inside = self.image_tokens + (self.audio_tokens if sounds else 0)
         if inside > self.seq_length:
-            both = "image and audio" if audio else "image"
+            both = "image and audio" if sounds else "image"
             raise RequestError(
                 f"{inside} {both} tokens do not fit a sequence of {self.seq_length}",
                 "--seq-length counts all tokens of a sample, image and audio tokens included",
-                "raise --seq-length, or lower --image-tokens" + (" or --audio-tokens" * audio),
+                "raise --seq-length, or lower --image-tokens" + (" or --audio-tokens" * sounds),
             )
         if self.images > self.image_tokens:
             raise RequestError(
@@ -94,22 +94,23 @@ def patch_sizes(model: Model, config: Mapping[str, object]) -> Dims:
     """
     config = section_or_defaults(config, "thinker_config") or config
     found: Dims = {}
-    if "vit" in model.family.module_keys:
+    keys = {m.medium: m.key for m in encoders(model.modules)}
+    if key := keys.get("pictures"):
         vision = section_or_defaults(config, "vision_config")
         frames = {"frames": 1 if model.family.model_types & TILED else 2}
         found |= read_dims(vision, "vision_config", PATCH_KEYS, {**PATCH_DEFAULTS, **frames})
-        found["full_layers"] = _full_layers(model, vision)
+        found["full_layers"] = _full_layers(model, key, vision)
         if model.family.model_types & TILED:
             found |= read_dims(config, "config.json", {"tile": ("force_image_size",)})
-    if "audio" in model.family.module_keys:
+    if "sounds" in keys:
         audio = section_or_defaults(config, "audio_config")
         found |= read_dims(audio, "audio_config", AUDIO_KEYS, AUDIO_DEFAULTS)
     return found
 
 
-def _full_layers(model: Model, vision: Mapping[str, object]) -> int:
+def _full_layers(model: Model, key: str, vision: Mapping[str, object]) -> int:
     """Number of vision layers in which every patch of an image attends to every other."""
-    layers = model.dims["vit.layers"]
+    layers = model.dims[f"{key}.layers"]
     if not model.family.model_types & WINDOWED:
         return layers
     listed = vision.get("fullatt_block_indexes", FULL_LAYERS)
@@ -123,18 +124,19 @@ def _full_layers(model: Model, vision: Mapping[str, object]) -> int:
 def flows(model: Model, sizes: Dims, work: Workload) -> dict[str, Flow]:
     """What each module processes, by module key."""
     n = work.seq_length
-    found = {"llm": Flow(n, n, n, n * (n + 1) // 2)}  # causal: each token sees those before it
-    keys = model.family.module_keys
-    if "vit" in keys:
-        found["vit"] = _vision(model, sizes, work)
-    if "audio" in keys:
-        found["audio"] = _audio(sizes, work)
+    causal = Flow(n, n, n, n * (n + 1) // 2)  # each token sees those before it
+    found = {model.family.decoder: causal}
+    for module in encoders(model.modules):
+        seen = module.medium == "pictures"
+        found[module.key] = _vision(model, module.key, sizes, work) if seen else _audio(sizes, work)
     return found
 
 
-def _vision(model: Model, sizes: Dims, work: Workload) -> Flow:
+def _vision(model: Model, key: str, sizes: Dims, work: Workload) -> Flow:
     dims = model.dims
-    merged = max(1, dims.get("vit.merged", 1) // dims.get("vit.width", 1))  # patches of a token
+    merged = max(
+        1, dims.get(f"{key}.merged", 1) // dims.get(f"{key}.width", 1)
+    )  # patches of a token
     patches = work.image_tokens * merged
     if model.family.model_types & TILED:
         tile = max(1, sizes["tile"] // sizes["patch"]) ** 2
@@ -143,7 +145,7 @@ def _vision(model: Model, sizes: Dims, work: Workload) -> Flow:
         return Flow(tiles * tile, tiles * span, work.image_tokens, tiles * span * span)
     span = -(-patches // work.images)
     full = work.images * span * span
-    layers, few = dims["vit.layers"], sizes.get("full_layers", dims["vit.layers"])
+    layers, few = dims[f"{key}.layers"], sizes.get("full_layers", dims[f"{key}.layers"])
     window = max(1, sizes.get("window", span) // sizes.get("patch", 1)) ** 2
     within = patches * min(window, span)
     return Flow(

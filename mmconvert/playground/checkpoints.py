@@ -1,8 +1,8 @@
-"""Tiny deterministic Hugging Face checkpoints with the names and layer counts of real ones.
+r"""Tiny deterministic Hugging Face checkpoints with the names and layer counts of real ones.
 
 The bits of a tensor follow from its name and element count alone::
 
-    raw  = SHAKE-256("mm-golden-v1\\0" + seed + name), count * itemsize bytes, little endian
+    raw  = SHAKE-256("mm-golden-v1\0" + seed + name), count * itemsize bytes, little endian
     bf16 : sign and mantissa kept, the exponent field becomes 111 + (its low 4 bits)
     f32  : likewise
 
@@ -201,18 +201,6 @@ OMNI_TENSORS = (
     Section("talker.", "codec_head  w  96 talker_hidden"),
     Section("token2wav.", TOKEN2WAV, dtype="F32"),
 )
-INTERNVL_TENSORS = (
-    Section("language_model.model.", "tok_embeddings  w  vocab_size hidden", when="internlm2"),
-    Section("language_model.model.layers.#.", INTERNLM2_LAYER, "layers", "internlm2"),
-    Section("language_model.model.", NORM, when="internlm2"),
-    Section("language_model.", "output  w  vocab_size hidden", when="internlm2"),
-    *_language_model("language_model.", when="not_internlm2"),
-    Section("mlp1.", INTERN_PROJECTOR),
-    Section("vision_model.embeddings.", INTERN_EMBEDDINGS),
-    Section("vision_model.encoder.layers.#.", INTERN_VIT, "vit_layers"),
-)
-
-
 QWEN3_LAYER = """
     input_layernorm           w   hidden
     self_attn.q_proj          w   q hidden
@@ -226,9 +214,25 @@ QWEN3_LAYER = """
     mlp.up_proj               w   inter hidden       ?dense
     mlp.down_proj             w   hidden inter       ?dense
     mlp.gate                  w   experts hidden     ?moe
-    mlp.experts.gate_up_proj  -   experts hidden 2*moe_inter  ?moe
-    mlp.experts.down_proj     -   experts moe_inter hidden    ?moe
+    mlp.experts.gate_up_proj  -   experts hidden 2*moe_inter  ?stacked
+    mlp.experts.down_proj     -   experts moe_inter hidden    ?stacked
 """
+INTERNVL_TENSORS = (
+    Section("language_model.model.", "tok_embeddings  w  vocab_size hidden", when="internlm2"),
+    Section("language_model.model.layers.#.", INTERNLM2_LAYER, "layers", "internlm2"),
+    Section("language_model.model.", NORM, when="internlm2"),
+    Section("language_model.", "output  w  vocab_size hidden", when="internlm2"),
+    Section("language_model.model.", EMBEDDING, when="not_internlm2"),
+    Section("language_model.model.layers.#.", DECODER, "layers", "llama_or_qwen2"),
+    Section("language_model.model.layers.#.", QWEN3_LAYER, "layers", "qwen3"),
+    Section("language_model.model.", NORM, when="not_internlm2"),
+    Section("language_model.", LM_HEAD, when="not_internlm2"),
+    Section("mlp1.", INTERN_PROJECTOR),
+    Section("vision_model.embeddings.", INTERN_EMBEDDINGS),
+    Section("vision_model.encoder.layers.#.", INTERN_VIT, "vit_layers"),
+)
+
+
 QWEN3_BLOCK = """
     attn.proj       wb  vit_dim vit_dim
     attn.qkv        wb  3*vit_dim vit_dim
@@ -362,9 +366,55 @@ def _deepseek_tensors(layers: int, experts: int) -> tuple[Section, ...]:
     )
 
 
+def _single_experts(prefix: str, first: int, layers: int, experts: int) -> tuple[Section, ...]:
+    """Each expert's own tensors, in layers from `first` on."""
+    places = ((layer, e) for layer in range(first, layers) for e in range(experts))
+    one = {"inter": "moe_inter"}
+    return tuple(
+        Section(f"{prefix}.{layer}.mlp.experts.{e}.", DENSE_MLP, sizes=one) for layer, e in places
+    )
+
+
+def _glm45v_tensors(layers: int, experts: int) -> tuple[Section, ...]:
+    """The text decoder without its attention; the first layer is dense."""
+    text = "model.language_model.layers"
+    norms = "input_layernorm  w  hidden\npost_attention_layernorm  w  hidden"
+    found = [Section(f"{text}.{layer}.", norms) for layer in range(layers)]
+    for layer in range(1, layers):
+        found.append(Section(f"{text}.{layer}.mlp.", "gate  w  experts hidden"))
+        bias = "gate.e_score_correction_bias  -  experts"
+        found.append(Section(f"{text}.{layer}.mlp.", bias, dtype="F32"))
+    return (
+        Section("model.language_model.", EMBEDDING),
+        Section(f"{text}.0.mlp.", DENSE_MLP),
+        *found,
+        *_single_experts(text, 1, layers, experts),
+        Section("model.language_model.", NORM),
+        Section("", LM_HEAD),
+        Section("model.visual.", "patch_embed.proj  w  16 3 2 14 14"),
+    )
+
+
+def _omni3_tensors(layers: int, experts: int) -> tuple[Section, ...]:
+    """The thinker's text decoder, and a tensor of each of the other parts."""
+    text = "thinker.model.layers"
+    return (
+        Section("thinker.model.", EMBEDDING),
+        Section(f"{text}.#.", QWEN3_LAYER, "layers"),
+        *_single_experts(text, 0, layers, experts),
+        Section("thinker.model.", NORM),
+        Section("thinker.", LM_HEAD),
+        Section("thinker.visual.", "patch_embed.proj  w  16 3 2 16 16"),
+        Section("talker.", "codec_head  w  32 24"),
+        Section("code2wav.pre_transformer.", "norm  w  16"),
+    )
+
+
 def _flags(sizes: Json) -> Json:
     """The sizes together with what follows from them: flags and projection widths."""
-    internlm2 = sizes.get("arch") == "InternLM2ForCausalLM"
+    arch = sizes.get("arch")
+    internlm2 = arch == "InternLM2ForCausalLM"
+    qwen3 = arch in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
     six_b = sizes.get("vit_6b", False)
     omni = "audio_layers" in sizes
     return {
@@ -379,15 +429,20 @@ def _flags(sizes: Json) -> Json:
         "split_qkv": omni,
         "internlm2": internlm2,
         "not_internlm2": not internlm2,
+        "qwen3": qwen3,
+        "llama_or_qwen2": not internlm2 and not qwen3,
         "vit_6b": six_b,
         "vit_300m": not six_b,
         "dense": not sizes.get("experts"),
         "moe": bool(sizes.get("experts")),
+        "stacked": bool(sizes.get("experts")) and "deepstack" in sizes,
         "mergers": len(sizes.get("deepstack", ())),
     }
 
 
-def _tensors(sections: Iterable[Section], sizes: Json) -> Iterator[tuple[str, tuple, str]]:
+def _tensors(
+    sections: Iterable[Section], sizes: Json
+) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """(name, shape, dtype) of every tensor, in model order."""
     for section in sections:
         if section.when and not sizes[section.when]:
@@ -614,6 +669,8 @@ INTERNVL_LLMS: Mapping[str, Json] = {
         "use_sliding_window": False,
         "rope_theta": 1000000.0,
     },
+    "Qwen3ForCausalLM": {"model_type": "qwen3", "attention_bias": False},
+    "Qwen3MoeForCausalLM": {"model_type": "qwen3_moe", "attention_bias": False},
     "LlamaForCausalLM": {
         "model_type": "llama",
         "attention_bias": False,
@@ -635,6 +692,10 @@ def _internvl(s: Json) -> Json:
         "rope_scaling": None,
         "torch_dtype": "bfloat16",
     }
+    if s["arch"].startswith("Qwen3"):
+        llm["head_dim"] = s["head_dim"]
+    if "experts" in s:
+        llm |= {"num_experts": s["experts"], "moe_intermediate_size": s["moe_inter"]}
     vision = {
         "architectures": ["InternVisionModel"],
         "model_type": "intern_vit_6b",
@@ -766,8 +827,31 @@ def _glm(s: Json) -> Json:
     return {**text, **config}
 
 
+def _glm45v(s: Json) -> Json:
+    text = {**_text(s), "model_type": "glm4v_moe_text", "first_k_dense_replace": 1}
+    text |= {"moe_intermediate_size": s["moe_inter"], "n_routed_experts": s["experts"]}
+    return {
+        "architectures": ["Glm4vMoeForConditionalGeneration"],
+        "model_type": "glm4v_moe",
+        "text_config": text,
+        "vision_config": {"model_type": "glm4v_moe", "depth": 1},
+        "transformers_version": "4.57.1",
+    }
+
+
+def _omni3(s: Json) -> Json:
+    text = {**_text(s), "model_type": "qwen3_omni_moe_text", "head_dim": s["head_dim"]}
+    text |= {"moe_intermediate_size": s["moe_inter"], "num_experts": s["experts"]}
+    return {
+        "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
+        "model_type": "qwen3_omni_moe",
+        "thinker_config": {"model_type": "qwen3_omni_moe_thinker", "text_config": text},
+        "transformers_version": "4.57.0.dev0",
+    }
+
+
 # -------------------------------------------------------------------------------- models
-class Model(NamedTuple):
+class CatalogueModel(NamedTuple):
     """A catalogue entry; `shards` is the number of weight files."""
 
     sections: Sequence[Section]
@@ -806,8 +890,12 @@ def _llm(layers: int, heads: int, kv: int, head_dim: int, inter: int, vocab_size
 QWEN_7B = _llm(28, 28, 4, 6, 152, 336)
 
 
-def _internvl_model(arch: str, llm: Json, vit: Json, shards: int, tie: bool = False) -> Model:
-    return Model(INTERNVL_TENSORS, _internvl, {**vit, **llm, "arch": arch, "tie": tie}, shards)
+def _internvl_model(
+    arch: str, llm: Json, vit: Json, shards: int, tie: bool = False
+) -> CatalogueModel:
+    return CatalogueModel(
+        INTERNVL_TENSORS, _internvl, {**vit, **llm, "arch": arch, "tie": tie}, shards
+    )
 
 
 QWEN3_8B = {**_llm(36, 32, 8, 6, 192, 304), "hidden": 64, "experts": 0, "moe_inter": 0}
@@ -815,31 +903,35 @@ QWEN3_8B = {**_llm(36, 32, 8, 6, 192, 304), "hidden": 64, "experts": 0, "moe_int
 
 def _qwen3vl_model(
     depth: int, ffn: int, deepstack: list[int], *, tie: bool, shards: int, llm: Json = QWEN3_8B
-) -> Model:
+) -> CatalogueModel:
     vit = {"vit_layers": depth, "vit_dim": 32, "vit_heads": 16, "vit_inter": ffn}
     more = {"deepstack": deepstack, "tie": tie}
-    return Model(QWEN3VL_TENSORS, _qwen3vl, {**vit, **llm, **more}, shards)
+    return CatalogueModel(QWEN3VL_TENSORS, _qwen3vl, {**vit, **llm, **more}, shards)
 
 
-MODELS: Mapping[str, Model] = {
-    "qwen2vl-2b": Model(
+MODELS: Mapping[str, CatalogueModel] = {
+    "qwen2vl-2b": CatalogueModel(
         QWEN2VL_TENSORS,
         _qwen2vl,
         {**QWEN_VIT_SIZES, **_llm(28, 12, 2, 6, 144, 304), "tie": True},
         2,
     ),
-    "qwen2vl-7b": Model(QWEN2VL_TENSORS, _qwen2vl, {**QWEN_VIT_SIZES, **QWEN_7B, "tie": False}, 5),
-    "qwen2.5vl-3b": Model(
+    "qwen2vl-7b": CatalogueModel(
+        QWEN2VL_TENSORS, _qwen2vl, {**QWEN_VIT_SIZES, **QWEN_7B, "tie": False}, 5
+    ),
+    "qwen2.5vl-3b": CatalogueModel(
         QWEN25VL_TENSORS,
         _qwen25vl,
         {**QWEN25_VIT_SIZES, **_llm(36, 16, 2, 6, 176, 304), "tie": True},
         2,
     ),
-    "qwen2.5vl-7b": Model(
+    "qwen2.5vl-7b": CatalogueModel(
         QWEN25VL_TENSORS, _qwen25vl, {**QWEN25_VIT_SIZES, **QWEN_7B, "tie": False}, 5
     ),
-    "qwen2.5-7b": Model(_language_model(""), _qwen2, {**QWEN_7B, "tie": False}, 4),
-    "qwen2.5omni-7b": Model(OMNI_TENSORS, _omni, {**QWEN25_VIT_SIZES, **QWEN_7B, **OMNI_SIZES}, 5),
+    "qwen2.5-7b": CatalogueModel(_language_model(""), _qwen2, {**QWEN_7B, "tie": False}, 4),
+    "qwen2.5omni-7b": CatalogueModel(
+        OMNI_TENSORS, _omni, {**QWEN25_VIT_SIZES, **QWEN_7B, **OMNI_SIZES}, 5
+    ),
     "internvl2-1b": _internvl_model(
         "Qwen2ForCausalLM", _llm(24, 14, 2, 4, 152, 361), VIT_300M, shards=2
     ),
@@ -855,14 +947,14 @@ MODELS: Mapping[str, Model] = {
     "internvl2.5-4b": _internvl_model(
         "Qwen2ForCausalLM", _llm(36, 16, 2, 4, 172, 362), VIT_300M, shards=2, tie=True
     ),
-    "glm4.1v-9b": Model(
+    "glm4.1v-9b": CatalogueModel(
         GLM_TENSORS,
         _glm,
         {"vit_layers": 24, "vit_dim": 48, "vit_heads": 12, "nested_config": False}
         | _llm(40, 32, 2, 2, 104, 304),
         4,
     ),
-    "deepseekvl2": Model(
+    "deepseekvl2": CatalogueModel(
         _deepseek_tensors(30, 16),
         _deepseek,
         {"vit_layers": 27, "vit_dim": 32, "vit_heads": 16, "vit_inter": 120}
@@ -883,6 +975,35 @@ MODELS: Mapping[str, Model] = {
     ),
     "internvl3-8b": _internvl_model(
         "Qwen2ForCausalLM", _llm(28, 28, 4, 2, 148, 362), VIT_300M, shards=4
+    ),
+    "internvl3.5-1b": _internvl_model(
+        "Qwen3ForCausalLM",
+        {**_llm(28, 16, 8, 8, 96, 362), "hidden": 48},
+        VIT_300M,
+        shards=1,
+        tie=True,
+    ),
+    "internvl3.5-8b": _internvl_model(
+        "Qwen3ForCausalLM", {**_llm(36, 16, 4, 8, 96, 362), "hidden": 64}, VIT_300M, shards=4
+    ),
+    "internvl3.5-30b-a3b": CatalogueModel(
+        (*INTERNVL_TENSORS, *_single_experts("language_model.model.layers", 0, 4, 8)),
+        _internvl,
+        {**VIT_300M, **_llm(4, 8, 2, 8, 96, 362), "hidden": 48, "arch": "Qwen3MoeForCausalLM"}
+        | {"tie": False, "experts": 8, "moe_inter": 24},
+        3,
+    ),
+    "glm4.5v": CatalogueModel(
+        _glm45v_tensors(4, 8),
+        _glm45v,
+        {**_llm(4, 4, 2, 12, 96, 304), "experts": 8, "moe_inter": 16},
+        2,
+    ),
+    "qwen3omni-30b-a3b": CatalogueModel(
+        _omni3_tensors(4, 8),
+        _omni3,
+        {**_llm(4, 8, 4, 6, 96, 304), "experts": 8, "moe_inter": 16},
+        2,
     ),
 }
 
@@ -939,21 +1060,22 @@ def nested_config(config: Json) -> Json:
     }
 
 
-def _write_json(path: Path, value: Json) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON as the hub's files have it."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_side_files(out: Path, model: str) -> None:
-    _write_json(
+    write_json(
         out / "generation_config.json",
         {"bos_token_id": 151643, "do_sample": True, "eos_token_id": [151645, 151643]},
     )
-    _write_json(
+    write_json(
         out / "tokenizer_config.json",
         {"model_max_length": 32768, "tokenizer_class": "Qwen2Tokenizer"},
     )
-    _write_json(out / "preprocessor_config.json", {"patch_size": 14, "temporal_patch_size": 2})
-    _write_json(out / "vocab.json", {"!": 0, "\u00e9": 1})
+    write_json(out / "preprocessor_config.json", {"patch_size": 14, "temporal_patch_size": 2})
+    write_json(out / "vocab.json", {"!": 0, "\u00e9": 1})
     (out / "merges.txt").write_text("#version: 0.2\n")
     (out / "README.md").write_text(f"# tiny {model}\n\nMade by a test; not trained.\n")
     (out / "examples").mkdir(exist_ok=True)
@@ -964,7 +1086,7 @@ def _write_side_files(out: Path, model: str) -> None:
         )
 
 
-def _write_safetensors(path: Path, tensors: Iterable[Tensor], seed: str) -> None:
+def write_safetensors(path: Path, tensors: Iterable[Tensor], seed: str) -> None:
     """Larger items first, then by name, as the safetensors library orders them."""
     ordered = sorted(tensors, key=lambda t: (-ITEM_BYTES[t.dtype], t.name))
     header: Json = {"__metadata__": {"format": "pt"}}
@@ -1004,7 +1126,7 @@ def make_hf(
     *,
     same_values: bool = False,
     edit_config: Callable[[Json], Json] | None = None,
-    **overrides: Any,
+    **overrides: int | bool | str | list[int],
 ) -> Path:
     """Write a checkpoint of the catalogue's `model` to `out` and return `out`.
 
@@ -1024,7 +1146,7 @@ def make_hf(
         raise TypeError(f"{model} has no size {sorted(unknown)}; it has {sorted(sizes)}")
     sizes = {**sizes, **overrides}
     listed = [*_tensors(sections, _flags(sizes)), *((n, tuple(s), "BF16") for n, s in extra)]
-    tensors = []
+    tensors: list[Tensor] = []
     for name, shape, dtype in listed:
         new = renamed(name, rename)
         tensors.append(Tensor(new, shape, dtype, name if same_values else new))
@@ -1032,22 +1154,27 @@ def make_hf(
         raise ValueError("a tensor name occurs twice")
 
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "config.json", (edit_config or dict)(config(sizes)))
+    write_json(out / "config.json", (edit_config or dict)(config(sizes)))
     _write_side_files(out, model)
-    runs = _deal(tensors, shards or default_shards)
+    write_weights(out, tensors, shards or default_shards, seed)
+    return out
+
+
+def write_weights(out: Path, tensors: Sequence[Tensor], count: int, seed: str = "") -> None:
+    """Writes the weight files of a checkpoint, and their index if there is more than one."""
+    runs = _deal(tensors, count)
     if len(runs) == 1:
-        _write_safetensors(out / "model.safetensors", tensors, seed)
-        return out
+        write_safetensors(out / "model.safetensors", tensors, seed)
+        return
     weight_map: dict[str, str] = {}
     for number, run in enumerate(runs, 1):
         file = f"model-{number:05d}-of-{len(runs):05d}.safetensors"
-        _write_safetensors(out / file, run, seed)
+        write_safetensors(out / file, run, seed)
         weight_map |= {t.name: file for t in run}
-    _write_json(
+    write_json(
         out / "model.safetensors.index.json",
         {
             "metadata": {"total_size": sum(t.nbytes for t in tensors)},
             "weight_map": dict(sorted(weight_map.items())),
         },
     )
-    return out

@@ -1,0 +1,153 @@
+"""tyro in the words of this program: help without boxes, and complaints in our three lines."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from difflib import get_close_matches
+from typing import Any, TypeVar, cast
+
+import tyro
+
+from mmconvert.errors import RequestError
+
+Form = TypeVar("Form")
+HELP = ("-h", "--help")
+FRAME = re.compile(r"^[│╭╰](─ )?|( ─+)?[│╮╯]$")  # where the terminal has such characters
+RULE = re.compile(r" *[-─]{3,} *$")  # below a title, between parts
+FLAG = re.compile(r"^ *(--\w[\w.-]*)", re.MULTILINE)
+# A value that stands for "not given" is told by what the flag says of it.
+NOTHING = re.compile(r"\s*\(default:\s+(None|none)\)")
+OPTIONAL = re.compile(r"\{None\}\|(\S+)( ?)")
+
+
+def parse(
+    form: type[Form],
+    words: Sequence[str],
+    prog: str,
+    description: str,
+    **more: Any,  # noqa: ANN401 - what tyro takes
+) -> Form:
+    """Reads words into a dataclass.
+
+    Args:
+        more: as ``tyro.cli`` takes them.
+
+    Raises:
+        SystemExit: 0, help was printed.
+        RequestError: a flag that is not known, missing, or has a value that makes no sense.
+    """
+
+    def read(words: Sequence[str]) -> Form:
+        told: Any = {"prog": prog, "description": description, "args": words, **more}
+        return cast("Form", tyro.cli(form, **told))
+
+    if any(word in HELP for word in words):
+        print(_help(read, [HELP[0]]))
+        raise SystemExit(0)
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint), _columns(10_000):  # to be read again, so never wrapped
+            return read(words)
+    except SystemExit:
+        said = "\n".join(line for line in _unframed(complaint.getvalue()) if not RULE.match(line))
+    with _columns(100):
+        text = _help(read, [HELP[0]])
+    raise complaint_of(said, text, prog)
+
+
+@contextmanager
+def _columns(width: int) -> Generator[None]:
+    """The width of the terminal, as far as tyro is told."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(width)
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _help(read: Any, words: Sequence[str]) -> str:  # noqa: ANN401 - a closure of parse
+    shown = io.StringIO()
+    try:
+        with redirect_stdout(shown):
+            read(words)
+    except SystemExit:
+        pass
+    text = NOTHING.sub("", unboxed(shown.getvalue()))
+    return OPTIONAL.sub(lambda m: m[1] + m[2] * 8, text).rstrip()  # what stands beside it stays
+
+
+def unboxed(text: str) -> str:
+    """A text of tyro's without its frames and rules: the title of each frame begins a paragraph."""
+    lines: list[str] = []
+    given = _unframed(text)
+    for line, below in zip(given, [*given[1:], ""], strict=True):
+        if RULE.match(line):
+            continue
+        if RULE.match(below) and re.match(r" \S", line):
+            lines += ["", f"{line.strip()}:"] if lines and lines[-1] else [f"{line.strip()}:"]
+        else:
+            lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def _unframed(text: str) -> list[str]:
+    return [FRAME.sub("", line).rstrip() for line in text.splitlines()]
+
+
+def complaint_of(said: str, text: str, prog: str) -> RequestError:
+    """The error for what tyro has said.
+
+    Args:
+        said: its message.
+        text: the command's help, which has every flag.
+    """
+    see = f"see {prog} -h"
+    unknown = re.search(r"Unrecognized options:\s+(?:Unrecognized options: )?([^\s,]+)", said)
+    if unknown and unknown[1].startswith("-"):
+        return _unknown(unknown[1], FLAG.findall(text), see)
+    missing = re.search(r"Missing from [^\n]*:\s+(\S+)[^\n]*\n\s*([^\n]*)", said)
+    if missing:
+        about = missing[2].removesuffix("(required)").strip()
+        return RequestError(f"{missing[1]} is missing", f"{missing[1]}: {about.rstrip('.')}", see)
+    if unknown:
+        return RequestError(f"{unknown[1]} is one word too many", f"the words of {prog}", see)
+    valueless = re.search(r"Missing value for argument '(\S+)'", said)
+    if valueless:
+        name = valueless[1] if valueless[1].startswith("-") else valueless[1].upper()
+        return RequestError(f"{name} has no value", "one behind it", see)
+    choice = re.search(
+        r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", said
+    )
+    if choice:
+        return RequestError(f"{choice[2]} is {choice[1]!r}", f"one of {choice[3]}", see)
+    return _unreadable(said, see)
+
+
+def _unknown(flag: str, known: list[str], see: str) -> RequestError:
+    """A flag that is not there: the one that was probably meant."""
+    inside = [f for f in known if f.endswith(f".{flag.lstrip('-')}")]
+    near = [*inside, *get_close_matches(flag, known, n=1, cutoff=0.6)]
+    hint = f"did you mean {near[0]}? " if near else ""
+    return RequestError(f"there is no flag {flag}", "a flag of this command", f"{hint}{see}")
+
+
+def _unreadable(said: str, see: str) -> RequestError:
+    """A value of the wrong kind."""
+    value = re.search(r"Error parsing (\S+): (.*)", said)
+    if not value:
+        return RequestError(" ".join(said.split()), "flags that make sense", see)
+    flag, why = value.groups()
+    reasons = re.findall(r"^\s*- [^:]+: (.*)$", said, re.MULTILINE)
+    why = reasons[-1] if reasons else why
+    number = re.fullmatch(r"invalid literal for int\(\) with base 10: '(.*)'", why)
+    number = number or re.fullmatch(r"could not convert string to float: '(.*)'", why)
+    if number:
+        return RequestError(f"{flag} is {number[1]!r}", "a number", see)
+    return RequestError(f"{flag}: {why}", "a value that it can have", see)

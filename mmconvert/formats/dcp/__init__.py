@@ -1,0 +1,1 @@
+"""Folders of torch.distributed.checkpoint (DCP), and of Megatron-Core (torch_dist)."""

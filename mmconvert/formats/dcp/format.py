@@ -1,0 +1,339 @@
+"""Folders of torch.distributed.checkpoint, as a format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+from mmconvert import converters
+from mmconvert.config import DCPLayout
+from mmconvert.converters.family import Family, Module, Variant, mm_index
+from mmconvert.errors import CheckpointError, LayoutError, TensorError
+from mmconvert.formats import contents, manifest
+from mmconvert.formats.base import (
+    Format,
+    Look,
+    Opening,
+    Placed,
+    Placing,
+    StoredCheckpoint,
+    claimed,
+    one_each,
+)
+from mmconvert.formats.containers.image import FileImage, small
+from mmconvert.formats.dcp.folder import RELEASE, TRACKER, find_dcp, is_torch_dist, open_dcp
+from mmconvert.formats.dcp.generic import GenericFamily
+from mmconvert.formats.dcp.metadata import read_metadata
+from mmconvert.formats.dcp.naming import KNOWN_PREFIXES, MODEL, Naming
+from mmconvert.formats.dcp.output import (
+    Written,
+    data_file,
+    folder_images,
+    sharded,
+    whole_pieces,
+)
+from mmconvert.formats.dcp.reader import as_hf, default_naming, family_of_names, known_names
+from mmconvert.formats.dcp.rules import place_by_rules
+from mmconvert.formats.faults import STRICT
+from mmconvert.formats.hf.format import HFStored, check_shapes
+from mmconvert.formats.hf.side import hf_side, hf_target
+from mmconvert.formats.model import Model, Notes, dropped_by
+from mmconvert.names import NO_LAYER, summarise
+from mmconvert.plan.parts import in_parts, whole_of
+from mmconvert.plan.plan import Key, Side, Whole
+from mmconvert.stored import StoredTensor, Target
+
+VERSION_3 = {"checkpoint_version": 3.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """The layout of a folder, in words."""
+
+    ranks: int = 1
+
+    def describe(self) -> str:
+        """One line for messages."""
+        return "whole tensors" if self.ranks == 1 else f"sharded over {self.ranks} ranks"
+
+    def as_dict(self) -> dict[str, object]:
+        """The layout as JSON."""
+        return {"ranks": self.ranks}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCPStored(StoredCheckpoint):
+    """A folder that was opened; ``tensors`` by Hugging Face, MM or, without a table, flat names."""
+
+    tensors: Mapping[str, StoredTensor]
+    by_mm_names: bool = False
+
+    def side(self, modules: tuple[Module, ...] | None = None, *, as_hf: bool = False) -> Side:
+        """Its wholes, fused as a table says; the pieces of its tensors in their place."""
+        model = self.model
+        table = model.modules if modules is None else modules
+        if not table:
+            side = Side()
+            for name, tensor in self.tensors.items():
+                side.wholes[Key(name, NO_LAYER)] = whole_of(tensor, len(side.stored))
+                side.stored += [part.tensor for part in tensor.parts] or [tensor]
+            return side
+        if self.by_mm_names:
+            return in_parts(claimed(table, self.tensors, self.path, STRICT))
+        return in_parts(hf_side(table, model.dims, self.tensors, transposed=not as_hf))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCPPlaced(Placed):
+    """A folder to be written; ``written`` says what each target is, ``naming`` names the rest."""
+
+    written: Sequence[Written]
+    naming: Naming = field(default_factory=Naming)
+
+
+class DCP(Format):
+    """``.metadata`` and ``*.distcp`` in a folder: what FSDP2 trainers load and save."""
+
+    name: ClassVar = "dcp"
+    title: ClassVar = "DCP"
+    naming: ClassVar = "hf"
+    needs_original: ClassVar = True
+    own_names: ClassVar = rf"{re.escape(TRACKER)}|release|iter_\d+|\.metadata|__.*\.distcp"
+    Layout: ClassVar = DCPLayout
+
+    def recognise(self, path: Path) -> bool:
+        """By the names of its files."""
+        found = find_dcp(path)
+        return found is not None and not is_torch_dist(found[0])
+
+    def family(self, path: Path) -> Family | None:
+        """By mmconvert.json, else by the tensors' names. Other models' names alone will do."""
+        said = (manifest.read(path)[0] or {}).get("converter")
+        families = converters.registry()
+        if isinstance(said, str) and said in families:
+            return families[said]
+        found = find_dcp(path)
+        names = list(read_metadata(found[0]).tensors) if found else []
+        return family_of_names([name for name in names if name.startswith(MODEL)])
+
+    def look(self, path: Path) -> Look:
+        """Its tensors under flat names, each whole."""
+        checkpoint, family = open_dcp(path), self.family(path)
+        wholes: dict[str, Whole] = {}
+        stored: list[StoredTensor] = []
+        for name, tensor in checkpoint.tensors.items():
+            wholes[name] = whole_of(tensor, len(stored))
+            stored += [part.tensor for part in tensor.parts] or [tensor]
+        files: dict[str, dict[str, StoredTensor]] = {}
+        for number, tensor in enumerate(stored):
+            files.setdefault(tensor.path.name, {})[f"{number}/{tensor.name}"] = tensor
+        families = [family] if family else []
+        return Look(
+            kind=self.name,
+            title="DCP folder",
+            family=family.name if family else "",
+            listing=stored,
+            wholes=wholes,
+            stored=stored,
+            boxes=contents.of_rank_file(files, families),
+            unit="data file",
+            iteration=checkpoint.iteration,
+            notes=checkpoint.notes,
+        )
+
+    def open(self, path: Path, told: Opening) -> DCPStored:
+        """By the family's Hugging Face names, behind a prefix that is found out."""
+        checkpoint = open_dcp(path)
+        notes = Notes(checkpoint.notes)
+        kept = _kept(checkpoint.tensors, told, notes)
+        model = _model(path, told)
+        naming: Naming | None = None
+        if model.modules:
+            naming = _naming(told, list(kept), path)
+            if naming is None:
+                kept = {name.removeprefix(MODEL): tensor for name, tensor in kept.items()}
+            else:
+                kept = as_hf(kept, told.family, model.modules, model.dims, naming)
+                kept = _converted(told.family, kept, notes)
+        fits = {p for p in told.options.drop for t in checkpoint.tensors if _drops(t, (p,))}
+        model = replace(
+            model, notes=tuple(notes.words), dropped=notes.dropped, patterns=frozenset(fits)
+        )
+        return DCPStored(
+            format=self.name,
+            path=path,
+            model=model,
+            iteration=checkpoint.iteration,
+            tensors=kept,
+            by_mm_names=naming is None,
+        )
+
+    def as_hf(self, family: Family, layout: object) -> bool:
+        """Matrices as Hugging Face has them, unless a trainer's rules transpose some."""
+        mm = isinstance(layout, DCPLayout) and layout.names == "mm"
+        return not mm and not isinstance(family, GenericFamily)
+
+    def place(self, asked: Placing) -> DCPPlaced:
+        """The tensors of the original under flat names; whole, or divided over ranks."""
+        layout = asked.layout if isinstance(asked.layout, DCPLayout) else DCPLayout()
+        if layout.ranks < 1:
+            raise LayoutError(f"{asked.flags}ranks is {layout.ranks}", "a number of at least 1")
+        family, naming = asked.source.model.family, Naming()
+        files: Mapping[str, str] = {}
+        if layout.names == "mm":
+            side = one_each(asked.wholes)
+            side.targets = [t._replace(name=MODEL + t.name) for t in side.targets]
+        elif isinstance(family, GenericFamily):
+            naming = family.rules.naming
+            side, files = place_by_rules(family, asked.wholes)
+        else:
+            naming = default_naming(family)
+            if layout.dcp_prefix != "auto":
+                naming = Naming(MODEL + layout.dcp_prefix)
+            side, files = _place_by_table(asked, naming)
+        about = {"lists": {key: list(v) for key, v in asked.source.model.variant.lists}}
+        if layout.ranks == 1:
+            written = whole_pieces(side.targets, files)
+        else:
+            side, written = sharded(side, layout.ranks)
+        return DCPPlaced(
+            side=side,
+            layout=Shards(ranks=layout.ranks),
+            about=about,
+            written=written,
+            naming=naming,
+        )
+
+    def lay_out(
+        self, targets: Sequence[Target], placed: Placed, asked: Placing
+    ) -> Iterator[FileImage]:
+        """``release`` with the data files and .metadata, and the tracker file."""
+        assert isinstance(placed, DCPPlaced)  # noqa: S101 - narrows the type: it is our own
+        carried = [
+            t._replace(name=placed.naming.dcp(t.name)) for t in targets[len(placed.written) :]
+        ]
+        last = max((one.file for one in placed.written), default=data_file(0))
+        written = [*placed.written, *whole_pieces(carried, {t.name: last for t in carried})]
+        yield from folder_images(RELEASE, written, targets, VERSION_3)
+        yield small(TRACKER, RELEASE.encode(), pointer=True)
+
+    def samples(self, model: Model) -> list[tuple[str, object]]:
+        """Whole, and divided over three ranks."""
+        del model
+        return [("complete", DCPLayout()), ("fsdp3", DCPLayout(ranks=3))]
+
+
+def _drops(name: str, patterns: Sequence[str]) -> str | None:
+    """The --drop pattern that a flat name fits, with or without what stands before it."""
+    inner = (name[len(p) :] for p in KNOWN_PREFIXES if name.startswith(p))
+    return dropped_by((name, *inner), patterns)
+
+
+def _kept(
+    tensors: Mapping[str, StoredTensor], told: Opening, notes: Notes
+) -> dict[str, StoredTensor]:
+    """The tensors without those that are left out by name."""
+    left: dict[str, list[str]] = {}
+    kept: dict[str, StoredTensor] = {}
+    carried = tuple(told.family.carried) if isinstance(told.family, GenericFamily) else ()
+    for name, tensor in tensors.items():
+        pattern = _drops(name, told.options.drop)
+        stays = next((c.why for c in carried if name.startswith(_flat(told.family, c.prefix))), "")
+        if pattern or stays:
+            left.setdefault(f"--drop {pattern}" if pattern else stays, []).append(name)
+        else:
+            kept[name] = tensor
+    for why, names in left.items():
+        notes.drop(why, names)
+    return kept
+
+
+def _flat(family: Family, name: str) -> str:
+    naming = family.rules.naming if isinstance(family, GenericFamily) else default_naming(family)
+    return naming.dcp(name)
+
+
+def _model(path: Path, told: Opening) -> Model:
+    """The table that the tensors have, by the original model, else by our own manifest."""
+    family, like = told.family, told.like
+    if not told.claims or not family.converter:
+        return Model(family, Variant(), (), {})
+    if like is not None:
+        return Model(family, like.variant, like.modules, like.dims, tied_known=like.tied_known)
+    content = manifest.read(path)[0] or {}
+    dims = manifest.sizes(content)
+    if dims and content.get("converter") == family.converter:
+        variant = manifest.variant(content)
+        return Model(family, variant, family.table(variant), dims)
+    if told.faults is not STRICT:  # an examination goes on without
+        return Model(family, Variant(), (), {})
+    raise CheckpointError(
+        f"{path} does not tell the sizes of its model",
+        "config.json of the original model",
+        "give --cfg.hf_config.hf_dir, the folder of the original model",
+    )
+
+
+def _naming(told: Opening, names: list[str], path: Path) -> Naming | None:
+    """How the tensors are named; None where they have MM names.
+
+    Raises:
+        TensorError: names that the family does not have.
+    """
+    family = told.family
+    if isinstance(family, GenericFamily):
+        return family.rules.naming
+    if isinstance(told.layout, DCPLayout) and told.layout.dcp_prefix != "auto":
+        return Naming(MODEL + told.layout.dcp_prefix)
+    prefix = known_names(family, names)
+    if prefix is not None:
+        return Naming(prefix)
+    tables = [mm_index(family.modules(variant)) for variant in family.variants]
+    inner = [name.removeprefix(MODEL) for name in names]
+    if any(all(table.find(name) for name in inner) for table in tables):
+        return None
+    raise TensorError(
+        f"{path}: its tensors are not those of {family.name}: {summarise(names)}",
+        "model., a prefix, and the names of Hugging Face; or MM names",
+        "give --cfg.source_layout.dcp_prefix, or leave tensors out with --drop",
+    )
+
+
+def _converted(
+    family: Family, tensors: Mapping[str, StoredTensor], notes: Notes
+) -> dict[str, StoredTensor]:
+    """The tensors without those that the family carries or drops."""
+    kept: dict[str, StoredTensor] = {}
+    left: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        why = family.why_carried(name) or family.why_dropped(name)
+        if why:
+            left.setdefault(why, []).append(name)
+        else:
+            kept[name] = tensor
+    for why, names in left.items():
+        notes.drop(why, names)
+    return kept
+
+
+def _place_by_table(asked: Placing, naming: Naming) -> tuple[Side, dict[str, str]]:
+    """The tensors of the original under flat names, stacks flattened; and their files."""
+    original = asked.original
+    if not isinstance(original, HFStored):
+        raise CheckpointError("hf_dir holds no weights", "the original checkpoint")
+    headers = original.side(asked.source.model.plain_modules, as_hf=True)
+    check_shapes(asked.wholes, headers, asked.source.path, original.path)
+    side = hf_target(headers, asked.wholes)
+    side.targets = [Target(naming.dcp(t.name), t.dtype, t.shape, stack=()) for t in side.targets]
+    files = {
+        naming.dcp(t.name): data_file(number)
+        for number, file in enumerate(original.checkpoint.files)
+        for t in file.tensors
+    }
+    return side, files
+
+
+FORMAT = DCP()

@@ -1,0 +1,1 @@
+"""Small checkpoints of every family, with names and layer counts of real ones. No torch."""
