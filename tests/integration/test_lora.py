@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hfgen import make_hf
 
 from commands import layout, refused, untouched
 from lora import (
@@ -22,6 +21,7 @@ from lora import (
     save_adapter,
     weights,
 )
+from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_hf, compare_mm
 
 SMALL: dict[str, Any] = {"layers": 2, "vit_layers": 2}
