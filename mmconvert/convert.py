@@ -38,7 +38,7 @@ from mmconvert.formats.model import Model, idle_patterns
 from mmconvert.formats.reading import watched
 from mmconvert.formats.registry import load
 from mmconvert.modeljson.layout import settled
-from mmconvert.names import summarise
+from mmconvert.names import number, summarise
 from mmconvert.plan.padding import in_words, pad_vocabulary, padded_size, vocabulary_keys
 from mmconvert.plan.plan import Side, build, carry, in_dtype
 from mmconvert.result import Result
@@ -261,7 +261,7 @@ def _notes(
     names = [tensor.name for tensor in models[0].carried]
     what = "stay in hf_dir and return from it" if original is None else "copied from hf_dir"
     notes = list(dict.fromkeys(notes))  # the source may be the original
-    return notes + ([f"{len(names)} tensors {what}: {summarise(names)}"] if names else [])
+    return notes + ([f"{number(names, 'tensor')} {what}: {summarise(names)}"] if names else [])
 
 
 def _about(model: Model, result: Result) -> dict[str, object]:

@@ -161,7 +161,7 @@ class ListWriter:
     ) -> None:
         self.target = final  # as it was given, for people
         self.final = Path(os.path.realpath(final))
-        self.partial = self.final.parent / f".{self.final.name}.mmconvert-partial"
+        self.partial = durable.beside(self.final, ".mmconvert-partial")
         self.count = 0
         self._mode = mode
         self._overwrite = overwrite

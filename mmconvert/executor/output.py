@@ -56,8 +56,8 @@ class Output:
                 written.
         """
         self.final = Path(os.path.realpath(target))
-        self.folder = self.final.parent / f".{self.final.name}.mmconvert-partial"
-        self._aside = self.final.parent / f".{self.final.name}.mmconvert-old"
+        self.folder = durable.beside(self.final, ".mmconvert-partial")
+        self._aside = durable.beside(self.final, ".mmconvert-old")
         self._overwrite = overwrite
         self._keeps = keeps
         self._sync = sync

@@ -22,10 +22,8 @@ def joint_dtype(dtypes: Sequence[str]) -> str:
     ones all, as in "F32+BF16"; such a whole can be read and compared, and written when it is cast.
     "" if they cannot be one tensor.
     """
-    parts = {part for dtype in dtypes for part in dtype.split("+")}
-    if len(parts) == 1:
-        return dtypes[0]
-    return "+".join(dtypes) if parts <= CAST else ""
+    parts = dict.fromkeys(part for dtype in dtypes for part in dtype.split("+"))
+    return "+".join(parts) if len(parts) == 1 or CAST.issuperset(parts) else ""
 
 
 def widest(dtype: str) -> str:

@@ -22,6 +22,7 @@ VARINT, FIXED64, LENGTH, GROUP, END_GROUP, FIXED32 = range(6)
 _WIDTH = {FIXED64: 8, FIXED32: 4}
 
 WINDOW = 4096  # bytes that are read at once
+COPY_AGAIN = "copy the file again from where it was made"
 MAX_FIELDS = 1 << 24  # fields of one file: an endless row of empty ones must end
 MAX_GROUPS = 100  # groups in groups; the libraries' own limit
 _BITS64 = (1 << 64) - 1
@@ -64,13 +65,10 @@ class WireFile:
         self._begin = 0
         self._left = MAX_FIELDS
 
-    def error(self, at: int, what: str) -> FormatError:
+    def error(self, at: int, what: str, fix: str = COPY_AGAIN) -> FormatError:
         """What is wrong with the file, and at which byte."""
-        return FormatError(
-            f"{self.path}: {what} (at byte {at} of {self.size})",
-            self.kind,
-            "copy the file again from where it was made",
-        )
+        where = f"(at byte {at} of {self.size})"
+        return FormatError(f"{self.path}: {what} {where}", self.kind, fix)
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes of the file; meant for short runs.
