@@ -129,8 +129,8 @@ class Shard:
         if self.left:
             names = sorted(self.left)
             raise TensorError(
-                f"{self.where}: {number(names, 'tensor has', 'tensors have')} no place in the model: "
-                f"{', '.join(names[:3])}",
+                f"{self.where}: {number(names, 'tensor has', 'tensors have')} no place in the "
+                f"model: {', '.join(names[:3])}",
                 "the tensors of this model and stage, and no others",
                 "give the hf_dir of the model that this checkpoint was made from",
             )
