@@ -89,7 +89,7 @@ def test_a_newer_config_says_the_same() -> None:
 def test_no_number_of_key_value_heads(name: str) -> None:
     """``null``, as transformers writes for a model with one for each head."""
     part = {"num_key_value_heads": None}
-    config = CONFIGS[name] | part
+    config: dict[str, Any] = CONFIGS[name] | part
     if "llm_config" in config:
         config["llm_config"] = config["llm_config"] | part
     assert model_keys(config)["text_decoder"]["num_query_groups"] == TEXT["num_attention_heads"]
