@@ -244,6 +244,7 @@ class Format(ABC):
         naming: whose names its tensors have; "" for those of the family's own table.
         reads, writes: the options that make sense only where this format is read, or written.
         needs_original: its files are made like those of an original Hugging Face checkpoint.
+        needs_sizes: its checkpoints do not tell the sizes of their model.
         own_names: a regular expression of what stands at the top of its folders; ``--overwrite``
             replaces no folder that holds anything else, and none of a format without it.
         Layout: a frozen dataclass; its fields are the flags of the command line.
@@ -255,6 +256,7 @@ class Format(ABC):
     reads: ClassVar[frozenset[str]] = frozenset()
     writes: ClassVar[frozenset[str]] = frozenset()
     needs_original: ClassVar[bool] = False
+    needs_sizes: ClassVar[bool] = False
     own_names: ClassVar[str] = ""
     Layout: ClassVar[type] = NoLayout
 

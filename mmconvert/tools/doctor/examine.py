@@ -50,7 +50,10 @@ def _other(path: Path) -> str:
         except (MMConvertError, OSError):
             return "ms" if path.name.endswith(".ckpt") and not is_zip(path) else ""
     name = recognise(path)
-    return name if name not in ("hf", "mm") and not any(_signs(path)) else ""
+    hf, mm = _signs(path)
+    if mm == TRACKER and not any(has_ranks(path / folder) for folder in iterations(path)):
+        mm = ""  # other formats have a tracker file too
+    return name if name not in ("hf", "mm") and not (hf or mm) else ""
 
 
 def _dispatch(path: Path, asked: DoctorRequest, events: Events, report: DoctorReport) -> None:
