@@ -35,7 +35,8 @@ def sync_file(path: str | Path) -> None:
     Raises:
         OSError: the disk has failed.
     """
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    way = os.O_RDONLY if os.name == "posix" else os.O_RDWR  # elsewhere only writers may sync
+    fd = os.open(path, way | getattr(os, "O_CLOEXEC", 0))
     try:
         sync_fd(fd)
     except OSError as error:

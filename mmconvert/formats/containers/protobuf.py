@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from mmconvert import positioned
 from mmconvert.errors import FormatError
 
 VARINT, FIXED64, LENGTH, GROUP, END_GROUP, FIXED32 = range(6)
@@ -79,7 +80,7 @@ class WireFile:
         skip = start - self._begin
         if skip < 0 or end > self._begin + len(self._window):
             self._begin, skip = start, 0
-            self._window = os.pread(self._fd, max(WINDOW, end - start), start)
+            self._window = positioned.pread(self._fd, max(WINDOW, end - start), start)
         found = self._window[skip : skip + end - start]
         if len(found) < end - start:
             raise self.error(start + len(found), f"ends {end - start - len(found)} bytes too early")
