@@ -281,7 +281,7 @@ def beyond(metadata: Any) -> None:
 
 
 def moved(metadata: Any) -> None:
-    info = list(metadata.storage_data.values())[0]
+    info = list(metadata.storage_data.values())[3]
     info.offset += 1
 
 
