@@ -87,7 +87,7 @@ class Request:
         command: its verb.
         source, target: what becomes what.
         original: the Hugging Face checkpoint that the model came from; not needed for every one.
-        canonical, encoders_only, llm_dir: see :class:`mmconvert.formats.base.Opening`.
+        canonical, encoders_only, text_dir: see :class:`mmconvert.formats.base.Opening`.
         vocabulary: rows to pad it to, and a number of which they are to be a multiple; 0 for none.
         dtype: what to cast to, where a command has a flag of its own beside ``--dtype``.
         cfg: the flags as they were given, which all processes of a run must agree on.
@@ -99,7 +99,7 @@ class Request:
     original: Path | None = None
     canonical: bool = False
     encoders_only: bool = False
-    llm_dir: Path | None = None
+    text_dir: Path | None = None
     vocabulary: tuple[int, int] = (0, 0)
     dtype: str = "keep"
     cfg: object = None
@@ -131,7 +131,7 @@ def convert(
         claims=writer.claims(asked.target.layout),
         encoders_only=asked.encoders_only,
         canonical=asked.canonical,
-        llm_dir=asked.llm_dir,
+        text_dir=asked.text_dir,
     )
     source = reader.open(asked.source.path, told)
     # Plan.
@@ -246,7 +246,7 @@ def _inputs(asked: Request, writer: Format) -> list[Path]:
     """The files and folders that are read, so that none is written to."""
     found = [asked.source.path]
     found += [asked.original] if asked.original and writer.needs_original else []
-    found += [asked.llm_dir] if asked.llm_dir else []
+    found += [asked.text_dir] if asked.text_dir else []
     strategies = [getattr(end.layout, "strategy", None) for end in (asked.source, asked.target)]
     return found + [path for path in strategies if path is not None]
 
@@ -298,7 +298,7 @@ def hf_to_mm(
         End("mm", cfg.mm_dir, cfg.parallel_config, PARALLEL),
         canonical=common.enable_canonical_hf_struct,
         encoders_only=cfg.save_vit_only,
-        llm_dir=common.llm_hf_dir,
+        text_dir=common.llm_hf_dir,
         vocabulary=(cfg.pad_vocab_to, cfg.make_vocab_size_divisible_by),
         cfg=cfg,
     )
@@ -318,7 +318,7 @@ def mm_to_hf(
         End("hf", cfg.save_hf_dir),
         original=cfg.hf_config.hf_dir,
         canonical=common.enable_canonical_hf_struct,
-        llm_dir=common.llm_hf_dir,
+        text_dir=common.llm_hf_dir,
         cfg=cfg,
     )
     return convert(family, asked, options, events)

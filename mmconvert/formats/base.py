@@ -63,7 +63,7 @@ class Opening:
         claims: every tensor must have a row; else names alone count, where the format allows it.
         encoders_only: the text decoder is left out.
         canonical: q, k, v and gate, up are apart (``enable_canonical_hf_struct``).
-        llm_dir: another folder that the text decoder is taken from.
+        text_dir: another folder that the text decoder is taken from.
         faults: where those go after which the reader can go on.
     """
 
@@ -75,7 +75,7 @@ class Opening:
     claims: bool = True
     encoders_only: bool = False
     canonical: bool = False
-    llm_dir: Path | None = None
+    text_dir: Path | None = None
     faults: Faults = STRICT
 
 
