@@ -33,13 +33,13 @@ lint: $(VENV)/ready
 	$(VENV)/bin/pyright --pythonpath $(PY)
 
 test: lint
-	$(PY) -m pytest -n auto
+	$(PY) -m pytest -n auto --dist worksteal
 
 quick: $(VENV)/ready
-	$(PY) -m pytest -n auto -m 'not slow and not nightly'
+	$(PY) -m pytest -n auto --dist worksteal -m 'not slow and not nightly'
 
 nightly: $(VENV)/ready
-	$(PY) -m pytest -n auto -m 'nightly or hypothesis' --hypothesis-profile=nightly
+	$(PY) -m pytest -n auto --dist worksteal -m 'nightly or hypothesis' --hypothesis-profile=nightly
 
 docs: $(VENV)/ready
 	$(PY) docs/generate.py

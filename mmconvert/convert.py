@@ -38,7 +38,7 @@ from mmconvert.formats.model import Model, idle_patterns
 from mmconvert.formats.reading import watched
 from mmconvert.formats.registry import load
 from mmconvert.modeljson.layout import settled
-from mmconvert.names import summarise
+from mmconvert.names import number, summarise
 from mmconvert.plan.padding import in_words, pad_vocabulary, padded_size, vocabulary_keys
 from mmconvert.plan.plan import Side, build, carry, in_dtype
 from mmconvert.plan.products import Adapter, Places, merged, substituted
@@ -88,7 +88,7 @@ class Request:
         command: its verb.
         source, target: what becomes what.
         original: the Hugging Face checkpoint that the model came from; not needed for every one.
-        canonical, encoders_only, llm_dir: see :class:`mmconvert.formats.base.Opening`.
+        canonical, encoders_only, text_dir: see :class:`mmconvert.formats.base.Opening`.
         vocabulary: rows to pad it to, and a number of which they are to be a multiple; 0 for none.
         dtype: what to cast to, where a command has a flag of its own beside ``--dtype``.
         cfg: the flags as they were given, which all processes of a run must agree on.
@@ -102,7 +102,7 @@ class Request:
     original: Path | None = None
     canonical: bool = False
     encoders_only: bool = False
-    llm_dir: Path | None = None
+    text_dir: Path | None = None
     vocabulary: tuple[int, int] = (0, 0)
     dtype: str = "keep"
     cfg: object = None
@@ -136,7 +136,7 @@ def convert(
         claims=writer.claims(asked.target.layout),
         encoders_only=asked.encoders_only,
         canonical=asked.canonical,
-        llm_dir=asked.llm_dir,
+        text_dir=asked.text_dir,
     )
     source = reader.open(asked.source.path, told)
     _check_adapter(source, writer)
@@ -268,7 +268,7 @@ def _inputs(asked: Request, writer: Format) -> list[Path]:
     """The files and folders that are read, so that none is written to."""
     found = [asked.source.path]
     found += [asked.original] if asked.original and writer.needs_original else []
-    found += [asked.llm_dir] if asked.llm_dir else []
+    found += [asked.text_dir] if asked.text_dir else []
     strategies = [getattr(end.layout, "strategy", None) for end in (asked.source, asked.target)]
     return found + [path for path in strategies if path is not None]
 
@@ -283,7 +283,7 @@ def _notes(
     names = [tensor.name for tensor in models[0].carried]
     what = "stay in hf_dir and return from it" if original is None else "copied from hf_dir"
     notes = list(dict.fromkeys(notes))  # the source may be the original
-    return notes + ([f"{len(names)} tensors {what}: {summarise(names)}"] if names else [])
+    return notes + ([f"{number(names, 'tensor')} {what}: {summarise(names)}"] if names else [])
 
 
 def _about(model: Model, result: Result) -> dict[str, object]:
@@ -322,7 +322,7 @@ def hf_to_mm(
         End("mm", cfg.mm_dir, cfg.parallel_config, PARALLEL),
         canonical=common.enable_canonical_hf_struct,
         encoders_only=cfg.save_vit_only,
-        llm_dir=common.llm_hf_dir,
+        text_dir=common.llm_hf_dir,
         vocabulary=(cfg.pad_vocab_to, cfg.make_vocab_size_divisible_by),
         cfg=cfg,
     )
@@ -342,7 +342,7 @@ def mm_to_hf(
         End("hf", cfg.save_hf_dir),
         original=cfg.hf_config.hf_dir,
         canonical=common.enable_canonical_hf_struct,
-        llm_dir=common.llm_hf_dir,
+        text_dir=common.llm_hf_dir,
         cfg=cfg,
     )
     return convert(family, asked, options, events)

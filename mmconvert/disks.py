@@ -13,4 +13,4 @@ def on_local_disk(fd: int) -> bool:
     Raises:
         OSError: the file cannot be looked at.
     """
-    return os.major(os.fstat(fd).st_dev) != 0
+    return hasattr(os, "major") and os.major(os.fstat(fd).st_dev) != 0

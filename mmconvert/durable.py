@@ -23,6 +23,8 @@ except ImportError:  # not POSIX
 # each of 50 small files, 3.9 ms one after the other).
 THREADS = 16
 
+LONGEST_NAME = 255  # bytes: NAME_MAX of the usual file systems
+
 # What a file system answers that cannot sync a folder, or anything.
 _NOT_HERE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
 
@@ -33,7 +35,8 @@ def sync_file(path: str | Path) -> None:
     Raises:
         OSError: the disk has failed.
     """
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    way = os.O_RDONLY if os.name == "posix" else os.O_RDWR  # elsewhere only writers may sync
+    fd = os.open(path, way | getattr(os, "O_CLOEXEC", 0))
     try:
         sync_fd(fd)
     except OSError as error:
@@ -99,13 +102,25 @@ def _at_once(sync: Callable[[str | Path], None], paths: list[str] | list[str | P
             pass
 
 
+def beside(path: Path, ending: str) -> Path:
+    """Where what is to become a file or folder is made: ``.NAME`` and an ending, beside it. A name
+    that leaves no room for the ending gives way to its digest, the same each time.
+    """
+    name = path.name
+    if len(os.fsencode(f".{name}{ending}")) > LONGEST_NAME:
+        from hashlib import sha256  # seldom needed
+
+        name = sha256(os.fsencode(name)).hexdigest()[:32]
+    return path.with_name(f".{name}{ending}")
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Gives a small file new content: the old or the new is there at every moment, and whole.
 
     Raises:
         OSError: the system refuses.
     """
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    new = beside(path, f".{os.getpid()}.new")
     try:
         with open(new, "xb") as file:
             file.write(data)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows: what is in use is not counted
+    resource = None
 
 from mmconvert.errors import MMConvertError
 from mmconvert.executor.execute import jobs_of
@@ -64,7 +68,7 @@ def estimate(plan: Plan, folder: Path, disk_needed: int, workers: int) -> Estima
 def _memory(workers: int) -> int:
     """What this process, with the whole plan in memory, has used so far; and its buffers."""
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes, but bytes on macOS
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
     return used + workers * BUFFERS_EACH * BAND
 
 

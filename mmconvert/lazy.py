@@ -7,15 +7,19 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmconvert.errors import TensorError
 from mmconvert.executor.blockio import Region, Window, read_region
 from mmconvert.executor.fileio import open_files
 from mmconvert.formats.look import look
 from mmconvert.loading import torch_tensor
+from mmconvert.plan.dtypes import ONE_DTYPE
 from mmconvert.plan.plan import Whole, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+CONVERT = "convert it with --dtype bf16, fp16 or fp32, and open that"
 
 
 class Tensors(Mapping[str, "Tensor"]):
@@ -34,9 +38,12 @@ class Tensors(Mapping[str, "Tensor"]):
         """Reads one tensor into memory of its own.
 
         Raises:
-            KeyError: no such name. CheckpointError: its file cannot be read.
+            KeyError: no such name. CheckpointError: its file cannot be read. TensorError: it is
+                made of parts in several dtypes.
         """
         whole = self._wholes[name]
+        if whole.mixed:
+            raise TensorError(whole.mixed, ONE_DTYPE, CONVERT)
         data = bytearray(prod(whole.shape) * ITEM_SIZE[whole.dtype])
         line = matrix(whole.shape)[1] * ITEM_SIZE[whole.dtype]
         with open_files() as files:

@@ -115,6 +115,7 @@ def summarise(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(listed[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
-def number(things: Collection[object], word: str, words: str = "") -> str:
+def number(things: Collection[object] | int, word: str, words: str = "") -> str:
     """A count with its word: 1 tensor, 2 tensors; ``words`` is a plural of another form."""
-    return f"{len(things)} " + (word if len(things) == 1 else words or f"{word}s")
+    count = things if isinstance(things, int) else len(things)
+    return f"{count} " + (word if count == 1 else words or f"{word}s")

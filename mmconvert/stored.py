@@ -64,7 +64,7 @@ class Scales(NamedTuple):
     cols: int
 
 
-class Part(NamedTuple):
+class StoredPart(NamedTuple):
     """A rectangle of a tensor that is stored in several, which may lie in different files.
 
     Attributes:
@@ -102,7 +102,7 @@ class StoredTensor(NamedTuple):
     strides: tuple[int, ...] | None = None
     extents: tuple[Extent, ...] = ()
     scales: Scales | None = None
-    parts: tuple[Part, ...] = ()
+    parts: tuple[StoredPart, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -129,7 +129,7 @@ def transpose(tensor: StoredTensor) -> StoredTensor:
     scales = tensor.scales and Scales(
         transpose(tensor.scales.tensor), tensor.scales.cols, tensor.scales.rows
     )
-    parts = tuple(Part(part.start[::-1], transpose(part.tensor)) for part in tensor.parts)
+    parts = tuple(StoredPart(part.start[::-1], transpose(part.tensor)) for part in tensor.parts)
     return tensor._replace(
         name=name, shape=(cols, rows), strides=strides, scales=scales, parts=parts
     )
@@ -139,7 +139,7 @@ def transpose_each(tensor: StoredTensor) -> StoredTensor:
     """A stack of matrices, each seen the other way round."""
     count, rows, cols = tensor.shape
     outer, down, right = tensor.strides or (rows * cols, cols, 1)
-    parts = tuple(Part((s[0], s[2], s[1]), transpose_each(part)) for s, part in tensor.parts)
+    parts = tuple(StoredPart((s[0], s[2], s[1]), transpose_each(part)) for s, part in tensor.parts)
     return tensor._replace(shape=(count, cols, rows), strides=(outer, right, down), parts=parts)
 
 
@@ -154,7 +154,7 @@ def expert_of(tensor: StoredTensor, expert: int) -> StoredTensor:
         scales=tensor.scales
         and tensor.scales._replace(tensor=expert_of(tensor.scales.tensor, expert)),
         parts=tuple(
-            Part(start[1:], expert_of(part, expert - start[0]))
+            StoredPart(start[1:], expert_of(part, expert - start[0]))
             for start, part in tensor.parts
             if start[0] <= expert < start[0] + part.shape[0]
         ),
@@ -166,7 +166,7 @@ def rows_of(tensor: StoredTensor, first: int, count: int) -> StoredTensor:
     strides = tensor.strides or (prod(tensor.shape[1:]),)
     last = first + count
     parts = [
-        Part(
+        StoredPart(
             (max(start[0] - first, 0), *start[1:]),
             rows_of(part, max(first - start[0], 0), _overlap(first, last, start[0], part)),
         )
@@ -191,7 +191,7 @@ def stacked(tensor: StoredTensor, count: int) -> StoredTensor:
     if tensor.strides is not None:
         strides = (rows * tensor.strides[0], *tensor.strides)
     parts = [
-        Part((number, max(start[0] - number * rows, 0), start[1]), one)
+        StoredPart((number, max(start[0] - number * rows, 0), start[1]), one)
         for start, part in tensor.parts
         for number, one in _cut(part, start[0], rows)
     ]

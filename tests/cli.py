@@ -16,7 +16,6 @@ from pathlib import Path
 from inprocess import captured
 
 Done = subprocess.CompletedProcess[str]
-STARTS_PROCESSES = {"validate", "generate", "finetune", "predict", "run_qwenvl"}  # and torch
 
 
 def run_cli(
@@ -35,7 +34,7 @@ def run_cli(
         process: run ``python -m mmconvert`` in a process of its own.
     """
     words = [str(arg) for arg in args]
-    if process or env or STARTS_PROCESSES & set(words[:1]):
+    if process or env:
         done = _in_a_process(words, cwd, env)
     else:
         with _standing_in(cwd or Path.cwd()):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 
 import pytest
 from hypothesis import settings
+
+# Each process of a run has a core; more threads would wait for each other. Before torch starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Hypothesis would choose by itself: new examples each time, others where CI is set, and those of
 # a database that a run before has left.

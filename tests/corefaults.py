@@ -380,8 +380,8 @@ BYTES = (
     Fault(
         "a transposed view not transposed",
         "stored.py",
-        "strides=(right, down))",
-        "strides=(down, right))",
+        "else (right, down)",
+        "else (down, right)",
         (ANY_KIND,),
     ),
     Fault(

@@ -284,6 +284,8 @@ def _heed_no_more() -> None:
     """
 
     def hasten(signum: int, frame: object) -> None:
+        if not hasattr(signal, "SIGALRM"):  # Windows
+            os._exit(INTERRUPTED)
         signal.signal(signal.SIGALRM, lambda signum, frame: os._exit(INTERRUPTED))
         signal.alarm(1)
 

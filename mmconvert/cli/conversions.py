@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from mmconvert import config
 from mmconvert.cli import AUTO, DCP_VERBS, MS_VERBS, VERBS, verbs_of
 from mmconvert.cli.arguments import Command, Screen, normalise, read
-from mmconvert.cli.screen import screen_events
+from mmconvert.cli.screen import print_lines, screen_events
 from mmconvert.config import OptionalHFConfig
+from mmconvert.names import number
 from mmconvert.words import amount
 
 if TYPE_CHECKING:
@@ -91,8 +92,8 @@ def show(verb: str, result: Result, screen: Screen) -> None:
         if result.estimate is not None:
             from mmconvert.cli.dry_run import preview
 
-            print(preview(result))
-        print(_summary(verb, result))
+            print_lines(preview(result))
+        print_lines(_summary(verb, result))
 
 
 def _converted(converter: str, verb: str, command: Command) -> Result:
@@ -146,15 +147,18 @@ def _inputs(cfg: Any) -> list[Path]:  # noqa: ANN401 - one of many dataclasses
     return [path for path in paths if path is not None]
 
 
-def _summary(verb: str, result: Result) -> str:
+def _summary(verb: str, result: Result) -> list[str]:
     done = "would write" if not result.written else "wrote"
     size = result.plan.nbytes
     moved = size - result.moved.resumed
     rate = f", {amount(moved / result.seconds)}/s" if result.written else ""
     where = "from" if verb.endswith("_to_hf") else "layout"
-    layout = "" if verb == "moe_expert" else f"{where}: {result.layout.describe()}\n"
-    return (
-        f"{done} {result.output}: {len(result.plan.targets)} tensors, {amount(size)} in "
-        f"{result.seconds:.2f} s{rate}\n{layout}"
-        f"proven: {len(result.plan.copies)} copies write every byte once and use every source"
-    )
+    layout = [] if verb == "moe_expert" else [f"{where}: {result.layout.describe()}"]
+    copies = number(result.plan.copies, "copy writes", "copies write")
+    return [
+        f"{done} {result.output}: {number(result.plan.targets, 'tensor')}, {amount(size)} in "
+        f"{result.seconds:.2f} s{rate}",
+        *layout,
+        f"proven: {copies} every byte once and "
+        f"{'uses' if len(result.plan.copies) == 1 else 'use'} every source",
+    ]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from mmconvert.formats.containers.image import FileImage
-from mmconvert.names import summarise
+from mmconvert.names import number, summarise
 from mmconvert.result import Result
 from mmconvert.words import amount
 
 SHOWN = 40  # files that are listed
 
 
-def preview(result: Result) -> str:
-    """The plan in words."""
+def preview(result: Result) -> list[str]:
+    """The plan in words, by line."""
     lines = ["files:"]
     width = max((len(file.path) for file in result.listed[:SHOWN]), default=0)
     for file in result.listed[:SHOWN]:
@@ -26,16 +26,19 @@ def preview(result: Result) -> str:
     fills = result.fills()
     if fills:
         lines.append(
-            f"filled with zeros: {sum(fills.values())} elements of {len(fills)} tensors: "
+            f"filled with zeros: {number(sum(fills.values()), 'element')} of "
+            f"{number(fills, 'tensor')}: "
             f"{summarise(list(fills))}"
         )
-    lines += [f"cast: {n} tensors {old} -> {new}" for (old, new), n in result.casts().items()]
-    return "\n".join([*lines, *_cost(result)])
+    lines += [
+        f"cast: {number(n, 'tensor')} {old} -> {new}" for (old, new), n in result.casts().items()
+    ]
+    return [*lines, *_cost(result)]
 
 
 def _held(file: FileImage) -> str:
     if file.pieces:
-        return f"{len(file.pieces)} tensors"
+        return number(file.pieces, "tensor")
     return "copied" if file.copied else "written"
 
 

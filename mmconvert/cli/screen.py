@@ -6,7 +6,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO, cast
 
@@ -41,6 +41,11 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except OSError:
         abandon(sys.stderr)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Prints a result; names are in it, which a terminal must not obey."""
+    print("\n".join(map(one_line, lines)))
 
 
 def abandon(stream: TextIO) -> None:

@@ -10,7 +10,7 @@ from typing import cast
 
 from mmconvert.converters.family import ZEROS, Family, Module, Row
 from mmconvert.errors import RequestError
-from mmconvert.names import EXPERT, INDEX, LAYER
+from mmconvert.names import EXPERT, INDEX, LAYER, number
 from mmconvert.sharding.spans import Concat, Interleave, Part, Split
 
 KEY = re.compile(r"[a-z][a-z0-9]*")
@@ -93,7 +93,7 @@ def _makes(row: Row) -> Iterator[str]:
 def _sizes(row: Row, family: Family) -> Iterator[str]:
     """The names of dimensions; whether config.json gives them, a conversion sees."""
     if len(row.rows) not in (0, len(row.hf)):
-        yield f"rows names {len(row.rows)} sizes for {len(row.hf)} tensors"
+        yield f"rows names {number(row.rows, 'size')} for {number(row.hf, 'tensor')}"
     groups = getattr(row.fuse, "groups", "")
     unit = getattr(row.shard, "unit", "")
     for dim in filter(None, (*row.rows, row.cols, groups, unit)):

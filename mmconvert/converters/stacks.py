@@ -114,7 +114,7 @@ class Stacks:
         where, count = ".".join(self.sections), self.dims(config)["llm.layers"]
         layers = self.layers(self.text(config), where, count)
         rows = tuple(replace(r, layers=layers) for r in expert_rows(self.prefix, form))
-        return Module("llm", "text_decoder", (), rows, ())
+        return Module("llm", "text_decoder", (), rows, (), role="decoder")
 
 
 def expert_rows(prefix: str, form: str) -> tuple[Row, ...]:

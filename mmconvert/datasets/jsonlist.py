@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from mmconvert import durable
+from mmconvert import durable, positioned
 from mmconvert.errors import DatasetError, OutputError, cannot_write
 
 try:
@@ -161,7 +161,7 @@ class ListWriter:
     ) -> None:
         self.target = final  # as it was given, for people
         self.final = Path(os.path.realpath(final))
-        self.partial = self.final.parent / f".{self.final.name}.mmconvert-partial"
+        self.partial = durable.beside(self.final, ".mmconvert-partial")
         self.count = 0
         self._mode = mode
         self._overwrite = overwrite
@@ -206,7 +206,7 @@ class ListWriter:
 
     def _open(self) -> int:
         """The partial file, new and locked; what a killed run has left is removed."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | positioned.BINARY
         try:
             fd = os.open(self.partial, flags, self._mode)
         except FileExistsError:
@@ -275,7 +275,7 @@ class ListWriter:
         self._check()
         try:
             if self._keep_mode and self._fd is not None and self.final.exists():
-                os.fchmod(self._fd, self.final.stat().st_mode & 0o7777)
+                os.chmod(self.partial, self.final.stat().st_mode & 0o7777)
             if self._fd is not None:
                 durable.sync_fd(self._fd)
             durable.replace(self.partial, self.final)

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from mmconvert.names import number
+
 SHOWN = 3  # tensors that a note names
 
 # What --dtype says -> safetensors spelling of the dtype.
@@ -57,4 +59,5 @@ def _note(counts: Counter[str], what: str) -> str:
     worst = [(name, count) for name, count in counts.most_common() if count]
     named = ", ".join(f"{name} ({count})" for name, count in worst[:SHOWN])
     more = f" and {len(worst) - SHOWN} more" if len(worst) > SHOWN else ""
-    return f"warning: cast: {counts.total()} values {what}, in {len(worst)} tensors: {named}{more}"
+    values, tensors = number(counts.total(), "value"), number(worst, "tensor")
+    return f"warning: cast: {values} {what}, in {tensors}: {named}{more}"

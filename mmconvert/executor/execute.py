@@ -297,14 +297,14 @@ def _dequantised(
     files: Files, scales: Scales, data: memoryview, region: Region, dtype: str
 ) -> Cast:
     """The values of a region of scaled fp8."""
-    from mmconvert.executor.values import Blocks, dequantise
+    from mmconvert.executor.values import BlockNumbers, dequantise
 
     first = (region.row // scales.rows, region.col // scales.cols)
     down = [(region.row + i) // scales.rows - first[0] for i in range(region.rows)]
     right = [(region.col + i) // scales.cols - first[1] for i in range(region.cols)]
     met = Region(*first, down[-1] + 1, right[-1] + 1)
     factors = read_compact(files, scales.tensor, met, "scales")
-    return dequantise(data, factors, scales.tensor.dtype, Blocks(down, right), dtype)
+    return dequantise(data, factors, scales.tensor.dtype, BlockNumbers(down, right), dtype)
 
 
 def _batches(origin: Origin, small: list[tuple[StoredTensor, list[Copy]]]) -> Iterator[Job]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from mmconvert import positioned
 from mmconvert.disks import on_local_disk
 from mmconvert.errors import CheckpointError, MMConvertError, cannot_write
 
@@ -47,7 +48,7 @@ class Files:
         key = (path, mode)
         if key not in self._open:
             try:
-                self._open[key] = os.open(path, mode | getattr(os, "O_CLOEXEC", 0))
+                self._open[key] = os.open(path, mode | positioned.BINARY)
             except OSError as error:
                 raise _failed(path, error, writing=mode != os.O_RDONLY) from error
         return self._open[key]
@@ -109,7 +110,7 @@ def read_pieces(files: Files, path: Path, offset: int, pieces: Sequence[memoryvi
     for batch, left in _batches(pieces):
         while left:
             try:
-                done = os.preadv(fd, batch, offset)
+                done = positioned.preadv(fd, batch, offset)
             except OSError as error:
                 raise _failed(path, error, writing=False) from error
             if not done:
@@ -132,7 +133,7 @@ def write_pieces(files: Files, path: Path, offset: int, pieces: Sequence[memoryv
         while left:
             try:
                 with _WRITING[path]:
-                    done = os.pwritev(fd, batch, offset)
+                    done = positioned.pwritev(fd, batch, offset)
             except OSError as error:
                 raise _failed(path, error, writing=True) from error
             offset, left = offset + done, left - done

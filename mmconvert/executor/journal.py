@@ -17,10 +17,11 @@ from pathlib import Path
 from mmconvert.executor.casts import Loss
 from mmconvert.executor.jobs import Job, Losses
 from mmconvert.plan.plan import Plan
+from mmconvert.positioned import BINARY
 from mmconvert.version import VERSION
 
 PREFIX = ".mmconvert-journal"  # then number and machine: each process of a run keeps its own
-_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | BINARY
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # Linux, proc(5)
 
 # What reading a damaged journal may raise.

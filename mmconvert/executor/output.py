@@ -56,8 +56,8 @@ class Output:
                 written.
         """
         self.final = Path(os.path.realpath(target))
-        self.folder = self.final.parent / f".{self.final.name}.mmconvert-partial"
-        self._aside = self.final.parent / f".{self.final.name}.mmconvert-old"
+        self.folder = durable.beside(self.final, ".mmconvert-partial")
+        self._aside = durable.beside(self.final, ".mmconvert-old")
         self._overwrite = overwrite
         self._keeps = keeps
         self._sync = sync
@@ -131,7 +131,7 @@ class Output:
         there = next(folder for folder in self.final.parents if folder.exists())
         if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
             return
-        denied = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        denied = errno.EROFS if _read_only(there) else errno.EACCES
         why = os.strerror(denied if there.is_dir() else errno.ENOTDIR)
         raise OutputError(f"{there}: {why}", "a folder that can be written")
 
@@ -262,6 +262,11 @@ class Output:
             return Interrupted(f"interrupted, but {self.final} is complete", old)
         again = "the same command goes on where it was stopped" if kept else ""
         return Interrupted(f"interrupted: {self.final} is as it was before", again)
+
+
+def _read_only(folder: Path) -> bool:
+    """Whether a folder's disk can only be read, as far as the system tells."""
+    return hasattr(os, "statvfs") and bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
 
 class FileOutput(Output):

@@ -146,7 +146,9 @@ def cast(data: memoryview, old: str, new: str) -> Cast:
     return _cast(floats(data, old), new)
 
 
-def dequantise(data: memoryview, scales: memoryview, dtype: str, blocks: Blocks, new: str) -> Cast:
+def dequantise(
+    data: memoryview, scales: memoryview, dtype: str, blocks: BlockNumbers, new: str
+) -> Cast:
     """F8_E4M3 values times the scales of their blocks, each product rounded once.
 
     A product of the two has 28 bits at most: float64 holds it.
@@ -166,7 +168,7 @@ def dequantise(data: memoryview, scales: memoryview, dtype: str, blocks: Blocks,
     return _cast(values, new)
 
 
-class Blocks(NamedTuple):
+class BlockNumbers(NamedTuple):
     """The number of the block that each row and each column of a region is in."""
 
     rows: list[int]

@@ -63,7 +63,7 @@ class Opening:
         claims: every tensor must have a row; else names alone count, where the format allows it.
         encoders_only: the text decoder is left out.
         canonical: q, k, v and gate, up are apart (``enable_canonical_hf_struct``).
-        llm_dir: another folder that the text decoder is taken from.
+        text_dir: another folder that the text decoder is taken from.
         faults: where those go after which the reader can go on.
     """
 
@@ -75,7 +75,7 @@ class Opening:
     claims: bool = True
     encoders_only: bool = False
     canonical: bool = False
-    llm_dir: Path | None = None
+    text_dir: Path | None = None
     faults: Faults = STRICT
 
 
@@ -244,6 +244,7 @@ class Format(ABC):
         naming: whose names its tensors have; "" for those of the family's own table.
         reads, writes: the options that make sense only where this format is read, or written.
         needs_original: its files are made like those of an original Hugging Face checkpoint.
+        needs_sizes: its checkpoints do not tell the sizes of their model.
         own_names: a regular expression of what stands at the top of its folders; ``--overwrite``
             replaces no folder that holds anything else, and none of a format without it.
         Layout: a frozen dataclass; its fields are the flags of the command line.
@@ -255,6 +256,7 @@ class Format(ABC):
     reads: ClassVar[frozenset[str]] = frozenset()
     writes: ClassVar[frozenset[str]] = frozenset()
     needs_original: ClassVar[bool] = False
+    needs_sizes: ClassVar[bool] = False
     own_names: ClassVar[str] = ""
     Layout: ClassVar[type] = NoLayout
 

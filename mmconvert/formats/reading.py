@@ -15,6 +15,7 @@ from functools import wraps
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, ParamSpec, TypeVar
 
+from mmconvert import positioned
 from mmconvert.causes.downloads import LONGEST, not_the_file
 from mmconvert.errors import CheckpointError
 
@@ -138,7 +139,7 @@ def opened(path: Path) -> Generator[BinaryIO]:
     """
     size_of_file(path)
     with path.open("rb") as file:
-        if (fault := not_the_file(path, os.pread(file.fileno(), LONGEST, 0))) is not None:
+        if (fault := not_the_file(path, positioned.pread(file.fileno(), LONGEST, 0))) is not None:
             raise fault
         if (watch := _watch.get()) is not None:
             watch.states.setdefault(path, State.of(os.fstat(file.fileno())))

@@ -25,7 +25,7 @@ from mmconvert.formats.hf.folder import HFCheckpoint, read_config, read_json_fil
 from mmconvert.formats.mm.folder import part_names, rank_parts
 from mmconvert.formats.recognise import family_of, ms_family
 from mmconvert.formats.registry import load, recognise
-from mmconvert.names import summarise
+from mmconvert.names import number, summarise
 from mmconvert.stored import StoredTensor
 
 HF_FILE, ADAPTER_FILE = "hf_weight_file", "adapter_file"
@@ -82,7 +82,7 @@ def open_file(path: Path) -> WeightParts:
         written = file.metadata.get("format")
         notes = ("a safetensors file" + (f", metadata: format {written}" if written else ""),)
         return WeightParts(MS_FILE, {"": found}, notes) if is_ms else _plain(path, found, notes)
-    if path.name.endswith(".ckpt") and not _is_zip(path):
+    if path.name.endswith(".ckpt") and not is_zip(path):
         return WeightParts(MS_FILE, {"": {t.name: t for t in read_ckpt(path).tensors}})
     file = read_pt(path)
     if any(isinstance(value, StoredTensor) for value in file.content.values()):
@@ -163,7 +163,7 @@ def _plain(path: Path, found: dict[str, StoredTensor], notes: tuple[str, ...] = 
     if not learned and not (found and ADAPTER.fullmatch(path.name)):
         return WeightParts(HF_FILE, {"": found}, notes)
     modules = {hit["module"].rpartition(".")[2] for hit in learned}
-    words = f"an adapter, no model by itself: {len(found)} tensors"
+    words = f"an adapter, no model by itself: {number(found, 'tensor')}"
     words += f" for {summarise(modules)}" if modules else ""
     return WeightParts(ADAPTER_FILE, {"": found}, (*notes, words + _base(path.parent)))
 
@@ -186,7 +186,7 @@ def _of_mindspore(names: Iterable[str]) -> bool:
     return ms_family(names) is not None
 
 
-def _is_zip(path: Path) -> bool:
+def is_zip(path: Path) -> bool:
     """Whether a file is a zip archive, as torch.save makes them (Lightning calls them .ckpt)."""
     try:
         with path.open("rb") as file:

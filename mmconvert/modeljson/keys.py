@@ -138,11 +138,12 @@ def _qwen_text(text: _Part, model_id: str, *, tied: bool) -> dict[str, Any]:
     rope = text.content.get("rope_parameters") or text.content.get("rope_scaling")
     section = _Part(rope, "rope_scaling")
     theta = text.content.get("rope_theta") or section.take("rope_theta")
+    heads = text.take("num_attention_heads")
     found = {
         "model_id": model_id, "num_layers": text.take("num_hidden_layers"),
         "hidden_size": text.take("hidden_size"), "ffn_hidden_size": text.take("intermediate_size"),
-        "num_attention_heads": text.take("num_attention_heads"), "group_query_attention": True,
-        "num_query_groups": text.take("num_key_value_heads"),
+        "num_attention_heads": heads, "group_query_attention": True,
+        "num_query_groups": text.take("num_key_value_heads", default=heads),
         "vocab_size": text.take("vocab_size"),
         "max_position_embeddings": text.take("max_position_embeddings"),
         "untie_embeddings_and_output_weights": not tied, "position_embedding_type": "mrope",
@@ -205,7 +206,8 @@ def _intern(config: Config) -> dict[str, Any]:
         "text_decoder": {
             "model_id": "internllm", "num_layers": text.take("num_hidden_layers"),
             "hidden_size": width, "ffn_hidden_size": text.take("intermediate_size"),
-            "num_attention_heads": heads, "num_query_groups": text.take("num_key_value_heads"),
+            "num_attention_heads": heads,
+            "num_query_groups": text.take("num_key_value_heads", default=heads),
             "kv_channels": text.take("head_dim", default=width // heads),
             "vocab_size": text.take("vocab_size"),
             "max_position_embeddings": text.take("max_position_embeddings"),

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from mmconvert import durable
 from mmconvert.errors import OutputError, cannot_write
 from mmconvert.modeljson.file import DECODER, FREEZE, LISTS, PLACES
 from mmconvert.narrow import is_object
@@ -73,7 +74,7 @@ def write_json(content: Mapping[str, Any], path: Path, *, overwrite: bool) -> No
     """
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists", "a new file", "--overwrite replaces it")
-    staging = path.with_name(f".{path.name}.part")
+    staging = durable.beside(path, ".part")
     try:
         staging.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.chmod(staging, 0o640)

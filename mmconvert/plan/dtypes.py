@@ -22,10 +22,10 @@ def joint_dtype(dtypes: Sequence[str]) -> str:
     ones all, as in "F32+BF16"; such a whole can be read and compared, and written when it is cast.
     "" if they cannot be one tensor.
     """
-    parts = {part for dtype in dtypes for part in dtype.split("+")}
-    if len(parts) == 1:
+    if len(set(dtypes)) == 1:
         return dtypes[0]
-    return "+".join(dtypes) if parts <= CAST else ""
+    parts = dict.fromkeys(part for dtype in dtypes for part in dtype.split("+"))
+    return "+".join(parts) if len(parts) == 1 or CAST.issuperset(parts) else ""
 
 
 def widest(dtype: str) -> str:
@@ -51,6 +51,8 @@ def cast_dtype(old: str, new: str) -> str:
     """What a tensor of dtype ``old`` becomes when ``new`` is asked for ("": nothing is). Scaled fp8
     becomes bf16 in any case.
     """
+    if not new and old in ITEM_SIZE and old != SCALED:  # most are so, of hundreds of thousands
+        return old
     parts = old.split("+")
     if new and CAST.issuperset(parts):
         return new

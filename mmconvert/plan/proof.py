@@ -125,6 +125,8 @@ def covers(rects: Iterable[Rect], rows: int, cols: int, *, once: bool) -> bool:
     found = [r for r in rects if r.rows and r.cols]
     if not rows or not cols:
         return not found
+    if len(found) == 1:  # most tensors are copied whole
+        return found[0] == (0, 0, rows, cols)
     if any(r.row < 0 or r.col < 0 or r.row + r.rows > rows for r in found):
         return False
     cuts = sorted({0, cols, *(r.col for r in found), *(r.col + r.cols for r in found)})

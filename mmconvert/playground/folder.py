@@ -41,7 +41,7 @@ TWO_STAGES: Mapping[str, object] = {
 HEADS = 16  # of the vision encoder
 
 
-class Item(NamedTuple):
+class PlaygroundItem(NamedTuple):
     """One thing in the playground: its name, what it is, and what makes it in a folder."""
 
     name: str
@@ -49,11 +49,11 @@ class Item(NamedTuple):
     make: Callable[[Path], object]
 
 
-def _family(name: str, model: str, about: str) -> Item:
+def _family(name: str, model: str, about: str) -> PlaygroundItem:
     def make(folder: Path) -> None:
         make_hf(model, folder / name)
 
-    return Item(name, about, make)
+    return PlaygroundItem(name, about, make)
 
 
 def _extra(folder: Path) -> None:
@@ -160,19 +160,21 @@ ITEMS = (
     _family("hf_glm", "glm4.1v-9b", "GLM-4.1V-9B"),
     _family("hf_glm45v", "glm4.5v", "GLM-4.5V, with a tensor for each expert"),
     _family("hf_deepseek", "deepseekvl2", "DeepSeek-VL2"),
-    Item("hf_qwenvl", "Qwen-VL", _qwenvl),
-    Item("hf_extra", "hf with a tensor that no table knows", _extra),
-    Item("hf_tiny", "a Qwen2-VL that can be run", _talker),
-    Item("base", "a Qwen2-VL with 12 text and 8 vision layers", _base),
-    Item("trained", "base after training", _trained),
-    Item("save_dir", "what training saves: TP 2, PP 2, two iterations", _save_dir),
-    Item("mm_drifted", "an MM checkpoint whose copies of a norm differ", _drifted),
-    Item("mm_2.2.0", "an MM checkpoint with the fault of the reference's 2.2.0", _faulty),
-    Item(
+    PlaygroundItem("hf_qwenvl", "Qwen-VL", _qwenvl),
+    PlaygroundItem("hf_extra", "hf with a tensor that no table knows", _extra),
+    PlaygroundItem("hf_tiny", "a Qwen2-VL that can be run", _talker),
+    PlaygroundItem("base", "a Qwen2-VL with 12 text and 8 vision layers", _base),
+    PlaygroundItem("trained", "base after training", _trained),
+    PlaygroundItem("save_dir", "what training saves: TP 2, PP 2, two iterations", _save_dir),
+    PlaygroundItem("mm_drifted", "an MM checkpoint whose copies of a norm differ", _drifted),
+    PlaygroundItem("mm_2.2.0", "an MM checkpoint with the fault of the reference's 2.2.0", _faulty),
+    PlaygroundItem(
         "adapter", "a LoRA adapter for hf", _adapter
     ),
-    Item("data", "pictures, train.json; data.json, llava.json and coco beside it", make_data),
-    Item("model.json", "MindSpeed-MM's file for hf", _model_json),
+    PlaygroundItem(
+        "data", "pictures, train.json; data.json, llava.json and coco beside it", make_data
+    ),
+    PlaygroundItem("model.json", "MindSpeed-MM's file for hf", _model_json),
 )  # fmt: skip
 
 

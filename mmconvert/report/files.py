@@ -72,7 +72,7 @@ def write_report(path: Path, text: str, *, overwrite: bool) -> None:
     """
     check_report(path, overwrite=overwrite)
     final = Path(os.path.realpath(path))
-    partial = final.with_name(f".{final.name}.{os.getpid()}.mmconvert-partial")
+    partial = durable.beside(final, f".{os.getpid()}.mmconvert-partial")
     try:
         with partial.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from mmconvert.names import number
 from mmconvert.report.chart import Axis, axis_for
 from mmconvert.tools.comparison.diffresult import Diff, DiffGroup, Facts, TensorDistance
 from mmconvert.words import amount, printable
@@ -39,8 +40,12 @@ def headline(found: Diff) -> str:
     size, count = amount(found.nbytes), len(found.tensors)
     changed = len(found.changed())
     if found.equal:
-        return f"equal: {count} tensors, {size} compared as numbers"
-    words = f"{changed} of {count} tensors differ" if changed else f"{count} tensors are equal"
+        return f"equal: {number(count, 'tensor')}, {size} compared as numbers"
+    words = (
+        f"{changed} of {count} tensors differ"
+        if changed
+        else f"{number(count, 'tensor is', 'tensors are')} equal"
+    )
     if changed:
         t = found.totals
         words += (

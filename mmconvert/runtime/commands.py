@@ -10,6 +10,7 @@ import torch
 
 from mmconvert.causes.quantised import left_over
 from mmconvert.errors import RequestError
+from mmconvert.names import number
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import inputs
 from mmconvert.runtime.batch import Batch
@@ -92,9 +93,9 @@ def _question(
         batch.features,
         batch.lengths,
     )
-    what = f"{len(images)} pictures" if images else "a built-in picture"
+    what = number(images, "picture") if images else "a built-in picture"
     if heard:
-        what += f", {len(sounds)} sounds" if sounds else ", a built-in sound"
+        what += f", {number(sounds, 'sound')}" if sounds else ", a built-in sound"
     return whole, f"{batch.ids.shape[1]} tokens: {what}, {words or PROMPT!r}"
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from mmconvert.errors import MMConvertError, RequestError
+from mmconvert.names import number
 from mmconvert.runtime import trouble
 from mmconvert.runtime.device import backend, device, take_device
 from mmconvert.runtime.processes import AFTER_FAULT, TIMEOUT, Emit, Job, calm, spawn
@@ -50,7 +51,7 @@ def replicas_for(world: int) -> int:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size % world:
             raise RequestError(
-                f"torchrun started {size} processes",
+                f"torchrun started {number(size, 'process', 'processes')}",
                 f"{world}, one for each rank of the checkpoint, or a multiple of it",
                 f"torchrun --nproc-per-node {world} ...",
             )
@@ -77,8 +78,8 @@ def launch(job: Job, world: int, on_event: Emit) -> object:
     here = device()
     if here.type != "cpu" and world > torch.accelerator.device_count():
         raise RequestError(
-            f"the checkpoint has {world} ranks, this machine {torch.accelerator.device_count()} "
-            f"{here.type} devices",
+            f"the checkpoint has {number(world, 'rank')}, this machine "
+            f"{number(torch.accelerator.device_count(), f'{here.type} device')}",
             "a device for each rank",
             "resplit the checkpoint to fewer ranks, or use torchrun over several machines",
         )
@@ -89,7 +90,7 @@ def _in_torchrun(job: Job, world: int, on_event: Emit) -> object:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size != world:
         raise RequestError(
-            f"torchrun started {size} processes",
+            f"torchrun started {number(size, 'process', 'processes')}",
             f"{world}, one for each rank of the checkpoint",
             f"torchrun --nproc-per-node {world} ...",
         )

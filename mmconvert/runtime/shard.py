@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmconvert.errors import TensorError
+from mmconvert.names import number
 from mmconvert.runtime.parallel import View
 
 
@@ -128,8 +129,8 @@ class Shard:
         if self.left:
             names = sorted(self.left)
             raise TensorError(
-                f"{self.where}: {len(names)} tensors have no place in the model: "
-                f"{', '.join(names[:3])}",
+                f"{self.where}: {number(names, 'tensor has', 'tensors have')} no place in the "
+                f"model: {', '.join(names[:3])}",
                 "the tensors of this model and stage, and no others",
                 "give the hf_dir of the model that this checkpoint was made from",
             )

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from mmconvert.errors import DatasetError, MMConvertError, RequestError
+from mmconvert.names import number
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import mmfiles
 from mmconvert.runtime.agreement import agree
@@ -219,8 +220,9 @@ class TrainingRun:
         run.extras = {}  # they keep the file they came from in memory
         copies = f" in {plan.replicas} replicas" if plan.replicas > 1 else ""
         emit(
-            f"{run.mesh.stages} stages on {dist.get_world_size()} processes{copies}, {device}; "
-            f"{learning} tensors learn"
+            f"{number(run.mesh.stages, 'stage')} on "
+            f"{number(dist.get_world_size(), 'process', 'processes')}{copies}, {device}; "
+            f"{number(learning, 'tensor learns', 'tensors learn')}"
         )
         speaker = Speaker(job.arch, job.hf_dir, job.prepare)
         mesh = run.mesh
@@ -310,9 +312,9 @@ class TrainingRun:
         found: dict[int, str] = {}
         for one in gather(self._feed.bad):
             found |= one
-        for number in sorted(found.keys() - self._told):
-            self._told.add(number)
-            self._emit(f"warning: left out, {len(self._told)} so far: {found[number]}")
+        for sample in sorted(found.keys() - self._told):
+            self._told.add(sample)
+            self._emit(f"warning: left out, {len(self._told)} so far: {found[sample]}")
 
     def _step(self, step: int) -> tuple[float, float, float, float]:
         """(loss, learning rate, gradient norm, seconds) of an update."""
@@ -385,7 +387,7 @@ class TrainingRun:
         """What decides the curve: the plan, the dtype and the samples."""
         said = [[list(s.messages), [f.name for f in s.files()]] for s in self._job.train]
         digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
-        samples = f"{len(said)} samples ({digest})"
+        samples = f"{number(said, 'sample')} ({digest})"
         prepare = asdict(self._job.prepare)
         settings = {**self._plan.settings(), "dtype": self._job.dtype, "samples": samples}
         return {**settings, "prepare": json.dumps(prepare)}

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmconvert.names import number
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import reference
 from mmconvert.runtime.batch import Batch, loss_sum
@@ -59,7 +60,9 @@ class Validation:
         dtype = DTYPES[self.dtype]
         run = engines.load(self.arch, self.stored, device, dtype)
         batch = self.batch.to(device)
-        emit(f"loaded {run.mesh.stages} stages on {self.stored.world} processes, {device}")
+        stages = number(run.mesh.stages, "stage")
+        processes = number(self.stored.world, "process", "processes")
+        emit(f"loaded {stages} on {processes}, {device}")
         sample(run)
         logits = run.logits([batch])[0]
         loss = run.train([batch])

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed.checkpoint.metadata as meta
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -138,7 +146,8 @@ def test_straight_between_mm_and_dcp(hf: Path, folder: Path, tmp_path: Path) -> 
 def test_tools_take_it(hf: Path, folder: Path, tmp_path: Path) -> None:
     assert "DCP folder" in ok("inspect", folder)
     assert "equal" in ok("verify", folder, hf)
-    assert "no faults" in ok("doctor", folder).lower() or "nothing" in ok("doctor", folder).lower()
+    assert "healthy" in ok("doctor", folder)
+    assert "healthy" in ok("doctor", folder, "--hf_dir", hf, "--values")
     ok("diff", folder, hf)
     opened = mmconvert.open(folder)
     name = "model.model.model.language_model.layers.0.self_attn.q_proj.weight"
@@ -153,3 +162,208 @@ def test_a_missing_tensor_is_an_error(hf: Path, folder: Path, tmp_path: Path) ->
     said = refused(3, QWEN3, "dcp_to_hf", "--load_dir", tmp_path / "dcp", *words)
     assert "model.model.model.language_model.norm.weight" in said
     assert not (tmp_path / "back").exists()
+
+
+# ------------------------------------------------------------------------- a trainer's rules
+
+
+def qwen35(folder: Path) -> Path:
+    """Qwen3.5 in small: fused experts with their outputs first, MTP experts one by one."""
+    folder.mkdir()
+    random = torch.Generator().manual_seed(0)
+
+    def some(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(shape, generator=random).to(dtype)
+
+    text, mtp = "model.language_model.layers", "mtp.layers.0.mlp.experts"
+    tensors = {"model.language_model.embed_tokens.weight": some(10, 6)}
+    for i in range(2):
+        tensors[f"{text}.{i}.mlp.experts.gate_up_proj"] = some(3, 8, 6)
+        tensors[f"{text}.{i}.mlp.experts.down_proj"] = some(3, 6, 4)
+        tensors[f"{text}.{i}.linear_attn.A_log"] = some(4, dtype=torch.float32)
+    for e in range(3):
+        for leaf, shape in (("gate", (4, 6)), ("up", (4, 6)), ("down", (6, 4))):
+            tensors[f"{mtp}.{e}.{leaf}_proj.weight"] = some(*shape)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text('{"model_type": "qwen3_5_moe", "text_config": {}}')
+    return folder
+
+
+def read_model(folder: Path) -> dict[str, torch.Tensor]:
+    names = mmconvert.open(folder)
+    return {name.removeprefix("model."): names[name] for name in names}
+
+
+@pytest.mark.parametrize("prefix", ["", "x."])
+def test_qwen35_swaps_experts_and_merges_those_of_mtp(prefix: str, tmp_path: Path) -> None:
+    """The way back knows them behind a prefix too."""
+    hf, out, back = qwen35(tmp_path / "hf"), tmp_path / "dcp", tmp_path / "back"
+    ties = '{"lm_head.weight": "model.language_model.embed_tokens.weight"}'
+    words = ("--dcp_prefix", prefix, "--tie_weight_mapping", ties, "--num_workers", 0)
+    ok("Qwen35Converter", "hf_to_dcp", "--hf_dir", hf, "--dcp_dir", out, *words)
+    assert (out / "release/__100_0.distcp").is_file()
+    source, found = weights(hf), read_model(out)
+    fused = "model.language_model.layers.1.mlp.experts"
+    assert torch.equal(
+        found[f"{prefix}{fused}.gate_up_proj"], source[f"{fused}.gate_up_proj"].transpose(1, 2)
+    )
+    mtp = "mtp.layers.0.mlp.experts"
+    one = torch.cat([source[f"{mtp}.2.{x}_proj.weight"] for x in ("gate", "up")]).t()
+    assert torch.equal(found[f"{prefix}{mtp}.gate_up_proj"][2], one)
+    embedding = source["model.language_model.embed_tokens.weight"]
+    assert torch.equal(found[f"{prefix}lm_head.weight"], embedding)
+    folders = ("--dcp_dir", out, "--origin_hf_dir", hf, "--save_hf_dir", back)
+    ok("Qwen35Converter", "dcp_to_hf", *folders, *words)
+    assert compare_hf(hf, back) == []
+
+
+def test_mtp_is_kept_from_the_original_or_dropped_by_name(tmp_path: Path) -> None:
+    hf, out, back = qwen35(tmp_path / "hf"), tmp_path / "dcp", tmp_path / "back"
+    said = ok("Qwen35Converter", "hf_to_dcp", "--hf_dir", hf, "--dcp_dir", out, "--drop", "mtp.*")
+    assert "--drop mtp.*" in said
+    folders = ("--dcp_dir", out, "--origin_hf_dir", hf, "--save_hf_dir", back)
+    assert "mtp.layers.0" in refused(3, "Qwen35Converter", "dcp_to_hf", *folders)
+    ok("Qwen35Converter", "dcp_to_hf", *folders, "--drop", "mtp.*")
+    assert not any(name.startswith("mtp.") for name in weights(back))
+    words = ("--keep_origin_mtp_weights", "true", "--overwrite")
+    ok("Qwen35Converter", "dcp_to_hf", *folders, *words)
+    assert compare_hf(hf, back) == []
+
+
+def test_masters_are_cast_and_what_must_stay_float32_does(tmp_path: Path) -> None:
+    hf, out, back = qwen35(tmp_path / "hf"), tmp_path / "dcp", tmp_path / "back"
+    ok("Qwen35Converter", "hf_to_dcp", "--hf_dir", hf, "--dcp_dir", out)
+    masters = {name: t.float() for name, t in read_model(out).items()}
+    save({"model": masters}, checkpoint_id=tmp_path / "masters", no_dist=True)
+    folders = ("--dcp_dir", tmp_path / "masters", "--origin_hf_dir", hf, "--save_hf_dir", back)
+    assert "written as F32" in ok("Qwen35Converter", "dcp_to_hf", *folders)
+    ok("Qwen35Converter", "dcp_to_hf", *folders, "--to_bf16", "true", "--overwrite")
+    assert compare_hf(hf, back) == []
+
+
+def test_generic_prefixes(tmp_path: Path) -> None:
+    hf, out, back = qwen35(tmp_path / "hf"), tmp_path / "dcp", tmp_path / "back"
+    words = ("--hf_prefix", "model.", "--dcp_prefix", "net.", "--fused_linear_names")
+    words += ('["gate_up_proj"]',)
+    ok("GenericDCPConverter", "hf_to_dcp", "--hf_dir", hf, "--dcp_dir", out, *words)
+    found = read_model(out)
+    assert found["net.language_model.layers.0.mlp.experts.gate_up_proj"].shape == (24, 6)
+    assert found["net.language_model.layers.0.mlp.experts.down_proj"].shape == (3, 6, 4)
+    folders = ("--load_dir", out, "--model_assets_dir", hf, "--save_dir", back)
+    said = refused(3, "GenericDCPConverter", "dcp_to_hf", *folders)
+    assert "not in the checkpoint" in said
+    ok("GenericDCPConverter", "dcp_to_hf", *folders, *words)
+    assert compare_hf(hf, back) == []
+
+
+# --------------------------------------------------------------------------------- strangers
+
+
+def rewritten(folder: Path, out: Path, change: Callable[[Any], None]) -> Path:
+    """A folder whose .metadata is torch's own, changed."""
+    shutil.copytree(folder / "release", out)
+    with (out / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    change(metadata)
+    with (out / ".metadata").open("wb") as file:
+        pickle.dump(metadata, file)
+    return out
+
+
+def outside(metadata: Any) -> None:
+    info = next(iter(metadata.storage_data.values()))
+    info.relative_path = "../../etc/passwd"
+
+
+def beyond(metadata: Any) -> None:
+    info = list(metadata.storage_data.values())[-1]
+    info.offset += 1 << 40
+
+
+def moved(metadata: Any) -> None:
+    info = list(metadata.storage_data.values())[3]
+    info.offset += 1
+
+
+def gap(metadata: Any) -> None:
+    entry = list(metadata.state_dict_metadata.values())[-1]
+    entry.size = torch.Size([n + 1 for n in entry.size])
+
+
+def compressed(metadata: Any) -> None:
+    info = list(metadata.storage_data.values())[-1]
+    info.transform_descriptors = ["stream.zstd/1"]
+
+
+def foreign(metadata: Any) -> None:
+    name = list(metadata.state_dict_metadata)[-1]
+    metadata.state_dict_metadata[name] = Path("/")
+
+
+CHANGES = {
+    "../../etc/passwd": outside,
+    "ends at byte": beyond,
+    "zip": moved,
+    "do not fill": gap,
+    "stream.zstd/1": compressed,
+    "pathlib": foreign,
+}
+
+
+@pytest.mark.parametrize("words", CHANGES)
+def test_damaged_metadata_is_refused(words: str, folder: Path, tmp_path: Path) -> None:
+    out = rewritten(folder, tmp_path / "dcp", CHANGES[words])
+    said = refused(3, "inspect", out)
+    assert words in said
+    assert "Traceback" not in said
+
+
+def test_nothing_of_a_pickle_is_run(folder: Path, tmp_path: Path) -> None:
+    out, mark = tmp_path / "dcp", tmp_path / "mark"
+    shutil.copytree(folder / "release", out)
+    (out / ".metadata").write_bytes(f"cos\nsystem\n(Vtouch {mark}\ntR.".encode())
+    assert "os.system" in refused(3, "inspect", out)
+    assert not mark.exists()
+
+
+def test_an_unfinished_save_is_named(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dcp"
+    shutil.copytree(folder / "release", out)
+    (out / ".metadata").rename(out / ".metadata.tmp")
+    assert "interrupted" in refused(3, "inspect", out)
+    (out / ".metadata.tmp").unlink()
+    assert "begins with a dot" in refused(3, "inspect", out)
+    shutil.copy(folder / "release/.metadata", out)
+    (out / "__0_0.distcp").unlink()
+    assert "__0_0.distcp" in refused(3, "inspect", out)
+
+
+@pytest.mark.slow
+def test_large_metadata_pass(tmp_path: Path) -> None:
+    """The weights and both moments of 729 tensors on 64 ranks; memory alone is measured."""
+    chunks: dict[str, Any] = {}
+    stored: dict[Any, Any] = {}
+    for number in range(3 * 729):
+        name, found = f"model.layers.{number}.weight", list[Any]()
+        for rank in range(64):
+            offset, size = torch.Size((rank * 64, 0)), torch.Size((64, 4096))
+            found.append(meta.ChunkStorageMetadata(offset, size))
+            where = _StorageInfo(f"__{rank}_0.distcp", number << 20, 525_000)
+            stored[meta.MetadataIndex(name, offset, rank)] = where
+        properties = meta.TensorProperties(torch.bfloat16)
+        chunks[name] = meta.TensorStorageMetadata(properties, torch.Size((4096, 4096)), found)
+    with (tmp_path / ".metadata").open("wb") as file:
+        pickle.dump(meta.Metadata(chunks, None, stored), file)
+    del chunks, stored
+    code = (
+        "import re, sys; from pathlib import Path\n"
+        "from mmconvert.formats.dcp.metadata import read_metadata\n"
+        "print(len(read_metadata(Path(sys.argv[1])).tensors))\n"
+        "status = Path('/proc/self/status').read_text()\n"
+        "print(int(re.search(r'VmHWM:\\s+(\\d+)', status)[1]) >> 10)\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=300)
+    tensors, mebibytes = map(int, done.stdout.split())
+    assert tensors == 3 * 729
+    assert mebibytes < 500

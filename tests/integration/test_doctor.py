@@ -418,7 +418,7 @@ CASES = {
     "wrong shape": Case(
         wrong_shape, ("wrong-shape", STALE), ("layers.0.mlp.linear_fc2.weight", "[72, 70]"), HF_DIR
     ),
-    "wrong dtype": Case(wrong_dtype, ("wrong-shape", STALE), ("linear_fc2", "F32", "BF16")),
+    "wrong dtype": Case(wrong_dtype, ("mixed-dtypes", STALE), ("linear_fc2", "F32", "BF16")),
     "replicas apart": Case(
         drifted,
         ("replicas-differ",),

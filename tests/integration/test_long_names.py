@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from inprocess import BACK, HF, MM, SOURCE, TARGET, call, to_mm
+from mmconvert.executor import journal
 from mmconvert.playground.checkpoints import make_hf
 
 QWEN = "Qwen2VLConverter"
@@ -20,7 +23,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return hf, folder / "mm"
 
 
-@pytest.mark.parametrize("name", ["n" * 256, "é" * 200, "x/" * 3000, "n" * 245], ids=len)
+@pytest.mark.parametrize("name", ["n" * 256, "é" * 200, "x/" * 3000], ids=len)
 def test_every_path_of_every_command(name: str, whole: tuple[Path, Path], tmp_path: Path) -> None:
     (hf, mm), odd, out = whole, tmp_path / name, tmp_path / "out"
     for words in (
@@ -34,3 +37,41 @@ def test_every_path_of_every_command(name: str, whole: tuple[Path, Path], tmp_pa
     ):
         assert call(*words, check=None).returncode in (2, 3), words
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["n" * 236, "n" * 245, "é" * 127], ids=lambda n: len(n.encode()))
+def test_the_longest_names_that_a_file_system_takes(
+    name: str, whole: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is made beside the output finds room for its name, and a rerun finds it again."""
+    (hf, mm), out = whole, tmp_path / name
+    done = journal.Journal.add
+
+    def stop(self: journal.Journal, *args: Any) -> None:
+        done(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "add", stop)
+        assert "goes on where" in to_mm("qwen2vl-2b", hf, out, check=130).stderr
+    (left,) = tmp_path.iterdir()
+    assert left.name.endswith(".mmconvert-partial")
+    found = json.loads(call("doctor", out, "--json", check=3).stdout)["findings"]
+    assert "unfinished-output" in [finding["id"] for finding in found]
+    result = json.loads(to_mm("qwen2vl-2b", hf, out, "--json").stdout)
+    assert result["resumed_bytes"] > 0
+    call("verify", mm, out)
+    to_mm("qwen2vl-2b", hf, out, "--overwrite")
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_long_names_of_files(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    hf, _ = whole
+    name = "n" * 250
+    call("inspect", hf, "--svg", tmp_path / f"{name}.svg")
+    lists = ("--llm-pp-layers", "[2]", "--vit-pp-layers", "[1]")
+    call("model_json", hf, *lists, "--output", tmp_path / f"{name}.json")
+    (tmp_path / "in.json").write_text("[]")
+    words = ("--llava_json_path", tmp_path / "in.json", "--output_json_path")
+    call("data", "llava-to-mllm", *words, tmp_path / f"{name}.txt", check=None)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

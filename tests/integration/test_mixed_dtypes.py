@@ -164,6 +164,50 @@ def test_a_tied_head_of_the_last_stage(tmp_path: Path) -> None:
     to_other("qwen2vl-2b", mm, tmp_path / "mm2", *flags, "--dtype", "fp32")
 
 
+# ------------------------------------------------------------------------------------ tp ranks
+SHARD = "text_decoder.decoder.layers.1.mlp.linear_fc2.weight"
+COPY = "text_decoder.decoder.layers.0.input_layernorm.weight"
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> tuple[Path, Path]:
+    """Two tp ranks, of which the second was saved with a shard and a copy in F32."""
+    hf = make_hf("qwen2vl-2b", tmp_path / "hf", shards=1, layers=2, vit_layers=1)
+    to_mm("qwen2vl-2b", hf, tmp_path / "mm", *layout("[2]", "[1]", 2))
+
+    def widen(content: dict[str, Any]) -> None:
+        content["model"] |= {name: content["model"][name].float() for name in (SHARD, COPY)}
+
+    edit_rank(tmp_path / "mm", "mp_rank_01", widen)
+    return hf, tmp_path / "mm"
+
+
+def test_tp_ranks_are_united(ranks: tuple[Path, Path], tmp_path: Path) -> None:
+    hf, mm = ranks
+    done = to_hf("qwen2vl-2b", mm, hf, tmp_path / "back", check=None)
+    refused(done, 3, "2 tensors made of parts", "mp_rank_01", "F32", "--dtype bf16")
+    to_hf("qwen2vl-2b", mm, hf, tmp_path / "back", "--dtype", "bf16")
+    expected, found = (load_file(f / "model.safetensors") for f in (hf, tmp_path / "back"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    edit_rank(mm, "mp_rank_01", lambda c: c["model"][COPY].add_(1))
+    done = to_hf("qwen2vl-2b", mm, hf, tmp_path / "other", "--dtype", "bf16", check=None)
+    refused(done, 3, "copies of one tensor differ", COPY, out=tmp_path / "other")
+    edit_rank(mm, "mp_rank_01", lambda c: c["model"].update({SHARD: c["model"][SHARD].int()}))
+    done = to_hf("qwen2vl-2b", mm, hf, tmp_path / "other", "--dtype", "bf16", check=None)
+    refused(done, 3, SHARD, "I32", out=tmp_path / "other")
+
+
+def test_others_that_read_such_ranks(ranks: tuple[Path, Path]) -> None:
+    hf, mm = ranks
+    call("verify", hf, mm, check=1)  # dtypes differ; values do not
+    call("diff", hf, mm)
+    call("inspect", mm)
+    opened = mmconvert.open(mm)
+    assert opened[SHARD.replace("layers.1", "layers.0")].dtype == torch.bfloat16
+    with pytest.raises(mmconvert.TensorError, match=r"mp_rank_01.* is F32"):
+        _ = opened[SHARD]
+
+
 # -------------------------------------------------------------------------- who else reads them
 def test_doctor_says_so_once(tied: Path) -> None:
     mix(tied, MIXES["three dtypes"])

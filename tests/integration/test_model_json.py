@@ -85,6 +85,16 @@ def test_a_newer_config_says_the_same() -> None:
     assert model_keys(new) == model_keys(old)
 
 
+@pytest.mark.parametrize("name", ["qwen25vl", "internvl2"])
+def test_no_number_of_key_value_heads(name: str) -> None:
+    """``null``, as transformers writes for a model with one for each head."""
+    part = {"num_key_value_heads": None}
+    config: dict[str, Any] = CONFIGS[name] | part
+    if "llm_config" in config:
+        config["llm_config"] = config["llm_config"] | part
+    assert model_keys(config)["text_decoder"]["num_query_groups"] == TEXT["num_attention_heads"]
+
+
 class Work:
     """A Qwen2-VL at TP 2 PP 2, and the model.json of that layout."""
 

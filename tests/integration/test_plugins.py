@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cli import run_cli
+from mmconvert import converters
 from mmconvert.playground.checkpoints import make_hf
 
 GOOD = """
@@ -39,8 +42,16 @@ AT_USE = {
 }
 
 
-def site(folder: Path, code: str | None) -> dict[str, str]:
-    """The environment of a command that finds the package."""
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a new process: no package has been imported, and nothing was left out."""
+    monkeypatch.setattr(converters, "BROKEN", {})
+    yield
+    sys.modules.pop("broken_family", None)
+
+
+def install(folder: Path, code: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has commands find the package."""
     info = folder / "site" / "broken-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
@@ -48,7 +59,7 @@ def site(folder: Path, code: str | None) -> dict[str, str]:
     (info / "entry_points.txt").write_text(point)
     if code is not None:
         (folder / "site" / "broken_family.py").write_text(code)
-    return {"PYTHONPATH": str(folder / "site")}
+    monkeypatch.syspath_prepend(folder / "site")
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +68,23 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("code", AT_IMPORT.values(), ids=AT_IMPORT.keys())
-def test_a_package_that_cannot_be_loaded(code: str | None, hf: Path, tmp_path: Path) -> None:
-    env = site(tmp_path, code)
+def test_a_package_that_cannot_be_loaded(
+    code: str | None, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, code, monkeypatch)
     words = ("hf_to_mm", "--cfg.hf_config.hf_dir", hf, "--cfg.mm_dir", tmp_path / "mm", "--dry-run")
-    done = run_cli("BrokenConverter", *words, env=env, check=2)
+    done = run_cli("BrokenConverter", *words, check=2)
     assert "BrokenConverter" in done.stderr and "Traceback" not in done.stderr
-    done = run_cli("AutoConverter", *words, "--json", env=env, check=0)
+    done = run_cli("AutoConverter", *words, "--json", check=0)
     assert json.loads(done.stdout)["written"] is False
     assert done.stderr.count("note: left out: ") == 1 and "BrokenConverter" in done.stderr
 
 
 @pytest.mark.parametrize("code", AT_USE.values(), ids=AT_USE.keys())
-def test_a_family_that_fails_when_it_is_used(code: str, tmp_path: Path) -> None:
-    env = site(tmp_path, GOOD + code)
+def test_a_family_that_fails_when_it_is_used(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, GOOD + code, monkeypatch)
     hf = make_hf(
         "qwen2vl-2b",
         tmp_path / "hf",
@@ -78,6 +93,6 @@ def test_a_family_that_fails_when_it_is_used(code: str, tmp_path: Path) -> None:
         vit_layers=1,
     )
     words = ("hf_to_mm", "--cfg.hf_config.hf_dir", hf, "--cfg.mm_dir", tmp_path / "mm", "--dry-run")
-    done = run_cli("BrokenConverter", *words, env=env, check=2)
+    done = run_cli("BrokenConverter", *words, check=2)
     assert "BrokenConverter" in done.stderr and "fails in" in done.stderr
     assert "Traceback" not in done.stderr

@@ -591,6 +591,17 @@ def test_doctor_examines_mindspore(hf: Path, ckpt: Path, ranks: Path, tmp_path: 
     assert all(any(f"checkpoint_{rank}.ckpt" in what for what in whats) for rank in (1, 2))
 
 
+def test_a_ckpt_of_lightning(tmp_path: Path) -> None:
+    """The ending is MindSpore's, the file is not: doctor says so, and so does a conversion."""
+    path = tmp_path / "epoch.ckpt"
+    torch.save({"state_dict": {"a": torch.zeros(2)}, "pytorch-lightning_version": "2.0"}, path)
+    found = json.loads(run_cli("doctor", path, "--json", check=3).stdout)
+    assert found["kind"] == "mm_rank_file"
+    assert "pytorch-lightning_version" in found["findings"][0]["what"]
+    words = ("--cfg.source_dir", path, "--cfg.target_dir", tmp_path / "x.ckpt")
+    refused(run_cli("QwenVLConverter", "resplit", *words), 3, "zip archive", "Lightning")
+
+
 def test_what_is_no_such_checkpoint(hf: Path, tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     (tmp_path / "empty").mkdir()

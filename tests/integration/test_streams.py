@@ -101,6 +101,23 @@ def test_a_terminal_obeys_no_name(out: Path, tmp_path: Path) -> None:
     assert evil in told["what"], "JSON escapes by itself"
 
 
+def test_a_terminal_obeys_no_name_of_an_output(tied_hf: Path, tmp_path: Path) -> None:
+    name = "evil\x1b[2J\nwrote \u202ella"
+    (tmp_path / "in").mkdir()
+    for words in (
+        (QWEN2VL, "hf_to_mm", "--cfg.hf_config.hf_dir", tied_hf, "--cfg.mm_dir", tmp_path / name),
+        ("inspect", tied_hf, "--svg", tmp_path / f"{name}.svg"),
+        ("inspect", tied_hf, "--html", tmp_path / f"{name}.html"),
+        ("diff", tied_hf, tied_hf, "--html", tmp_path / f"{name}2.html"),
+        ("model_json", tied_hf, "--llm-pp-layers", "[4]", "--vit-pp-layers", "[2]", "--output",
+         tmp_path / f"{name}.json"),
+        ("playground", tmp_path / f"{name}-play"),
+    ):  # fmt: skip
+        printed = run_cli(*words, check=0).stdout
+        assert "evil\\x1b[2J\\nwrote \\u202ella" in printed, words
+        assert all(line.isprintable() for line in printed.splitlines()), repr(printed)
+
+
 # ------------------------------------------------------------------------------- empty folders
 @pytest.mark.parametrize("flag", ["--cfg.mm_dir", "--cfg.hf_config.hf_dir"])
 def test_a_folder_flag_that_is_empty(flag: str, tied_hf: Path, tmp_path: Path) -> None:

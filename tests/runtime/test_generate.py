@@ -159,7 +159,7 @@ def test_validate_takes_a_picture_and_a_sound(tmp_path: Path) -> None:
         mm, hf, "Which tone?", [image], [tone], "fp32", 0.0, lambda event: None
     )
     assert report.passed, report.as_dict()
-    assert report.inputs.endswith("1 pictures, 1 sounds, 'Which tone?'")
+    assert report.inputs.endswith("1 picture, 1 sound, 'Which tone?'")
 
 
 @pytest.mark.slow

@@ -196,7 +196,7 @@ def test_a_surplus_tensor_is_named(pair: tuple[Path, Path], tmp_path: Path) -> N
     edit_rank(mm, "mp_rank_01_000", add)
     with pytest.raises(TensorError) as caught:
         validated(mm, hf)
-    assert "mp_rank_01_000 model: 1 tensors have no place in the model" in str(caught.value)
+    assert "mp_rank_01_000 model: 1 tensor has no place in the model" in str(caught.value)
     assert "text_decoder.mystery.weight" in str(caught.value)
 
 

@@ -51,7 +51,7 @@ def test_torchrun_trains_as_the_command_does(tmp_path: Path) -> None:
     # Another number of processes than the checkpoint has ranks; a fault of one process alone.
     wrong = torchrun(1, "validate", "--mm_dir", mm, "--hf_dir", hf)
     assert wrong.returncode == 1  # torchrun's own
-    assert "error: torchrun started 1 processes" in wrong.stderr
+    assert "error: torchrun started 1 process" in wrong.stderr
     content = torch.load(rank_files(mm)["mp_rank_00_001"], weights_only=True)
     del content["model"]["text_decoder.decoder.final_layernorm.weight"]
     torch.save(content, rank_files(mm)["mp_rank_00_001"])

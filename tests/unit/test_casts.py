@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mmconvert.executor.casts import DTYPES, Loss, Losses
 from mmconvert.executor.values import Cast, cast
 from mmconvert.plan.dtypes import cast_dtype
-from mmconvert.stored import FLOATS, ITEM_SIZE
+from mmconvert.stored import FLOATS, ITEM_SIZE, SCALED
 
 TORCH = {
     "F16": torch.float16,
@@ -225,7 +225,17 @@ def test_the_input_is_left_alone() -> None:
 
 
 # --------------------------------------------------------------------------- which, and words
-@pytest.mark.parametrize("old", ITEM_SIZE)
+def test_scaled_fp8_always_becomes_a_float() -> None:
+    """Alone, and as a part of a tensor whose other parts have a dtype of their own."""
+    for new in DTYPES.values():
+        assert cast_dtype(SCALED, new) == new
+        assert cast_dtype(f"{SCALED}+F32", new) == new
+    assert cast_dtype(SCALED, "") == "BF16"
+    assert cast_dtype(f"{SCALED}+BF16", "") == "BF16"
+    assert "+" in cast_dtype(f"{SCALED}+F32", "")
+
+
+@pytest.mark.parametrize("old", sorted(ITEM_SIZE.keys() - {SCALED}))
 def test_only_floating_point_is_cast(old: str) -> None:
     """8-bit floats go with scales of their own: a cast alone would change what they mean."""
     for new in DTYPES.values():

@@ -19,7 +19,18 @@ import mmconvert
 PACKAGE = Path(mmconvert.__file__).parent
 
 # Everyone may import these: errors, the version, numbers and names in words.
-ANYONE = {"adapters", "durable", "errors", "version", "words", "events", "disks", "names", "narrow"}
+ANYONE = {
+    "adapters",
+    "durable",
+    "errors",
+    "version",
+    "words",
+    "events",
+    "disks",
+    "names",
+    "narrow",
+    "positioned",
+}
 
 # Room -> the rooms it may import from, also inside functions; a room may always import itself. A
 # room is a folder of the package, or one file beside them. The lines go from the bottom to the top.

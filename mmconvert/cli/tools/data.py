@@ -13,6 +13,7 @@ import tyro
 from mmconvert.cli.arguments import read_plain
 from mmconvert.cli.screen import screen_events
 from mmconvert.errors import RequestError
+from mmconvert.words import one_line
 
 if TYPE_CHECKING:
     from mmconvert.datasets.convert import DataResult
@@ -183,7 +184,7 @@ def _show(outcome: DataResult) -> None:
     if counts["mended"]:
         questions = "question" if counts["mended"] == 1 else "questions"
         parts.append(f"{counts['mended']} {questions} kept apart from their image")
-    print(f"wrote {outcome.output}: {outcome.written} of {outcome.read} items")
+    print(one_line(f"wrote {outcome.output}: {outcome.written} of {outcome.read} items"))
     print(", ".join(parts))
 
 

@@ -14,7 +14,7 @@ from mmconvert.cli.screen import screen_events, shows_blocks
 from mmconvert.config import NO_PATTERNS, MaybePath, Options, Patterns
 from mmconvert.errors import RequestError
 from mmconvert.report.files import check_reports
-from mmconvert.words import printable
+from mmconvert.words import one_line, printable
 
 if TYPE_CHECKING:
     from mmconvert.tools.comparison.diffresult import Diff
@@ -81,7 +81,7 @@ def run(words: list[str]) -> int:
         print(json.dumps(diff_dict(found, pair.top)))
     elif not pair.quiet:
         lines = lines_of(found, pair.top, hf_names=pair.names == "hf", unicode=shows_blocks())
-        print("\n".join([*lines, *(f"written: {path}" for path in reports)]))
+        print("\n".join([*lines, *(one_line(f"written: {path}") for path in reports)]))
     return 0 if found.equal else DIFFERENT
 
 

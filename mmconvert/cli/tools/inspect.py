@@ -12,8 +12,9 @@ import tyro
 from mmconvert.cli.arguments import read_plain
 from mmconvert.cli.screen import shows_blocks
 from mmconvert.config import MaybePath
+from mmconvert.names import number
 from mmconvert.report.files import check_reports
-from mmconvert.words import amount, printable
+from mmconvert.words import amount, one_line, printable
 
 if TYPE_CHECKING:
     from mmconvert.tools.inspection import Inspection
@@ -59,7 +60,7 @@ def run(words: list[str]) -> int:
         return 0
     _show(found, asked)
     for path in reports:
-        print(f"written: {path}")
+        print(one_line(f"written: {path}"))
     return 0
 
 
@@ -85,8 +86,9 @@ def _show(found: Inspection, asked: Inspected) -> None:
 
     family = found.family or "unknown family"
     print(f"{printable(str(asked.path), LONG)}: {found.title}, {family}")
+    tensors = number(found.tensors, "tensor")
     print(
-        f"{found.parameters:,} parameters, {'/'.join(found.dtype)}, {found.tensors} tensors, ",
+        f"{found.parameters:,} parameters, {'/'.join(found.dtype)}, {tensors}, ",
         end="",
     )
     print(amount(found.nbytes) + (f", iteration {found.iteration}" if found.iteration else ""))

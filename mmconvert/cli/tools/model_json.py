@@ -16,6 +16,7 @@ from mmconvert.modeljson.file import DECODER, ModelJson
 from mmconvert.modeljson.keys import model_keys
 from mmconvert.modeljson.write import script_flags, with_layout, write_json
 from mmconvert.sharding.layout import Layout, grid_flag
+from mmconvert.words import one_line
 
 TEXT = """MindSpeed-MM's model.json for a model: sizes from config.json, layer lists and tp sizes
 from --mm_dir or from the flags (one stage if there are none). What is a choice stands as in
@@ -80,7 +81,7 @@ def run(words: list[str]) -> int:
         print(json.dumps(content, indent=2))
         say(f"in the training script: {' '.join(flags)}")
     else:
-        print(f"wrote {asked.output}: {layout.describe()}")
+        print(one_line(f"wrote {asked.output}: {layout.describe()}"))
         print(f"in the training script: {' '.join(flags)}")
     return 0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from mmconvert.cli.arguments import read_plain
-from mmconvert.words import amount
+from mmconvert.words import amount, one_line
 
 TEXT = """Writes a folder of small checkpoints to try the commands on: every family, MM
 checkpoints as training leaves them, faulty ones, an adapter, a data set. They have the tensors and
@@ -45,7 +45,7 @@ def run(words: list[str]) -> int:
         found = {"output": str(asked.path), "bytes": size}
         print(json.dumps(found | {"items": {i.name: i.about for i in ITEMS}}))
     elif not asked.quiet:
-        print(f"wrote {asked.path}: {amount(size)} in {time.monotonic() - began:.2f} s")
+        print(one_line(f"wrote {asked.path}: {amount(size)} in {time.monotonic() - began:.2f} s"))
         for item in ITEMS:
             print(f"  {item.name:<12} {item.about}")
     return 0

@@ -15,6 +15,7 @@ from mmconvert.cli.settings import read_yaml
 from mmconvert.cli.tools.junit import Case, write_junit
 from mmconvert.config import NO_PATTERNS, MaybePath, Options, Patterns
 from mmconvert.errors import RequestError
+from mmconvert.names import number
 from mmconvert.narrow import is_dict
 from mmconvert.words import amount
 
@@ -90,9 +91,8 @@ def run(words: list[str]) -> int:
             verdict = (
                 f"{len(o.unequal)} CHANGED: {o.unequal[0]}" if o.unequal else "come back equal"
             )
-            print(
-                f"{o.name}: {o.tensors} tensors, {amount(o.nbytes)}, {verdict} ({o.seconds:.1f} s)"
-            )
+            tensors = number(o.tensors, "tensor")
+            print(f"{o.name}: {tensors}, {amount(o.nbytes)}, {verdict} ({o.seconds:.1f} s)")
     return DIFFERENT if any(o.unequal for o in found) else 0
 
 

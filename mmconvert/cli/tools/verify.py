@@ -12,6 +12,7 @@ import tyro
 from mmconvert.cli.arguments import read_plain
 from mmconvert.cli.screen import screen_events
 from mmconvert.config import NO_PATTERNS, Options, Patterns
+from mmconvert.names import number
 from mmconvert.words import amount
 
 DIFFERENT = 1
@@ -71,12 +72,14 @@ def run(words: list[str]) -> int:
         print(json.dumps(answer))
     elif not pair.quiet:
         if verdict.equal and verdict.by_digest:
-            print(f"equal: {verdict.tensors} tensors, by the digests of both manifests")
+            print(f"equal: {number(verdict.tensors, 'tensor')}, by the digests of both manifests")
             if unseen:
                 print(f"not seen: {unseen}")
         elif verdict.equal:
             size = amount(verdict.nbytes)
-            print(f"equal: {verdict.tensors} tensors, {size} compared, every copy included")
+            print(
+                f"equal: {number(verdict.tensors, 'tensor')}, {size} compared, every copy included"
+            )
         words = [in_words(d) for d in verdict.differences]
         words += [f"{name}: the digests differ" for name in verdict.unequal]
         print("\n".join(words[:SHOWN]), end="\n" if words else "")

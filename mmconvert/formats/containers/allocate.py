@@ -8,10 +8,12 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mmconvert import positioned
 from mmconvert.disks import on_local_disk
 
 # What a file system answers that cannot set space aside.
 _NOT_HERE = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV}
+NO_LINK = getattr(os, "O_NOFOLLOW", 0) | positioned.BINARY
 
 
 @contextmanager
@@ -23,7 +25,7 @@ def opened(path: Path, nbytes: int) -> Generator[int]:
     Raises:
         OSError: the file system refuses.
     """
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | NO_LINK, 0o600)
     try:
         allocate(fd, nbytes)
         yield fd
@@ -52,7 +54,7 @@ def write_all(fd: int, data: bytes, offset: int) -> None:
     """
     view = memoryview(data)
     while view:
-        written = os.pwrite(fd, view, offset)
+        written = positioned.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
 
 

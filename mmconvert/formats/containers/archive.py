@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple, cast
 
+from mmconvert import positioned
 from mmconvert.errors import FormatError
 
 USUAL_EXTRA = 192  # bytes: room for the padding that torch writes behind a record name
@@ -49,9 +50,9 @@ class Archive:
     def pread(self, count: int, offset: int) -> bytes:
         """Bytes at a place. Raises FormatError when the file ends before."""
         offset += self.base
-        data = os.pread(self.file.fileno(), count, offset)
+        data = positioned.pread(self.file.fileno(), count, offset)
         while len(data) < count:  # Linux returns at most 2 GiB, network mounts sometimes less
-            more = os.pread(self.file.fileno(), count - len(data), offset + len(data))
+            more = positioned.pread(self.file.fileno(), count - len(data), offset + len(data))
             if not more:
                 raise self.error("the file became shorter while it was read")
             data += more
@@ -59,7 +60,7 @@ class Archive:
 
     def check_start(self) -> None:
         """Tell what the file is when it is not a zip archive."""
-        head = os.pread(self.file.fileno(), min(512, self.size), self.base)
+        head = positioned.pread(self.file.fileno(), min(512, self.size), self.base)
         if not head:
             raise self.error("the file is empty")
         if head[:4] in (b"PK\3\4", b"PK\5\6"):

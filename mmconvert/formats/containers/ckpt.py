@@ -52,6 +52,7 @@ MAX_NAME = 4096  # bytes of a tag
 MAX_RANK = 8  # dimensions of a tensor
 MAX_DIM = 1 << 48  # no tensor is longer; keeps products of lying shapes small
 MAX_RECORDS = 1 << 20
+OTHER = "give a checkpoint of MindSpore; PyTorch and Lightning write files of this ending too"
 _READ = 8 << 20  # bytes that are read at once for a checksum
 
 
@@ -175,11 +176,11 @@ class _Reader:
         if not start:
             raise self.error(0, "the file is empty")
         if start[:4] == b"PK\3\4":
-            raise self.error(0, "a zip archive, such as torch.save writes")
+            raise self.error(0, "a zip archive, such as torch.save writes", OTHER)
         if start[:2] == b"\x80\x02":
-            raise self.error(0, "a pickle, such as torch before 1.6 wrote")
+            raise self.error(0, "a pickle, such as torch before 1.6 wrote", OTHER)
         if start[8:9] == b"{":
-            raise self.error(0, "a safetensors file")
+            raise self.error(0, "a safetensors file", "give it the ending .safetensors")
 
     def _find_trailer(self) -> None:
         """The checksum counts only if the records end exactly before it; see :meth:`_records`."""

@@ -16,12 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from mmconvert import positioned
 from mmconvert.errors import FormatError
 
 VARINT, FIXED64, LENGTH, GROUP, END_GROUP, FIXED32 = range(6)
 _WIDTH = {FIXED64: 8, FIXED32: 4}
 
 WINDOW = 4096  # bytes that are read at once
+COPY_AGAIN = "copy the file again from where it was made"
 MAX_FIELDS = 1 << 24  # fields of one file: an endless row of empty ones must end
 MAX_GROUPS = 100  # groups in groups; the libraries' own limit
 _BITS64 = (1 << 64) - 1
@@ -64,13 +66,10 @@ class WireFile:
         self._begin = 0
         self._left = MAX_FIELDS
 
-    def error(self, at: int, what: str) -> FormatError:
+    def error(self, at: int, what: str, fix: str = COPY_AGAIN) -> FormatError:
         """What is wrong with the file, and at which byte."""
-        return FormatError(
-            f"{self.path}: {what} (at byte {at} of {self.size})",
-            self.kind,
-            "copy the file again from where it was made",
-        )
+        where = f"(at byte {at} of {self.size})"
+        return FormatError(f"{self.path}: {what} {where}", self.kind, fix)
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes of the file; meant for short runs.
@@ -81,7 +80,7 @@ class WireFile:
         skip = start - self._begin
         if skip < 0 or end > self._begin + len(self._window):
             self._begin, skip = start, 0
-            self._window = os.pread(self._fd, max(WINDOW, end - start), start)
+            self._window = positioned.pread(self._fd, max(WINDOW, end - start), start)
         found = self._window[skip : skip + end - start]
         if len(found) < end - start:
             raise self.error(start + len(found), f"ends {end - start - len(found)} bytes too early")

@@ -101,6 +101,7 @@ class DCP(Format):
     title: ClassVar = "DCP"
     naming: ClassVar = "hf"
     needs_original: ClassVar = True
+    needs_sizes: ClassVar = True
     own_names: ClassVar = rf"{re.escape(TRACKER)}|release|iter_\d+|\.metadata|__.*\.distcp"
     Layout: ClassVar = DCPLayout
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mmconvert.converters.family import Carried, Dims, Family, Module, Row, Variant, row
 from mmconvert.errors import TensorError
-from mmconvert.formats.dcp.naming import Expert, Rules, Slot, expert_of_rules
+from mmconvert.formats.dcp.naming import Expert, ExpertSlot, Rules, expert_of_rules
 from mmconvert.formats.hf.folder import open_hf
 from mmconvert.formats.model import dropped_by
 from mmconvert.stored import StoredTensor
@@ -28,7 +28,7 @@ class GenericFamily(Family):
     """
 
     rules: Rules = field(default_factory=Rules)
-    slots: Mapping[str, Slot] = field(default_factory=dict[str, Slot])
+    slots: Mapping[str, ExpertSlot] = field(default_factory=dict[str, ExpertSlot])
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
 
@@ -68,7 +68,7 @@ def generic_family(
         if name not in tensors and source in plain
     ]
     modules = [Module("all", "all", tuple(rows), (), (), role="decoder")]
-    slots: dict[str, Slot] = {}
+    slots: dict[str, ExpertSlot] = {}
     for number, group in enumerate(_groups(experts)):
         module = _module(f"experts{number}", group, dims)
         modules.append(module)

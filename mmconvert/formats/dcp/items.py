@@ -11,7 +11,7 @@ from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats.containers.ptfile import read_section
 from mmconvert.formats.dcp.metadata import Entry, Item, Metadata
 from mmconvert.formats.reading import opened
-from mmconvert.stored import Part, StoredTensor
+from mmconvert.stored import StoredPart, StoredTensor
 
 MAX_OBJECT = 64 << 20  # bytes of an object that is read
 MOST_OPEN = 100  # files at once; 64 ranks may have written 16 each
@@ -40,7 +40,7 @@ class Items:
                 the piece that .metadata says.
         """
         parts = [
-            Part(piece.offsets, self.piece(name, entry.dtype, piece.sizes, piece.item))
+            StoredPart(piece.offsets, self.piece(name, entry.dtype, piece.sizes, piece.item))
             for piece in entry.pieces
         ]
         if len(parts) == 1:

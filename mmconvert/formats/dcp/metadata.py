@@ -34,7 +34,7 @@ class Item(NamedTuple):
     nbytes: int
 
 
-class Piece(NamedTuple):
+class StoredChunk(NamedTuple):
     """A rectangle of a tensor, and the item that holds it."""
 
     offsets: tuple[int, ...]
@@ -47,7 +47,7 @@ class Entry(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StoredChunk, ...]
 
 
 @dataclass(frozen=True)
@@ -201,13 +201,13 @@ class _Reader:
         chunks = state.get("chunks")
         if not is_array(chunks) or prod(shape) >= _INT64:
             raise self.error(f"{name} {list(shape)} has no list of chunks")
-        pieces: list[Piece] = []
+        pieces: list[StoredChunk] = []
         for chunk in chunks:
             place = self.state(chunk, "ChunkStorageMetadata")
             offsets, sizes = (self.sizes(place.get(k), name) for k in ("offsets", "sizes"))
             if len(offsets) != len(shape) or len(sizes) != len(shape):
                 raise self.error(f"{name} {list(shape)} has a piece at {list(offsets)}")
-            pieces.append(Piece(offsets, sizes, self.item(name, offsets)))
+            pieces.append(StoredChunk(offsets, sizes, self.item(name, offsets)))
         self.check_tiles(name, shape, pieces)
         return Entry(dtype, shape, tuple(pieces))
 
@@ -224,7 +224,7 @@ class _Reader:
             raise self.error(f"{name} has the dtype {first}", "a dtype that safetensors has")
         return found
 
-    def check_tiles(self, name: str, shape: tuple[int, ...], pieces: list[Piece]) -> None:
+    def check_tiles(self, name: str, shape: tuple[int, ...], pieces: list[StoredChunk]) -> None:
         """Raises TensorError for pieces that leave a gap, overlap, or reach outside."""
         if len(pieces) == 1 and pieces[0].sizes == shape and not any(pieces[0].offsets):
             return
@@ -248,7 +248,7 @@ class _Reader:
         }
 
 
-def _inside(shape: tuple[int, ...], pieces: list[Piece]) -> bool:
+def _inside(shape: tuple[int, ...], pieces: list[StoredChunk]) -> bool:
     return all(
         start + size <= length
         for offsets, sizes, _ in pieces
@@ -256,7 +256,7 @@ def _inside(shape: tuple[int, ...], pieces: list[Piece]) -> bool:
     )
 
 
-def _apart(shape: tuple[int, ...], pieces: list[Piece]) -> bool:
+def _apart(shape: tuple[int, ...], pieces: list[StoredChunk]) -> bool:
     """Whether pieces within a shape fill it exactly once.
 
     What is cut along at most two dimensions is a matrix of these. Cut along more, every piece must
@@ -279,7 +279,7 @@ def _apart(shape: tuple[int, ...], pieces: list[Piece]) -> bool:
     return len({piece.offsets for piece in pieces}) == len(pieces) == cells
 
 
-def _rect(piece: Piece, rows: int, cols: int) -> Rect:
+def _rect(piece: StoredChunk, rows: int, cols: int) -> Rect:
     def at(values: tuple[int, ...], dim: int, default: int) -> int:
         return values[dim] if dim >= 0 else default
 

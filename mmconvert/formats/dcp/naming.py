@@ -65,7 +65,7 @@ class Rules:
     one_file: bool = False
 
 
-class Slot(NamedTuple):
+class ExpertSlot(NamedTuple):
     """Where an expert's matrix lies in a tensor of DCP.
 
     Attributes:
@@ -96,7 +96,7 @@ class Expert(NamedTuple):
     stem: str
     hf: str
     layer: int
-    slot: Slot
+    slot: ExpertSlot
     experts: int
 
 
@@ -105,7 +105,7 @@ def expert_of_rules(rules: Rules, name: str, shape: tuple[int, ...]) -> Expert |
     if rules.merged and (hit := _SINGLE.fullmatch(name)):
         gated = hit["leaf"] != "down_proj"
         at = f"{hit['stem']}.{{layer}}.{hit['rest']}"
-        slot = Slot(
+        slot = ExpertSlot(
             rules.naming.dcp(f"{at}.gate_up_proj" if gated else f"{at}.down_proj"),
             int(hit["leaf"] == "up_proj"),
             2 if gated else 1,
@@ -120,7 +120,7 @@ def expert_of_rules(rules: Rules, name: str, shape: tuple[int, ...]) -> Expert |
     if hit is None:
         return None
     hf = f"{hit['stem']}.{{layer}}.{hit['rest']}"
-    slot = Slot(rules.naming.dcp(hf), flat=not rules.transposed)
+    slot = ExpertSlot(rules.naming.dcp(hf), flat=not rules.transposed)
     return Expert(hit["stem"], hf, int(hit["layer"]), slot, shape[0])
 
 

@@ -110,7 +110,7 @@ def folder_images(
         nested: names are those of a nested dict (``model``), not keys as they are.
     """
     prefix = f"{folder}/" if folder else ""
-    entries: dict[str, list[metadata.Piece]] = {}
+    entries: dict[str, list[metadata.StoredChunk]] = {}
     kept: dict[str, Item] = {}
     files: dict[str, list[int]] = {}
     for number, piece in enumerate(written):
@@ -125,18 +125,20 @@ def folder_images(
             heads += [(at + offset, data) for offset, data in laid.heads]
             kept[name] = Item(file, at, laid.size)
             at += laid.size
-        for number in files.get(file, ()):
+        for number in sorted(files.get(file, ()), key=lambda n: written[n][:3]):
             one, dtype = written[number], targets[number].dtype
             at += -at % ALIGNMENT
             laid = _laid(dtype, one.sizes)
             heads += [(at + offset, data) for offset, data in laid.heads]
             pieces.append(Piece(number, one_run(at + laid.start, targets[number].nbytes)))
             item = Item(file, at, laid.size)
-            entries.setdefault(one.name, []).append(metadata.Piece(one.offsets, one.sizes, item))
+            entries.setdefault(one.name, []).append(
+                metadata.StoredChunk(one.offsets, one.sizes, item)
+            )
             at += laid.size
         yield FileImage(f"{prefix}{file}", at, heads, tuple(pieces))
     shapes = {one.name: (targets[n].dtype, one.shape) for n, one in enumerate(written)}
-    tensors = {name: Entry(*shapes[name], tuple(found)) for name, found in entries.items()}
+    tensors = {name: Entry(*shapes[name], tuple(entries[name])) for name in sorted(entries)}
     paths = {name: _path(name) for name in [*kept, *tensors]} if nested else None
     yield small(f"{prefix}{NAME}", metadata_bytes(tensors, kept, paths), pointer=True)
 

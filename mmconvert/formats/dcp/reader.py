@@ -8,7 +8,7 @@ from mmconvert import converters
 from mmconvert.converters.family import Dims, Family, Module, hf_templates
 from mmconvert.errors import TensorError
 from mmconvert.formats.dcp.generic import GenericFamily
-from mmconvert.formats.dcp.naming import KNOWN_PREFIXES, PREFIXES, Naming, Slot
+from mmconvert.formats.dcp.naming import KNOWN_PREFIXES, PREFIXES, ExpertSlot, Naming
 from mmconvert.formats.mm.instances import experts_of, instances
 from mmconvert.names import EXPERT, fill, number, summarise
 from mmconvert.stored import StoredTensor, expert_of, rows_of, stacked, transpose, transpose_each
@@ -126,7 +126,7 @@ def _by_rules(tensors: Tensors, family: GenericFamily, dims: Dims) -> dict[str, 
     return found
 
 
-def _taken(tensor: StoredTensor, slot: Slot, experts: int, expert: int) -> StoredTensor:
+def _taken(tensor: StoredTensor, slot: ExpertSlot, experts: int, expert: int) -> StoredTensor:
     """What a slot holds, as Hugging Face has it: one expert's matrix, or their stack."""
     stack = _stack(tensor, experts) if len(tensor.shape) == 2 else tensor
     if len(stack.shape) != 3 or stack.shape[0] != experts or stack.shape[2] % slot.columns:

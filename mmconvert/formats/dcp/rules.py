@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from mmconvert.errors import TensorError
 from mmconvert.formats.dcp.generic import GenericFamily
-from mmconvert.formats.dcp.naming import Slot
+from mmconvert.formats.dcp.naming import ExpertSlot
 from mmconvert.formats.dcp.output import data_file
 from mmconvert.names import NO_LAYER, fill
 from mmconvert.plan.plan import Block, Key, Side, Whole, matrix
@@ -21,7 +21,7 @@ class _In(NamedTuple):
 
     key: Key
     whole: Whole
-    slot: Slot
+    slot: ExpertSlot
 
 
 def place_by_rules(

@@ -117,10 +117,10 @@ class HuggingFace(Format):
             told.options,
             canonical=told.canonical,
             encoders_only=told.encoders_only,
-            llm_dir=told.llm_dir,
+            text_dir=told.text_dir,
             faults=told.faults,
         )
-        inputs = () if told.llm_dir is None else (told.llm_dir,)
+        inputs = () if told.text_dir is None else (told.text_dir,)
         return HFStored(format=self.name, path=path, model=model, inputs=inputs, faults=told.faults)
 
     def place(self, asked: Placing) -> Placed:

@@ -70,7 +70,7 @@ def hf_model(
     *,
     canonical: bool = False,
     encoders_only: bool = False,
-    llm_dir: Path | None = None,
+    text_dir: Path | None = None,
     faults: Faults = STRICT,
 ) -> Model:
     """Opens an HF checkpoint; every tensor is claimed by a row or named as left out.
@@ -84,7 +84,7 @@ def hf_model(
     checkpoint = open_hf(folder, faults)
     config = checkpoint.config
     check_family(family, config, folder)
-    _check_choices(family, canonical, llm_dir)
+    _check_choices(family, canonical, text_dir)
     with blamed("damaged-config", folder / "config.json", fix=ANOTHER_CONFIG):
         traits = family.traits(config)
     tensors = _by_hub_name(family, checkpoint, faults)
@@ -93,8 +93,8 @@ def hf_model(
     traits |= family.shape_traits(config, {name: t.shape for name, t in tensors.items()})
     table = family.modules(Variant(traits=traits))
     notes = Notes([*checkpoint.notes, *scaled.note(tensors)])
-    if llm_dir is not None:
-        config, tensors = _with_text_of(llm_dir, family, table, config, tensors, notes)
+    if text_dir is not None:
+        config, tensors = _with_text_of(text_dir, family, table, config, tensors, notes)
     everything = list(tensors.values())
     carried = {name: t for name, t in tensors.items() if family.why_carried(name)}
     fault = form_of(family, table, tensors, config, folder)
@@ -138,13 +138,13 @@ def hf_model(
     )
 
 
-def _check_choices(family: Family, canonical: bool, llm_dir: Path | None) -> None:
+def _check_choices(family: Family, canonical: bool, text_dir: Path | None) -> None:
     if canonical and not family.canonical:
         raise RequestError(
             f"enable_canonical_hf_struct is not possible for {family.name}",
             "the flag False: there is no canonical structure for this family",
         )
-    if llm_dir is not None and not family.plain_text:
+    if text_dir is not None and not family.plain_text:
         raise RequestError(
             f"llm_hf_dir is not possible for {family.name}",
             "no --cfg.common_model_config.llm_hf_dir: its text decoder comes from hf_dir",

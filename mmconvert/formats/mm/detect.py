@@ -16,7 +16,7 @@ from mmconvert.converters.family import (
 )
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.formats.mm.folder import MMCheckpoint
-from mmconvert.names import NO_EXPERT, NO_LAYER, fill
+from mmconvert.names import NO_EXPERT, NO_LAYER, fill, number
 from mmconvert.plan.plan import matrix
 from mmconvert.sharding.layout import Chunk, Layout, Rank, grid_flag
 from mmconvert.sharding.stages import StageGrid, flat, show, total
@@ -56,7 +56,7 @@ def detect_layout(
                 gap = min(set(range(max(numbers))) - numbers)
                 raise TensorError(
                     f"{module.label}: layer {gap} is missing in {_where(checkpoint, chunk)}, "
-                    f"which holds {len(numbers)} layers up to number {max(numbers)}",
+                    f"which holds {number(numbers, 'layer')} up to number {max(numbers)}",
                     "local layers numbered from 0 without a gap",
                 )
             row = grids[module.key][chunk.virtual]
@@ -64,7 +64,7 @@ def detect_layout(
                 row[chunk.rank.pp] = len(numbers)
             elif row[chunk.rank.pp] != len(numbers):
                 raise TensorError(
-                    f"{module.label}: {len(numbers)} layers in {_where(checkpoint, chunk)}, "
+                    f"{module.label}: {number(numbers, 'layer')} in {_where(checkpoint, chunk)}, "
                     f"{row[chunk.rank.pp]} on the first rank of this stage",
                     "the same layers on all tp and ep ranks",
                 )

@@ -94,7 +94,7 @@ class MM(Format):
 
     def open(self, path: Path, told: Opening) -> MMStored:
         """The layout is read off the folder; what the user says of it must be so."""
-        if told.llm_dir is not None:
+        if told.text_dir is not None:
             raise RequestError(
                 "--cfg.common_model_config.llm_hf_dir has no meaning for mm_to_hf",
                 "only hf_dir, whose weight files and names the output takes",

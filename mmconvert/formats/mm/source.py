@@ -113,13 +113,13 @@ def _add_shards(
     axis = split.axis if split else 0
     group = shards[:size]
     for rank, tensor in enumerate(shards):
-        same_dtype = tensor.dtype == shards[0].dtype
-        like = group[rank % size] if split and same_dtype else shards[0]
-        if tensor.shape != like.shape or not same_dtype:
+        together = joint_dtype((shards[0].dtype, tensor.dtype))
+        like = group[rank % size] if split and together else shards[0]
+        if tensor.shape != like.shape or not together:
             raise ReplicaError(
                 f"{tensor.name}: {tensor.dtype} {list(tensor.shape)} in {tensor.path}, "
                 f"{like.dtype} {list(like.shape)} in {like.path}",
-                "one dtype, and equal shapes on ranks that hold the same shard",
+                "one kind of numbers, and equal shapes on ranks that hold the same shard",
             )
     if split is None:
         shape, spans = group[0].shape, [[Span(0, 0, matrix(group[0].shape)[0])]] * size
@@ -134,7 +134,7 @@ def _add_shards(
     _check_whole(item, shape, dims, group[0])
     kept = item.row.keeps_dtype
     whole = side.wholes.setdefault(item.key, Whole(shape, group[0].dtype, keeps_dtype=kept))
-    dtype = joint_dtype((whole.dtype, group[0].dtype))
+    dtype = joint_dtype((whole.dtype, *(tensor.dtype for tensor in shards)))
     if whole.shape != shape or not dtype:
         raise ReplicaError(
             f"{group[0].name} in {group[0].path} is {group[0].dtype} {list(shape)}; the tensor "
@@ -143,8 +143,10 @@ def _add_shards(
             "equal tensors",
         )
     if dtype != whole.dtype:
+        odd = next(tensor for tensor in shards if tensor.dtype not in whole.dtype.split("+"))
+        like = next((f"in {t.path} {t.dtype}" for t in shards if t.dtype != odd.dtype), "")
         whole.dtype = dtype
-        whole.mixed = f"{group[0].name} in {group[0].path} is {group[0].dtype}, its original is not"
+        whole.mixed = f"{odd.name} in {odd.path} is {odd.dtype}, {like or 'its original is not'}"
     for rank, tensor in enumerate(shards):
         if split is None or rank % size == 0:
             whole.copies.append([])

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mmconvert.errors import DatasetError, RequestError
+from mmconvert.names import number
 from mmconvert.runtime import losses, mmfiles
 from mmconvert.runtime.dataset import Data
 from mmconvert.runtime.device import device
@@ -124,7 +125,7 @@ class QwenVLTrainingRun:
         self._teacher = Teacher(Tokenizer.read(source.vocab, source.like), sizes, source.length)
         self._bad: set[int] = set()
         self._journal = TrainingLog(plan.save, self._first)
-        emit(f"one process, {self._where}; {len(learning)} tensors learn")
+        emit(f"one process, {self._where}; {number(learning, 'tensor learns', 'tensors learn')}")
 
     def _optimizer(self) -> torch.optim.AdamW:
         recipe = self._plan.recipe

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name torch's own pages use
 
 from mmconvert.errors import RequestError
-from mmconvert.names import summarise
+from mmconvert.names import number, summarise
 from mmconvert.runtime.device import device
 from mmconvert.runtime.pictures import drawn_picture
 from mmconvert.runtime.qwenvl import prompts, weights
@@ -93,7 +93,7 @@ def _question(
 ) -> tuple[Prompt, str]:
     """What to compute on, and in words what it is."""
     asked: list[prompts.Picture] = [*pictures] or [drawn_picture()]
-    what = f"{len(pictures)} pictures" if pictures else "a built-in picture"
+    what = number(pictures, "picture") if pictures else "a built-in picture"
     try:
         text = prompts.written(words or PROMPT, len(asked))
         found = prompts.prompt(Tokenizer.read(vocab, sizes.positions), sizes, text, asked)
@@ -123,12 +123,12 @@ def _outputs(model: QwenVLModel, asked: Prompt) -> dict[str, Tensor]:
 
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     visual = model.transformer.visual
-    for number, block in enumerate(visual.transformer.resblocks):
-        keep(f"vision layer {number}", block)
+    for n, block in enumerate(visual.transformer.resblocks):
+        keep(f"vision layer {n}", block)
     keep("resampler", visual.attn_pool)
     keep("vision", visual)
-    for number, layer in enumerate(model.transformer.h):
-        keep(f"text layer {number}", layer)
+    for n, layer in enumerate(model.transformer.h):
+        keep(f"text layer {n}", layer)
     logits = model(asked.ids, asked.pixels, asked.slots)
     for handle in hooks:
         handle.remove()

@@ -117,7 +117,7 @@ class VisionBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class Blocks(nn.Module):
+class VisionBlocks(nn.Module):
     """The layers, under the name that they have in the checkpoint."""
 
     def __init__(self, sizes: Sizes) -> None:
@@ -184,7 +184,7 @@ class Vision(nn.Module):
         self.proj = nn.Parameter(torch.empty(sizes.hidden, sizes.hidden))
         self.conv1 = nn.Conv2d(3, sizes.width, PATCH, PATCH, bias=False)
         self.ln_pre = nn.LayerNorm(sizes.width, EPS)
-        self.transformer = Blocks(sizes)
+        self.transformer = VisionBlocks(sizes)
         self.attn_pool = Resampler(sizes)
         self.ln_post = nn.LayerNorm(sizes.hidden, EPS)
 

@@ -145,7 +145,8 @@ def _findings(found: Diff) -> list[str]:
         if t.dtype_a != t.dtype_b:
             dtypes[t.dtype_a, t.dtype_b] = dtypes.get((t.dtype_a, t.dtype_b), 0) + 1
     notes += [
-        f"{count} of {len(found.tensors)} tensors are {a} in A and {b} in B: compared as numbers"
+        f"{count} of {number(found.tensors, 'tensor')} {'is' if count == 1 else 'are'} {a} in A "
+        f"and {b} in B: compared as numbers"
         for (a, b), count in dtypes.items()
     ]
     odd = found.odd()

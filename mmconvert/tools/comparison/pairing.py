@@ -27,10 +27,11 @@ def open_pair(a: Path, b: Path, options: Options) -> tuple[Opened, Opened]:
     family = _family((a, b), kinds)
     told = Opening(family, options, claims=bool(family.converter))
     found: dict[int, StoredCheckpoint] = {}
-    for number in sorted((0, 1), key=lambda i: kinds[i] != "hf"):
+    order = sorted((0, 1), key=lambda i: (kinds[i] != "hf", load(kinds[i]).needs_sizes))
+    for number in order:
         kind, path = load(kinds[number]), (a, b)[number]
-        hints = [stored.model for stored in found.values() if stored.format == "hf"]
-        like = hints[0] if hints and kind.name != "hf" else None
+        hints = [s.model for s in found.values() if s.format == "hf" or kind.needs_sizes]
+        like = hints[0] if hints and hints[0].modules and kind.name != "hf" else None
         found[number] = kind.open(path, replace(told, like=like))
     canonical = any(s.model.variant.canonical for s in found.values())
     left, right = (_opened(found[number], canonical=canonical) for number in (0, 1))
@@ -65,7 +66,7 @@ def _family(paths: tuple[Path, Path], kinds: list[str]) -> Family:
 def _opened(stored: StoredCheckpoint, *, canonical: bool) -> Opened:
     """One of the two; Hugging Face in the structure of the other."""
     model, modules = stored.model, None
-    if stored.format == "hf":
+    if load(stored.format).naming == "hf" and model.modules:
         variant = replace(model.variant, canonical=canonical, encoder_qkv="interleaved")
         modules = model.family.table(variant)
         model = replace(model, variant=variant, modules=modules)

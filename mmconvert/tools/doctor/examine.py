@@ -11,7 +11,7 @@ from mmconvert.events import Events
 from mmconvert.formats.hf.folder import INDEX, has_weights
 from mmconvert.formats.mm.folder import TRACKER
 from mmconvert.formats.registry import load, recognise
-from mmconvert.formats.single import MS_FILE, open_file
+from mmconvert.formats.single import MS_FILE, is_zip, open_file
 from mmconvert.tools.doctor.asked import DoctorRequest
 from mmconvert.tools.doctor.folder import has_ranks, iterations
 from mmconvert.tools.doctor.hf import examine_hf
@@ -48,9 +48,12 @@ def _other(path: Path) -> str:
         try:
             return "ms" if open_file(path).kind == MS_FILE else ""
         except (MMConvertError, OSError):
-            return "ms" if path.name.endswith(".ckpt") else ""
+            return "ms" if path.name.endswith(".ckpt") and not is_zip(path) else ""
     name = recognise(path)
-    return name if name not in ("hf", "mm") and not any(_signs(path)) else ""
+    hf, mm = _signs(path)
+    if mm == TRACKER and not any(has_ranks(path / folder) for folder in iterations(path)):
+        mm = ""  # other formats have a tracker file too
+    return name if name not in ("hf", "mm") and not (hf or mm) else ""
 
 
 def _dispatch(path: Path, asked: DoctorRequest, events: Events, report: DoctorReport) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mmconvert import durable
 from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.shell import line, operand
 
@@ -19,7 +20,7 @@ PARTIAL, OLD = ".mmconvert-partial", ".mmconvert-old"
 def look_beside(path: Path, report: DoctorReport) -> None:
     """Staging folders of conversions into ``path``; a running one holds a lock on its own."""
     final = Path(os.path.realpath(path))
-    partial, old = (final.parent / f".{final.name}{end}" for end in (PARTIAL, OLD))
+    partial, old = (durable.beside(final, end) for end in (PARTIAL, OLD))
     there = os.path.lexists(final)
     running = partial.is_dir() and is_locked(partial)
     if running:

@@ -9,6 +9,7 @@ from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.executor.compare import same_bytes
 from mmconvert.formats.mm.detect import check_layers, fits, likely_tp_size, tp_size, whole_tp_size
 from mmconvert.formats.mm.source import partial_source
+from mmconvert.plan.dtypes import CAST_ALL, mixed_dtypes
 from mmconvert.plan.plan import Side
 from mmconvert.plan.training import cautions
 from mmconvert.sharding.layout import Layout
@@ -87,6 +88,8 @@ def look_at_shapes(chart: Chart, found: LayoutByShapes, report: DoctorReport) ->
         what = f"{fault.what}; expected: {fault.expected}" if fault.expected else fault.what
         fix = fault.fix or "copy the rank folders of this stage again"
         report.add("wrong-shape", what, fix, path=tensor.path, tensor=tensor.name)
+    if mixed := mixed_dtypes(side.wholes):
+        report.add("mixed-dtypes", mixed, CAST_ALL, path=chart.folder)
     if found.doubt and not faults:  # the sizes of the model would tell which tensor is wrong
         report.add(
             "wrong-shape",

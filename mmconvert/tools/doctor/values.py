@@ -16,6 +16,7 @@ from mmconvert.executor.differences import TensorDifference, in_words
 from mmconvert.executor.fileio import BAND, Files
 from mmconvert.executor.jobs import Job, run_jobs
 from mmconvert.formats.mm.source import partial_source
+from mmconvert.names import number
 from mmconvert.plan.plan import (
     Comparison,
     Key,
@@ -62,7 +63,7 @@ def look_at_replicas(
             flags=("--replicas", "first") if mm else None,
         )
     if pairs:
-        report.checked.append(f"{len(pairs)} pieces of tensors that are stored more than once")
+        report.checked.append(f"{number(pairs, 'piece')} of tensors that are stored more than once")
 
 
 def look_at_zeros(mm: Side, hf: Side, report: DoctorReport) -> None:
@@ -199,7 +200,7 @@ def look_for_nan(
             path=tensor.path,
             tensor=tensor.name,
         )
-    report.checked.append(f"the values of {len(listed)} tensors")
+    report.checked.append(f"the values of {number(listed, 'tensor')}")
 
 
 def _not_finite(files: Files, tensor: StoredTensor) -> str:

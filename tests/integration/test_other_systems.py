@@ -1,0 +1,104 @@
+"""What only some systems have is taken away, and the main job is done all the same.
+
+Windows has no positioned calls, no locks of ``fcntl``, no ``fork``, no signals but a few; macOS has
+neither ``copy_file_range`` nor ``posix_fallocate``. How paths and renames behave is not shown.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LINUX_ONLY = (
+    *("copy_file_range", "posix_fallocate", "posix_fadvise", "sched_getaffinity", "O_TMPFILE"),
+    "memfd_create",
+)
+POSIX_ONLY = (
+    *LINUX_ONLY,
+    *("pread", "preadv", "pwrite", "pwritev", "fork", "fchmod", "major", "minor"),
+    *(
+        "O_DIRECTORY",
+        "O_NOFOLLOW",
+        "O_CLOEXEC",
+        "O_NONBLOCK",
+        "getuid",
+        "geteuid",
+        "mkfifo",
+        "chown",
+    ),
+)
+SIGNALS = ("SIGALRM", "alarm", "SIGPIPE", "SIGHUP", "SIGKILL", "pthread_sigmask", "setitimer")
+SYSTEMS = {"macOS": (LINUX_ONLY, (), ()), "Windows": (POSIX_ONLY, SIGNALS, ("fcntl", "resource"))}
+
+# Standard library first: its own modules may need what is taken away from ours.
+BEGIN = """
+import os, signal, sys, subprocess, shutil, tempfile, concurrent.futures, multiprocessing, zipfile
+import importlib.metadata, numpy, yaml, rich.console, rich.progress, rich.table, tyro
+for module, names in ((os, {names!r}), (signal, {signals!r})):
+    for name in names:
+        if hasattr(module, name):
+            delattr(module, name)
+for name in {modules!r}:
+    sys.modules[name] = None
+sys.argv = ["mm-convert"]
+from mmconvert.cli import main
+"""
+
+
+def script(system: str, *lines: str) -> str:
+    names, signals, modules = SYSTEMS[system]
+    return BEGIN.format(names=names, signals=signals, modules=modules) + "\n".join(lines)
+
+
+def run(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", text]
+    return subprocess.run(
+        words, cwd=folder, capture_output=True, text=True, timeout=300, check=False,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(folder)},
+    )  # fmt: skip
+
+
+def call(*words: str, code: int = 0) -> str:
+    return f"assert main({list(words)!r}) == {code}, {words!r}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_checkpoint_goes_there_and_back(system: str, tmp_path: Path) -> None:
+    hf, mm = ("--cfg.hf_config.hf_dir", "play/hf"), ("--cfg.mm_dir", "mm")
+    layout = ("--cfg.parallel_config.tp_size", "2")
+    converter = "Qwen2VLConverter"
+    done = run(
+        script(
+            system,
+            call("playground", "play", "--quiet"),
+            call(converter, "hf_to_mm", *hf, *mm, *layout, "--dry_run", "--quiet"),
+            call(converter, "hf_to_mm", *hf, *mm, *layout, "--digests"),
+            call(converter, "hf_to_mm", *hf, *mm, code=2),
+            call(converter, "hf_to_mm", *hf, *mm, "--overwrite", "--dtype", "fp32"),
+            call("verify", "play/hf", "mm", code=1),
+            call(converter, "mm_to_hf", *mm, *hf, "--cfg.save_hf_dir", "back", "--dtype", "bf16"),
+            call("verify", "play/hf", "back"),
+            call("inspect", "mm", "--html", "report.html"),
+            call("doctor", "mm", "--hf_dir", "play/hf"),
+            call("data", "llava-to-mllm", "--llava_json_path", "play/llava.json", "--coco_path",
+                 "play/coco", "--image_prefix", "train2014/COCO_train2014_",
+                 "--output_json_path", "mllm.json"),
+        ),
+        tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".mm")]
+
+
+def test_what_is_taken_away_is_missed(tmp_path: Path) -> None:
+    """The script does take things away: a program that needs them fails."""
+    done = run(script("Windows", "os.pread(0, 1, 0)"), tmp_path)
+    assert "AttributeError" in done.stderr
+    done = run(script("Windows", "import fcntl"), tmp_path)
+    assert "ImportError" in done.stderr or "ModuleNotFoundError" in done.stderr
