@@ -11,6 +11,7 @@ from mmconvert.tools.comparison.diffresult import At, Diff, DiffGroup, Facts, Te
 def diff_dict(found: Diff, top: int) -> dict[str, object]:
     """A diff as JSON, with the ``top`` tensors that changed most (0: all that changed)."""
     changed = found.changed()
+    shown = changed[:top] if top else changed
     return {
         "equal": found.equal,
         "a": _facts(found.a),
@@ -21,7 +22,7 @@ def diff_dict(found: Diff, top: int) -> dict[str, object]:
         **_totals(found.totals),
         "modules": [_group(group) for group in found.modules()],
         "layers": [{"layer": g.layer, **_group(g)} for g in found.layers()],
-        "top": [_tensor(t) for t in (changed[:top] if top else changed)],
+        "top": [{"share": _number(found.share(t)), **_tensor(t)} for t in shown],
         "not_finite": [
             {
                 "tensor": t.name,

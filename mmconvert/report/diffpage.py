@@ -9,7 +9,7 @@ from mmconvert.report import page
 from mmconvert.report.chart import EDGE, WHOLE, Bar, bar_chart
 from mmconvert.report.style import module_class
 from mmconvert.report.svg import Drawing
-from mmconvert.report.text import facts, figure, headline, percent
+from mmconvert.report.text import facts, figure, headline, part, percent
 from mmconvert.tools.comparison.diffresult import Diff, DiffGroup, TensorDistance
 
 QUANTITY = "relative L2 of each layer, ||A - B|| / ||A||"
@@ -88,7 +88,7 @@ def diff_page(found: Diff, top: int) -> str:
         parts.append(page.heading("By layer"))
         parts.append(page.paragraph(MARKS, "quiet"))
         parts.append(page.picture(layers_drawing(found), "relative L2 by layer"))
-        parts += _tensors(found.changed(), top)
+        parts += _tensors(found, top)
     parts += _odd(found.odd())
     for what, names in (("Only in A", found.only_a), ("Only in B", found.only_b)):
         parts += [page.heading(what), page.bullets(names)] if names else []
@@ -120,11 +120,13 @@ def _layers(groups: Sequence[DiffGroup]) -> str:
     return page.table(("module", "layer", *FIGURES, "tensors that differ"), rows, "mnnnnn")
 
 
-def _tensors(changed: Sequence[TensorDistance], top: int) -> list[str]:
+def _tensors(found: Diff, top: int) -> list[str]:
+    changed = found.changed()
     shown = changed[:top] if top else changed
     rows = [
         (
             "\n".join((t.name, *t.hf_names)),
+            part(found.share(t)),
             figure(t.totals.relative),
             figure(t.totals.largest),
             *((f"{t.a.value:g}", f"{t.b.value:g}") if t.a and t.b else ("", "")),
@@ -132,10 +134,11 @@ def _tensors(changed: Sequence[TensorDistance], top: int) -> list[str]:
         )
         for t in shown
     ]
-    head = ("tensor, and what Hugging Face calls it", *FIGURES[:2], "A there", "B there", "differ")
+    name = "tensor, and what Hugging Face calls it"
+    head = (name, "of the change", *FIGURES[:2], "A there", "B there", "differ")
     return [
         page.heading(f"Tensors, {len(shown)} of {len(changed)} that differ"),
-        page.table(head, rows, "mnnnnn"),
+        page.table(head, rows, "mnnnnnn"),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from mmconvert.names import number
@@ -20,6 +21,13 @@ def percent(part: int, whole: int) -> str:
     if part in (0, whole):
         return "100%" if part else "0%"
     return f"{min(99.9, max(0.1, 100 * part / whole)):.1f}%"
+
+
+def part(share: float) -> str:
+    """A part of the whole change, 0 to 1; - where float64 cannot hold that."""
+    if not math.isfinite(share):
+        return "-"
+    return "<0.1%" if 0 < share < 0.0005 else f"{100 * share:.1f}%"
 
 
 def figure(value: float) -> str:
@@ -73,7 +81,7 @@ def lines_of(found: Diff, top: int, *, hf_names: bool, unicode: bool) -> list[st
         lines += ["", *_modules(found.modules())]
         lines += ["", *_layers(found.layers(), BLOCKS if unicode else ASCII)]
         shown = changed[:top] if top else changed
-        lines += ["", *_tensors(shown, len(changed), _hf_name if hf_names else _mm_name)]
+        lines += ["", *_tensors(found, shown, len(changed), _hf_name if hf_names else _mm_name)]
     lines += _odd(found.odd()) if found.odd() else []
     for what, names in (("only in A", found.only_a), ("only in B", found.only_b)):
         lines += ["", f"{what}: {_some(names)}"] if names else []
@@ -164,12 +172,14 @@ def _odd(tensors: Sequence[TensorDistance]) -> list[str]:
     return ["", *lines, *([f"and {more} more tensors with such values"] if more > 0 else [])]
 
 
-def _tensors(shown: Sequence[TensorDistance], changed: int, name: Name) -> list[str]:
-    head = ("relative L2", "largest", "A", "B", "elements", f"tensor ({len(shown)} of {changed})")
+def _tensors(found: Diff, shown: Sequence[TensorDistance], changed: int, name: Name) -> list[str]:
+    what = f"tensor ({len(shown)} of {changed})"
+    head = ("of the change", "relative L2", "largest", "A", "B", "elements", what)
     return _table(
         head,
         [
             (
+                part(found.share(t)),
                 figure(t.totals.relative),
                 figure(t.totals.largest),
                 *((f"{t.a.value:g}", f"{t.b.value:g}") if t.a and t.b else ("", "")),

@@ -67,9 +67,10 @@ def test_the_figures_are_those_of_torch(hf: Path, trained: Path, trained_mm: Pat
     found = diff(hf, trained_mm, "--top", "0", check=1)
     a, b = (load_file(path / "model.safetensors") for path in (hf, trained))
     tops = {t["tensor"]: t for t in found["top"]}
-    assert [t["relative_l2"] for t in found["top"]] == sorted(
-        (t["relative_l2"] for t in found["top"]), reverse=True
+    assert [t["l2_difference"] for t in found["top"]] == sorted(
+        (t["l2_difference"] for t in found["top"]), reverse=True
     )
+    assert sum(t["share"] for t in found["top"]) == pytest.approx(1)
     for t in found["top"]:
         x, y = [a[n] for n in t["hf_names"]], [b[n] for n in t["hf_names"]]
         gaps = torch.cat(
@@ -200,6 +201,23 @@ def test_a_tensor_of_zeros_has_no_relative_distance(hf: Path, tmp_path: Path) ->
     found = diff(empty, hf, check=1)["top"]
     assert [(t["relative_l2"], t["l2_a"]) for t in found] == [(None, 0.0)]
     assert diff(hf, empty, check=1)["top"][0]["relative_l2"] == 1.0
+
+
+def test_tensors_that_were_zero_do_not_come_first(hf: Path, tmp_path: Path) -> None:
+    """A little of an infinite part of itself is less than much of a large tensor."""
+    a, b = copied(hf, tmp_path / "a"), copied(hf, tmp_path / "b")
+    edit_single(a, lambda ts: ts["model.norm.weight"].zero_())
+
+    def moved(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"].fill_(2.0**-20)
+        tensors["model.embed_tokens.weight"] += 1
+
+    edit_single(b, moved)
+    first, second = diff(a, b, check=1)["top"][:2]
+    assert first["hf_names"] == ["model.embed_tokens.weight"]
+    assert first["share"] > 0.99
+    assert second["relative_l2"] is None
+    assert second["share"] < 1e-6
 
 
 def test_tensors_of_one_side_are_listed(hf: Path, trained: Path, tmp_path: Path) -> None:

@@ -113,9 +113,18 @@ class Diff:
         return _sum(t.totals for t in self.tensors)
 
     def changed(self) -> list[TensorDistance]:
-        """The tensors that differ, the largest relative L2 first."""
+        """The tensors that differ, the largest part of the model's change first.
+
+        By how much a tensor moved, not by how much of itself: one that was zero has moved by an
+        infinite part of itself, and may matter least.
+        """
         found = [t for t in self.tensors if t.totals.different]
-        return sorted(found, key=lambda t: (-t.totals.relative, -t.totals.largest, t.name))
+        return sorted(found, key=lambda t: (-t.totals.gap, -t.totals.largest, t.name))
+
+    def share(self, tensor: TensorDistance) -> float:
+        """A tensor's part of the sum of squared differences, 0 to 1; NaN if that is infinite."""
+        whole = self.totals.gap
+        return (tensor.totals.gap / whole) ** 2 if whole else 0.0
 
     def odd(self) -> list[TensorDistance]:
         """The tensors that hold NaN or infinite values."""
