@@ -24,6 +24,7 @@ from mmconvert.formats.base import (
     one_each,
 )
 from mmconvert.formats.containers.image import FileImage, small
+from mmconvert.formats.containers.safetensors import WeightFile
 from mmconvert.formats.dcp.folder import RELEASE, TRACKER, find_dcp, is_torch_dist, open_dcp
 from mmconvert.formats.dcp.generic import GenericFamily
 from mmconvert.formats.dcp.metadata import read_metadata
@@ -38,6 +39,7 @@ from mmconvert.formats.dcp.output import (
 from mmconvert.formats.dcp.reader import as_hf, default_naming, family_of_names, known_names
 from mmconvert.formats.dcp.rules import place_by_rules
 from mmconvert.formats.faults import STRICT
+from mmconvert.formats.hf.folder import HFCheckpoint
 from mmconvert.formats.hf.format import HFStored, check_shapes
 from mmconvert.formats.hf.side import hf_side, hf_target
 from mmconvert.formats.model import Model, Notes, dropped_by
@@ -128,10 +130,13 @@ class DCP(Format):
         for name, tensor in checkpoint.tensors.items():
             wholes[name] = whole_of(tensor, len(stored))
             stored += [part.tensor for part in tensor.parts] or [tensor]
-        files: dict[str, dict[str, StoredTensor]] = {}
-        for number, tensor in enumerate(stored):
-            files.setdefault(tensor.path.name, {})[f"{number}/{tensor.name}"] = tensor
-        families = [family] if family else []
+        prefix = known_names(family, list(checkpoint.tensors)) if family else None
+        files: dict[Path, list[StoredTensor]] = {}
+        for tensor in stored:
+            inner = tensor.name.removeprefix(MODEL if prefix is None else prefix)
+            files.setdefault(tensor.path, []).append(tensor._replace(name=inner))
+        weights = [WeightFile(file, b"", {}, found) for file, found in sorted(files.items())]
+        as_checkpoint = HFCheckpoint(checkpoint.folder, {}, weights, None)
         return Look(
             kind=self.name,
             title="DCP folder",
@@ -139,7 +144,7 @@ class DCP(Format):
             listing=stored,
             wholes=wholes,
             stored=stored,
-            boxes=contents.of_rank_file(files, families),
+            boxes=contents.of_hf(as_checkpoint, family if prefix is not None else None),
             unit="data file",
             iteration=checkpoint.iteration,
             notes=checkpoint.notes,
