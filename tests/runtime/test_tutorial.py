@@ -1,10 +1,11 @@
-"""The tutorial does what its page says; so do the README's commands of the runtime."""
+"""The tutorial does what its page says; so do the commands of the runtime's page."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -16,11 +17,14 @@ import pytest
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
-from commands import install
+import talking
+import tinyfamilies
+from inprocess import call
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "tutorial.py"
-PAGE = ROOT / "docs" / "tutorial.md"
+PAGE, RUNTIME = (ROOT / "docs" / f"{name}.md" for name in ("tutorial", "runtime"))
+MORE = {"generate": ("--max_new_tokens", "2"), "finetune": ("--train_iters", "2")}
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ENV = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
 
@@ -81,7 +85,7 @@ def same_lines(text: str) -> list[str]:
     return [line for line in kept if line]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_tutorial_does_what_its_page_says(tmp_path: Path) -> None:
     work = tmp_path / "tutorial-output"
     command = [sys.executable, str(SCRIPT), str(work)]
@@ -114,27 +118,22 @@ def test_the_tutorial_does_what_its_page_says(tmp_path: Path) -> None:
         a.shape == b.shape and not torch.equal(a, b)
         for (_, a), (_, b) in zip(old.named_parameters(), new.named_parameters(), strict=True)
     )
-    the_readmes_commands_run(work)
 
 
-def the_readmes_commands_run(work: Path) -> None:
-    """The section of the README over the tutorial's files, with two iterations of training."""
-    (work / "pictures" / "chelsea.png").rename(work / "cat.png")
-    content = (work / "captions.json").read_text().replace("pictures/chelsea.png", "cat.png")
-    (work / "train.json").write_text(content)
-    (work / "trained").rename(work / "before")
-    section = (ROOT / "README.md").read_text().split("## Run it, check it, fine-tune it")[1]
-    text = next(text for kind, text in FENCE.findall(section) if kind == "sh")
-    assert text.count("mm-convert ") == 3
-    short = text.replace("--train_iters 100", "--train_iters 2")
-    assert short != text
-    install(work / "bin")
-    env = {**ENV, "PATH": f"{work / 'bin'}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", short], cwd=work, env=env, capture_output=True,
-        text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "equal: both compute the same" in done.stdout
-    assert "iteration      2/2" in done.stdout
-    assert (work / "trained" / "latest_checkpointed_iteration.txt").read_text() == "2"
+def test_the_commands_of_the_runtimes_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they stand there, but for the number of steps."""
+    hf = talking.make("qwen2_vl", tmp_path / "hf")
+    tinyfamilies.convert("qwen2_vl", hf, tmp_path / "mm", "[1,3]", "[3,0]", 2)
+    talking.write_data(tmp_path, "train.json")
+    talking.picture(tmp_path / "cat.png", "red")
+    monkeypatch.chdir(tmp_path)
+    text = next(t for kind, t in FENCE.findall(RUNTIME.read_text()) if kind == "sh")
+    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+    commands = [words[1:] for words in lines if words[:1] == ["mm-convert"]]
+    assert [words[0] for words in commands] == ["validate", "generate", "finetune"]
+    told = [call(*words, *MORE.get(words[0], ())).stdout for words in commands]
+    assert "equal: both compute the same" in told[0]
+    assert "iteration      2/2" in told[2]
+    assert (tmp_path / "trained" / "latest_checkpointed_iteration.txt").read_text() == "2"
