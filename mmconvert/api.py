@@ -289,6 +289,7 @@ def load_rank(
     pp_rank: int,
     vpp_rank: int = 0,
     *,
+    ep_rank: int = 0,
     converter: str | None = None,
 ) -> dict[str, Tensor]:
     """One rank's MM state dict straight from an HF checkpoint; nothing is written to disk.
@@ -302,4 +303,5 @@ def load_rank(
     from mmconvert.loading import load_rank as load
 
     family = _family(converter, Path(hf_dir))
-    return load(family, Path(hf_dir), parallel_config(layout), (tp_rank, pp_rank, vpp_rank))
+    place = (tp_rank, pp_rank, vpp_rank, ep_rank)
+    return load(family, Path(hf_dir), parallel_config(layout), place)

@@ -45,7 +45,7 @@ TORCH_DTYPES = {
 
 
 def load_rank(
-    family: Family, hf_dir: Path, given: ParallelConfig, place: tuple[int, int, int]
+    family: Family, hf_dir: Path, given: ParallelConfig, place: tuple[int, int, int, int]
 ) -> dict[str, Tensor]:
     """The state dict of one model chunk.
 
@@ -53,25 +53,26 @@ def load_rank(
         family: of the checkpoint.
         hf_dir: the HF checkpoint.
         given: the layout.
-        place: tp rank, pp rank, virtual stage.
+        place: tp rank, pp rank, virtual stage, ep rank.
 
     Raises:
         LayoutError: a rank that the layout does not have.
     """
     source = hf_model(family, hf_dir, Options())
     layout = target_layout(source, given, prefix="")
-    tp, pp, virtual = place
-    sizes = (layout.tp_folders, layout.pp_size, layout.vpp_size)
+    tp, pp, virtual, ep = place
+    sizes = (layout.tp_folders, layout.pp_size, layout.vpp_size, layout.ep)
     if any(not 0 <= rank < size for rank, size in zip(place, sizes, strict=True)):
         raise LayoutError(
-            f"tp rank {tp}, pp rank {pp}, virtual stage {virtual} is not in {layout.describe()}",
+            f"tp rank {tp}, pp rank {pp}, virtual stage {virtual}, ep rank {ep} is not in "
+            f"{layout.describe()}",
             f"ranks below {sizes}",
         )
     src = hf_side(source.modules, source.dims, source.hf_tensors, transposed=True)
     wholes = in_dtype(src.wholes, "")
     plan = build(src, mm_target(source.modules, source.dims, layout, wholes))
     prove(plan)
-    chunk = Chunk(Rank(tp, pp), virtual)
+    chunk = Chunk(Rank(tp, pp, ep), virtual)
     expected = {i: t for i, t in enumerate(plan.targets) if t.chunk == chunk}
     copies = defaultdict[int, list[Copy]](list)
     for c in plan.copies:

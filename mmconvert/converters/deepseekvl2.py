@@ -42,6 +42,8 @@ MLA = {
     "llm.expert_ffn": ("moe_intermediate_size",),
 }
 
+ACTIVE = {"llm.active_experts": ("num_experts_per_tok",)}
+
 
 def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
     """The text part."""
@@ -86,7 +88,7 @@ def dims(config: Mapping[str, object]) -> Dims:
     text = text_config(config)
     where = "language_config"
     found |= text_dims(text, where)
-    keys = {**MLA, "llm.shared": ("n_shared_experts",), "llm.q_lora": ("q_lora_rank",)}
+    keys = {**MLA, **ACTIVE, "llm.shared": ("n_shared_experts",), "llm.q_lora": ("q_lora_rank",)}
     found |= read_dims(text, where, keys)
     need(found, where, MLA)
     count, nope, v = found["llm.heads"], found["llm.nope"], found["llm.v_dim"]

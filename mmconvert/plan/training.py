@@ -39,14 +39,23 @@ def _order(layout: Layout) -> Iterator[str]:
         yield f"{error.what}: the text reads features that are not there yet"
 
 
+def has_mergers(module: Module) -> bool:
+    """Whether layers of an encoder hand features to the text, through mergers of their own."""
+    return any(INDEX in name for r in module.layer for name in r.hf)
+
+
+def in_one_piece(module: Module) -> bool:
+    """Whether training wants all layers of an encoder where the text begins."""
+    return module.beside_text or has_mergers(module)
+
+
 def _deepstack(modules: Sequence[Module], layout: Layout) -> Iterator[str]:
     """Encoders whose layers hand features to the text, on several stages: each stage keeps its
     own (read in the model code of MindSpeed-MM 26.1).
     """
     for module in modules:
         grid = layout.grids.get(module.key, ())
-        inner = any(INDEX in name for r in module.layer for name in r.hf)
-        if inner and sum(map(bool, flat(grid))) > 1:
+        if has_mergers(module) and sum(map(bool, flat(grid))) > 1:
             yield (
                 f"{grid_flag(module.key)} {show(grid)} has {module.label} on several stages: "
                 "training looks for its mergers by the layer's number within a stage, and hands "

@@ -61,6 +61,21 @@ def test_load_rank_is_what_the_rank_file_holds(model: str, tmp_path: Path) -> No
     assert seen > 50
 
 
+def test_load_rank_of_experts(tmp_path: Path) -> None:
+    """Each expert-parallel rank has its own experts, transposed out of the stacks of the hub."""
+    hf = make_hf("qwen3vl-30b-a3b", tmp_path / "hf", layers=2, vit_layers=1, deepstack=[0])
+    layout = {"tp_size": 2, "ep_size": 4}
+    mmconvert.hf_to_mm(hf, tmp_path / "mm", layout)
+    for tp, ep in ((0, 0), (1, 2)):
+        path = tmp_path / f"mm/release/mp_rank_{tp:02d}_{ep:03d}/model_optim_rng.pt"
+        stored = torch.load(path, weights_only=True)["model"]
+        loaded = mmconvert.load_rank(hf, layout, tp, 0, ep_rank=ep)
+        assert loaded.keys() == stored.keys()
+        assert all(torch.equal(tensor, stored[name]) for name, tensor in loaded.items())
+    with pytest.raises(mmconvert.LayoutError, match="ep rank 4"):
+        mmconvert.load_rank(hf, layout, 0, 0, ep_rank=4)
+
+
 def test_what_does_not_exist_is_refused(hf: Path) -> None:
     with pytest.raises(mmconvert.LayoutError, match="tp rank 2"):
         mmconvert.load_rank(hf, LAYOUT, 2, 0)

@@ -43,6 +43,10 @@ class SuggestFlags:
     """Tensor-parallel size of the vision encoder; 0 means that of --tp."""
     audio_tp: int = 0
     """Tensor-parallel size of the audio encoder; 0 means that of --tp."""
+    ep: int = 0
+    """Expert-parallel size, for models with experts; 0 proposes one."""
+    device_memory: float = 64
+    """GB of a device's memory, for that proposal."""
     freeze: str = ""
     """Not trained: image_encoder, audio_encoder, text_decoder; commas between, or repeated."""
     by: Literal["flops", "parameters"] = "flops"
@@ -86,6 +90,8 @@ def run(words: list[str]) -> int:
         asked.by,
         Workload(asked.seq_length, asked.image_tokens, asked.images, asked.audio_tokens),
         asked.config_only,
+        asked.ep,
+        asked.device_memory * 1e9,
     )
     found = suggest(asked.path, expected)
     mm_dir = Path(asked.mm_dir) if asked.mm_dir else _folder_name(asked)
@@ -185,6 +191,13 @@ def show(found: Suggestion) -> None:
         figures = [f"{rank.share:.1%}", f"{rank.tflop:.2f}", f"{rank.parameters / 1e6:,.1f} M"]
         table.add_row(str(number), *layers, *figures, amount(rank.nbytes))
     Console().print(table)
+    every, active = found.parameters
+    if active < every:
+        whole, part = (
+            f"{count / 1e9:,.2f} B" if every >= 1e9 else f"{count / 1e6:,.2f} M"
+            for count in (every, active)
+        )
+        print(f"ep {found.ep}; {whole} parameters, of which {part} work on each token")
     proof = "optimal: no layout has a faster slowest rank"
     if not found.balance.optimal:
         proof = f"not proven optimal: at most {found.balance.gap:.2%} above the best"

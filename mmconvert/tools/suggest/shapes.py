@@ -10,8 +10,9 @@ from mmconvert.converters.family import Dims, Family, Row
 from mmconvert.errors import CheckpointError
 from mmconvert.formats.hf.model import hf_model
 from mmconvert.formats.hf.side import hf_side
-from mmconvert.formats.mm.instances import instances
+from mmconvert.formats.mm.instances import experts_of, instances
 from mmconvert.formats.model import Model
+from mmconvert.names import NO_EXPERT, number, summarise
 from mmconvert.plan.plan import Key, Whole
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -21,6 +22,7 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 COLUMNS = {
     "image_encoder.encoder.patch_embed.proj.weight": ("channels", "frames", "patch", "patch"),
     "image_encoder.encoder.embeddings.patch_embedding.weight": ("channels", "patch", "patch"),
+    "image_encoder.encoder.downsample.weight": ("own.merged",),
     "audio_encoder.encoder.conv1.weight": ("mel", "kernel"),
     "audio_encoder.encoder.conv2.weight": ("own.width", "kernel"),
 }
@@ -28,6 +30,7 @@ COLUMNS = {
 SHAPES = {
     "image_encoder.encoder.embeddings.class_embedding": ("own.width",),
     "image_encoder.encoder.embeddings.position_embedding": ("positions", "own.width"),
+    "image_encoder.encoder.embeddings.position_embedding.weight": ("grid", "own.width"),
     "audio_encoder.encoder.audio_bos_eos_token.weight": ("bos_eos", "decoder.hidden"),
 }
 KERNEL = 3  # of both audio convolutions (Whisper's encoder)
@@ -64,28 +67,41 @@ def config_shapes(
     base = dict(model.dims) | sizes | {"kernel": KERNEL, "bos_eos": 2}
     base["decoder.hidden"] = model.dims[f"{model.family.decoder}.hidden"]
     if "tile" in sizes:
-        base["positions"] = (sizes["tile"] // sizes["patch"]) ** 2 + 1
+        base["grid"] = (sizes["tile"] // sizes["patch"]) ** 2
+        base["positions"] = base["grid"] + 1  # and the class embedding
     dtype = _dtype(model.family, config)
     warnings: list[str] = []
     if not model.tied_known:
         warnings.append("config.json does not say tie_word_embeddings; taken as false")
+    unknown: list[str] = []
+    shapes: dict[str, tuple[int, ...]] = {}
     wholes: dict[Key, Whole] = {}
-    for item in instances(model.modules, {m.key: 1 for m in model.modules}):
+    for module in model.modules:
+        known = base | {f"own.{n}": base.get(f"{module.key}.{n}", 0) for n in ("width", "merged")}
+        for row in module.all_rows():
+            if not row.tied_to:
+                shapes[row.mm] = _shape(row, known, unknown)
+                if row.only:  # the first layer may have no such row
+                    expert = 0 if row.of_expert else NO_EXPERT
+                    wholes[Key(row.mm, 0, expert)] = Whole(shapes[row.mm], dtype)
+    experts = experts_of(model.modules, model.dims)
+    for item in instances(model.modules, {m.key: 1 for m in model.modules}, experts):
         if not item.row.tied_to:
-            key = item.module.key
-            known = base | {"own.width": base.get(f"{key}.width", 0)}
-            wholes[item.key] = Whole(_shape(item.row, known, warnings), dtype)
+            wholes[item.key] = Whole(shapes[item.row.mm], dtype)
+    if unknown:
+        what = f"config.json does not tell the sizes of {number(unknown, 'tensor')}: not counted: "
+        warnings.append(what + summarise(unknown, 2))
     return wholes, warnings
 
 
-def _shape(row: Row, known: Dims, warnings: list[str]) -> tuple[int, ...]:
+def _shape(row: Row, known: Dims, unknown: list[str]) -> tuple[int, ...]:
     """The shape of the whole tensor of a row."""
     if row.mm in SHAPES:
         return tuple(_size(name, row, known) for name in SHAPES[row.mm])
     rows = sum(_size(name, row, known) for name in row.rows)
     names = (row.cols,) if row.cols else COLUMNS.get(row.mm, ())
     if not rows:
-        warnings.append(f"config.json does not tell the size of {row.mm}: not counted")
+        unknown.append(row.mm)
         return (0,)
     if not names:
         return (rows,)

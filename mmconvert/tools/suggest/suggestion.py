@@ -14,12 +14,13 @@ from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.model import Model
 from mmconvert.formats.recognise import family_of
 from mmconvert.formats.registry import recognise
-from mmconvert.plan.training import cautions
+from mmconvert.plan.training import cautions, in_one_piece
 from mmconvert.sharding.layout import Layout, grid_flag, tp_flag
 from mmconvert.sharding.stages import StageGrid, first_stage, flat, show
 from mmconvert.tools.suggest.chains import Problem, rank_loads, stage_costs
 from mmconvert.tools.suggest.chains import grid as as_grid
-from mmconvert.tools.suggest.cost import Costs, module_costs
+from mmconvert.tools.suggest.cost import Costs, model_parameters, module_costs
+from mmconvert.tools.suggest.experts import SHARE, STATE, about_ep, ep_sizes
 from mmconvert.tools.suggest.frozen import frozen_keys, frozen_warnings
 from mmconvert.tools.suggest.optimum import Balance, balance
 from mmconvert.tools.suggest.shapes import config_shapes, has_weights, stored_shapes
@@ -40,6 +41,8 @@ class Goal:
         by: what is balanced, ``flops`` or ``parameters``.
         work: one training sample.
         config_only: leave weight files alone.
+        ep: expert-parallel size; 0: to be proposed.
+        device_memory: bytes of a device, for that.
     """
 
     pp: int
@@ -50,6 +53,8 @@ class Goal:
     by: str = "flops"
     work: Workload = field(default_factory=Workload)
     config_only: bool = False
+    ep: int = 0
+    device_memory: float = 64e9
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ class Suggestion:
         ranks: by pipeline rank.
         notes: what the figures rest on.
         warnings: what training must know.
+        ep: the expert-parallel size, of models with experts; else 0.
+        parameters: of the whole model, and those of them that work on one token.
     """
 
     model: Model
@@ -92,15 +99,16 @@ class Suggestion:
     ranks: list[RankFigures]
     notes: list[str]
     warnings: list[str]
+    ep: int = 0
+    parameters: tuple[int, int] = (0, 0)
 
     def parallel_config(self) -> dict[str, object]:
         """The layout with the converter's own keys."""
         out: dict[str, object] = {
             grid_flag(key): _as_list(grid) for key, grid in sorted(self.balance.grids.items())
         }
-        return out | {
-            tp_flag(key, self.model.family.decoder): size for key, size in self.tp.items()
-        }
+        out |= {tp_flag(key, self.model.family.decoder): size for key, size in self.tp.items()}
+        return out | ({"ep_size": self.ep} if self.ep else {})
 
     def command(self, hf_dir: Path, mm_dir: Path) -> str:
         """The command that converts to this layout, for a POSIX shell."""
@@ -111,6 +119,7 @@ class Suggestion:
         for key, size in self.tp.items():
             flag = tp_flag(key, self.model.family.decoder)
             words += [f"--cfg.parallel_config.{flag}", str(size)]
+        words += ["--cfg.parallel_config.ep_size", str(self.ep)] if self.ep else []
         return shlex.join(words)
 
     def as_dict(self, hf_dir: Path, mm_dir: Path) -> dict[str, object]:
@@ -118,6 +127,8 @@ class Suggestion:
         return {
             "parallel_config": self.parallel_config(),
             "converter": self.model.family.converter,
+            "parameters": self.parameters[0],
+            "active_parameters": self.parameters[1],
             "imbalance": self.imbalance,
             "chunk_imbalance": self.chunk_imbalance,
             "optimal": self.balance.optimal,
@@ -173,9 +184,10 @@ def suggest(folder: Path, expected: Goal) -> Suggestion:
         wholes, warnings = config_shapes(model, config, sizes)
         notes.append("sizes are those of config.json; no weight file was read")
     every = {m.key: tp.get(m.key, tp[family.decoder]) for m in model.modules}
-    costs = module_costs(model, wholes, every, flows(model, sizes, expected.work), frozen)
+    work = flows(model, sizes, expected.work)
+    costs = module_costs(model, wholes, every, work, frozen)
     problem = _problem(costs, expected, expected.by)
-    found = _balanced(problem, {m.key for m in model.modules if m.beside_text})
+    found = _balanced(problem, {m.key for m in model.modules if in_one_piece(m)})
     layout = Layout(every, found.grids, decoder=family.decoder)
     if unusable := cautions(model.modules, model.dims, layout):
         raise LayoutError(unusable[0], "a layout that training can use", "give another --tp")
@@ -184,7 +196,14 @@ def suggest(folder: Path, expected: Goal) -> Suggestion:
         sum(c)
         for c in zip(*(stage_costs(ch, counts[ch.key]) for ch in problem.chains), strict=True)
     ]
-    ranks = _ranks(found.grids, costs, expected, model)
+    ep, most, ranks = 0, 0, _ranks(found.grids, costs, expected, model)
+    for size in ep_sizes(model, expected.ep):
+        ep, costs = size, module_costs(model, wholes, every, work, frozen, size)
+        ranks = _ranks(found.grids, costs, expected, model)
+        most = max(rank.parameters for rank in ranks) * STATE
+        if most <= expected.device_memory * SHARE:
+            break
+    notes += [about_ep(ep, most, expected)] if ep else []
     warnings += frozen_warnings(found.grids, frozen, expected.pp)
     if expected.vpp > 1 and expected.pp == 1:
         warnings.append("virtual stages need at least 2 pipeline ranks in training")
@@ -198,6 +217,8 @@ def suggest(folder: Path, expected: Goal) -> Suggestion:
         ranks,
         notes,
         warnings,
+        ep,
+        model_parameters(model, wholes),
     )
 
 
