@@ -10,13 +10,14 @@ import numpy as np
 import torch
 import yaml
 
+from mmconvert.playground.qwenvl import PlaygroundSizes
 from mmconvert.runtime.qwenvl import weights
 from mmconvert.runtime.qwenvl.model import QwenVLModel
 from mmconvert.runtime.qwenvl.sizes import Positions
-from qwenvl import Sizes, make_qwenvl
+from qwenvl import make_qwenvl
 
 FOLDER = Path(__file__).parent / "golden" / "qwenvl_runtime"
-RECORDED = Sizes(
+RECORDED = PlaygroundSizes(
     hidden=256, heads=4, layers=3, inter=176, vocab=482, width=64, vision_heads=4, vision_layers=2
 )
 PAD = 256

@@ -26,8 +26,9 @@ from mmconvert.converters.family import Family
 from mmconvert.formats.containers.ckpt import read_ckpt
 from mmconvert.formats.mindspore.strategy import read_strategy
 from mmconvert.playground.checkpoints import make_hf
+from mmconvert.playground.qwenvl import PlaygroundSizes
 from mmread import compare_hf, compare_side_files
-from qwenvl import Sizes, Tensors, devices, hf_to_ms, make_qwenvl, ms_to_hf, resplit_ms
+from qwenvl import Tensors, devices, hf_to_ms, make_qwenvl, ms_to_hf, resplit_ms
 from stopping import noted, stopped
 
 HEAVY = {"overflow": 70000.0, "underflow": 1e-9}
@@ -265,8 +266,8 @@ def test_fp16_says_what_it_cost(tmp_path: Path) -> None:
     (over,) = result["cast"]["overflowed"].values()
     (under,) = result["cast"]["underflowed"].values()
     assert (over, under) == (1, 1)
-    assert "1 values overflowed to infinity" in done.stderr
-    assert "1 values became zero" in done.stderr and "out_proj" in done.stderr
+    assert "1 value overflowed to infinity" in done.stderr
+    assert "1 value became zero" in done.stderr and "out_proj" in done.stderr
 
 
 def test_a_dry_run_writes_nothing(hf: Path, tmp_path: Path) -> None:
@@ -470,7 +471,7 @@ def test_slices_by_another_layouts_strategy(
 
 def test_a_padded_vocabulary(ckpt: Path, hf: Path, tmp_path: Path) -> None:
     """MindFormers can pad embedding and output layer: config.json does not know of it."""
-    padded = make_qwenvl(tmp_path / "hf", Sizes(vocab=512))
+    padded = make_qwenvl(tmp_path / "hf", PlaygroundSizes(vocab=512))
     hf_to_ms(padded, tmp_path / "x.ckpt")
     words = ["--cfg.hf_config.hf_dir", str(hf), *devices(model_parallel=2)]
     resplit_ms(tmp_path / "x.ckpt", tmp_path / "r", *words)
@@ -621,10 +622,10 @@ def test_what_is_no_such_checkpoint(hf: Path, tmp_path: Path) -> None:
 
 
 def test_another_models_checkpoint(ckpt: Path, tmp_path: Path) -> None:
-    other = make_qwenvl(tmp_path / "hf", Sizes(layers=2))
+    other = make_qwenvl(tmp_path / "hf", PlaygroundSizes(layers=2))
     done = ms_to_hf(ckpt, other, tmp_path / "back", check=None)
     refused(done, 3, "3 llm layers", "2", out=tmp_path / "back")
-    wide = make_qwenvl(tmp_path / "wide", Sizes(vocab=512))
+    wide = make_qwenvl(tmp_path / "wide", PlaygroundSizes(vocab=512))
     done = ms_to_hf(ckpt, wide, tmp_path / "back", check=None)
     refused(done, 3, "[256, 128]", "[512, 128]", out=tmp_path / "back")
 

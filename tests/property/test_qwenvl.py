@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from mmconvert.config import DeviceConfig, HFConfig, HFToMS, MSResplit, MSToHF, Options
 from mmconvert.convert import hf_to_ms, ms_to_hf, resplit
 from mmconvert.converters.qwenvl import FAMILY
+from mmconvert.playground.qwenvl import PlaygroundSizes
 from mmconvert.tools.comparison.verification import verify
 from mmread import compare_hf
-from qwenvl import Sizes, make_qwenvl
+from qwenvl import make_qwenvl
 
 SIZES = st.builds(
-    lambda heads, head, layers, inter, vision, width, blocks, vocab: Sizes(
+    lambda heads, head, layers, inter, vision, width, blocks, vocab: PlaygroundSizes(
         heads * head, heads, layers, 4 * inter, 8 * vocab, vision * width, vision, blocks
     ),
     st.sampled_from([4, 8]),
@@ -50,7 +51,7 @@ def config(layout: dict[str, int], layers: int) -> DeviceConfig:
 @settings(max_examples=25, deadline=None)
 @given(SIZES, LAYOUT, LAYOUT, st.sampled_from(["ckpt", "safetensors"]))
 def test_there_through_two_layouts_and_back(
-    sizes: Sizes, one: dict[str, int], two: dict[str, int], suffix: str
+    sizes: PlaygroundSizes, one: dict[str, int], two: dict[str, int], suffix: str
 ) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
