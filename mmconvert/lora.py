@@ -130,6 +130,8 @@ def lora_merge(
     if not cfg.lora_dir:
         raise RequestError("no adapter is given", "--cfg.lora_dir FOLDER")
     adapters = tuple(opened(Path(folder), family, cfg, options, like) for folder in cfg.lora_dir)
+    for adapter in adapters:
+        _check_said(adapter, cfg)
     flags = "--cfg.target_parallel_config."
     given = cfg.target_parallel_config
     source = End(kind, cfg.base_dir, cfg.parallel_config if kind == "mm" else None, PARALLEL)
@@ -145,6 +147,28 @@ def lora_merge(
         adapters=adapters,
     )
     return convert(family, asked, options, events)
+
+
+def _check_said(adapter: Adapter, cfg: LoraMerge) -> None:
+    """Raises CheckpointError for an adapter that is not what the flags say."""
+    for delta in adapter.deltas:
+        term = delta.term
+        if cfg.lora_r is not None and term.a and term.rank != cfg.lora_r:
+            raise CheckpointError(
+                f"{adapter.where}: the adapter of {term.name} has the rank {term.rank}, lora_r "
+                f"says {cfg.lora_r}",
+                "the rank that the matrices have",
+                "leave the flag out",
+            )
+        ends = cfg.lora_target_modules
+        name = f".{term.name}"
+        if ends and not any(name.endswith(f".{end}") for end in ends):
+            raise CheckpointError(
+                f"{adapter.where}: {term.name} is adapted, and is none of lora_target_modules "
+                f"{' '.join(ends)}: it would be lost",
+                "the ends of all adapted modules, in the adapter's own names",
+                "leave the flag out: all that the adapter holds is merged",
+            )
 
 
 def base_kind(base: Path) -> str:

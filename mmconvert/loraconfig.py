@@ -12,6 +12,7 @@ from mmconvert.config import (
     Folders,
     MaybeBool,
     MaybeFloat,
+    MaybeInt,
     MaybePath,
     OptionalHFConfig,
     ParallelConfig,
@@ -97,6 +98,10 @@ class LoraMerge:
     hf_config: OptionalHFConfig = field(default_factory=OptionalHFConfig)
     lora_alpha: MaybeFloat = None
     """lora_alpha of training, where nothing else tells it."""
+    lora_r: MaybeInt = None
+    """The rank that all matrices must have."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Ends of the names of all modules that are adapted."""
     scale: float = 1.0
     """What alpha / r is multiplied with."""
     base_is_residual: bool = False
@@ -106,6 +111,19 @@ class LoraMerge:
     common_model_config: CommonModelConfig = field(default_factory=CommonModelConfig)
     trust_remote_code: bool = False
     """Accepted for compatibility; nothing is ever run."""
+
+
+@dataclass(frozen=True)
+class RenameLora:
+    """Adapter -> the same adapter under other names."""
+
+    lora_dir: Path
+    """Adapter of PEFT, or lora_adapter*.safetensors of FSDP2 training."""
+    save_dir: Path
+    """Folder to write."""
+    names: Literal["new", "old", "fsdp2"] = "new"
+    """new: PEFT with transformers 4.52 and later; old: PEFT with earlier ones; fsdp2: what
+    MindSpeed-MM's FSDP2 training reads."""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,9 @@ TOOLS = {
     "convert_weight": "--model qwenvl --input_path HF --output_path X.ckpt, as MindFormers has it",
     "playground": "DIR writes small checkpoints of every family to try the commands on",
     "moe_expert": "--style merge|split --hf_dir HF --save_dir OUT stores experts in another form",
+    "rename_lora": "--lora_dir A --save_dir B --names new|old|fsdp2 gives an adapter other names",
+    "merge_base_lora_weight": "as MindSpeed-MM has it: MM base + MM adapter",
+    "merge_lora_safetensors_to_base": "as MindSpeed-MM has it: HF base + adapter",
     "completion": "bash|zsh prints a script that completes these words in the shell",
 }
 # Scripts of MindFormers' and MindSpeed-MM's guides: their lines work with mm-convert for python.
@@ -51,6 +54,8 @@ SCRIPTS = {
     "data_convert": ["data", "llava-to-qwenvl"],
     "run_qwenvl_predict": ["predict"],
     "run_qwenvl": ["run_qwenvl"],
+    "merge_base_lora_weight": ["merge_base_lora_weight"],
+    "merge_lora_safetensors_to_base": ["merge_lora_safetensors_to_base"],
     "llava_instruct_2_mllm_demo_format": ["data", "llava-to-mllm"],
 }
 # These bring torch's process groups themselves, one process for each rank of the checkpoint.

@@ -63,6 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "run": STORY - {"convert"},
     "convert": STORY,
     "lora": {*STORY, "loraconfig"},
+    "renaming": {*STORY, "loraconfig"},
     "regroup": STORY - {"convert"},
     "loading": FILES_ROOM,
     "lazy": {*FILES_ROOM, "loading"},
@@ -75,8 +76,8 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": {*FILES_ROOM, "loading"},
     "cli": {
         *STORY,
-        *("api", "datasets", "lora", "loraconfig", "playground", "regroup", "report"),
-        *("runtime", "tools"),
+        *("api", "datasets", "lora", "loraconfig", "playground", "regroup", "renaming"),
+        *("report", "runtime", "tools"),
     },
     "__init__": {"api", "config"},
     "__main__": {"cli"},

@@ -47,15 +47,14 @@ def mm_deltas(stored: StoredCheckpoint, alpha: float | None, factor: float) -> A
         a = side.wholes[Key(stem + MM_A, item.layer, item.expert)]
         b = side.wholes[Key(stem + MM_B, item.layer, item.expert)]
         rank, cols = matrix(a.shape)
+        name = Key(stem, item.layer, item.expert).name()
         parts = part_spans(item.row, b.shape[0], model.dims, item.key.name())
         named = [n for n in item.row.hf if n != ZEROS]
         mine = [p for p, name in zip(parts, item.row.hf, strict=True) if name != ZEROS]
         for hub, template, spans in zip(item.hf_names(), named, mine, strict=True):
             rows = sum(span.length for span in spans)
             blocks = tuple(part_blocks(b.copies[0], spans))
-            term = Term(
-                hub.removesuffix(WEIGHT), tuple(a.copies[0]), blocks, rank, rows, cols, scale
-            )
+            term = Term(name, tuple(a.copies[0]), blocks, rank, rows, cols, scale)
             expert = NO_EXPERT if EXPERT in template else item.expert
             found.deltas.append(Delta(hub, expert, term))
     for key, whole in side.wholes.items():

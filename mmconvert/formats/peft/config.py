@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from mmconvert.adapters import WEIGHT, Settings
 from mmconvert.formats.mm.instances import experts_of, instances
@@ -82,9 +82,16 @@ def target_modules(
     return narrow, "|".join(f"{re.escape(prefix)}.*" for prefix in prefixes)
 
 
-def _ends(adapted: Collection[str], others: Iterable[str]) -> list[str]:
+def _above(paths: Iterable[str]) -> Iterator[str]:
+    """The modules that others lie in, such as a layer."""
+    for path in paths:
+        words = path.split(".")
+        yield from (".".join(words[:i]) for i in range(1, len(words)))
+
+
+def _ends(adapted: Collection[str], others: Collection[str]) -> list[str]:
     taken: set[str] = set()
-    for name in others:
+    for name in {*others, *_above(others), *_above(adapted)}:
         words = name.split(".")
         taken.update(".".join(words[i:]) for i in range(len(words)))
     chosen: set[str] = set()
