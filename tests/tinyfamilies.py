@@ -20,7 +20,7 @@ from tinymodels import TEXT, VOCAB, save, tiny_model
 
 CONVERTERS = {**QWEN, "omni": "Qwen2_5_OmniConverter", "omni4": "Qwen2_5_OmniConverter"}
 CONVERTERS |= dict.fromkeys(
-    ("intern-qwen2", "intern-llama", "intern-internlm2"), "InternVLConverter"
+    ("intern-qwen2", "intern-qwen3", "intern-llama", "intern-internlm2"), "InternVLConverter"
 )
 KINDS = tuple(CONVERTERS)
 INTERN_TEXT = {

@@ -34,7 +34,7 @@ class Script:
     Attributes:
         words: what is left, in our own flags.
         model, data: model.json and data.json, if they are given.
-        sizes: tp, pp, vpp that the script names.
+        sizes: tp, pp, vpp, ep that the script names.
         hetero: whether each module has the tp size that model.json gives it.
         idle: flags without effect here, by the reason.
     """
@@ -195,7 +195,7 @@ def check_layout(layout: Layout, model: ModelJson | None, script: Script) -> Non
     pp, vpp = script.sizes.get("pp", 1), script.sizes.get("vpp", 1)
     if pp * vpp > 1 and model is not None:
         grids |= {key: grid for key, grid in model.grids().items() if key in grids}
-    expected = Layout(tp, grids, decoder=layout.decoder)
+    expected = Layout(tp, grids, script.sizes.get("ep", 1), decoder=layout.decoder)
     if (expected.pp_size, expected.vpp_size) != (pp, vpp):
         source = script.model or "the checkpoint"
         raise LayoutError(

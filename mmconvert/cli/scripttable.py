@@ -15,6 +15,7 @@ SIZES = {
     "tensor_model_parallel_size": "tp",
     "pipeline_model_parallel_size": "pp",
     "virtual_pipeline_model_parallel_size": "vpp",
+    "expert_model_parallel_size": "ep",
 }
 SPEED = "kernels, communication and memory, not the result"
 LOADED = "weights are loaded from the checkpoint"
@@ -30,13 +31,14 @@ NO_EFFECT: dict[str, tuple[int, str]] = {
             "swap_attention", "reuse_fp32_param", "encoder_dp_balance", "use_data_balance",
             "use_deter_comp", "jit_compile", "allow_tf32", "allow_internal_format",
             "variable_seq_lengths", "unaligned_linear", "enable_dummy_optimizer",
+            "moe_grouped_gemm", "moe_permute_fusion",
             "manual_gc", "accumulate_allreduce_grads_in_fp32", "attention_softmax_in_fp32",
         ),
         (0, SPEED),
     ),
     **dict.fromkeys(
         ("optimizer_selection", "context_parallel_algo", "mm_tool",
-         "manual_gc_interval"),
+         "manual_gc_interval", "moe_token_dispatcher_type"),
         (1, SPEED),
     ),
     **dict.fromkeys(("no_initialization", "use_cpu_initialization"), (0, LOADED)),
@@ -47,6 +49,7 @@ NO_EFFECT: dict[str, tuple[int, str]] = {
             "normalization", "position_embedding_type", "rotary_base", "hidden_dropout",
             "attention_dropout", "num_layers", "hidden_size", "ffn_hidden_size",
             "num_attention_heads", "num_query_groups", "max_position_embeddings", "norm_epsilon",
+            "num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq",
         ),
         (1, BY_MODEL),
     ),
@@ -104,12 +107,18 @@ REFUSED: dict[str, tuple[int | None, str, str]] = {
         (1, "torchrun, or mm-convert's own processes", "leave out msrun and its flags"),
     ),
 }  # fmt: skip
+NO_AUX = "leave it out: routers get no loss of their own"
 # Of these only some values can be honoured: (those that can, what to do about others).
 CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "ckpt_format": (("torch",), "--ckpt-format torch: MM rank files"),
     "ai_framework": (("pytorch",), "leave it out"),
     "context_parallel_size": (("1",), "--context-parallel-size 1"),
-    "expert_model_parallel_size": (("1",), "leave it out: these families have no experts"),
+    "moe_aux_loss_coeff": (("0", "0.0"), NO_AUX),
+    "moe_router_load_balancing_type": (
+        ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+        "aux_loss, whose coefficient is 0",
+    ),
+    "moe_z_loss_coeff": (("0", "0.0"), NO_AUX),
     "optimizer": (("adam",), "--optimizer adam"),
 }
 # What pretrain_vlm.py takes where a script does not say.

@@ -31,6 +31,15 @@ class ExpertGroup(NamedTuple):
     everyone: TensorGroup = TensorGroup()
 
 
+def about_routers(config: Any) -> str:  # noqa: ANN401 - HF's text config
+    """What is said of the routers' auxiliary loss where a model with experts learns."""
+    said = "note: routers get no auxiliary loss, as with Megatron's default --moe-aux-loss-coeff 0"
+    if getattr(config, "output_router_logits", False):
+        weight = getattr(config, "router_aux_loss_coef", None)
+        said += f"; transformers would add {weight} of it, as config.json has output_router_logits"
+    return said
+
+
 class SomeExperts(nn.Module):
     """Transformers' experts, of which this process holds some, or a part of each.
 

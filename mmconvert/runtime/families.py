@@ -16,6 +16,9 @@ from mmconvert.errors import CheckpointError, MMConvertError
 from mmconvert.narrow import is_object
 from mmconvert.runtime.shard import params_on_meta
 
+# InternVL as its authors publish it, and in the names of transformers' own class.
+ORIGINAL = "internvl_chat"
+INTERN = (ORIGINAL, "internvl")
 CLASSES = {
     "qwen2_vl": ("Qwen2VLConfig", "Qwen2VLForConditionalGeneration"),
     "qwen2_5_vl": ("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration"),
@@ -23,13 +26,14 @@ CLASSES = {
     "qwen3_vl": ("Qwen3VLConfig", "Qwen3VLForConditionalGeneration"),
     "qwen3_vl_moe": ("Qwen3VLMoeConfig", "Qwen3VLMoeForConditionalGeneration"),
     "glm4v": ("Glm4vConfig", "Glm4vForConditionalGeneration"),
-    "internvl_chat": ("InternVLConfig", "InternVLForConditionalGeneration"),
+    **dict.fromkeys(INTERN, ("InternVLConfig", "InternVLForConditionalGeneration")),
 }
 THINKER = "qwen2_5_omni_thinker"  # model_type of Omni's thinker saved alone
 TEXT_CONFIGS = {
     "InternLM2ForCausalLM": "LlamaConfig",  # computes the same: RMS norm, rotary GQA, gated SiLU
     "LlamaForCausalLM": "LlamaConfig",
     "Qwen2ForCausalLM": "Qwen2Config",
+    "Qwen3ForCausalLM": "Qwen3Config",
 }
 
 
@@ -78,7 +82,7 @@ class Architecture:
     @property
     def intern(self) -> bool:
         """Whether it is InternVL."""
-        return self.kind == "internvl_chat"
+        return self.kind in INTERN
 
     @property
     def deepstack(self) -> list[int]:
@@ -198,7 +202,7 @@ def architecture(hf_dir: Path) -> Architecture:
 
 
 def _config(kind: str, content: dict[str, Any]) -> Any:  # noqa: ANN401 - transformers' config
-    if kind == "internvl_chat":
+    if kind == ORIGINAL:
         return _intern_config(content)
     if kind == "qwen2_5_omni":
         content = content.get("thinker_config") or {}

@@ -19,7 +19,7 @@ from torch import Tensor
 from mmconvert.causes.quantised import quantised
 from mmconvert.formats.hf.folder import open_hf
 from mmconvert.runtime.batch import Batch, appended
-from mmconvert.runtime.families import Architecture
+from mmconvert.runtime.families import ORIGINAL, Architecture
 from mmconvert.runtime.hfweights import EXPERTS, Weights, other_way_round, qwen_name
 
 
@@ -49,7 +49,10 @@ def load_reference(
         turn = transposed and EXPERTS in name
         return [(qwen_name(name), tensor.transpose(1, 2) if turn else tensor)]
 
-    naming = intern if arch.intern else qwen
+    def own(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+        return [(own_name(name), tensor)]
+
+    naming = intern if arch.kind == ORIGINAL else own if arch.intern else qwen
     return model, Weights(arch, model, tensors, naming, dtype, device)
 
 
@@ -146,6 +149,13 @@ def _sound_inputs(batch: Batch) -> dict[str, Any]:
     for i, part in enumerate(parts):
         padded[i, :, : part.shape[1]] = part
     return {"input_features": padded, "feature_attention_mask": mask.long()}
+
+
+def own_name(name: str) -> str:
+    """A name of transformers' own InternVL: of the hub's ``-HF`` models, or since 4.52."""
+    short = name.removeprefix("model.").replace("language_model.model.", "language_model.", 1)
+    short = short.removeprefix("language_model.") if "lm_head." in short else short
+    return short if short.startswith("lm_head.") else f"model.{short}"
 
 
 # ---------------------------------------------------------------- InternVL's original weights

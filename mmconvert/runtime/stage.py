@@ -17,7 +17,7 @@ from mmconvert.runtime.audio import QwenAudio
 from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.bind import Binder
 from mmconvert.runtime.encoders import LayerRange, Point, Seen
-from mmconvert.runtime.families import Architecture
+from mmconvert.runtime.families import INTERN, Architecture
 from mmconvert.runtime.glm import GlmVision
 from mmconvert.runtime.intern import InternVision
 from mmconvert.runtime.mesh import Mesh
@@ -30,7 +30,7 @@ from mmconvert.sharding.stages import StageGrid, first_stage, flat, last_stage
 
 ENCODERS = ("vit", "audio")
 VISION = {
-    "internvl_chat": InternVision,
+    **dict.fromkeys(INTERN, InternVision),
     "qwen3_vl": Qwen3Vision,
     "qwen3_vl_moe": Qwen3Vision,
     "glm4v": GlmVision,

@@ -30,6 +30,7 @@ from mmconvert.runtime.agreement import agree
 from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.dataset import Feed, Order, Share
+from mmconvert.runtime.experts import about_routers
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.journal import Line, TrainingLog
 from mmconvert.runtime.launch import Emit
@@ -224,6 +225,8 @@ class TrainingRun:
             f"{number(dist.get_world_size(), 'process', 'processes')}{copies}, {device}; "
             f"{number(learning, 'tensor learns', 'tensors learn')}"
         )
+        if job.arch.experts:
+            emit(about_routers(job.arch.text_config))
         speaker = Speaker(job.arch, job.hf_dir, job.prepare)
         mesh = run.mesh
         share = Share(mesh.replica, mesh.replicas)

@@ -20,6 +20,7 @@ from mmconvert.names import number
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import reference
 from mmconvert.runtime.batch import Batch, loss_sum
+from mmconvert.runtime.choices import Ties, listening
 from mmconvert.runtime.engine import Engine
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.hfweights import Weights
@@ -66,12 +67,14 @@ class Validation:
         sample(run)
         logits = run.logits([batch])[0]
         loss = run.train([batch])
-        tokens = run.generate(batch, GREEDY, set(), lambda token: None)
+        with listening(run) as choices:
+            tokens = run.generate(batch, GREEDY, set(), lambda token: None)
         emit("computed; now transformers")
-        model = weights = None
+        model = weights = ties = None
         checks: list[Check] = []
         if run.mesh.lead:
             model, weights = reference.load_reference(self.arch, self.hf_dir, dtype, device)
+            ties = Ties(self.arch.parts(model), choices, batch.ids.numel(), self._limit())
             checks = self._outputs(model, batch, logits, loss, tokens)
         checks = from_lead(checks)
         checks.append(self._gradients(run, model))
@@ -85,6 +88,9 @@ class Validation:
             f"both sides read {self.hf_dir / 'config.json'}: a wrong number in it alone, "
             "such as an epsilon or a rope_theta, makes no difference here"
         ]
+        if self.arch.experts:
+            notes.append("no auxiliary loss of routers is in the loss, on either side")
+            notes += from_lead([] if ties is None else ties.note())
         layout = self.stored.layout.describe()
         return ValidationReport(layout, self.inputs, self.dtype, checks, parting, notes)
 

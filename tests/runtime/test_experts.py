@@ -14,19 +14,30 @@ import torch
 import talking
 import tinyfamilies
 from cli import run_cli
-from commands import copied, edit_rank, mm_to_hf, rank_files, resplit, target
+from commands import (
+    copied,
+    edit_json,
+    edit_rank,
+    edit_single,
+    mm_to_hf,
+    rank_files,
+    resplit,
+    target,
+)
 from mmconvert.errors import TensorError
 from mmconvert.runtime import commands
 from mmconvert.runtime.conversation import Speaker
-from mmconvert.runtime.dataset import read_samples
+from mmconvert.runtime.dataset import Data, read_samples
 from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.launch import launch
+from mmconvert.runtime.samples import SampleSource
 from mmconvert.runtime.validation import Validation
 from mmconvert.runtime.verdict import ValidationReport
 from nights import nightly
 
 pytestmark = pytest.mark.slow
 KIND, CONVERTER = "qwen3_vl_moe", "Qwen3VLMegatronConverter"
+Shard = dict[str, torch.Tensor]
 Layout = tuple[str, str, int, int]  # text, vision, tp, ep
 ONE: Layout = ("[4]", "[3]", 1, 1)
 EP_2: Layout = ("[4]", "[3]", 1, 2)
@@ -94,6 +105,19 @@ def test_the_layout_has_no_part_in_what_is_learnt(
     assert [line[3] for line in curve] == pytest.approx([line[3] for line in alone], rel=1e-5)
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_routers_learn_from_is_said(asked: bool, hf: Path, data: Path, tmp_path: Path) -> None:
+    mine = copied(hf, tmp_path / "hf")
+    edit_json(mine / "config.json", lambda c: c["text_config"].update(output_router_logits=asked))
+    heard: list[str] = []
+    commands.finetune(
+        mm(hf, ONE), mine, Data((SampleSource((data,)),)), talking.plan(tmp_path / "save", 1),
+        "fp32", False, lambda event: heard.append(str(event)),
+    )  # fmt: skip
+    (said,) = (line for line in heard if "auxiliary loss" in line)
+    assert ("transformers would add 0.001 of it" in said) == asked
+
+
 def test_a_restart_goes_on_to_the_bit_and_converts(hf: Path, data: Path, tmp_path: Path) -> None:
     start, whole, cut = mm(hf, EP_2), tmp_path / "whole", tmp_path / "cut"
     all_of_it = talking.learn(start, hf, [data], talking.plan(whole, 4, save_every=2))
@@ -127,8 +151,27 @@ def test_pictures_and_a_film_in_one_sample(hf: Path, data: Path) -> None:
     assert report.passed, report.as_dict()
 
 
+def test_ties_of_routers_are_counted(hf: Path, tmp_path: Path) -> None:
+    """Two experts that are one ten-millionth apart, the other way round in the checkpoint."""
+    near, name = copied(hf, tmp_path / "hf"), "layers.0.mlp.{}.weight"
+
+    def tie(tensors: dict[str, torch.Tensor]) -> None:
+        gate = tensors[f"model.language_model.{name.format('gate')}"]
+        gate[1] = gate[0] * (1 + 5e-7)
+
+    edit_single(near, tie)
+    other = tinyfamilies.convert(KIND, near, tmp_path / "mm", *ONE[:3])
+
+    def turn(content: dict[str, Shard]) -> None:
+        content["model"][f"text_decoder.decoder.{name.format('router')}"][0] *= 1 + 1e-6
+
+    edit_rank(other, "mp_rank_00", turn)
+    report = validated(other, near)
+    assert report.passed, report.as_dict()
+    assert any("choices of experts are ties" in note for note in report.notes)
+
+
 # ----------------------------------------------------------------------------------- faults
-Shard = dict[str, torch.Tensor]
 LAYERS, VIT = "text_decoder.decoder.layers", "image_encoder.encoder.blocks.layers"
 BOTH = ("mp_rank_00_000", "mp_rank_00_001")  # two expert-parallel ranks
 

@@ -66,6 +66,8 @@ def test_qwen2vl_trains_by_its_script(guide: Guide) -> None:
 REFUSED = {
     "another tp": (["--tensor-model-parallel-size", "2"], "tp_size 2"),
     "another pp": (["--pipeline-model-parallel-size", "1"], "PP 1 and VPP 1"),
+    "another ep": (["--expert-model-parallel-size", "2"], "ep_size 2"),
+    "a loss of routers": (["--moe-aux-loss-coeff", "0.01"], "--moe-aux-loss-coeff 0.01 cannot"),
     "context parallel": (["--context-parallel-size", "2"], "--context-parallel-size 2 cannot"),
     "fsdp": (["--use-torch-fsdp2"], "--use-torch-fsdp2 cannot be honoured"),
     "lora": (["--lora-target-modules", "linear_qkv", "linear_proj"], "--lora-target-modules"),

@@ -46,6 +46,20 @@ def test_logits_and_gradients_are_transformers_own(
     assert (parts.owner.lm_head.weight is parts.text.embed_tokens.weight) == tied
 
 
+OWN_NAMES = {  # on the hub, and as the class has it
+    "vision_tower.layernorm.weight": "model.vision_tower.layernorm.weight",
+    "multi_modal_projector.linear_1.bias": "model.multi_modal_projector.linear_1.bias",
+    "language_model.model.norm.weight": "model.language_model.norm.weight",
+    "language_model.lm_head.weight": "lm_head.weight",
+}
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_internvls_names_of_the_hub_and_of_its_class_are_one(name: str) -> None:
+    assert reference.own_name(name) == OWN_NAMES[name]
+    assert reference.own_name(OWN_NAMES[name]) == OWN_NAMES[name]
+
+
 def test_a_folder_of_another_size_is_refused(tmp_path: Path) -> None:
     hf = talking.make("qwen2_vl", tmp_path / "hf")
     path = hf / "config.json"

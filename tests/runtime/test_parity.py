@@ -65,6 +65,7 @@ CASES = {
     "experts": Case("qwen3_vl_moe", "[4]", "[3]"),
     "experts ep 2": Case("qwen3_vl_moe", "[4]", "[3]", 1, EP_2),
     "experts tp 2 ep 2": Case("qwen3_vl_moe", "[4]", "[3]", 2, EP_2),
+    "experts ep 2, bf16": Case("qwen3_vl_moe", "[4]", "[3]", 1, EP_2, dtype="bf16"),
     "experts pp 2 vpp 2": Case("qwen3_vl_moe", "[[0,1],[1,2]]", "[[2,1],[0,0]]"),
     "experts pp 2 ep 4": Case("qwen3_vl_moe", "[1,3]", "[3,0]", 1, ("ep_size=4",)),
     "experts tp 2, vit tp 1, ep 2": Case("qwen3_vl_moe", "[4]", "[3]", 2, ("vit_tp_size=1", *EP_2)),
@@ -72,6 +73,9 @@ CASES = {
     "glm over stages": Case("glm4v", "[0,1,3]", "[1,2,0]"),
     "glm tp 2": Case("glm4v", "[4]", "[3]", 2),
     "glm tp 2 pp 2 vpp 2": Case("glm4v", "[[0,1],[1,2]]", "[[2,1],[0,0]]", 2),
+    "internvl qwen3": Case("intern-qwen3", "[1,3]", "[3,0]"),
+    "internvl qwen3, tp 2 pp 2": Case("intern-qwen3", "[0,4]", "[2,1]", 2),
+    "internvl qwen3, vpp 2": Case("intern-qwen3", "[[0,1],[1,2]]", "[[2,1],[0,0]]"),
     "omni tp 2 pp 2": Case("omni", "[0,4]", "[2,1]", 2, ("audio_pp_layers=[1,2]",)),
     "internvl internlm2": Case("intern-internlm2", "[[0,1],[1,2]]", "[[2,1],[0,0]]"),
 }  # fmt: skip
@@ -81,7 +85,8 @@ TODAY = (
     *("tied over two stages", "bf16, two ranks", "omni", "omni tp 2 with encoders at tp 1"),
     *("internvl qwen2, uneven", "internvl llama, norms, uneven", "internvl internlm2"),
     *("qwen3 over stages", "qwen3 tp 2 pp 2 vpp 2", "experts tp 2 ep 2", "experts pp 2 vpp 2"),
-    *("glm over stages", "glm tp 2"),
+    "experts ep 2, bf16",
+    *("glm over stages", "glm tp 2", "internvl qwen3, tp 2 pp 2"),
 )
 
 
@@ -133,6 +138,15 @@ def test_hetero_tp_of_four_ranks(tmp_path: Path) -> None:
     """Text at tp 4, encoders at tp 1, as the Omni guide has it."""
     case = Case("omni4", "[4]", "[3]", 4, ENCODERS_TP_1)
     assert checked(case, tmp_path).passed
+
+
+def test_internvl_in_the_names_of_transformers_own_class(tmp_path: Path) -> None:
+    hf, kind = tmp_path / "hf", "intern-qwen3"
+    models.native_intern(kind).save_pretrained(hf)
+    mm = models.convert(kind, hf, tmp_path / "mm", "[1,3]", "[3,0]")
+    report = commands.validate(mm, hf, "", (), (), "fp32", 0.0, lambda event: None)
+    assert report.passed, report.as_dict()
+    assert report.checks[0].found == 0.0
 
 
 LEFT = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
