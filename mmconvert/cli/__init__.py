@@ -337,7 +337,7 @@ def _unprinted(error: OSError) -> OutputError:
 
 
 def _dispatch(words: list[str]) -> int:
-    from mmconvert.converters import BUILT_IN, MINDSPORE, converter_names
+    from mmconvert.converters import BUILT_IN, MINDSPORE, REFUSED, converter_names
 
     if words[:1] == ["--version"]:
         print(f"mm-convert {VERSION}")
@@ -358,6 +358,8 @@ def _dispatch(words: list[str]) -> int:
     # Installed packages are searched for converters only when none of ours is meant: it is slow.
     own = (AUTO, *BUILT_IN, *MINDSPORE)
     if converter not in own and converter not in converter_names():
+        if converter in REFUSED:
+            raise RequestError(*REFUSED[converter])
         known = [AUTO, *converter_names(), *MINDSPORE, *DCP_CONVERTERS, *TOOLS]
         kind = "converter" if converter.endswith("Converter") else "command"
         raise _unknown(kind, converter, known, "mm-convert -h")

@@ -23,6 +23,19 @@ BUILT_IN = {
 # Families whose other side is MindSpore (MindFormers) instead of MM format; verbs of their own.
 MINDSPORE = {"QwenVLConverter": "mmconvert.converters.qwenvl"}
 
+# MindSpeed-MM's converters that are refused here: what is known of each, and the way out.
+REFUSED = {
+    "VideoAlignConverter": (
+        "VideoAlignConverter is not served: MindSpeed-MM's own loses q, k, v, gate and up of every "
+        "layer by default, and with a resized vocabulary draws rows at random; no record tells "
+        "what its checkpoint should be",
+        "a model whose conversion can be proven",
+        "the base model alone: Qwen2VLConverter with --cfg.common_model_config."
+        "enable_canonical_hf_struct True. LoRA pairs are to be merged before, and the reward "
+        "head (rm_head) has no place in it",
+    )
+}
+
 
 def converter_names() -> list[str]:
     """Names of all converters, built in and third-party; imports none of them."""
@@ -38,6 +51,8 @@ def load(converter: str) -> Family:
     if own := BUILT_IN.get(converter) or MINDSPORE.get(converter):
         return import_module(own).FAMILY
     entry = third_party().get(converter)
+    if entry is None and converter in REFUSED:
+        raise RequestError(*REFUSED[converter])
     if entry is None:
         raise RequestError(
             f"there is no converter {converter}", "one of " + ", ".join(converter_names())

@@ -75,6 +75,13 @@ def test_experts_are_refused_and_pointed_to_their_command(tmp_path: Path) -> Non
     assert "moe_expert" in said
 
 
+@pytest.mark.parametrize("verb", ["hf_to_mm", "mm_to_hf", "resplit", "-h"])
+def test_videoalign_is_refused_with_the_reason(verb: str) -> None:
+    said = call("VideoAlignConverter", verb, "--cfg.pt_path", "model.pth", check=2).stderr
+    for words in ("VideoAlignConverter is not served", "Qwen2VLConverter", "rm_head", "LoRA"):
+        assert words in said
+
+
 def test_a_native_text_decoder_that_is_not_known_is_named(tmp_path: Path) -> None:
     native = tmp_path / "native"
     native_intern("intern-llama").save_pretrained(native)

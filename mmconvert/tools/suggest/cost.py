@@ -24,8 +24,12 @@ from mmconvert.tools.suggest.chains import Chain
 from mmconvert.tools.suggest.workload import Flow
 
 # Weights that are looked up, not multiplied.
-LOOKED_UP = ("word_embeddings.weight", "audio_bos_eos_token.weight", "position_embedding.weight")
-LOOKED_UP += ("pos_embed.weight",)
+LOOKED_UP = (
+    "word_embeddings.weight",
+    "audio_bos_eos_token.weight",
+    "position_embedding.weight",
+    "pos_embed.weight",
+)
 HALF_STRIDE = ".conv2."  # works on the positions of the layers, not on the frames before them
 # Its columns are the attention's width.
 OUTPUT = ("self_attention.linear_proj.weight", "self_attention.proj.weight", "attn.proj.weight")
