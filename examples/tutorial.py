@@ -183,14 +183,15 @@ def mm_convert(work: Path, words: tuple[str, ...]) -> None:
 def runtime_says(mm: Path, hf: Path) -> list[str]:
     """What an MM checkpoint says of the pictures, in its own layout: as ``generate``, in Python."""
     from mmconvert.runtime import commands
+    from mmconvert.runtime.answers import How
+    from mmconvert.runtime.conversation import prompt
 
     return [
         commands.generate(
-            mm, hf, QUESTION, [hf.parent / "pictures" / f"{name}.png"], (), (), 24, "fp32",
-            lambda part: None,
-        )
+            mm, hf, prompt(QUESTION, [hf.parent / "pictures" / f"{name}.png"], ()), how=How(most=24)
+        ).text
         for name in CAPTIONS
-    ]  # fmt: skip
+    ]
 
 
 def transformers_says(hf: Path, pictures: Path) -> list[str]:

@@ -26,6 +26,9 @@ class Batch:
         image_rows: how many of the rows that the vision encoder gives belong to images.
         features: (mel bins, frames) of all sounds, one after the other.
         lengths: (sounds,) frames of each.
+        mask: (batch, time) 0 where an id is padding that stands before others, what a cache has
+            read included; None where there is none.
+        last: only the last position's logits are asked for.
     """
 
     ids: Tensor
@@ -36,6 +39,8 @@ class Batch:
     image_rows: int
     features: Tensor
     lengths: Tensor
+    mask: Tensor | None = None
+    last: bool = False
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
@@ -134,25 +139,44 @@ def _pad_sound(b: Batch, more: int) -> Batch:
     )
 
 
-def next_step(batch: Batch, token: int, position: Tensor) -> Batch:
-    """The batch of one further token, without pictures or sounds."""
-    ids = torch.full_like(batch.ids[:, :1], token)
-    where = position.expand(*batch.positions.shape[:-1], 1)
+def next_step(batch: Batch, tokens: Tensor, positions: Tensor) -> Batch:
+    """The batch of one further token for each row, without pictures or sounds.
+
+    Args:
+        tokens, positions: (batch,).
+    """
+    ids = tokens[:, None]
+    mask = batch.mask
     return Batch(
         ids,
         ids,
-        where,
+        positions[:, None].expand(*batch.positions.shape[:-1], 1),
         batch.pixels[:0],
         batch.grid[:0],
         0,
         batch.features[:, :0],
         batch.lengths[:0],
+        None if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], 1),
+        batch.last,
+    )
+
+
+def padded_before(b: Batch, time: int) -> Batch:
+    """The batch with padding before its ids, which a mask hides."""
+    more = time - b.ids.shape[1]
+    front = b.ids[:, :1].expand(-1, more)
+    return replace(
+        b,
+        ids=torch.cat([front, b.ids], 1),
+        labels=F.pad(b.labels, (more, 0), value=IGNORED),
+        positions=F.pad(b.positions, (more, 0)),
+        mask=F.pad(torch.ones_like(b.ids), (more, 0)),
     )
 
 
 def appended(batch: Batch, token: int, position: Tensor) -> Batch:
-    """The batch with one further token of text."""
-    more = next_step(batch, token, position)
+    """The batch, of one sample, with one further token of text."""
+    more = next_step(batch, torch.full_like(batch.ids[:, 0], token), position.reshape(1))
     return replace(
         batch,
         ids=torch.cat([batch.ids, more.ids], 1),

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import torch
-
 from mmconvert.causes.quantised import left_over
-from mmconvert.errors import RequestError
+from mmconvert.errors import MMConvertError, RequestError
 from mmconvert.names import number
-from mmconvert.runtime import engine as engines
 from mmconvert.runtime import inputs
+from mmconvert.runtime.answers import Chat, How, Model, Reply, Several
 from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.beginning import Load, beginning, fitted
 from mmconvert.runtime.conversation import Speaker, prompt
 from mmconvert.runtime.dataset import Data
 from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.families import Architecture, read_config
-from mmconvert.runtime.launch import Emit, launch, leads
-from mmconvert.runtime.mmfiles import LoadableCheckpoint
+from mmconvert.runtime.launch import launch, leads
 from mmconvert.runtime.pictures import drawn_picture
-from mmconvert.runtime.prepare import Prepare
+from mmconvert.runtime.samples import Sample
 from mmconvert.runtime.sounds import drawn_sound
 from mmconvert.runtime.training import Training, TrainingOutcome, TrainingPlan
-from mmconvert.runtime.validation import DTYPES, Validation
+from mmconvert.runtime.validation import Validation
 from mmconvert.runtime.verdict import ValidationReport
 from mmconvert.sharding.layout import Layout
 
@@ -99,85 +95,60 @@ def _question(
     return whole, f"{batch.ids.shape[1]} tokens: {what}, {words or PROMPT!r}"
 
 
-@dataclass(frozen=True)
-class Answering:
-    """The job of every process that answers a prompt."""
-
-    arch: Architecture
-    stored: LoadableCheckpoint
-    batch: Batch
-    most: int
-    stop: frozenset[int]
-    dtype: str
-    penalty: float = 1.0
-
-    def __call__(self, device: torch.device, emit: Emit) -> list[int]:
-        """Emits tokens as they come; returns all."""
-        run = engines.load(self.arch, self.stored, device, DTYPES[self.dtype])
-        return run.generate(self.batch.to(device), self.most, set(self.stop), emit, self.penalty)
-
-
-@dataclass(frozen=True)
-class How:
-    """How a prompt is answered.
-
-    Attributes:
-        prepare: how files become tensors.
-        penalty: of words that have been said; 1 for none.
-        plain: the prompt is continued as it is, without the form of a chat.
-        expected: looks at the checkpoint's layout before anything is done.
-    """
-
-    prepare: Prepare = field(default_factory=Prepare)
-    penalty: float = 1.0
-    plain: bool = False
-    expected: Callable[[Layout], None] | None = None
-
-
 def generate(
     mm_dir: Path,
     hf_dir: Path,
-    words: str,
-    images: Sequence[Path],
-    videos: Sequence[Path],
-    sounds: Sequence[Path],
-    most: int,
-    dtype: str,
-    say: Callable[[str], None],
-    how: How = How(),
-) -> str:
-    """The answer of an MM checkpoint to a prompt, greedily; ``say`` gets its words as they come.
+    asked: Sample,
+    say: Callable[[str], None] = lambda words: None,
+    how: How | None = None,
+) -> Reply:
+    """The answer of an MM checkpoint to a prompt; ``say`` gets its words as they come.
 
     Raises:
         MMConvertError: as :func:`validate`.
     """
-    if most < 1:
-        raise RequestError(f"--max_new_tokens is {most}", "a number of at least 1")
-    if not how.penalty > 0:
-        raise RequestError(f"a repetition penalty of {how.penalty}", "a number above 0")
-    arch, stored = load_folder(hf_dir, mm_dir)
-    if how.expected is not None:
-        how.expected(stored.layout)
-    speaker = Speaker(arch, hf_dir, how.prepare)
-    asked = prompt(words, images, sounds, videos)
-    batch = speaker.plain(words) if how.plain else speaker.batch(asked, answer=True)
-    found: list[int] = []
-    said = ""
+    replies: list[Reply] = []
+    generate_all(
+        mm_dir, hf_dir, [asked], lambda number, reply: replies.append(reply), say, how or How()
+    )
+    return replies[0]
 
-    def hear(token: object) -> None:
-        nonlocal said
-        assert isinstance(token, int)  # noqa: S101 - what the job emits
-        found.append(token)
-        text = speaker.words(found)
-        if not text.endswith("\ufffd"):  # half of a character: its other bytes follow
-            say(text[len(said) :])
-            said = text
 
-    job = Answering(arch, stored, batch, most, frozenset(speaker.stop), dtype, how.penalty)
-    launch(job, stored.world, hear)
-    text = speaker.words(found)
-    say(text[len(said) :])
-    return text
+def generate_all(
+    mm_dir: Path,
+    hf_dir: Path,
+    asked: Iterable[Sample],
+    hear: Callable[[int, Reply], None],
+    say: Callable[[str], None],
+    how: How,
+) -> None:
+    """The answers of an MM checkpoint to prompts; ``hear`` gets them in their order.
+
+    Raises:
+        MMConvertError: as :func:`validate`.
+    """
+    model = Model(mm_dir, hf_dir, how)
+    prompts = Several(model, asked, hear, say)
+    model.run(prompts.ask, prompts.hear)
+
+
+def chat(
+    mm_dir: Path,
+    hf_dir: Path,
+    read: Callable[[], tuple[Sample, bool] | None],
+    say: Callable[[str], None],
+    hear: Callable[[Reply], None],
+    tell: Callable[[MMConvertError], None],
+    how: How,
+) -> None:
+    """A conversation with an MM checkpoint: see :class:`mmconvert.runtime.answers.Chat`.
+
+    Raises:
+        MMConvertError: as :func:`validate`.
+    """
+    model = Model(mm_dir, hf_dir, how)
+    talk = Chat(model, read, say, hear, tell)
+    model.run(talk.ask, talk.hear)
 
 
 def _unheard(event: object) -> None:

@@ -65,11 +65,12 @@ class Speaker:
         """Text of ids, without special tokens."""
         return str(self._words.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def batch(self, sample: Sample, answer: bool) -> Batch:
+    def batch(self, sample: Sample, answer: bool, *, goes_on: bool = False) -> Batch:
         """A batch of one conversation.
 
         Args:
             answer: end with the start of an answer, as for generating; else with what was said.
+            goes_on: it stands behind an answer without its end, in place of the beginning.
 
         Raises:
             RequestError: files and places do not match, or the model has no such encoder.
@@ -78,7 +79,7 @@ class Speaker:
         files = [ids for each in tokens.values() for ids in each]
         rows = sum(i in self.arch.places for ids in files for i in ids)
         ids, labels = line(
-            self._turns(sample, tokens, answer=answer),
+            self._turns(sample, tokens, answer=answer, goes_on=goes_on),
             0 if answer else self.prepare.length,
             by_turn=self._template.by_turn,
             everything=self.prepare.learn_questions,
@@ -90,16 +91,20 @@ class Speaker:
         self._check_length(sample, ids, rows)
         return assemble(self.arch, torch.tensor([ids]), torch.tensor([labels]), *media)
 
-    def _turns(self, sample: Sample, tokens: Spelled, *, answer: bool) -> list[Turn]:
+    def _turns(self, sample: Sample, tokens: Spelled, *, answer: bool, goes_on: bool) -> list[Turn]:
         """The turns of a conversation: questions, each with the answer behind it."""
         form, messages = self._template, list(sample.messages)
-        if form.system and messages[0][0] != "system":
-            messages.insert(0, ("system", form.system))
         turns = [Turn()]
         first = self._words.tokenizer.bos_token_id
-        if form.begin and isinstance(first, int):
-            turns[0].add([first], answer=False)
-        turns[0].add([self._words.special(word) for word in form.beginning], answer=False)
+        if goes_on:
+            end = [] if self._end is None else [self._end, *self._words.ids(form.between)]
+            turns[0].add(end, answer=False)
+        else:
+            if form.system and messages[0][0] != "system":
+                messages.insert(0, ("system", form.system))
+            begin = [first] if form.begin and isinstance(first, int) else []
+            begin += [self._words.special(word) for word in form.beginning]
+            turns[0].add(begin, answer=False)
         for role, text in messages:
             learnt = role == "assistant"
             if turns[-1].answer and not learnt:

@@ -121,13 +121,13 @@ def _sample(item: Any, source: SampleSource, folder: Path, name: str, unread: se
     columns = source.columns or _recognised(entry)
     unread |= {str(key) for key in entry.keys() - columns.known}
     messages = _messages(entry, columns, name)
-    files = {kind: _names(entry, columns.files[kind], name) for kind in KINDS}
+    files = {kind: file_names(entry, columns.files[kind], name) for kind in KINDS}
     if not files["image"]:
         messages, files["image"] = _inline_pictures(messages)
     _learnable(messages, name, strict=source.columns is not None)
     _places(messages, files, columns.front, name)
     paths = {
-        kind: [_file(source.folders, folder, text, name) for text in some]
+        kind: [find_file(source.folders, folder, text, name) for text in some]
         for kind, some in files.items()
     }
     videos: list[Any] = [_clip(path, entry.get("clip"), name) for path in paths["video"]]
@@ -186,7 +186,7 @@ def _learnable(messages: Sequence[tuple[str, str]], name: str, *, strict: bool) 
         )
 
 
-def _names(entry: Mapping[str, Any], key: str | None, name: str) -> list[str]:
+def file_names(entry: Mapping[str, Any], key: str | None, name: str) -> list[str]:
     """The file names in a column: a list, or one alone."""
     value = entry.get(key) if key is not None else None
     if value is None or value == "":
@@ -231,7 +231,7 @@ def _places(
             )
 
 
-def _file(folders: Sequence[Path], folder: Path, text: str, name: str) -> Path:
+def find_file(folders: Sequence[Path], folder: Path, text: str, name: str) -> Path:
     """A file that an entry names: from the data file's own folder or from the working directory,
     as trainers read what ``mm-convert data`` writes; with data.json from its folders, then from
     the working directory.

@@ -1,4 +1,4 @@
-"""Runs a loaded checkpoint: forward, training step and greedy generation over its own layout."""
+"""Runs a loaded checkpoint: forward and training step over its own layout."""
 
 # Some functions of torch have no types, or types that are open.
 # pyright: reportUnknownArgumentType=false
@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from mmconvert.runtime import losses as averages
 from mmconvert.runtime import mesh as meshes
-from mmconvert.runtime.batch import Batch, next_step
+from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.losses import LossType
 from mmconvert.runtime.mesh import Mesh
@@ -86,57 +87,17 @@ class Engine:
             found.append(out)
         return found
 
-    def generate(
-        self,
-        batch: Batch,
-        most: int,
-        stop: set[int],
-        on_token: Callable[[int], None],
-        penalty: float = 1.0,
-    ) -> list[int]:
-        """Greedy tokens after a prompt of one sample, with a KV cache; the same on every process.
-
-        Args:
-            most: how many tokens at most.
-            stop: ids that end the answer; the one found is the last token given.
-            on_token: gets each token as it comes.
-            penalty: divides the logits of words that stand in the prompt or the answer (those
-                below 0 are multiplied), as transformers' repetition_penalty does.
-        """
-        for stage in self.stages:
-            stage.cache = transformers.DynamicCache() if stage.llm is not None else None
-        found: list[int] = []
-        position = batch.positions.amax()
-        said = batch.ids[0].unique()
-        try:
-            while len(found) < most:
-                token = self._next(batch, said, penalty)
-                said = torch.cat([said, torch.full_like(said[:1], token)]).unique()
-                found.append(token)
-                on_token(token)
-                if token in stop:
-                    break
-                position = position + 1
-                batch = next_step(batch, token, position)
-        finally:
-            for stage in self.stages:
-                stage.cache = None
-        return found
-
-    def _next(self, batch: Batch, said: Tensor, penalty: float) -> int:
+    def last_logits(self, batch: Batch) -> Tensor | None:
+        """(rows, vocabulary) of what follows a batch, on the last pipeline rank; else None."""
         with torch.no_grad():
-            outs = self._run([batch], None, None)
-        token = torch.zeros((), dtype=torch.int64, device=self.mesh.device)
-        if outs:
-            logits = outs[0][0, -1]
-            if penalty != 1:
-                old = logits[said]
-                logits = logits.index_put(
-                    (said,), torch.where(old < 0, old * penalty, old / penalty)
-                )
-            token = logits.argmax()
-        self.mesh.share_from_last(token)
-        return int(token)
+            outs = self._run([replace(batch, last=True)], None, None)
+        return outs[0][:, -1] if outs else None
+
+    def remember(self, keep: bool) -> None:
+        """Begins or drops the KV caches of all stages."""
+        for stage in self.stages:
+            both = keep and stage.llm is not None
+            stage.cache = transformers.DynamicCache() if both else None
 
     def loss(self, batches: Sequence[Batch], kind: LossType = "per_token") -> tuple[float, float]:
         """Loss of this replica's micro-batches, without gradients, and what they count.

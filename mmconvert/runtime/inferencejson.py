@@ -6,12 +6,13 @@ Keys as MindSpeed-MM 2.0.0 to 26.1.0 reads them (inference_vlm.py, tasks/inferen
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from mmconvert.errors import RequestError
 from mmconvert.modeljson.file import ModelJson, read_model_json
+from mmconvert.runtime.sampling import Sampling
 
 LONGEST = 256  # tokens of an answer where nothing is said
 
@@ -26,7 +27,7 @@ class Inference:
         hf_dir: the Hugging Face folder with tokenizer and processor.
         prompt, images, videos: the question.
         most: tokens of the answer at most.
-        penalty: how much less probable words become that have been said; 1 for none.
+        choice: how words are chosen.
         dtype: what is computed in.
         frames: of a video; 0 for the usual number.
         plain: the prompt is continued as it is, without the form of a chat.
@@ -39,7 +40,7 @@ class Inference:
     images: tuple[Path, ...] = ()
     videos: tuple[Path, ...] = ()
     most: int = LONGEST
-    penalty: float = 1.0
+    choice: Sampling = field(default_factory=Sampling)
     dtype: str = ""
     frames: int = 0
     plain: bool = False
@@ -76,7 +77,7 @@ def read_inference(path: Path) -> Inference:
         images,
         videos,
         int(config.get("max_new_tokens") or LONGEST),
-        float(config.get("repetition_penalty") or 1.0),
+        _choice(config),
         dtype,
         int(keys.get("num_segments") or 0) if kind == "video" else 0,
         not images and not videos and "infer_data_type" not in keys,
@@ -101,23 +102,25 @@ def _rank_folder(value: object) -> Path | None:
 
 
 def _generation(given: object, path: Path) -> Mapping[str, Any]:
-    """The generation_config; answers are greedy.
+    """The generation_config.
 
     Raises:
-        RequestError: it draws words, or has a number that is none.
+        RequestError: it has a number that is none.
     """
     config = cast("Mapping[str, Any]", given if isinstance(given, dict) else {})
-    numbers = {key: config.get(key) for key in ("temperature", "top_k", "repetition_penalty")}
-    numbers["max_new_tokens"] = config.get("max_new_tokens")
-    for key, value in numbers.items():
+    for key in ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens"):
+        value = config.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise RequestError(f"{path}: generation_config.{key} is {value!r}"[:200], "a number")
-    hot = config.get("temperature") or 0
-    draws = config.get("do_sample", bool(hot))
-    if draws and hot and config.get("top_k") != 1:
-        raise RequestError(
-            f"{path}: temperature {hot} and top_k {config.get('top_k')} draw words at random",
-            "the best word each time",
-            "top_k 1 or temperature 0, as the guides' own files have it",
-        )
     return config
+
+
+def _choice(config: Mapping[str, Any]) -> Sampling:
+    """Words are drawn where a temperature says so, and nothing forbids it."""
+    hot = float(config.get("temperature") or 0)
+    return Sampling(
+        float(config.get("repetition_penalty") or 1.0),
+        hot if config.get("do_sample", True) else 0.0,
+        int(config.get("top_k") or 0),
+        float(config.get("top_p") or 1.0),
+    )

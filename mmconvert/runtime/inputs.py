@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmconvert.runtime.batch import IGNORED, Batch, pad_text
+from mmconvert.runtime.batch import IGNORED, Batch, pad_text, padded_before
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.reference import split_visual, takes_token_types, token_types
 
@@ -151,3 +152,13 @@ def joined(arch: Architecture, batches: Sequence[Batch]) -> Batch:
         torch.cat([b.features for b in batches], dim=1),
         torch.cat([b.lengths for b in batches]),
     )
+
+
+def side_by_side(arch: Architecture, batches: Sequence[Batch]) -> Batch:
+    """Prompts of one sample each as one batch: padding stands before the shorter ones."""
+    time = max(b.ids.shape[1] for b in batches)
+    if all(b.ids.shape[1] == time for b in batches):
+        return joined(arch, batches)
+    padded = [padded_before(b, time) for b in batches]
+    masks = [b.mask for b in padded if b.mask is not None]
+    return replace(joined(arch, padded), mask=torch.cat(masks))

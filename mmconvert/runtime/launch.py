@@ -23,7 +23,15 @@ from mmconvert.errors import MMConvertError, RequestError
 from mmconvert.names import number
 from mmconvert.runtime import trouble
 from mmconvert.runtime.device import backend, device, take_device
-from mmconvert.runtime.processes import AFTER_FAULT, TIMEOUT, Emit, Job, calm, spawn
+from mmconvert.runtime.processes import (
+    AFTER_FAULT,
+    TIMEOUT,
+    Emit,
+    Job,
+    calm,
+    spawn,
+    start_method,
+)
 
 FAILED = "mmconvert/failed"  # key of torchrun's store: what the first failure was
 
@@ -83,7 +91,7 @@ def launch(job: Job, world: int, on_event: Emit) -> object:
             "a device for each rank",
             "resplit the checkpoint to fewer ranks, or use torchrun over several machines",
         )
-    return spawn(job, world, on_event, "fork" if here.type == "cpu" else "spawn")
+    return spawn(job, world, on_event, start_method(here))
 
 
 def _in_torchrun(job: Job, world: int, on_event: Emit) -> object:

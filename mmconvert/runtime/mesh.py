@@ -64,6 +64,13 @@ class Mesh:
         source = dist.get_global_rank(self.pipe, self.layout.pp_size - 1)
         dist.broadcast(tensor, source, group=self.pipe)
 
+    def share_from_end(self, tensor: torch.Tensor) -> None:
+        """Overwrites a tensor on all processes of this replica with one's of the last stage."""
+        size = self.layout.pp_size * self.layout.tp_folders
+        if size > 1:
+            end = (self.layout.pp_size - 1) * self.layout.tp_folders
+            dist.broadcast(tensor, self.replica * size + end, group=self.model)
+
 
 def build(layout: Layout, device: torch.device, replicas: int = 1) -> Mesh:
     """Makes the groups of a layout; every process calls this.

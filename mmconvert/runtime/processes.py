@@ -46,6 +46,11 @@ class Message(NamedTuple):
     content: Any
 
 
+def start_method(where: torch.device) -> str:
+    """How processes are started: forked on a CPU; an accelerator's driver does not outlive that."""
+    return "fork" if where.type == "cpu" else "spawn"
+
+
 def calm(where: torch.device) -> None:
     """Prepares a process for its device."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\b")  # not the user's

@@ -94,7 +94,9 @@ class Border:
                 continue
             done = stage >= last_stage(self._grids[key])
             if key == "llm":
-                shapes.append((*batch.ids.shape, self._vocab if done else self._text))
+                rows, time = batch.ids.shape
+                time = 1 if done and batch.last else time
+                shapes.append((rows, time, self._vocab if done else self._text))
             elif key == "audio":
                 rows = pooled(batch) if done else batch.sound_rows
                 shapes.append((rows, self._text if done else self._widths["audio"]))
@@ -215,7 +217,9 @@ class Stage(nn.Module):
         if self.llm is not None:
             hidden = held["llm"] if "llm" in held else self._embed(batch, held)
             deep, seen = self._deep(batch, held, hidden)
-            held["llm"] = self.llm(hidden, batch.positions, self.cache, deep, seen)
+            held["llm"] = self.llm(
+                hidden, batch.positions, self.cache, deep, seen, batch.mask, batch.last
+            )
         if self.llm is not None and self.llm.span.last:
             out: tuple[Tensor, ...] = (held["llm"],)
         else:

@@ -144,12 +144,16 @@ class Text(nn.Module):
         cache: Any = None,  # noqa: ANN401 - HF's cache
         deep: Sequence[Tensor] = (),
         seen: Tensor | None = None,
+        mask: Tensor | None = None,
+        last: bool = False,
     ) -> Tensor:
         """(batch, time, width) -> the same; logits (batch, time, vocabulary) on the last stage.
 
         Args:
             deep: (image tokens, width) each, to be added behind the first, second ... layer here.
             seen: (batch, time) where image tokens are.
+            mask: as in :class:`Batch`.
+            last: of the last position alone, on the last stage.
         """
         more: dict[str, Any] = {self._cache: cache}
         if deep:
@@ -157,8 +161,9 @@ class Text(nn.Module):
         out = self.model(
             inputs_embeds=hidden,
             position_ids=positions,
-            attention_mask=None,
+            attention_mask=mask,
             use_cache=cache is not None,
             **more,
         )
-        return self.lm_head(out.last_hidden_state)
+        found = out.last_hidden_state
+        return self.lm_head(found[:, -1:] if last and self.span.last else found)

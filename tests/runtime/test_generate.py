@@ -24,9 +24,9 @@ import talking
 import tinyfamilies
 import tinymodels as tiny
 from mmconvert.runtime import commands
-from mmconvert.runtime.conversation import Speaker, prompt
-from mmconvert.runtime.engine import load_folder
-from mmconvert.runtime.launch import launch
+from mmconvert.runtime.answers import How, Model
+from mmconvert.runtime.conversation import prompt
+from mmconvert.runtime.sampling import Sampling
 
 MOST = 16
 QUESTION = "What is this?"
@@ -127,9 +127,9 @@ def test_greedy_tokens_are_those_of_transformers(case: Case, tmp_path: Path) -> 
         model.config.image_token_id = talking.SPECIALS.index("<IMG_CONTEXT>") + 256
         model.model.config.image_token_id = model.config.image_token_id
     inputs = asked(case.kind, hf, image, sounds)
-    arch, stored = load_folder(hf, mm)
-    speaker = Speaker(arch, hf)
-    stop = sorted(speaker.stop)
+    how = How(most=MOST, choice=Sampling(case.penalty))
+    model_here = Model(mm, hf, how)
+    stop = sorted(model_here.stop)
     with torch.no_grad():
         out = model.generate(
             **inputs, max_new_tokens=MOST, do_sample=False, eos_token_id=stop,
@@ -137,15 +137,15 @@ def test_greedy_tokens_are_those_of_transformers(case: Case, tmp_path: Path) -> 
         )  # fmt: skip
     expected = out[0, inputs["input_ids"].shape[1] :].tolist()
 
-    batch = speaker.batch(prompt(QUESTION, [image], sounds), answer=True)
-    assert torch.equal(batch.ids, inputs["input_ids"])
-    heard: list[object] = []
-    job = commands.Answering(
-        arch, stored, batch, MOST, frozenset(speaker.stop), "fp32", case.penalty
-    )
-    got = launch(job, stored.world, heard.append)
-    assert got == expected
-    assert heard == expected  # as they came
+    question = prompt(QUESTION, [image], sounds)
+    assert torch.equal(model_here.prompt(question).ids, inputs["input_ids"])
+    said: list[str] = []
+    reply = commands.generate(mm, hf, question, said.append, how)
+    assert [*reply.tokens] == expected[: len(reply.tokens)]
+    assert (reply.end == "eos") == (expected[-1] in stop)
+    assert len(reply.tokens) == len(expected) - (expected[-1] in stop)
+    assert "".join(said) == reply.text  # as they came
+    assert reply.prompt_tokens == inputs["input_ids"].shape[1]
     assert len(set(expected)) > 3  # each token depends on those before
 
 
@@ -183,7 +183,7 @@ def test_the_cache_goes_under_the_name_that_transformers_has(
     mm = tinyfamilies.convert("qwen2_vl", hf, tmp_path / "mm", "[4]", "[3]")
 
     def answer() -> str:
-        return commands.generate(mm, hf, QUESTION, (), (), (), MOST, "fp32", lambda word: None)
+        return commands.generate(mm, hf, prompt(QUESTION, (), ()), how=How(most=MOST)).text
 
     expected = answer()
     monkeypatch.setattr(kind, "forward", renamed)

@@ -224,11 +224,16 @@ def test_an_inference_file_asks_as_the_flags_do(guide: Guide) -> None:
     assert json.loads(done.stdout) == json.loads(same.stdout)
 
 
-def test_an_inference_file_that_draws_words_is_refused(guide: Guide) -> None:
-    inference(guide, "hot.json", generation_config={"temperature": 0.7, "top_k": 20})
+@pytest.mark.slow
+def test_an_inference_file_that_draws_words_draws_as_the_flags_do(guide: Guide) -> None:
+    drawn = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "max_new_tokens": 6}
+    inference(guide, "hot.json", generation_config=drawn, dtype="fp32")
     words = ("--load", "mm", "--mm-model", "hot.json", "--pipeline-model-parallel-size", "2")
-    done = run_cli("generate", *words, cwd=guide.folder, check=2)
-    assert "temperature 0.7 and top_k 20 draw words at random" in done.stderr
+    done = run_cli("generate", *words, "--seed", "3", "--json", cwd=guide.folder, check=0)
+    flags = ("--mm_dir", "mm", "--hf_dir", "hf", "--image", "red.png", "--prompt", "Which?")
+    more = ("--max_new_tokens", "6", "--temperature", "0.7", "--top_k", "20", "--top_p", "0.9")
+    same = run_cli("generate", *flags, *more, "--seed", "3", "--json", cwd=guide.folder, check=0)
+    assert json.loads(done.stdout) == json.loads(same.stdout)
 
 
 @pytest.mark.slow

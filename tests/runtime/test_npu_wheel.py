@@ -110,8 +110,8 @@ def test_a_python_program_computes_on_the_cpu(work: Path) -> None:
         "from pathlib import Path\n"
         "from mmconvert.runtime import commands\n"
         f"mm, hf = Path({str(work / 'mm')!r}), Path({str(work / 'hf')!r})\n"
-        "say = lambda word: None\n"
-        "print(commands.generate(mm, hf, 'Hi', (), (), (), 2, 'fp32', say))\n"
+        "from mmconvert.runtime.conversation import prompt\n"
+        "print(commands.generate(mm, hf, prompt('Hi', (), ())))\n"
     )
     done = run(program)
     assert done.returncode == 0, done.stderr

@@ -53,8 +53,8 @@ def test_the_guides_line(folder: Path) -> None:
         290, "plain", 290,
     )  # fmt: skip
     (expected,) = answer.ask(asked, "fp32", lambda _: None, print)
-    assert expected
-    line = f"Picture 1: <img>a.png</img>\nDescribe:{expected}\n"
+    assert expected.text
+    line = f"Picture 1: <img>a.png</img>\nDescribe:{expected.text}\n"
     assert done.stdout == line * 2
 
 

@@ -46,7 +46,7 @@ def test_an_answer_is_the_same_from_every_source(folder: Path) -> None:
     hf, words = folder / "hf", "Picture it: é?"
     asked = answer.question(hf, None, None, words, [folder / "a.png"], 8, "hub")
     found = answer.ask(asked, "fp32", said.append, print)
-    assert "".join(said) == found[0] != ""
+    assert "".join(said) == found[0].text != ""
     for source in ("x.ckpt", "ranks"):
         other = replace(asked, checkpoint=folder / source)
         assert answer.ask(other, "fp32", said.append, print) == found
@@ -69,7 +69,8 @@ def test_generate_on_the_command_line(folder: Path) -> None:
     done = run_cli(*words, "--json", check=0)
     asked = answer.question(folder / "hf", None, None, "Describe it.", [folder / "a.png"], 4, "hub")
     expected = answer.ask(asked, "fp32", print, print)
-    assert json.loads(done.stdout) == {"text": expected[0]}
+    assert json.loads(done.stdout) == expected[0].as_dict()
+    assert (expected[0].end, len(expected[0].tokens)) == ("length", 4)
 
 
 def test_validate_on_the_command_line(folder: Path, tmp_path: Path) -> None:

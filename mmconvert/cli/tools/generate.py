@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -22,6 +19,11 @@ from mmconvert.cli.scriptflags import (
 from mmconvert.config import MaybePath
 from mmconvert.errors import RequestError
 from mmconvert.sharding.layout import Layout
+
+if TYPE_CHECKING:
+    from mmconvert.cli.tools.answering import AnswerScreen
+    from mmconvert.runtime.answers import How
+    from mmconvert.runtime.sampling import Sampling
 
 LONGEST = 128  # tokens of an answer
 Files = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")]
@@ -38,6 +40,11 @@ class Generated:
     """The Hugging Face folder with config.json, tokenizer and processor of the model."""
     prompt: str = ""
     """The question; <image>, <video> and <audio> may mark the places of the files."""
+    prompts: MaybePath = None
+    """A file of questions in place of one: on each line a text, or JSON with prompt, image, video
+    and audio. They are answered several at a time."""
+    chat: bool = False
+    """A conversation on the terminal: each line is a question, which sees those before it."""
     mm_model: MaybePath = None
     """MindSpeed-MM's inference_*.json: the question, its files, and hf_dir; flags come first."""
     image: Files = ()
@@ -48,6 +55,17 @@ class Generated:
     """Sounds, for Qwen2.5-Omni: PCM WAV; others, and those of videos, with the extra media."""
     max_new_tokens: int = 0
     """The most tokens of the answer; 0: 128, or as the inference file says."""
+    temperature: float = -1.0
+    """Words are drawn at random, the more so the higher it is; 0: the best word each time; not
+    given: 0, or as the inference file says."""
+    top_p: float = 0.0
+    """Of the most probable words those are drawn that have this share together; not given: all."""
+    top_k: int = -1
+    """As many of the most probable words are drawn; 0: all; not given: all."""
+    seed: int = 0
+    """Of what is drawn: the same seed, the same words, in every layout."""
+    batch_size: int = 8
+    """The most prompts of a file that are answered side by side."""
     dtype: Literal["", "fp32", "bf16"] = ""
     """What is computed in; not given: fp32, or as the inference file says."""
     vocab_file: MaybePath = None
@@ -63,9 +81,9 @@ class Generated:
 
 
 def run(words: list[str]) -> int:
-    """Answers, greedily; words are printed as they come."""
+    """Answers; words are printed as they come."""
     prog = "mm-convert generate"
-    text = "An MM checkpoint answers a prompt: greedily, in its own layout, words as they come."
+    text = "An MM checkpoint answers a prompt, in its own layout, words as they come."
     example = f'{prog} --mm_dir MM_DIR --hf_dir HF_DIR --image cat.png --prompt "What is this?"'
     from mmconvert.cli.tools.finetune import Finetuned
 
@@ -79,71 +97,108 @@ def run(words: list[str]) -> int:
 
 def _answer(asked: Generated, script: Script) -> int:
     """Answers, with torch at hand."""
-    from mmconvert.runtime import commands
-    from mmconvert.runtime.inferencejson import read_inference
+    from mmconvert.cli.tools import answering
     from mmconvert.runtime.launch import leads
-    from mmconvert.runtime.prepare import Prepare
     from mmconvert.runtime.qwenvl import answer as qwenvl
 
-    file = read_inference(asked.mm_model) if asked.mm_model is not None else None
-    prepare = Prepare(video_frames=file.frames) if file and file.frames else Prepare()
-    how = commands.How(prepare)
-    if file is not None:
+    asked, how = _how(asked, script)
+    hf_dir = needed(asked.hf_dir, "--hf_dir", "generate")
+    _check_one(asked)
+    screen = answering.AnswerScreen(leads(), asked.json)
+    for note in script.notes():
+        screen.note(note)
+    if qwenvl.serves(hf_dir):
+        return _qwenvl(asked, hf_dir, how, screen)
+    check_only_qwenvl(asked.vocab_file, asked.like)
+    folder = needed(asked.mm_dir, "--mm_dir (or --load)", "generate")
+    files = (asked.image, asked.audio, asked.video)
+    if asked.chat:
+        return answering.chat(folder, hf_dir, how, screen, asked.prompt, files)
+    if asked.prompts is not None:
+        return answering.several(folder, hf_dir, how, screen, asked.prompts)
+    return answering.one(folder, hf_dir, how, screen, asked.prompt, files)
+
+
+def _check_one(asked: Generated) -> None:
+    """There is one way of asking."""
+    if asked.prompts is not None:
+        both = [f"--{name}" for name in ("prompt", "image", "video", "audio", "chat")
+                if getattr(asked, name)]  # fmt: skip
+        if both:
+            raise RequestError(
+                f"--prompts is given, and {both[0]}", "one of both", "put files into the lines"
+            )
+    elif not asked.prompt and not asked.chat:
+        raise RequestError(
+            "there is no question", "--prompt, --prompts, --chat, or --mm_model inference.json"
+        )
+
+
+def _how(asked: Generated, script: Script) -> tuple[Generated, How]:
+    """What is asked, with what the inference file says where flags do not."""
+    from mmconvert.runtime.answers import How
+    from mmconvert.runtime.inferencejson import read_inference
+    from mmconvert.runtime.prepare import Prepare
+
+    how = How()
+    if asked.mm_model is not None:
+        file = read_inference(asked.mm_model)
 
         def expected(layout: Layout) -> None:
             check_layout(layout, file.model, script)
 
-        plain = file.plain and not (asked.prompt or asked.image or asked.video or asked.audio)
-        how = commands.How(prepare, file.penalty, plain, expected)
+        own = bool(asked.prompt or asked.prompts or asked.chat)
+        plain = file.plain and not (own or asked.image or asked.video or asked.audio)
+        prepare = Prepare(video_frames=file.frames) if file.frames else Prepare()
+        how = How(prepare, file.choice, plain, file.most, file.dtype or "fp32", expected=expected)
         asked = replace(
-            asked,
-            mm_dir=asked.mm_dir or file.mm_dir,
-            hf_dir=asked.hf_dir or file.hf_dir,
-            prompt=asked.prompt or file.prompt,
-            image=asked.image or file.images,
-            video=asked.video or file.videos,
-            max_new_tokens=asked.max_new_tokens or file.most,
-            dtype=asked.dtype or cast("Literal['', 'fp32', 'bf16']", file.dtype),
+            asked, mm_dir=asked.mm_dir or file.mm_dir, hf_dir=asked.hf_dir or file.hf_dir
         )
-    if not asked.prompt:
-        raise RequestError("there is no question", "--prompt, or --mm_model inference.json")
-    speaks = leads()
-
-    def say(part: str) -> None:
-        if speaks and not asked.json:
-            print(part, end="", flush=True)
-
-    for note in script.notes() if speaks else ():
-        print(note, file=sys.stderr)
-    hf_dir = needed(asked.hf_dir, "--hf_dir", "generate")
-    if qwenvl.serves(hf_dir):
-        return _qwenvl(asked, hf_dir, say)
-    check_only_qwenvl(asked.vocab_file, asked.like)
-    answer = commands.generate(
-        needed(asked.mm_dir, "--mm_dir (or --load)", "generate"), hf_dir,
-        asked.prompt, asked.image, asked.video, asked.audio,
-        asked.max_new_tokens or LONGEST, asked.dtype or "fp32", say, how,
-    )  # fmt: skip
-    if speaks:
-        print(json.dumps({"text": answer}) if asked.json else "")
-    return 0
+        if not asked.prompts and not asked.chat:
+            asked = replace(
+                asked,
+                prompt=asked.prompt or file.prompt,
+                image=asked.image or file.images,
+                video=asked.video or file.videos,
+            )
+    how = replace(
+        how,
+        most=asked.max_new_tokens or how.most,
+        dtype=asked.dtype or how.dtype,
+        rows=asked.batch_size,
+        choice=_choice(asked, how.choice),
+    )
+    how.check()
+    return asked, how
 
 
-def _qwenvl(asked: Generated, hf_dir: Path, say: Callable[[str], None]) -> int:
+def _choice(asked: Generated, file: Sampling) -> Sampling:
+    """How words are chosen: by the flags, else by the inference file."""
+    given = {"temperature": asked.temperature >= 0, "top_p": asked.top_p != 0,
+             "top_k": asked.top_k >= 0}  # fmt: skip
+    changed = {name: getattr(asked, name) for name, there in given.items() if there}
+    choice = replace(file, seed=asked.seed, **changed)
+    idle = [f"--{name}" for name in ("top_p", "top_k") if given[name] and not choice.temperature]
+    if idle:
+        raise RequestError(
+            f"{idle[0]} is given, and the best word is taken each time", "--temperature beside it"
+        )
+    return choice
+
+
+def _qwenvl(asked: Generated, hf_dir: Path, how: How, screen: AnswerScreen) -> int:
     """Qwen-VL answers, in this process."""
     from mmconvert.runtime.qwenvl import answer as qwenvl
 
     if asked.video or asked.audio:
         raise RequestError("Qwen-VL takes pictures alone", "no --video and no --audio")
-    most = asked.max_new_tokens or LONGEST
+    for name in ("chat", "prompts"):
+        if getattr(asked, name):
+            raise RequestError(
+                f"--{name} is not for Qwen-VL", "Qwen2-VL and later, or InternVL", "--prompt"
+            )
     question = qwenvl.question(
-        hf_dir, asked.mm_dir, asked.vocab_file, asked.prompt, asked.image, most, asked.like
+        hf_dir, asked.mm_dir, asked.vocab_file, asked.prompt, asked.image, how.most, asked.like
     )
-    answers = qwenvl.ask(question, asked.dtype or "fp32", say, noted)
-    print(json.dumps({"text": answers[0]}) if asked.json else "")
+    screen.end(qwenvl.ask(question, how.dtype, screen.say, screen.note, how.choice)[0])
     return 0
-
-
-def noted(event: object) -> None:
-    """A note, beside the answer."""
-    print(event, file=sys.stderr)

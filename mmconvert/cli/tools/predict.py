@@ -86,11 +86,11 @@ def run(words: list[str]) -> int:
     say(head)
     answers = answer.ask(question, asked.dtype, say, lambda note: print(note, file=sys.stderr))
     if asked.json:
-        print(json.dumps([{"prompt": head, "text": text} for text in answers]))
+        print(json.dumps([{"prompt": head} | reply.as_dict() for reply in answers]))
         return 0
     print()
-    for text in answers[1:]:
-        print(head + text)
+    for reply in answers[1:]:
+        print(head + reply.text)
     return 0
 
 

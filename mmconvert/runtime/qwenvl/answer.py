@@ -1,7 +1,8 @@
-"""Qwen-VL answers a prompt, greedily."""
+"""Qwen-VL answers a prompt."""
 
 # Some functions of torch have no types, or types that are open.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 
 from __future__ import annotations
 
@@ -14,12 +15,14 @@ from typing import Literal
 import torch
 
 from mmconvert.errors import RequestError
+from mmconvert.runtime.answers import Reply, Wording
 from mmconvert.runtime.device import device
 from mmconvert.runtime.qwenvl import prompts, weights
 from mmconvert.runtime.qwenvl.model import Cache, QwenVLModel
 from mmconvert.runtime.qwenvl.prompts import Prompt
 from mmconvert.runtime.qwenvl.sizes import Positions, Sizes
 from mmconvert.runtime.qwenvl.tokenizer import END, END_TURN, START_TURN, Tokenizer
+from mmconvert.runtime.sampling import Chooser, Sampling
 
 Form = Literal["chat", "plain"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,8 +76,12 @@ def form_of(hf_dir: Path) -> Form:
 
 
 def ask(
-    question: Question, dtype: str, say: Callable[[str], None], note: weights.Note
-) -> list[str]:
+    question: Question,
+    dtype: str,
+    say: Callable[[str], None],
+    note: weights.Note,
+    choice: Sampling | None = None,
+) -> list[Reply]:
     """The answers, one for each row; ``say`` gets the words of the first as they come.
 
     Raises:
@@ -98,36 +105,44 @@ def ask(
         )
     where = device()
     model = weights.load(sizes, question.checkpoint, DTYPES[dtype], where, note)
-    said, found = "", list[int]()
+    wording = Wording(tokenizer.decode, say)
 
     def hear(token: int) -> None:
-        nonlocal said
-        if token in stop:
-            return
-        found.append(token)
-        now = tokenizer.decode(found)
-        if not now.endswith("\ufffd"):  # half of a character: its other bytes follow
-            say(now[len(said) :])
-            said = now
+        if token not in stop:
+            wording.hear(token)
 
-    rows = generate(model, asked.rows(question.rows, where), most, stop, hear)
-    words = [tokenizer.decode(row) for row in rows]
-    say(words[0][len(said) :])
-    return words
+    chooser = Chooser(choice or Sampling(), range(question.rows))
+    rows = generate(model, asked.rows(question.rows, where), most, stop, hear, chooser)
+    wording.end()
+    return [_reply(tokenizer.decode(row), row, length, most, question) for row in rows]
+
+
+def _reply(text: str, tokens: list[int], length: int, most: int, question: Question) -> Reply:
+    """An answer without the token that ends it, for which there is room then."""
+    if len(tokens) < most:
+        return Reply(text, tuple(tokens), length, "eos")
+    return Reply(text, tuple(tokens), length, "length" if most == question.most else "context")
 
 
 @torch.no_grad()
 def generate(
-    model: QwenVLModel, asked: Prompt, most: int, stop: set[int], hear: Callable[[int], None]
+    model: QwenVLModel,
+    asked: Prompt,
+    most: int,
+    stop: set[int],
+    hear: Callable[[int], None],
+    chooser: Chooser | None = None,
 ) -> list[list[int]]:
-    """Greedy tokens of each row, without the one that ends it; ``hear`` gets the first row's."""
+    """Tokens of each row, without the one that ends it; ``hear`` gets the first row's."""
     rows = len(asked.ids)
     found: list[list[int]] = [[] for _ in range(rows)]
     ended = [False] * rows
     cache, ids = Cache(), asked.ids
     pixels, slots = asked.pixels, asked.slots
+    chooser = chooser or Chooser(Sampling(), range(rows))  # the best word each time
     for _ in range(most):
-        ids = model(ids, pixels, slots, cache=cache, last=True).argmax(-1)
+        chooser.read(ids, None, model.sizes.vocab)
+        ids = chooser.choose(model(ids, pixels, slots, cache=cache, last=True)[:, -1])[:, None]
         pixels = slots = None
         for row, token in enumerate(ids[:, 0].tolist()):
             if ended[row]:
