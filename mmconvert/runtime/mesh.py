@@ -66,10 +66,10 @@ class Mesh:
 
     def share_from_end(self, tensor: torch.Tensor) -> None:
         """Overwrites a tensor on all processes of this replica with one's of the last stage."""
-        size = self.layout.pp_size * self.layout.tp_folders
+        stage = self.layout.ep * self.layout.tp_folders  # processes
+        size = self.layout.pp_size * stage
         if size > 1:
-            end = (self.layout.pp_size - 1) * self.layout.tp_folders
-            dist.broadcast(tensor, self.replica * size + end, group=self.model)
+            dist.broadcast(tensor, (self.replica + 1) * size - stage, group=self.model)
 
 
 def build(layout: Layout, device: torch.device, replicas: int = 1) -> Mesh:
