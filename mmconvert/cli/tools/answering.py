@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmconvert.errors import MMConvertError, RequestError
-from mmconvert.runtime import commands
-from mmconvert.runtime.answers import How, Reply
-from mmconvert.runtime.conversation import prompt
-from mmconvert.runtime.promptfile import read_prompts
-from mmconvert.runtime.samples import KINDS, Sample
+
+if TYPE_CHECKING:
+    from mmconvert.runtime.answers import How, Reply
+    from mmconvert.runtime.samples import Sample
 
 HINT = (
     "Each line is a question. /image FILE, /video FILE and /audio FILE stand before the next one; "
@@ -54,12 +54,18 @@ def one(
     mm_dir: Path, hf_dir: Path, how: How, screen: AnswerScreen, words: str, files: Files
 ) -> int:
     """Answers one question."""
+    from mmconvert.runtime import commands
+    from mmconvert.runtime.conversation import prompt
+
     screen.end(commands.generate(mm_dir, hf_dir, prompt(words, *files), screen.say, how))
     return 0
 
 
 def several(mm_dir: Path, hf_dir: Path, how: How, screen: AnswerScreen, path: Path) -> int:
     """Answers the prompts of a file, in its order."""
+    from mmconvert.runtime import commands
+    from mmconvert.runtime.promptfile import read_prompts
+
     prompts, notes = read_prompts(path)
     for note in notes:
         screen.note(note)
@@ -77,6 +83,8 @@ def chat(
     mm_dir: Path, hf_dir: Path, how: How, screen: AnswerScreen, words: str, files: Files
 ) -> int:
     """A conversation on the terminal; ``words`` are the first question, if there are any."""
+    from mmconvert.runtime import commands
+
     lines = _Lines(screen, words, files)
     commands.chat(mm_dir, hf_dir, lines.read, screen.say, screen.end, lines.tell, how)
     return 0
@@ -99,11 +107,13 @@ class _Lines:
 
     def read(self) -> tuple[Sample, bool] | None:
         """The next question and whether it begins a conversation; None is the end."""
+        from mmconvert.runtime.conversation import prompt
+
         while (line := self._line()) is not None:
             word, _, rest = line.partition(" ")
             if word == "/new":
                 self._anew = True
-            elif word[1:] in KINDS and word.startswith("/"):
+            elif word[1:] in self._files and word.startswith("/"):
                 self._take(word[1:], rest.strip())
             elif line:
                 found = prompt(line, *self._files.values()), self._anew
