@@ -385,7 +385,8 @@ def _formats_of(verb: str) -> tuple[str, str] | None:
 
     first, _, second = verb.partition("_to_")
     known = names()
-    if first in known and second in known and not {first, second} <= BUILT_IN.keys():
+    ours = {first, second} <= BUILT_IN.keys() and "torch_dist" not in (first, second)
+    if first in known and second in known and not ours and first != second:
         return first, second
     return None
 

@@ -19,6 +19,7 @@ BUILT_IN = {
     "peft": "mmconvert.formats.peft.format",
     "ms": "mmconvert.formats.mindspore.format",
     "dcp": "mmconvert.formats.dcp.format",
+    "torch_dist": "mmconvert.formats.dcp.torch_dist",
     "mm": "mmconvert.formats.mm.format",
 }
 

@@ -150,12 +150,12 @@ class DCP(Format):
             notes=checkpoint.notes,
         )
 
-    def open(self, path: Path, told: Opening) -> DCPStored:
+    def open(self, path: Path, told: Opening) -> StoredCheckpoint:
         """By the family's Hugging Face names, behind a prefix that is found out."""
         checkpoint = open_dcp(path)
         notes = Notes(checkpoint.notes)
-        kept = _kept(checkpoint.tensors, told, notes)
-        model = _model(path, told)
+        kept = kept_tensors(checkpoint.tensors, told, notes)
+        model = model_of(path, told)
         naming: Naming | None = None
         if model.modules:
             naming = _naming(told, list(kept), path)
@@ -182,7 +182,7 @@ class DCP(Format):
         mm = isinstance(layout, DCPLayout) and layout.names == "mm"
         return not mm and not isinstance(family, GenericFamily)
 
-    def place(self, asked: Placing) -> DCPPlaced:
+    def place(self, asked: Placing) -> Placed:
         """The tensors of the original under flat names; whole, or divided over ranks."""
         layout = asked.layout if isinstance(asked.layout, DCPLayout) else DCPLayout()
         if layout.ranks < 1:
@@ -238,7 +238,7 @@ def _drops(name: str, patterns: Sequence[str]) -> str | None:
     return dropped_by((name, *inner), patterns)
 
 
-def _kept(
+def kept_tensors(
     tensors: Mapping[str, StoredTensor], told: Opening, notes: Notes
 ) -> dict[str, StoredTensor]:
     """The tensors without those that are left out by name."""
@@ -262,7 +262,7 @@ def _flat(family: Family, name: str) -> str:
     return naming.dcp(name)
 
 
-def _model(path: Path, told: Opening) -> Model:
+def model_of(path: Path, told: Opening) -> Model:
     """The table that the tensors have, by the original model, else by our own manifest."""
     family, like = told.family, told.like
     if not told.claims or not family.converter:
