@@ -200,7 +200,6 @@ class DCP(Format):
             if layout.dcp_prefix != "auto":
                 naming = Naming(MODEL + layout.dcp_prefix)
             side, files = _place_by_table(asked, naming)
-        about = {"lists": {key: list(v) for key, v in asked.source.model.variant.lists}}
         if layout.ranks == 1:
             written = whole_pieces(side.targets, files)
         else:
@@ -208,7 +207,7 @@ class DCP(Format):
         return DCPPlaced(
             side=side,
             layout=Shards(ranks=layout.ranks),
-            about=about,
+            about=lists_of(asked.source.model),
             written=written,
             naming=naming,
         )
@@ -260,6 +259,11 @@ def kept_tensors(
 def _flat(family: Family, name: str) -> str:
     naming = family.rules.naming if isinstance(family, GenericFamily) else default_naming(family)
     return naming.dcp(name)
+
+
+def lists_of(model: Model) -> dict[str, object]:
+    """The lists of layers of a model, for the manifest."""
+    return {"lists": {key: list(layers) for key, layers in model.variant.lists}}
 
 
 def model_of(path: Path, told: Opening) -> Model:

@@ -32,7 +32,7 @@ from mmconvert.formats.dcp.folder import (
     is_torch_dist,
     open_dcp,
 )
-from mmconvert.formats.dcp.format import DCP, kept_tensors, model_of
+from mmconvert.formats.dcp.format import DCP, kept_tensors, lists_of, model_of
 from mmconvert.formats.dcp.megatron import (
     HF_VISION,
     TEXT,
@@ -168,7 +168,7 @@ class TorchDist(DCP):
             for t in side.targets
             for shape in (shapes.get(t.name, t.stack or t.shape),)
         ]
-        return TorchDistPlaced(side=side, written=written)
+        return TorchDistPlaced(side=side, about=lists_of(model), written=written)
 
     def lay_out(
         self, targets: Sequence[Target], placed: Placed, asked: Placing
