@@ -104,11 +104,10 @@ def _distributed(folder: Path, names: Sequence[str]) -> FormError | None:
             f"{place} is a distributed checkpoint ({kind}: {summarise(parts or inside, 2)}), "
             "which is not read here",
             "rank folders mp_rank_*, or Hugging Face weights",
-            "save it with --ckpt-format torch, or let Megatron write it anew, with "
-            "--ckpt-convert-format torch --ckpt-convert-save DIR"
+            f"mm-convert AutoConverter torch_dist_to_hf --cfg.source {place}, or torch_dist_to_mm; "
+            "of another family: save it with --ckpt-format torch"
             if megatron
-            else "gather it first: python -m torch.distributed.checkpoint.format_utils "
-            f"dcp_to_torch {place} OUT.pt",
+            else f"mm-convert GenericDCPConverter dcp_to_hf --load_dir {place}, or its like",
         )
     return None
 
