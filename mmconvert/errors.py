@@ -35,7 +35,7 @@ class MMConvertError(Exception):
         fix: one line, the way out.
         cause: a word for it, the id of the finding in ``doctor``; "" for what has none of its own.
         path: the file or folder at fault, where one is.
-        tensor: the tensor at fault, the first of several.
+        tensors: the names of the tensors at fault.
         aside: files and folders that do not belong where they stand.
     """
 
@@ -49,7 +49,7 @@ class MMConvertError(Exception):
         *,
         cause: str = "",
         path: Path | None = None,
-        tensor: str = "",
+        tensors: Sequence[str] = (),
         aside: Sequence[Path] = (),
     ) -> None:
         super().__init__(what)
@@ -58,7 +58,7 @@ class MMConvertError(Exception):
         self.fix = fix
         self.cause = cause
         self.path = path
-        self.tensor = tensor
+        self.tensors = tuple(tensors)
         self.aside = tuple(aside)
 
     def __str__(self) -> str:
@@ -176,7 +176,7 @@ def blamed(cause: str, path: Path, tensor: str = "", fix: str = "") -> Generator
     except MMConvertError as error:
         error.cause = error.cause or cause
         error.path = error.path or path
-        error.tensor = error.tensor or tensor
+        error.tensors = error.tensors or ((tensor,) if tensor else ())
         error.fix = error.fix or fix
         raise
 

@@ -213,5 +213,5 @@ def missing(
             TIE if set(names) <= set(heads) else DOWNLOAD,
             cause="missing-tensor",
             path=folder,
-            tensor=names[0],
+            tensors=names,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from mmconvert.errors import MMConvertError
 
@@ -12,6 +12,19 @@ T = TypeVar("T")
 
 class Faults:
     """The strict sink."""
+
+    @property
+    def found(self) -> int:
+        """The number of faults so far."""
+        return 0
+
+    def stop(self) -> NoReturn:
+        """Nothing more can be read, because of faults that were added.
+
+        Raises:
+            MMConvertError: the last of them.
+        """
+        raise AssertionError("a strict sink has raised its fault")
 
     def add(self, error: MMConvertError) -> None:
         """A fault after which the reader could go on.
@@ -38,7 +51,7 @@ class Faults:
 
 
 class Collected(Faults):
-    """Keeps every fault.
+    """Keeps every fault and remark, each once.
 
     Attributes:
         errors: in the order in which they were found.
@@ -48,14 +61,29 @@ class Collected(Faults):
     def __init__(self) -> None:
         self.errors: list[MMConvertError] = []
         self.remarks: list[MMConvertError] = []
+        self._seen: set[str] = set()
+
+    @property
+    def found(self) -> int:
+        """The number of faults so far."""
+        return len(self.errors)
+
+    def stop(self) -> NoReturn:
+        """Nothing more can be read. Raises the last fault, once more."""
+        raise self.errors[-1]
 
     def add(self, error: MMConvertError) -> None:
         """A fault after which the reader goes on."""
-        self.errors.append(error)
+        self._keep(error, self.errors)
 
     def remark(self, remark: MMConvertError) -> None:
         """Something that is no fault."""
-        self.remarks.append(remark)
+        self._keep(remark, self.remarks)
+
+    def _keep(self, error: MMConvertError, among: list[MMConvertError]) -> None:
+        if error.what not in self._seen:
+            self._seen.add(error.what)
+            among.append(error)
 
 
 STRICT = Faults()

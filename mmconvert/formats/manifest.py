@@ -62,6 +62,20 @@ def read(folder: Path) -> tuple[dict[str, object] | None, str]:
     return (None, f"{path} is ignored: {changed}") if changed else (content, "")
 
 
+def listed(folder: Path) -> dict[str, int]:
+    """Path below the folder -> bytes of each weight file that its manifest lists; {} if none."""
+    path = folder / NAME
+    try:
+        files = read_json_file(path).get("files") if path.is_file() else None
+    except MMConvertError:
+        return {}
+    noted = {
+        name: state[0] if is_array(state) and state else state
+        for name, state in (files.items() if is_object(files) else ())
+    }
+    return {name: size for name, size in noted.items() if isinstance(size, int)}
+
+
 def digests(folder: Path) -> tuple[dict[str, str] | None, str]:
     """The digests of a checkpoint whose weight files are untouched since, or None and why not."""
     content, note = read(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from mmconvert import converters
@@ -61,10 +61,18 @@ def mm_family(folder: Path) -> Family:
         read_config(folder)  # raises, as it is not there
     if not is_mm(folder) and (fault := other_form(folder)) is not None:
         raise fault
-    parts = open_mm(folder).parts
-    if (fault := mm_form_of(parts.values(), folder)) is not None:
+    return family_of_parts(open_mm(folder).parts.values(), folder)
+
+
+def family_of_parts(parts: Collection[Mapping[str, StoredTensor]], folder: Path) -> Family:
+    """The family of an MM checkpoint by its tensors' names alone.
+
+    Raises:
+        CheckpointError: no family here serves it.
+    """
+    if (fault := mm_form_of(parts, folder)) is not None:
         raise fault
-    return by_names({name for part in parts.values() for name in part}, folder)
+    return by_names({name for part in parts for name in part}, folder)
 
 
 def ms_family(names: Iterable[str]) -> Family | None:
@@ -164,5 +172,7 @@ def by_names(names: set[str], folder: Path) -> Family:
         raise CheckpointError(
             f"{folder}: no family here knows these tensors, such as {min(names, default='none')}",
             "a checkpoint of " + ", ".join(sorted(f.name for f in families.values())),
+            cause="unknown-family",
+            path=folder,
         )
     return families[best[2]]

@@ -126,6 +126,7 @@ def two_folders_of_one_rank(mm: Path) -> None:
 
 
 def expert_parallel(mm: Path) -> None:
+    """All folders are those of the second expert-parallel rank."""
     for path in sorted((mm / "release").iterdir()):
         path.rename(path.with_name(path.name + "_001"))
 
@@ -361,7 +362,9 @@ CASES = {
         (),
         "mm",
     ),
-    "expert parallel": Case(expert_parallel, ("expert-parallel",), ("mp_rank_00_000_001",)),
+    "the first ep ranks": Case(
+        expert_parallel, ("missing-rank-folder",), ("4 of 8", "x ep 2", "mp_rank_00_000_000")
+    ),
     "misnamed": Case(misnamed, ("misnamed-rank-folder",), ("mp_rank_00_000 copy",)),
     "no rank folders": Case(no_ranks, ("no-rank-folders",), ("release",)),
     "dangling tracker": Case(
@@ -410,7 +413,7 @@ CASES = {
         no_head, ("tied-head-missing", STALE), (HEAD, "pp rank 1"), HF_DIR, "mm_mended"
     ),
     "head missing, nobody knows": Case(
-        no_head, ("output-layer-missing", STALE), (HEAD, "on no stage")
+        no_head, ("output-layer-missing", STALE), (HEAD, "on any stage")
     ),
     "misplaced": Case(
         misplaced, ("misplaced-tensor", STALE), (EMBEDDING, "pp rank 1", "pp rank 0")

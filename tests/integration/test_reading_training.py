@@ -410,7 +410,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "the last stage missing": (
         lambda mm: (_remove(mm, "mp_rank_00_001"), _remove(mm, "mp_rank_01_001")),
-        ("layers",),
+        ("mp_rank_00_001", "mp_rank_01_001"),
     ),
     "a rank file missing": (
         lambda mm: _remove(mm, "mp_rank_01_001/model_optim_rng.pt"),
@@ -420,7 +420,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda mm: shutil.copytree(
             mm / "release" / "mp_rank_00_000", mm / "release" / "mp_rank_00"
         ),
-        ("layouts", "mp_rank_00,"),
+        ("layouts", "mp_rank_00 ("),
     ),
     "chunks of two layouts": (
         lambda mm: edit_rank(
@@ -448,7 +448,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "a layer missing on one tp rank": (
         lambda mm: _without(mm, "mp_rank_01_001", "decoder.layers.1."),
-        ("tp 1", "pp 1", "layers"),
+        ("mp_rank_01_001", "layers"),
     ),
     "a tensor missing": (lambda mm: _on_both(mm, "000", FC2), (FC2, "mp_rank_00_000")),
     "a tensor missing on one tp rank": (

@@ -324,7 +324,7 @@ def _check_map(
                 "files from one revision of the model",
                 cause="index-mismatch",
                 path=file.path,
-                tensor=min(wrong),
+                tensors=sorted(wrong),
             )
             faults.add(fault)
             fits = False

@@ -167,7 +167,7 @@ def _by_hub_name(
                 "keep one of them: download the weight files from one revision of the model",
                 cause="duplicate-tensor",
                 path=tensor.path,
-                tensor=tensor.name,
+                tensors=[tensor.name],
             )
             faults.add(fault)
         found[name] = tensor
@@ -188,7 +188,7 @@ def _other_spelling(
         fix="nothing: both are read, and mm_to_hf writes the names of its hf_dir",
         cause="other-spelling",
         path=other[0].path,
-        tensor=other[0].name,
+        tensors=[other[0].name],
     )
 
 
@@ -243,7 +243,7 @@ def _claimed(
             "leave them out with --drop 'NAME' (a pattern; may be repeated)",
             cause="unknown-tensor",
             path=first.path,
-            tensor=first.name,
+            tensors=sorted(t.name for t in lost.values()),
         )
         faults.add(fault)
     for why, names in reasons.items():

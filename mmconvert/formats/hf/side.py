@@ -125,7 +125,7 @@ def _check_beyond(
         "replace config.json or the weights by those that belong together",
         cause="extra-layers",
         path=min(beyond).path,
-        tensor=min(beyond).name,
+        tensors=sorted(tensor.name for tensor in beyond),
     )
     faults.add(fault)
 
@@ -254,7 +254,7 @@ def _check_size(tensor: StoredTensor, what: str, size: int, dim: str, dims: Dims
             "weights and config.json of one model",
             "replace config.json or the weights by those that belong together",
             path=tensor.path,
-            tensor=tensor.name,
+            tensors=[tensor.name],
         )
 
 

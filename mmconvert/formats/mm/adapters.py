@@ -15,8 +15,11 @@ from mmconvert.executor.compare import same_bytes
 from mmconvert.formats import manifest
 from mmconvert.formats.containers.pickles import Inert
 from mmconvert.formats.containers.ptfile import read_pt
+from mmconvert.formats.faults import STRICT
+from mmconvert.formats.mm.chart import Chart
 from mmconvert.formats.mm.detect import assert_layout, check_layers, count_experts, detect_layout
 from mmconvert.formats.mm.folder import MMCheckpoint
+from mmconvert.formats.mm.names import check_layers_of
 from mmconvert.formats.mm.source import Parts, claim_mm
 from mmconvert.formats.model import AdapterModel, Model, Notes
 from mmconvert.names import NO_LAYER, number, summarise
@@ -65,10 +68,10 @@ def mm_adapter(
     grids = {key: grid for key, grid in given.grids().items() if key in keys}
     sizes = {key: size for key, size in given.tp(family.decoder).items() if key in keys}
     assert_layout(layout, grids, sizes, prefix)
-    check_layers(layout, dims)
+    check_layers(layout, dims, checkpoint.folder)
     dims |= {f"{key}.layers": sum(map(sum, grid)) for key, grid in layout.grids.items()}
     base = restricted(table, _layers(table, checkpoint, layout))
-    dims |= count_experts(derived(base), checkpoint)
+    dims |= count_experts(Chart(checkpoint, derived(base)))
     modules = derived(base)
     if lost := claim_mm(modules, dims, layout, parts):
         raise TensorError(
@@ -152,7 +155,10 @@ def _layout(
 ) -> Layout:
     """The layout of an adapter, by its names and shapes."""
     del content, given
-    return detect_layout(modules, checkpoint, dims, same_bytes)
+    chart = Chart(checkpoint, modules)
+    for stage in chart.stages():
+        check_layers_of(chart, stage, STRICT)
+    return detect_layout(chart, dims, same_bytes)
 
 
 def _layers(

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 
-from mmconvert.converters.family import (
-    MAX_SIZE,
-    Dims,
-    LayerLists,
-    Module,
-    Row,
-    decoder_of,
-    mm_index,
-)
+from mmconvert.converters.family import MAX_SIZE, Dims, LayerLists, Module, Row, decoder_of
 from mmconvert.errors import CheckpointError, TensorError
+from mmconvert.formats.faults import STRICT, Faults
+from mmconvert.formats.mm.chart import Chart
 from mmconvert.formats.mm.folder import MMCheckpoint
-from mmconvert.names import NO_EXPERT, NO_LAYER, fill, number
+from mmconvert.formats.mm.ranks import COPY
+from mmconvert.formats.mm.source import mm_source
+from mmconvert.names import NO_EXPERT, fill, number
 from mmconvert.plan.plan import matrix
 from mmconvert.sharding.layout import Chunk, Layout, Rank, grid_flag
 from mmconvert.sharding.stages import StageGrid, flat, show, total
@@ -27,86 +25,111 @@ from mmconvert.stored import StoredTensor
 SameBytes = Callable[[StoredTensor, StoredTensor], bool | None]
 
 
-def detect_layout(
-    modules: Sequence[Module], checkpoint: MMCheckpoint, dims: Dims, same: SameBytes
-) -> Layout:
+def detect_layout(chart: Chart, dims: Dims, same: SameBytes, faults: Faults = STRICT) -> Layout:
     """The layout of an MM checkpoint.
 
     Args:
         dims: sizes of the whole model as far as they are known.
         same: compares data; asked only where shapes cannot tell a tp size.
+        faults: where those go after which reading goes on.
 
     Raises:
-        TensorError: layers with holes, or ranks that differ in their names.
-        CheckpointError: shapes that no tp size explains.
+        CheckpointError: tp ranks that are missing, or shapes that no tp size explains.
     """
-    index = mm_index(tuple(modules))
-    grids: dict[str, list[list[int]]] = {
-        m.key: [[0] * checkpoint.pp_size for _ in range(checkpoint.vpp_size)] for m in modules
-    }
-    for chunk, tensors in checkpoint.parts.items():
-        layers: dict[str, set[int]] = {m.key: set() for m in modules}
-        for name in tensors:
-            found = index.find(name)
-            if found and found[1] != NO_LAYER:
-                layers[found[0][0].key].add(found[1])
-        for module in modules:
-            numbers = layers[module.key]
-            if numbers != set(range(len(numbers))):
-                gap = min(set(range(max(numbers))) - numbers)
-                raise TensorError(
-                    f"{module.label}: layer {gap} is missing in {_where(checkpoint, chunk)}, "
-                    f"which holds {number(numbers, 'layer')} up to number {max(numbers)}",
-                    "local layers numbered from 0 without a gap",
-                )
-            row = grids[module.key][chunk.virtual]
-            if chunk.rank.tp == 0 and chunk.rank.ep == 0:
-                row[chunk.rank.pp] = len(numbers)
-            elif row[chunk.rank.pp] != len(numbers):
-                raise TensorError(
-                    f"{module.label}: {number(numbers, 'layer')} in {_where(checkpoint, chunk)}, "
-                    f"{row[chunk.rank.pp]} on the first rank of this stage",
-                    "the same layers on all tp and ep ranks",
-                )
-    tp = {m.key: tp_size(m, checkpoint, dims, same) for m in modules}
-    rows = {key: tuple(tuple(row) for row in grid) for key, grid in grids.items()}
-    return Layout(tp, rows, checkpoint.ep_size, decoder=decoder_of(modules))
+    checkpoint = chart.checkpoint
+    expected = max(whole_tp_size(m, checkpoint, dims) for m in chart.modules)
+    if expected > checkpoint.tp_folders:
+        ranks = number(range(checkpoint.tp_folders), "tp rank")
+        fault = CheckpointError(
+            f"{checkpoint.folder} has the folders of {ranks}; by the shapes in them the model of "
+            f"config.json was divided over {expected}",
+            "the folders of all tp ranks",
+            COPY,
+            cause="missing-rank-folder",
+            path=checkpoint.folder,
+        )
+        faults.add(fault)
+        faults.stop()
+    sizes: dict[str, int] = {}
+    doubts: list[CheckpointError] = []
+    for module in chart.modules:
+        try:
+            size = tp_size(module, checkpoint, dims, same)
+            if not _explains(_first_layer(module, checkpoint), size, dims):
+                doubts.append(_contradiction(module, checkpoint))
+        except CheckpointError as error:
+            size = likely_tp_size(module, checkpoint, dims)
+            doubts.append(error)
+        sizes[module.key] = size
+    decoder = decoder_of(chart.modules)
+    layout = Layout(sizes, chart.grids, checkpoint.ep_size, decoder=decoder)
+    if doubts:  # the sizes of the model may tell which tensors are wrong
+        before = faults.found
+        mm_source(chart.modules, dims, layout, checkpoint.parts, faults=faults, complete=False)
+        if faults.found == before:
+            faults.add(doubts[0])
+    return layout
 
 
-def count_experts(modules: Sequence[Module], checkpoint: MMCheckpoint) -> Dims:
+def _contradiction(module: Module, checkpoint: MMCheckpoint) -> CheckpointError:
+    ranks = number(range(checkpoint.tp_folders), "tp rank")
+    return CheckpointError(
+        f"{module.label}: the shapes contradict each other on {ranks}",
+        "shapes of one model, and the folders of all tp ranks",
+        "copy the folders of missing tp ranks; the model's hf_dir shows which tensors do not fit",
+        cause="wrong-shape",
+        path=checkpoint.folder,
+    )
+
+
+def count_experts(chart: Chart, faults: Faults = STRICT) -> Dims:
     """The number of experts in a layer, ``{module}.experts``, as an MM checkpoint's names tell.
 
     Raises:
-        TensorError: experts with holes, or other numbers of them in other layers or ranks.
+        TensorError: experts with holes, or other numbers of them in other layers.
     """
-    index = mm_index(tuple(modules))
-    held: dict[tuple[str, Chunk, int], set[int]] = {}
-    for chunk, tensors in checkpoint.parts.items():
-        for name in tensors:
-            found = index.find(name)
-            if found and found[2] != NO_EXPERT:
-                held.setdefault((found[0][0].key, chunk, found[1]), set()).add(found[2])
     counts: Dims = {}
-    for (key, chunk, layer), numbers in held.items():
-        local = counts.setdefault(key, len(numbers))
-        if numbers != set(range(local)):
-            raise TensorError(
-                f"{key} layer {layer} of {_where(checkpoint, chunk)} holds {len(numbers)} experts "
-                f"up to number {max(numbers)}; the first layer holds {local}",
-                "local experts numbered from 0 without a gap, as many in every layer and rank",
-                "copy all rank folders again",
-            )
-    return {f"{key}.experts": count * checkpoint.ep_size for key, count in counts.items()}
+    for module in chart.modules:
+        held: dict[tuple[int, int], set[int]] = {}
+        for stage in chart.stages():
+            for layer, there in chart.layers_at(stage)[module.key].items():
+                experts = {e for found in there.values() for e in found} - {NO_EXPERT}
+                held |= {(stage, layer): experts} if experts else {}
+        if not held:
+            continue
+        usual = Counter(max(numbers) + 1 for numbers in held.values()).most_common(1)[0][0]
+        for (stage, layer), numbers in held.items():
+            if numbers != set(range(usual)):
+                faults.add(_odd_experts(chart, module, stage, layer, numbers, usual))
+        counts[f"{module.key}.experts"] = usual * chart.checkpoint.ep_size
+    return counts
 
 
-def layer_lists(modules: Sequence[Module], checkpoint: MMCheckpoint, layout: Layout) -> LayerLists:
+def _odd_experts(
+    chart: Chart, module: Module, stage: int, layer: int, numbers: set[int], usual: int
+) -> TensorError:
+    each = " on each ep rank" if chart.checkpoint.ep_size > 1 else ""
+    lost = sorted(set(range(usual)) - numbers)
+    row = next(r for r in module.layer if r.of_expert)
+    return TensorError(
+        f"{module.label} layer {layer} on {chart.place(stage)} holds "
+        f"{number(numbers, 'expert')}{each}, up to number {max(numbers)}; most layers hold {usual}",
+        "local experts numbered from 0 without a gap, as many in every layer and rank",
+        "copy all rank folders again",
+        cause="expert-hole",
+        path=chart.path(stage),
+        tensors=[fill(row.mm, layer, expert) for expert in lost or sorted(numbers)],
+    )
+
+
+def layer_lists(chart: Chart, layout: Layout) -> LayerLists:
     """The layers that have rows of their own, as an MM checkpoint's names tell."""
-    index = mm_index(tuple(modules))
+    index, modules = chart.index, chart.modules
     layers: dict[str, set[int]] = {r.only: set() for m in modules for r in m.layer if r.only}
     if not layers:
         return {}
     first = {m.key: _first_layers(layout.grids[m.key]) for m in modules}
-    for chunk, tensors in checkpoint.parts.items():
+    for chunk, tensors in chart.checkpoint.parts.items():
         stage = chunk.virtual * layout.pp_size + chunk.rank.pp
         for name in tensors:
             found = index.find(name)
@@ -119,11 +142,6 @@ def _first_layers(grid: StageGrid) -> list[int]:
     """The model's number of each stage's first layer."""
     counts = flat(grid)
     return [sum(counts[:stage]) for stage in range(len(counts))]
-
-
-def _where(checkpoint: MMCheckpoint, chunk: Chunk) -> str:
-    part = f", model{chunk.virtual}" if checkpoint.vpp_size > 1 else ""
-    return f"{checkpoint.folder} tp {chunk.rank.tp} pp {chunk.rank.pp}{part}"
 
 
 Shards = list[StoredTensor]
@@ -149,6 +167,8 @@ def tp_size(module: Module, checkpoint: MMCheckpoint, dims: Dims, same: SameByte
             f"{[list(t.shape) for t in shards][:4]} on the first ranks",
             "a checkpoint and a config.json of one model",
             "give the hf_dir of the model that this checkpoint was made from",
+            cause="wrong-shape",
+            path=checkpoint.folder,
         )
     if len(fitting) == 1 or not divided:
         return fitting[0]
@@ -168,11 +188,6 @@ def likely_tp_size(module: Module, checkpoint: MMCheckpoint, dims: Dims) -> int:
     rows = _first_layer(module, checkpoint)
     sizes = [d for d in range(1, folders + 1) if folders % d == 0]
     return max(sizes, key=lambda size: (sum(_explains([r], size, dims) for r in rows), size))
-
-
-def fits(module: Module, checkpoint: MMCheckpoint, size: int, dims: Dims) -> bool:
-    """Whether a tensor-parallel size explains the shapes; :func:`tp_size` takes 1 of 1 as given."""
-    return _explains(_first_layer(module, checkpoint), size, dims)
 
 
 def whole_tp_size(module: Module, checkpoint: MMCheckpoint, dims: Dims) -> int:
@@ -280,7 +295,7 @@ def assert_layout(
             )
 
 
-def check_layers(layout: Layout, dims: Dims) -> None:
+def check_layers(layout: Layout, dims: Dims, folder: Path) -> None:
     """Layer counts of an existing checkpoint against those of config.json.
 
     Raises:
@@ -296,4 +311,6 @@ def check_layers(layout: Layout, dims: Dims) -> None:
             f"the checkpoint holds other numbers of layers than the model: {'; '.join(wrong)}",
             "all layers, and the hf_dir of the checkpoint's own model",
             "copy all rank folders again, or give the hf_dir that the checkpoint came from",
+            cause="layer-count",
+            path=folder,
         )

@@ -6,25 +6,29 @@ Source: mm-checkpoints section 1, Megatron-LM's checkpoint naming.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 from mmconvert.adapters import BASE_LAYER, MARK
 from mmconvert.causes.folders import other_form
 from mmconvert.causes.tensors import no_model
-from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.errors import CheckpointError, FormatError, blamed
 from mmconvert.formats import manifest
+from mmconvert.formats.containers.damage import AGAIN, explained
 from mmconvert.formats.containers.pickles import Inert
 from mmconvert.formats.containers.ptfile import PtFile, read_pt
+from mmconvert.formats.faults import STRICT, Faults
+from mmconvert.formats.mm.ranks import COPY, RANK_FILE, RankFolders, has_ranks, rank_folders
 from mmconvert.formats.reading import opened
+from mmconvert.names import number
 from mmconvert.narrow import is_dict, is_object
 from mmconvert.sharding.layout import Chunk, Rank, parse_folder
 from mmconvert.stored import StoredTensor
 
 TRACKER = "latest_checkpointed_iteration.txt"
-RANK_FILE = "model_optim_rng.pt"
+_ITERATION = re.compile(r"iter_(\d{7,12})")
 _PART = re.compile(r"model(0|[1-9]\d{0,3})?")
 EXTRA_STATE = "_extra_state"  # Transformer Engine's per-layer state; None in MM checkpoints
 
@@ -40,6 +44,8 @@ class MMCheckpoint:
         tp_folders, pp_size, vpp_size, ep_size: what its folders and files say.
         parts: tensors by name, by chunk.
         notes: what beside the weights was found and left alone, in words.
+        whole: every rank could be read.
+        numbers: how many numbers the names of the rank folders have.
     """
 
     root: Path
@@ -51,6 +57,8 @@ class MMCheckpoint:
     parts: Mapping[Chunk, Mapping[str, StoredTensor]]
     notes: list[str] = field(default_factory=list[str])
     ep_size: int = 1
+    whole: bool = True
+    numbers: int = 1
 
 
 def is_mm(root: Path) -> bool:
@@ -60,10 +68,13 @@ def is_mm(root: Path) -> bool:
     return (root / TRACKER).is_file() or any(parse_folder(path.name) for path in root.iterdir())
 
 
-def find_weights(root: Path) -> tuple[Path, str]:
+def find_weights(root: Path, faults: Faults = STRICT) -> tuple[Path, str]:
     """The folder of rank folders, and the iteration that it holds (``release`` or a number).
 
     ``root`` is a checkpoint with a tracker file, or itself holds rank folders.
+
+    Args:
+        faults: receives those of a tracker file that is not needed to find the newest iteration.
 
     Raises:
         CheckpointError: no checkpoint here; FormatError: a tracker file that makes no sense.
@@ -74,27 +85,81 @@ def find_weights(root: Path) -> tuple[Path, str]:
             f"an MM checkpoint: {TRACKER} with release/ or iter_N/",
             "check the path; training writes below its --save folder",
         )
+    there = newest(root)
+    if (root / TRACKER).is_file():
+        unknown: tuple[Path, str] | None = None
+        found = faults.attempt(lambda: _tracked(root, there), unknown)
+        if found is not None:
+            return found
+        if not there:
+            faults.stop()
+    elif has_ranks(root):
+        own = root.resolve().name
+        return root, tracker_word(own) if _ITERATION.fullmatch(own) else "release"
+    elif there:
+        fault = CheckpointError(
+            f"{root} has {there} and no {TRACKER}",
+            f"an MM checkpoint: {TRACKER} with release/ or iter_N/",
+            f"write {tracker_word(there)} into it, or give {root / there}",
+            cause="missing-tracker",
+            path=root / TRACKER,
+        )
+        faults.add(fault)
+    else:
+        raise other_form(root, "mm") or CheckpointError(
+            f"{root} has neither {TRACKER} nor mp_rank_* folders",
+            f"an MM checkpoint: {TRACKER} with release/ or iter_N/",
+            "it is a Hugging Face checkpoint: hf_to_mm reads it"
+            if (root / "config.json").is_file()
+            else "check the path; training writes below its --save folder",
+            cause="no-checkpoint",
+            path=root,
+        )
+    return root / there, tracker_word(there)
+
+
+def iterations(root: Path) -> list[str]:
+    """The names of iteration folders, the newest last, ``release`` before them."""
+    found = [p.name for p in root.iterdir() if p.is_dir()]
+    numbered = [name for name in found if _ITERATION.fullmatch(name)]
+    numbered.sort(key=lambda name: int(tracker_word(name)))
+    return ["release"] * ("release" in found) + numbered
+
+
+def newest(root: Path) -> str:
+    """The newest iteration folder with ranks in it, as far as names tell; "" if there is none."""
+    try:
+        return next((n for n in reversed(iterations(root)) if has_ranks(root / n)), "")
+    except OSError:
+        return ""
+
+
+def tracker_word(name: str) -> str:
+    """What a tracker file says of an iteration folder."""
+    match = _ITERATION.fullmatch(name)
+    return str(int(match[1])) if match else name
+
+
+def _tracked(root: Path, there: str) -> tuple[Path, str]:
+    """What the tracker file names.
+
+    Args:
+        there: the newest iteration; "" if there is none.
+    """
     tracker = root / TRACKER
-    if tracker.is_file():
+    fix = f"write {tracker_word(there)} into it: {there} is there" if there else ""
+    with blamed("damaged-tracker", tracker, fix=fix or "write release or a number into it"):
         text = tracker_text(tracker)
-        name = "release" if text == "release" else f"iter_{int(text):07d}"
-        if not (root / name).is_dir():
-            raise CheckpointError(
-                f"{tracker} says {text!r}, but {root / name} is not there",
-                f"the folder {name} beside the tracker file",
-                "write the number of an iteration that exists into the tracker file",
-            )
-        return root / name, text
-    if any(parse_folder(path.name) for path in root.iterdir()):
-        number = re.fullmatch(r"iter_(\d{7,12})", root.resolve().name)
-        return root, str(int(number[1])) if number else "release"
-    raise other_form(root, "mm") or CheckpointError(
-        f"{root} has neither {TRACKER} nor mp_rank_* folders",
-        f"an MM checkpoint: {TRACKER} with release/ or iter_N/",
-        "it is a Hugging Face checkpoint: hf_to_mm reads it"
-        if (root / "config.json").is_file()
-        else "check the path; training writes below its --save folder",
-    )
+    name = "release" if text == "release" else f"iter_{int(text):07d}"
+    if not (root / name).is_dir():
+        raise CheckpointError(
+            f"{tracker} says {text!r}, but {root / name} is not there",
+            f"the folder {name} beside the tracker file",
+            fix or "write the number of an iteration that exists into the tracker file",
+            cause="dangling-tracker",
+            path=tracker,
+        )
+    return root / name, text
 
 
 def tracker_text(tracker: Path) -> str:
@@ -113,39 +178,119 @@ def tracker_text(tracker: Path) -> str:
     return text
 
 
-def open_mm(root: Path) -> MMCheckpoint:
+def open_mm(root: Path, faults: Faults = STRICT) -> MMCheckpoint:
     """Reads the metadata of every rank file of an MM checkpoint.
+
+    Args:
+        faults: where those go after which reading goes on.
 
     Raises:
         CheckpointError: folders missing or mixed; FormatError: a damaged file.
     """
-    folder, iteration = find_weights(root)
-    ranks = _rank_folders(folder)
-    parts: dict[Chunk, Mapping[str, StoredTensor]] = {}
-    keys: dict[Path, list[str]] = {}
-    notes: dict[str, int] = {}
-    for rank, path in ranks.items():
-        file = path / RANK_FILE
-        if not file.is_file():
-            raise CheckpointError(f"{path} has no {RANK_FILE}", "the weights of every rank")
-        found = rank_parts(read_pt(file), notes)
-        keys[file] = sorted(found)
-        for virtual, name in enumerate(part_names(file, found)):
-            parts[Chunk(rank, virtual)] = found[name]
-    first, *others = keys
-    for file in others:
-        if keys[file] != keys[first]:
-            raise CheckpointError(
-                f"{file} holds {', '.join(keys[file])}; {first} {', '.join(keys[first])}",
-                "rank files of one checkpoint, with the same model chunks",
-                "keep one checkpoint in this folder",
-            )
+    folder, iteration = find_weights(root, faults)
+    words = {tuple(name.split("/")): size for name, size in manifest.listed(root).items()}
+    listed = {
+        name[1]: size
+        for name, size in words.items()
+        if len(name) == 3 and (name[0], name[2]) == (folder.name, RANK_FILE)
+    }
+    ranks = rank_folders(folder, listed, faults)
+    chunks, notes, states = _read(ranks, faults)
+    if states:
+        faults.remark(extra_state(states))
+    if not chunks:
+        faults.stop()
+    parts: dict[Chunk, Mapping[str, StoredTensor]] = {
+        Chunk(rank, virtual): tensors
+        for rank, found in chunks.items()
+        for virtual, tensors in enumerate(found.values())
+    }
+    whole = ranks.whole and len(chunks) == len(ranks.paths)
+    tp, pp, ep = ranks.size
     names = {name for part in parts.values() for name in part}
     if _counts_ep(names, parts, root) if is_adapter(names) else second_is_ep(parts):
         parts = {Chunk(Rank(c.rank.tp, 0, c.rank.pp), c.virtual): p for c, p in parts.items()}
-    tp, pp, ep = (max(numbers) + 1 for numbers in zip(*(c.rank for c in parts), strict=True))
-    words = [f"{what} ({count} bytes) left out" for what, count in notes.items()]
-    return MMCheckpoint(root, folder, iteration, tp, pp, len(keys[first]), parts, words, ep)
+        pp, ep = 1, pp
+    virtual = len(next(iter(chunks.values())))
+    left = [f"{what} ({count} bytes) left out" for what, count in notes.items()]
+    numbers = ranks.numbers
+    return MMCheckpoint(root, folder, iteration, tp, pp, virtual, parts, left, ep, whole, numbers)
+
+
+Parts = dict[str, dict[str, StoredTensor]]
+
+
+def _read(
+    ranks: RankFolders, faults: Faults
+) -> tuple[dict[Rank, Parts], dict[str, int], dict[Path, int]]:
+    """The model chunks of every rank whose file can be read and has the chunks that most have;
+    the bytes of everything else by its key, and of ``_extra_state`` by file.
+    """
+    files: dict[Rank, Parts] = {}
+    notes: dict[str, int] = {}
+    states: dict[Path, int] = {}
+    for rank, path in ranks.paths.items():
+        file, own = path / RANK_FILE, dict[str, int]()
+        size = ranks.listed.get(path.name, 0)
+        found = faults.attempt(lambda f=file, s=size, o=own: read_rank_file(f, o, s), Parts())
+        if found:
+            files[rank] = found
+        states |= {file: own[EXTRA_STATE]} if EXTRA_STATE in own else {}
+        notes |= {what: notes.get(what, 0) + count for what, count in own.items()}
+    usual = Counter(tuple(parts) for parts in files.values()).most_common(1)
+    for rank, parts in files.items():
+        if tuple(parts) != usual[0][0]:
+            file = ranks.paths[rank] / RANK_FILE
+            fault = CheckpointError(
+                f"{file} holds {', '.join(parts)}; {usual[0][1]} of {len(files)} files hold "
+                f"{', '.join(usual[0][0])}",
+                "rank files of one checkpoint, with the same model chunks",
+                "copy the rank files of one checkpoint here",
+                cause="chunk-keys-differ",
+                path=file,
+            )
+            faults.add(fault)
+    alike = {rank: parts for rank, parts in files.items() if tuple(parts) == usual[0][0]}
+    return alike, notes, states
+
+
+def read_rank_file(file: Path, notes: dict[str, int], size: int = 0) -> Parts:
+    """The tensors of one rank file by the key of their model chunk, in the chunks' order.
+
+    Args:
+        notes: receives the bytes of everything else, by its key.
+        size: its bytes as mmconvert.json lists them; 0 if it does not.
+
+    Raises:
+        CheckpointError: it is not there; FormatError: it is damaged.
+    """
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file.parent} has no {RANK_FILE}",
+            "the weights of every rank",
+            COPY,
+            cause="missing-rank-file",
+            path=file,
+        )
+    with explained(file, "rank-file", size):
+        pt = read_pt(file)
+    with blamed("not-a-tensor", file):
+        found = rank_parts(pt, notes)
+    with blamed("chunk-keys", file, fix=AGAIN):
+        return {name: found[name] for name in part_names(file, found)}
+
+
+def extra_state(states: Mapping[Path, int]) -> CheckpointError:
+    """The remark on ``_extra_state`` entries with data, by file."""
+    first, *others = states
+    more = f" and {number(others, 'more file')}" if others else ""
+    return CheckpointError(
+        f"{first}{more}: _extra_state entries with {sum(states.values())} bytes of data "
+        "(Transformer Engine's, for FP8)",
+        fix="nothing, if the weights are not FP8: a conversion leaves them out",
+        cause="extra-state",
+        path=first,
+    )
 
 
 def is_adapter(names: Iterable[str]) -> bool:
@@ -179,45 +324,6 @@ def second_is_ep(parts: Mapping[Chunk, Mapping[str, StoredTensor]]) -> bool:
         tensors.keys() == parts.get(Chunk(Rank(c.rank.tp, 0), c.virtual), {}).keys()
         for c, tensors in parts.items()
     )
-
-
-def _rank_folders(folder: Path) -> dict[Rank, Path]:
-    try:
-        names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    except OSError as error:
-        raise CheckpointError(f"{folder}: {error.strerror}", "a readable folder") from error
-    found = {name: parse_folder(name) for name in names}
-    numbers = {name: n for name, n in found.items() if n is not None}
-    if not numbers:
-        raise other_form(folder, "mm") or CheckpointError(
-            f"{folder} has no mp_rank_* folders", "one folder for each rank"
-        )
-    forms = {sum(x is not None for x in n): name for name, n in numbers.items()}
-    if len(forms) > 1:
-        raise CheckpointError(
-            f"{folder} mixes folders of different layouts: {', '.join(sorted(forms.values()))}",
-            "the rank folders of one checkpoint",
-            "move the folders of the other checkpoint away",
-        )
-    ranks = {Rank(tp, pp or 0, ep or 0): folder / name for name, (tp, pp, ep) in numbers.items()}
-    if len(ranks) != len(numbers):
-        raise CheckpointError(f"{folder} has two folders for one rank: {', '.join(numbers)}")
-    tp, pp, ep = (max(numbers) + 1 for numbers in zip(*ranks, strict=True))
-    if len(ranks) != tp * pp * ep:
-        # may be very many
-        places = (Rank(t, p, e) for p in range(pp) for e in range(ep) for t in range(tp))
-        absent = islice((rank for rank in places if rank not in ranks), 5)
-        listed = ", ".join(
-            f"tp {r.tp} pp {r.pp} ep {r.ep}" if ep > 1 else f"tp {r.tp} pp {r.pp}" for r in absent
-        )
-        raise CheckpointError(
-            f"{folder} has {len(ranks)} rank folders; missing: {listed}",
-            f"{tp} x {pp} x {ep} folders (tp x pp x ep)"
-            if ep > 1
-            else f"{tp} x {pp} folders (tp x pp)",
-            "copy the missing folders from the machines that wrote them",
-        )
-    return dict(sorted(ranks.items()))
 
 
 def part_names(file: Path, found: Iterable[str]) -> list[str]:

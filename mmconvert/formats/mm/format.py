@@ -15,8 +15,8 @@ from mmconvert.formats import contents
 from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.mm.adapters import sized
-from mmconvert.formats.mm.folder import TRACKER, find_weights, is_mm
-from mmconvert.formats.mm.model import mm_model
+from mmconvert.formats.mm.folder import TRACKER, is_mm
+from mmconvert.formats.mm.model import OpenedMM, mm_model
 from mmconvert.formats.mm.output import rank_images
 from mmconvert.formats.mm.samples import representative
 from mmconvert.formats.mm.source import Parts, claim_mm, mm_source
@@ -33,21 +33,25 @@ from mmconvert.stored import StoredTensor, Target
 
 @dataclass(frozen=True, kw_only=True)
 class MMStored(StoredCheckpoint):
-    """An MM checkpoint that was opened.
+    """An MM checkpoint that was opened; ``opened`` is what its reader found."""
 
-    Attributes:
-        ranks: how it is laid out.
-        parts: its tensors, by name, by chunk.
-    """
+    opened: OpenedMM
 
-    ranks: Layout
-    parts: Parts
+    @property
+    def ranks(self) -> Layout:
+        """How it is laid out."""
+        return self.opened.layout
+
+    @property
+    def parts(self) -> Parts:
+        """Its tensors, by name, by chunk."""
+        return self.opened.parts
 
     def side(self, modules: tuple[Module, ...] | None = None, *, as_hf: bool = False) -> Side:
         """Its wholes in the one structure that it has; vision q, k and v interleaved."""
         del modules
         model = self.model
-        side = mm_source(model.modules, model.dims, self.ranks, self.parts, transposed=as_hf)
+        side = self.opened.side(as_hf=as_hf)
         return reorder(side, model.modules, model.plain_modules, model.dims)
 
 
@@ -77,8 +81,7 @@ class MM(Format):
     def look(self, path: Path) -> Look:
         """Its ranks; its wholes under MM names with the model's own layer numbers."""
         stored = self.open(path, Opening(mm_family(path), Options()))
-        model, layout = stored.model, stored.ranks
-        side = mm_source(model.modules, model.dims, layout, stored.parts)
+        model, layout, side = stored.model, stored.ranks, stored.opened.side()
         return Look(
             kind=self.name,
             title="MM checkpoint",
@@ -101,7 +104,7 @@ class MM(Format):
                 "leave it out; hf_dir must be a checkpoint with a text decoder of the same sizes",
             )
         given = told.layout if isinstance(told.layout, ParallelConfig) else ParallelConfig()
-        model, layout, parts = mm_model(
+        opened = mm_model(
             told.family,
             path,
             given,
@@ -109,7 +112,9 @@ class MM(Format):
             told.options,
             prefix=told.flags,
             encoders_only=told.encoders_only,
+            faults=told.faults,
         )
+        model = opened.model
         if told.canonical and not model.variant.canonical:
             raise CheckpointError(
                 "--cfg.common_model_config.enable_canonical_hf_struct says True; the checkpoint "
@@ -121,10 +126,9 @@ class MM(Format):
             format=self.name,
             path=path,
             model=model,
-            layout=layout,
-            iteration=find_weights(path)[1],
-            ranks=layout,
-            parts=parts,
+            layout=opened.layout,
+            iteration=opened.chart.checkpoint.iteration,
+            opened=opened,
         )
 
     def place(self, asked: Placing) -> Placed:

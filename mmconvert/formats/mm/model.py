@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmconvert.config import Options, ParallelConfig
@@ -21,7 +21,9 @@ from mmconvert.converters.family import (
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.executor.compare import same_bytes
 from mmconvert.formats import manifest
+from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.mm.adapters import check_converter, mm_adapter, noted_traits, variant_of
+from mmconvert.formats.mm.chart import Chart
 from mmconvert.formats.mm.detect import (
     assert_layout,
     check_layers,
@@ -30,16 +32,56 @@ from mmconvert.formats.mm.detect import (
     layer_lists,
 )
 from mmconvert.formats.mm.folder import MMCheckpoint, is_adapter, open_mm
-from mmconvert.formats.mm.source import Parts, claim_mm
+from mmconvert.formats.mm.names import check_names
+from mmconvert.formats.mm.source import Parts, claim_mm, mm_source
 from mmconvert.formats.model import Model, Notes, dropped_by, drops_too_much
 from mmconvert.formats.recognise import by_names, mm_form_of
 from mmconvert.names import TemplateIndex, number, summarise
 from mmconvert.narrow import is_object
+from mmconvert.plan.plan import Side
 from mmconvert.sharding.layout import Chunk, Layout
 from mmconvert.sharding.stages import total
 from mmconvert.stored import StoredTensor
 
 TEXT = "text_decoder."  # how the MM names of every family's text decoder begin
+
+
+@dataclass(frozen=True)
+class OpenedMM:
+    """An MM checkpoint that was opened.
+
+    Attributes:
+        model: its model.
+        layout: how it is laid out.
+        chart: its tensors, by pipeline stage.
+        tied: whether its output layer is the embedding; None if nobody says.
+        complete: its names are those that they should be.
+        faults: where those of its reader went.
+    """
+
+    model: Model
+    layout: Layout
+    chart: Chart
+    tied: bool | None
+    complete: bool = True
+    faults: Faults = STRICT
+
+    @property
+    def parts(self) -> Parts:
+        """Its tensors, by name, by chunk."""
+        return self.chart.checkpoint.parts
+
+    def side(self, *, as_hf: bool = False) -> Side:
+        """Its wholes as they are stored; matrices as MM has them, or as Hugging Face."""
+        return mm_source(
+            self.model.modules,
+            self.model.dims,
+            self.layout,
+            self.parts,
+            transposed=as_hf,
+            faults=self.faults,
+            complete=self.complete,
+        )
 
 
 def mm_model(
@@ -51,20 +93,23 @@ def mm_model(
     *,
     prefix: str,
     encoders_only: bool = False,
-) -> tuple[Model, Layout, Parts]:
+    faults: Faults = STRICT,
+) -> OpenedMM:
     """Opens an MM checkpoint: its model, its layout, its tensors by chunk.
 
     Args:
         given: what the user says of its layout; compared with what is found.
         model: the HF checkpoint that it came from, if known: gives sizes.
         prefix: how the layout's flags begin, for messages.
+        faults: where those go after which reading goes on.
 
     Raises:
         CheckpointError: not a checkpoint of this family, or damaged.
     """
-    checkpoint = open_mm(folder)
+    checkpoint = open_mm(folder, faults)
     if is_adapter({name for part in checkpoint.parts.values() for name in part}):
-        return mm_adapter(family, checkpoint, given, model, options, prefix=prefix)
+        adapter, layout, _ = mm_adapter(family, checkpoint, given, model, options, prefix=prefix)
+        return OpenedMM(adapter, layout, Chart(checkpoint, adapter.modules), None, faults=faults)
     if (fault := mm_form_of(checkpoint.parts.values(), checkpoint.folder)) is not None:
         raise fault
     notes = Notes(f"{checkpoint.folder}: {note}" for note in checkpoint.notes)
@@ -74,48 +119,41 @@ def mm_model(
     dims = dict(model.dims) if model else manifest.sizes(content or {})
     parts, used = _without(family, checkpoint, options, notes)
     names = {name for tensors in parts.values() for name in tensors}
-    # The manifest may say that the text decoder was left out; if it is there, it counts.
-    said = content is not None and content.get("save_vit_only") is True
-    encoders_only = encoders_only or (said and not any(name.startswith(TEXT) for name in names))
+    if checkpoint.whole and not encoders_only:
+        encoders_only = _is_without_text(checkpoint, names, content, faults)
     variant = variant_of(family, names, checkpoint, model, noted_traits(content or {}))
     if model is not None and model.tied_known:
-        tied = model.variant.tied
+        tied: bool | None = model.variant.tied
     else:
-        tied = encoders_only or _looks_tied(family, variant, parts, content, notes)
-    variant = replace(variant, tied=tied, encoder_qkv=options.vit_qkv)
+        tied = encoders_only or _looks_tied(family, variant, parts, content)
+    variant = replace(variant, tied=tied is not False, encoder_qkv=options.vit_qkv)
     modules = family.table(variant)
-    _check_known(family, parts, mm_index(modules), checkpoint)
+    check_known(family, parts, mm_index(modules), checkpoint, faults)
     if encoders_only:
         modules = encoders(modules)
-        index = mm_index(modules)
-        parts = {c: {n: t for n, t in p.items() if index.find(n)} for c, p in parts.items()}
-    checkpoint = replace(checkpoint, parts=parts)
-    sizes = {dim: size for dim, size in dims.items() if dim != family.vocabulary}
-    layout = detect_layout(modules, checkpoint, sizes, same_bytes)
+    index = mm_index(modules)
+    parts = {c: {n: t for n, t in p.items() if index.find(n)} for c, p in parts.items()}
+    chart = Chart(replace(checkpoint, parts=parts), modules)
+    before = faults.found
+    _check_modules(chart, faults)
+    check_names(chart, tied, faults)
+    if tied is None and not encoders_only and OUTPUT_LAYER not in names:
+        notes.words.append("warning: no output layer and no config.json: taken for tied embeddings")
+    _check_experts(chart, given, dims, prefix, faults)
+    if not checkpoint.whole or any(not total(grid) for grid in chart.grids.values()):
+        faults.stop()
+    complete = faults.found == before
+    known = {dim: size for dim, size in dims.items() if dim != family.vocabulary}
+    layout = detect_layout(chart, known, same_bytes, faults)
     words = _unpadded(modules, parts, layout, dims, family.vocabulary)
-    _check_text(modules, layout, checkpoint)
-    _check_experts(modules, checkpoint, given, dims, prefix)
     if model is None:
-        lists = layer_lists(modules, checkpoint, layout)
+        lists = layer_lists(chart, layout)
         variant = replace(variant, lists=tuple(lists.items()))
         modules = bound(modules, lists)
-    # A module that was left out with save_vit_only is no contradiction.
-    full = {m.key for m in modules}
-    grids = {k: g for k, g in given.grids().items() if k in full or k not in family.module_keys}
-    sizes = {
-        k: n
-        for k, n in given.tp(family.decoder).items()
-        if k in full or k not in family.module_keys
-    }
-    assert_layout(layout, grids, sizes, prefix)
-    check_layers(layout, dims)
-    lost = claim_mm(modules, dims, layout, parts)
-    if lost:
-        raise TensorError(
-            f"{len(lost)} tensors have no place in {family.name}: {summarise(lost)}",
-            f"only tensors of {family.name}, each on its stage",
-            "leave them out with --drop 'NAME' (a pattern; may be repeated)",
-        )
+    _assert_given(family, modules, layout, given, prefix)
+    if complete:
+        faults.attempt(lambda: check_layers(layout, dims, checkpoint.folder), None)
+        faults.attempt(lambda: _check_claims(family, modules, dims, layout, parts), None)
     dims |= {f"{key}.layers": sum(map(sum, grid)) for key, grid in layout.grids.items()}
     found = Model(
         family,
@@ -127,7 +165,65 @@ def mm_model(
         dropped=notes.dropped,
         words=words,
     )
-    return found, layout, parts
+    return OpenedMM(found, layout, replace(chart, modules=modules), tied, complete, faults)
+
+
+def _assert_given(
+    family: Family,
+    modules: tuple[Module, ...],
+    layout: Layout,
+    given: ParallelConfig,
+    prefix: str,
+) -> None:
+    """Raises CheckpointError where the user says otherwise than the checkpoint."""
+    # A module that was left out with save_vit_only is no contradiction.
+    full = {m.key for m in modules}
+    grids = {k: g for k, g in given.grids().items() if k in full or k not in family.module_keys}
+    sizes = {
+        k: n
+        for k, n in given.tp(family.decoder).items()
+        if k in full or k not in family.module_keys
+    }
+    assert_layout(layout, grids, sizes, prefix)
+
+
+def _is_without_text(
+    checkpoint: MMCheckpoint,
+    names: Iterable[str],
+    content: Mapping[str, object] | None,
+    faults: Faults,
+) -> bool:
+    """Whether the text decoder was left out. mmconvert.json may say so; if it is there, it counts.
+
+    Raises:
+        CheckpointError: it is not there, and nothing says that this is meant so.
+    """
+    if any(name.startswith(TEXT) for name in names):
+        return False
+    fault = CheckpointError(
+        f"{checkpoint.folder} holds no tensor of the text decoder",
+        "all modules of the model",
+        "for encoders alone give --cfg.save_vit_only True (resplit); else copy all rank folders",
+        cause="encoders-only",
+        path=checkpoint.folder,
+    )
+    said = content is not None and content.get("save_vit_only") is True
+    faults.remark(fault) if said else faults.add(fault)
+    return True
+
+
+def _check_claims(
+    family: Family, modules: tuple[Module, ...], dims: Dims, layout: Layout, parts: Parts
+) -> None:
+    """Raises TensorError for tensors that no row claims, or that stand where they should not."""
+    lost = claim_mm(modules, dims, layout, parts)
+    if lost:
+        raise TensorError(
+            f"{len(lost)} tensors have no place in {family.name}: {summarise(lost)}",
+            f"only tensors of {family.name}, each on its stage",
+            "leave them out with --drop 'NAME' (a pattern; may be repeated)",
+            cause="misplaced-tensor",
+        )
 
 
 def _unpadded(
@@ -155,11 +251,7 @@ def _unpadded(
 
 
 def _check_experts(
-    modules: tuple[Module, ...],
-    checkpoint: MMCheckpoint,
-    given: ParallelConfig,
-    dims: Dims,
-    prefix: str,
+    chart: Chart, given: ParallelConfig, dims: Dims, prefix: str, faults: Faults
 ) -> None:
     """The experts of a checkpoint are those of the model and of the layout that the user says.
 
@@ -169,6 +261,7 @@ def _check_experts(
     Raises:
         CheckpointError: naming both numbers.
     """
+    checkpoint = chart.checkpoint
     ep = checkpoint.ep_size
     if given.ep_size not in (0, ep):
         raise CheckpointError(
@@ -176,21 +269,25 @@ def _check_experts(
             "the layout that the checkpoint has",
             "leave the flag out: the layout is read off the checkpoint",
         )
-    for key, count in count_experts(modules, checkpoint).items():
+    for key, count in count_experts(chart, faults).items():
         if dims.setdefault(key, count) != count:
-            raise CheckpointError(
+            fault = CheckpointError(
                 f"{checkpoint.folder} holds {count} experts in a layer ({ep} ep ranks); the model "
                 f"has {dims[key]}",
                 "all experts, and the hf_dir of the checkpoint's own model",
                 "copy all rank folders again, or give the hf_dir that the checkpoint came from",
+                cause="expert-count",
+                path=checkpoint.folder,
             )
+            faults.add(fault)
 
 
-def _check_known(
+def check_known(
     family: Family,
     parts: Parts,
     index: TemplateIndex[tuple[Module, Row]],
     checkpoint: MMCheckpoint,
+    faults: Faults,
 ) -> None:
     """Names that no row knows: another family's checkpoint, or tensors to be dropped."""
     names = {name for part in parts.values() for name in part}
@@ -208,23 +305,30 @@ def _check_known(
         )
     closest = index.closest(unknown[0])
     hint = f" (closest known name: {closest})" if closest else ""
-    raise TensorError(
+    fault = TensorError(
         f"{file}: {number(unknown, 'tensor')} with no place in {family.name}: "
         f"{summarise(unknown)}{hint}",
         f"only tensors of {family.name}",
         "leave them out with --drop 'NAME' (a pattern; may be repeated)",
+        cause="unknown-tensor",
+        path=file,
+        tensors=unknown,
     )
+    faults.add(fault)
 
 
-def _check_text(modules: tuple[Module, ...], layout: Layout, checkpoint: MMCheckpoint) -> None:
-    """Raises CheckpointError for a module without any layer, which no flag has left out."""
-    for module in modules:
-        if not total(layout.grids[module.key]):
-            raise CheckpointError(
-                f"{checkpoint.folder} holds no layer of {module.label}",
+def _check_modules(chart: Chart, faults: Faults) -> None:
+    """A module without any layer, which no flag has left out."""
+    for module in chart.modules if chart.whole else ():
+        if not total(chart.grids[module.key]):
+            fault = CheckpointError(
+                f"{chart.checkpoint.folder} holds no layer of {module.label}",
                 "all modules of the model",
                 "for encoders alone give --cfg.save_vit_only True (resplit); else copy all ranks",
+                cause="missing-tensor",
+                path=chart.checkpoint.folder,
             )
+            faults.add(fault)
 
 
 def _without(
@@ -263,18 +367,11 @@ def _without(
 
 
 def _looks_tied(
-    family: Family,
-    variant: Variant,
-    parts: Parts,
-    content: Mapping[str, object] | None,
-    notes: Notes,
-) -> bool:
+    family: Family, variant: Variant, parts: Parts, content: Mapping[str, object] | None
+) -> bool | None:
     """Whether the output layer is the embedding, where config.json is not at hand.
 
-    mmconvert.json says it; else two equal tensors, or one text stage without an output layer.
-
-    Raises:
-        TensorError: several text stages without an output layer: missing, or never written.
+    mmconvert.json says it; else two equal tensors. None without an output layer.
     """
     said = content.get("variant") if content else None
     if is_object(said) and isinstance(said.get("tied"), bool):
@@ -283,23 +380,8 @@ def _looks_tied(
     rows = [r for m in table for r in m.all_rows() if r.tied_to]
     heads = [t[r.mm] for t in parts.values() for r in rows if r.mm in t]
     origins = [t[r.tied_to] for t in parts.values() for r in rows if r.tied_to in t]
-    if heads:
-        return len(origins) == len(heads) and all(
-            same_bytes(a, b) for a, b in zip(origins, heads, strict=True)
-        )
-    text = {
-        (chunk.rank.pp, chunk.virtual)
-        for chunk, part in parts.items()
-        if any(name.startswith(TEXT) for name in part)
-    }
-    if len(text) > 1:
-        raise TensorError(
-            f"there is no {OUTPUT_LAYER} on any stage",
-            "the output layer; with tied embeddings too it stands on the last of several stages "
-            "with text layers",
-            "if the model ties its embeddings, give --cfg.hf_config.hf_dir, whose config.json says "
-            "so; else copy the rank folder of the last stage again",
-        )
-    if origins:
-        notes.words.append("warning: no output layer and no config.json: taken for tied embeddings")
-    return True
+    if not heads:
+        return None
+    return len(origins) == len(heads) and all(
+        same_bytes(a, b) for a, b in zip(origins, heads, strict=True)
+    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from mmconvert.converters.family import Dims, Module, mm_index
-from mmconvert.errors import LayoutError, ReplicaError, TensorError
+from mmconvert.errors import LayoutError, ReplicaError, TensorError, blamed
+from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.mm.instances import Instance, placements
 from mmconvert.formats.mm.target import shard_blocks, shard_spans
 from mmconvert.names import number, summarise
@@ -25,6 +26,8 @@ def mm_source(
     parts: Parts,
     *,
     transposed: bool = False,
+    faults: Faults = STRICT,
+    complete: bool = True,
 ) -> Side:
     """An existing MM checkpoint as wholes.
 
@@ -33,6 +36,8 @@ def mm_source(
         parts: tensors by name, by chunk; every one must be the place of some row.
         transposed: whether the wholes of rows that say so have the orientation of Hugging Face,
             which is to be written: their tensors are seen transposed.
+        faults: where those go after which reading goes on.
+        complete: whether tensors that are missing are a fault; else they are passed over.
 
     Raises:
         TensorError: missing tensors, or shards that do not fit together.
@@ -41,7 +46,10 @@ def mm_source(
     missing: list[str] = []
     for item, name, shards, absent in _places(modules, dims, layout, parts):
         if not absent:
-            _add_shards(side, item, layout.tp[item.module.key], shards, dims)
+            size = layout.tp[item.module.key]
+            faults.attempt(lambda i=item, n=size, s=shards: _add_shards(side, i, n, s, dims), None)
+        elif not complete:
+            continue
         elif not item.row.tied_to:
             missing += [f"{name} ({layout.folder(rank)})" for rank in absent]
         elif shards:
@@ -86,27 +94,16 @@ def as_stored_in_hf(side: Side, modules: Sequence[Module]) -> Side:
     return side
 
 
-def partial_source(
-    modules: Sequence[Module], dims: Dims, layout: Layout, parts: Parts
-) -> tuple[Side, list[tuple[StoredTensor, TensorError | ReplicaError]]]:
-    """What of an MM checkpoint can be read as wholes, and what is wrong with the rest: the
-    first shard of a tensor, and its fault.
-
-    Tensors that are missing on some tp rank are passed over; see :func:`mm_source`.
-    """
-    side = Side()
-    faults: list[tuple[StoredTensor, TensorError | ReplicaError]] = []
-    for item, _, shards, absent in _places(modules, dims, layout, parts):
-        if absent:
-            continue
-        try:
-            _add_shards(side, item, layout.tp[item.module.key], shards, dims)
-        except (TensorError, ReplicaError) as error:
-            faults.append((shards[0], error))
-    return side, faults
-
-
 def _add_shards(
+    side: Side, item: Instance, size: int, shards: Sequence[StoredTensor], dims: Dims
+) -> None:
+    """Adds the whole that the shards of one tensor make, in the order of their tp ranks."""
+    first = shards[0]
+    with blamed("wrong-shape", first.path, first.name, "copy the rank folders of this stage again"):
+        _add_whole(side, item, size, shards, dims)
+
+
+def _add_whole(
     side: Side, item: Instance, size: int, shards: Sequence[StoredTensor], dims: Dims
 ) -> None:
     split = item.row.shard

@@ -9,11 +9,11 @@ from mmconvert.causes.folders import other_form
 from mmconvert.errors import MMConvertError
 from mmconvert.events import Events
 from mmconvert.formats.hf.folder import INDEX, has_weights
-from mmconvert.formats.mm.folder import TRACKER
+from mmconvert.formats.mm.folder import TRACKER, iterations
+from mmconvert.formats.mm.ranks import has_ranks
 from mmconvert.formats.registry import load, recognise
 from mmconvert.formats.single import MS_FILE, is_zip, open_file
 from mmconvert.tools.doctor.asked import DoctorRequest
-from mmconvert.tools.doctor.folder import has_ranks, iterations
 from mmconvert.tools.doctor.hf import examine_hf
 from mmconvert.tools.doctor.leftovers import is_locked, look_beside, staged_for
 from mmconvert.tools.doctor.mm import examine_mm

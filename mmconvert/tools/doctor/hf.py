@@ -13,12 +13,11 @@ from mmconvert.formats.base import Opening
 from mmconvert.formats.faults import Collected
 from mmconvert.formats.hf.folder import HFCheckpoint, open_hf
 from mmconvert.formats.hf.format import FORMAT
-from mmconvert.plan.dtypes import CAST_ALL, mixed_dtypes
 from mmconvert.plan.plan import Side
 from mmconvert.tools.doctor.asked import DoctorRequest
 from mmconvert.tools.doctor.faults import report_faults
 from mmconvert.tools.doctor.report import DoctorReport
-from mmconvert.tools.doctor.values import look_at_replicas, look_for_nan
+from mmconvert.tools.doctor.values import look_at_dtypes, look_at_replicas, look_for_nan
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -39,7 +38,7 @@ def examine_hf(folder: Path, asked: DoctorRequest, events: Events, report: Docto
         # A config.json that cannot be read is a fault of its reader too.
         checkpoint = open_hf(folder, Collected() if family else found)
         if family is not None or error.cause not in {e.cause for e in found.errors}:
-            found.errors.append(_unserved(error, checkpoint))
+            found.add(_unserved(error, checkpoint))
         report.skipped.append("names and shapes: these are no weights of a model that is known")
     report_faults(found, folder, report)
     report.files = len(checkpoint.files)
@@ -97,8 +96,7 @@ def _look_at_side_files(folder: Path, family: Family | None, report: DoctorRepor
 def _look_at_values(
     checkpoint: HFCheckpoint, side: Side, asked: DoctorRequest, events: Events, report: DoctorReport
 ) -> None:
-    if mixed := mixed_dtypes(side.wholes):
-        report.add("mixed-dtypes", mixed, CAST_ALL, path=checkpoint.folder)
+    look_at_dtypes(side, checkpoint.folder, report)
     if asked.quick:
         report.skipped.append("copies of tensors (--quick)")
     else:

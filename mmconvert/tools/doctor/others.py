@@ -37,7 +37,7 @@ def examine_other(
         )
         side = kind.open(path, told).side()
     except MMConvertError as error:
-        faults.errors.append(error)
+        faults.add(error)
     for error in faults.errors:
         error.cause = error.cause or _id(error)
     report_faults(faults, path, report)

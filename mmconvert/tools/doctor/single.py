@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mmconvert.causes.quantised import quantised
+from mmconvert.converters.family import mm_index
 from mmconvert.errors import CheckpointError
 from mmconvert.events import Events
+from mmconvert.formats.faults import Collected
 from mmconvert.formats.hf.bin import SUFFIX, read_weights
 from mmconvert.formats.hf.choice import SAFETENSORS
-from mmconvert.formats.mm.folder import part_names
+from mmconvert.formats.mm.adapters import variant_of
+from mmconvert.formats.mm.chart import Chart
+from mmconvert.formats.mm.folder import EXTRA_STATE, MMCheckpoint, extra_state, read_rank_file
+from mmconvert.formats.mm.model import check_known
+from mmconvert.formats.mm.names import check_names
+from mmconvert.formats.recognise import family_of_parts
 from mmconvert.sharding.layout import Chunk, Rank
 from mmconvert.stored import StoredTensor
 from mmconvert.tools.doctor.asked import DoctorRequest
-from mmconvert.tools.doctor.chart import make_chart
-from mmconvert.tools.doctor.faults import command_of
-from mmconvert.tools.doctor.folder import Ranks
-from mmconvert.tools.doctor.rankfiles import note_states, read_rank_file
+from mmconvert.tools.doctor.faults import command_of, report_faults
 from mmconvert.tools.doctor.report import DoctorReport
-from mmconvert.tools.doctor.tensors import look_at_names
 from mmconvert.tools.doctor.values import look_for_nan
 
 
@@ -46,18 +51,28 @@ def _weight_file(path: Path, report: DoctorReport) -> list[StoredTensor]:
 
 
 def _rank_file(path: Path, report: DoctorReport) -> list[StoredTensor]:
-    states: dict[Path, int] = {}
-    parts = read_rank_file(path, report, states=states)
-    note_states(states, report)
-    if parts is None:
-        return []
-    report.files = 1
-    rank = Rank(0)
-    chunks = {Chunk(rank, v): parts[name] for v, name in enumerate(part_names(path, parts))}
+    found, notes = Collected(), dict[str, int]()
+    parts = found.attempt(lambda: read_rank_file(path, notes), dict[str, dict[str, StoredTensor]]())
+    if EXTRA_STATE in notes:
+        found.remark(extra_state({path: notes[EXTRA_STATE]}))
+    tensors = [tensor for part in parts.values() for tensor in part.values()]
+    report.files, report.tensors = int(bool(parts)), len(tensors)
+    if tensors:
+        found.attempt(lambda: _look_at_names(path, list(parts.values()), found), None)
+    report_faults(found, path, report)
+    return tensors
+
+
+def _look_at_names(
+    path: Path, parts: Sequence[Mapping[str, StoredTensor]], found: Collected
+) -> None:
+    """By the family that fits best: many files fit several."""
+    folder, rank = path.parent, Rank(0)
+    chunks = {Chunk(rank, virtual): part for virtual, part in enumerate(parts)}
     # Never whole: a file alone does not tell how many there are.
-    ranks = Ranks(path.parent, {rank: path.parent}, 1, 1, False, False, False)
-    chart = make_chart(path.parent, ranks, chunks, None, report)
-    report.family = ""  # many files fit several families
-    if chart is not None:
-        look_at_names(chart, ranks, report)
-    return [tensor for part in parts.values() for tensor in part.values()]
+    checkpoint = MMCheckpoint(folder, folder, "", 1, 1, len(parts), chunks, whole=False)
+    family = family_of_parts(parts, folder)
+    names = {name for part in parts for name in part}
+    modules = family.table(replace(variant_of(family, names, checkpoint, None), tied=True))
+    check_known(family, chunks, mm_index(modules), checkpoint, found)
+    check_names(Chart(checkpoint, modules), None, found)

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from mmconvert.converters.family import Module
 from mmconvert.errors import LayoutError, MMConvertError
@@ -15,8 +16,11 @@ from mmconvert.executor.blockio import Region, read_compact
 from mmconvert.executor.differences import TensorDifference, in_words
 from mmconvert.executor.fileio import BAND, Files
 from mmconvert.executor.jobs import Job, run_jobs
-from mmconvert.formats.mm.source import partial_source
+from mmconvert.formats.faults import Collected
+from mmconvert.formats.mm.model import OpenedMM
+from mmconvert.formats.model import Model
 from mmconvert.names import number
+from mmconvert.plan.dtypes import CAST_ALL, mixed_dtypes
 from mmconvert.plan.plan import (
     Comparison,
     Key,
@@ -28,9 +32,7 @@ from mmconvert.plan.plan import (
     zeros_of,
 )
 from mmconvert.plan.reorder import reorder
-from mmconvert.sharding.layout import Layout
 from mmconvert.stored import ITEM_SIZE, StoredTensor
-from mmconvert.tools.doctor.chart import Chart
 from mmconvert.tools.doctor.report import DoctorReport
 
 APART = "find out which values training used; the command takes the first copy of each"
@@ -39,6 +41,12 @@ UNTIED = (
     "by those that belong together"
 )
 CLOSER = 4  # times: differences so much smaller in the other row order tell which is right
+
+
+def look_at_dtypes(side: Side, path: Path, report: DoctorReport) -> None:
+    """Parts of one tensor that only a cast unites."""
+    if mixed := mixed_dtypes(side.wholes):
+        report.add("mixed-dtypes", mixed, CAST_ALL, path=path)
 
 
 def look_at_replicas(
@@ -87,31 +95,32 @@ def look_at_zeros(mm: Side, hf: Side, report: DoctorReport) -> None:
 
 # ------------------------------------------------------------------- order of vision q, k, v
 def look_at_encoder_qkv(
-    chart: Chart, layout: Layout, hf: Side, workers: int, events: Events, report: DoctorReport
+    opened: OpenedMM, side: Side, hf: Side, workers: int, events: Events, report: DoctorReport
 ) -> None:
     """Whether the rows of vision q, k, v stand per head, by comparison with the HF checkpoint.
 
     The reference tool 2.2.0 to 2.3.0 left q, k and v one below the other.
     Weights that training has changed equal neither order; the right one is much closer.
     """
-    plain = {r.mm: r for m in chart.modules for r in m.all_rows()}
-    other = _concatenated(chart)
+    model = opened.model
+    plain = {r.mm: r for m in model.modules for r in m.all_rows()}
+    other = _concatenated(model)
     keys = {r.mm for m in other for r in m.all_rows() if r != plain.get(r.mm)}
     if not keys:
         return
     expected = _only(hf, keys)
-    per_head = _only(partial_source(chart.modules, chart.dims, layout, chart.parts)[0], keys)
+    per_head = _only(side, keys)
     try:
         found, compared = _differences(expected, per_head, workers, events)
         if not compared:
             report.skipped.append("the order of vision q, k, v: nothing to compare with hf_dir")
             return
-        report.checked.append(f"the order of q, k, v in {compared} vision tensors")
+        report.checked.append(f"the order of q, k, v in {number(range(compared), 'vision tensor')}")
         if not found:
             return
-        side = _only(partial_source(other, chart.dims, layout, chart.parts)[0], keys)
-        side = reorder(side, other, chart.modules, chart.dims)
-        left, _ = _differences(expected, side, workers, events)
+        as_it_lies = replace(opened, model=replace(model, modules=other), faults=Collected())
+        reordered = reorder(_only(as_it_lies.side(), keys), other, model.modules, model.dims)
+        left, _ = _differences(expected, reordered, workers, events)
     except LayoutError as error:
         report.skipped.append(f"the order of vision q, k, v: {error.what}")
         return
@@ -121,8 +130,8 @@ def look_at_encoder_qkv(
     first = found[0].b
     report.add(
         "vit-qkv-concatenated",
-        f"the vision encoder's q, k and v stand one below the other in {len(found)} stored "
-        f"tensors, as the reference tool 2.2.0 to 2.3.0 wrote them; read so "
+        f"the vision encoder's q, k and v stand one below the other in {number(found, 'tensor')}"
+        " as stored, as the reference tool 2.2.0 to 2.3.0 wrote them; read so "
         f"they {sure} to those of hf_dir",
         "resplit with --vit_qkv concatenated writes them per head, as MindSpeed-MM reads them",
         path=first.path,
@@ -131,9 +140,9 @@ def look_at_encoder_qkv(
     )
 
 
-def _concatenated(chart: Chart) -> tuple[Module, ...]:
-    keys = {m.key for m in chart.modules}
-    modules = chart.family.modules(replace(chart.variant, encoder_qkv="concatenated"))
+def _concatenated(model: Model) -> tuple[Module, ...]:
+    keys = {m.key for m in model.modules}
+    modules = model.family.table(replace(model.variant, encoder_qkv="concatenated"))
     return tuple(m for m in modules if m.key in keys)
 
 
