@@ -422,9 +422,9 @@ BYTES = (
     Fault(
         "a value cast twice",
         EXECUTE,
-        'found = cast(read_compact(files, source, region, "cast"), source.dtype, dtype)',
-        'found = cast(read_compact(files, source, region, "cast"), source.dtype, "F32")\n'
-        '    found = cast(cast(found.bits, "F32", "BF16").bits, "BF16", dtype)',
+        "found = cast(data, source.dtype, dtype)",
+        'found = cast(data, source.dtype, "F32")\n'
+        '        found = cast(cast(found.bits, "F32", "BF16").bits, "BF16", dtype)',
         ("integration/test_mixed_dtypes.py::test_each_part_is_cast_once",),
     ),
     Fault(

@@ -116,8 +116,8 @@ def test_gradients_are_those_of_one_process(name: str, study: Study) -> None:
     assert worst <= (GRADIENT if LAYOUTS[name][2] > 1 else 1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", nightly(LAYOUTS, but=("tp 2 pp 2 vpp 2",)))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_twenty_losses_are_those_of_one_process(name: str, study: Study) -> None:
     alone, divided = study.curve(ONE), study.curve(LAYOUTS[name])
     assert [line[0] for line in divided] == list(range(1, STEPS + 1))
