@@ -552,7 +552,7 @@ def both_started(
     finally:
         for run in runs:
             run.kill()
-            run.wait()
+            run.communicate()  # closes its pipes too
 
 
 # ------------------------------------------------------------------ disks and sources

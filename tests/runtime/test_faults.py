@@ -72,7 +72,7 @@ def training(work: Work, save: Path) -> Iterator[subprocess.Popen[str]]:
         for pid in members(process.pid):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()  # closes its pipes too
 
 
 def members(session: int) -> list[int]:

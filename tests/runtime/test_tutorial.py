@@ -102,7 +102,8 @@ def test_the_tutorial_does_what_its_page_says(tmp_path: Path) -> None:
     assert all(re.search(rf"^{name} .*{re.escape(said)}$", table, re.M) for name, said in
                captions.items())  # fmt: skip
 
-    lines = [json.loads(text) for text in (work / "trained" / "loss.jsonl").open()]
+    written = (work / "trained" / "loss.jsonl").read_text()
+    lines = [json.loads(text) for text in written.splitlines()]
     assert len(lines) == 100
     assert lines[0]["loss"] > 5
     assert lines[-1]["loss"] < 0.05
