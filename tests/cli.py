@@ -37,7 +37,7 @@ def run_cli(
     if process or env:
         done = _in_a_process(words, cwd, env)
     else:
-        with _standing_in(cwd or Path.cwd()):
+        with standing_in(cwd or Path.cwd()):
             done = captured(words)
     if check is not None and done.returncode != check:
         raise AssertionError(
@@ -48,7 +48,7 @@ def run_cli(
 
 
 @contextmanager
-def _standing_in(folder: Path) -> Iterator[None]:
+def standing_in(folder: Path) -> Iterator[None]:
     before = Path.cwd()
     os.chdir(folder)
     try:

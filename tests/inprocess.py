@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import TextIO
 
 from mmconvert.cli import main
 
@@ -44,15 +45,20 @@ def same_signals() -> Iterator[None]:
 def captured(args: Sequence[str]) -> Done:
     """Run one command line: its exit code, and what it printed."""
     out, err = io.StringIO(), io.StringIO()
+    code = run_into(out, err, args)
+    return Done(args, code, out.getvalue(), err.getvalue())
+
+
+def run_into(out: TextIO, err: TextIO, args: Sequence[str]) -> int:
+    """Run one command line that prints to these streams; its exit code."""
     with redirect_stdout(out), redirect_stderr(err), same_signals():
         try:
-            code = main(list(args))
+            return main(list(args))
         except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 1
+            return exit_.code if isinstance(exit_.code, int) else 1
         except Exception:
             traceback.print_exc()
-            code = CRASHED
-    return Done(args, code, out.getvalue(), err.getvalue())
+            return CRASHED
 
 
 def call(*words: str | Path, check: int | None = 0) -> Done:
