@@ -222,7 +222,7 @@ def _check_formats(family: Family, options: Options, reader: Format, writer: For
     make no sense between two formats.
     """
     for kind in (reader, writer):
-        if kind.naming not in ("", "hf", family.naming):
+        if kind.naming and kind.naming not in family.namings:
             raise RequestError(
                 f"{family.name} has no form in the format {kind.name} ({kind.title})",
                 f"a format for {family.form}",

@@ -60,7 +60,7 @@ class Npy(Format):
         return converters.load(str(read_json_file(path / INDEX)["converter"]))
 
     def look(self, path: Path) -> Look:
-        tensors, family = _tensors(path), self.family(path)
+        tensors, family = tensors_of(path), self.family(path)
         wholes, stored = plain(tensors.items())
         boxes = contents.of_rank_file({path.name: tensors}, [family])
         return Look(
@@ -77,7 +77,7 @@ class Npy(Format):
         index: Any = read_json_file(path / INDEX)
         variant = told.like.variant if told.like else Variant(tied=bool(index["tied"]))
         modules = told.family.table(variant)
-        own = claimed(modules, _tensors(path), path, told.faults)
+        own = claimed(modules, tensors_of(path), path, told.faults)
         model = Model(told.family, variant, modules, index["dims"])
         return NpyStored(format=self.name, path=path, model=model, own=own)
 
@@ -105,7 +105,7 @@ class Npy(Format):
         yield small(INDEX, json.dumps(index).encode(), pointer=True)
 
 
-def _tensors(path: Path) -> dict[str, StoredTensor]:
+def tensors_of(path: Path) -> dict[str, StoredTensor]:
     index: Any = read_json_file(path / INDEX)
     found: dict[str, StoredTensor] = {}
     for name, (number, dtype) in index["tensors"].items():

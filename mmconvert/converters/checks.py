@@ -46,11 +46,21 @@ def faults(family: Family, modules: tuple[Module, ...]) -> Iterator[str]:
     origins = {r.mm for r in rows if not r.tied_to}
     for module in modules:
         for row in module.all_rows():
-            inside = any(row is one for one in module.layer)
-            words = [*_fields(row, inside=inside), *_makes(row), *_sizes(row, family)]
+            words = list(_of_row(row, family, inside=any(row is one for one in module.layer)))
             if row.tied_to and row.tied_to not in origins:
                 words.append(f"it is tied to {row.tied_to}, which has no row")
             yield from (f"{row.mm}: {word}" for word in words)
+
+
+def _of_row(row: Row, family: Family, *, inside: bool) -> Iterator[str]:
+    """What is wrong with a row, in each of its namings."""
+    if row.own != family.naming:
+        yield f"its whole is named as in {row.own}, not as in {family.naming}"
+    for naming in row.names:
+        if naming != row.own:
+            seen = row if naming == "hf" else replace(row, sources=naming, transposed=False)
+            yield from (*_fields(seen, inside=inside), *_makes(seen))
+    yield from _sizes(row, family)
 
 
 def _fields(row: Row, *, inside: bool) -> Iterator[str]:

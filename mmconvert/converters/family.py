@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, cast
 
-from mmconvert.errors import CheckpointError
+from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.names import EXPERT, NO_EXPERT, NameTemplate, TemplateIndex, fields, fill
 from mmconvert.narrow import is_object
 from mmconvert.sharding.layout import tp_flag
@@ -30,20 +30,22 @@ OUTPUT_LAYER = "text_decoder.output_layer.weight"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: which HF tensors make one MM tensor, and how it is divided.
+    """One line of a table: a whole tensor, and what each naming calls it or makes it of.
 
     Attributes:
-        mm: template of the MM name; ``{layer}`` is the local number in a checkpoint, ``{expert}``
-            that on its expert-parallel rank.
-        hf: templates of the HF names, in the order in which they are fused; ZEROS among them
-            is a part that only MM stores. A name without ``{expert}`` in the row of an expert
+        names: naming -> templates of its names, in the order in which they are fused. Its
+            ``own`` naming has one, that of the whole; ``{layer}`` is the local number in a
+            checkpoint, ``{expert}`` that on its expert-parallel rank. In others, ZEROS among them
+            is a part that only the whole has. A name without ``{expert}`` in the row of an expert
             is of a tensor that stacks the experts along its first dimension. ``{index}`` is the
             place of the layer among those of ``only``.
-        rows: names of the dimensions that give each source's rows, as MM has them; () leaves
-            them unchecked.
+        own: the naming of the whole.
+        fuses: naming -> how its tensors form the whole; absent: one below the other.
+        cuts: naming -> how the whole is divided over tp ranks; None copies it to every rank.
+        sources: the naming that the row is looked at from; see :func:`in_naming`.
+        rows: names of the dimensions that give the rows of each HF tensor, as the whole has them;
+            () leaves them unchecked.
         cols: name of the dimension that gives the columns; "" leaves them unchecked.
-        fuse: how the sources form the whole tensor.
-        shard: how the whole is divided over tp ranks; None copies it to every rank.
         tied_to: MM name of the row whose tensor this one repeats (tied embeddings). Such a row
             stands only on another model chunk than its original's, and may be absent in HF.
         transposed: the one HF tensor, a matrix or a stack of them, is stored the other way round.
@@ -52,17 +54,38 @@ class Row:
         keeps_dtype: no ``--dtype`` casts it.
     """
 
-    mm: str
-    hf: tuple[str, ...]
+    names: Mapping[str, tuple[str, ...]] = field(hash=False)
+    own: str = "mm"
+    fuses: Mapping[str, Fuse] = field(default_factory=dict[str, Fuse], hash=False)
+    cuts: Mapping[str, Split | None] = field(default_factory=dict[str, Split | None], hash=False)
+    sources: str = "hf"
     rows: tuple[str, ...] = ()
     cols: str = ""
-    fuse: Fuse = CONCAT
-    shard: Split | None = None
     tied_to: str = ""
     transposed: bool = False
     only: str = ""
     layers: tuple[int, ...] | None = None
     keeps_dtype: bool = False
+
+    @property
+    def mm(self) -> str:
+        """The template of the whole's name: the MM name, in a table that leads to MM format."""
+        return self.names[self.own][0]
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        """The templates of what it is made of: the HF names, unless it is looked at otherwise."""
+        return self.names[self.sources]
+
+    @property
+    def fuse(self) -> Fuse:
+        """How these form the whole."""
+        return self.fuses.get(self.sources, CONCAT)
+
+    @property
+    def shard(self) -> Split | None:
+        """How the whole is divided over tp ranks in its own naming."""
+        return self.cuts.get(self.own)
 
     @property
     def of_expert(self) -> bool:
@@ -85,13 +108,32 @@ def row(
     tied_to: str = "",
     transposed: bool = False,
     only: str = "",
+    own: str = "mm",
+    names: Mapping[str, str | tuple[str, ...]] | None = None,
+    fuses: Mapping[str, Fuse] | None = None,
+    cuts: Mapping[str, Split | None] | None = None,
 ) -> Row:
     """A :class:`Row`, with ``rows`` as words: ``rows="KEY.q KEY.kv KEY.kv"``, and ``{}`` in a
     name for ``{layer}``.
+
+    Args:
+        mm: the name of the whole, in the naming ``own``; ``shard`` is how that cuts it.
+        hf: the names of the HF tensors that ``fuse`` makes it of.
+        names, fuses, cuts: the same in further namings.
     """
-    names = tuple(fields(name) for name in hf)
-    sizes = tuple(rows.split())
-    return Row(fields(mm), names, sizes, cols, fuse, shard, tied_to, transposed, only)
+    given: dict[str, str | tuple[str, ...]] = {"hf": hf, own: mm, **(names or {})}
+    listed = {k: (found,) if isinstance(found, str) else found for k, found in given.items()}
+    return Row(
+        {naming: tuple(map(fields, templates)) for naming, templates in listed.items()},
+        own,
+        {"hf": fuse, **(fuses or {})},
+        {own: shard, **(cuts or {})},
+        rows=tuple(rows.split()),
+        cols=cols,
+        tied_to=tied_to,
+        transposed=transposed,
+        only=only,
+    )
 
 
 @dataclass(frozen=True)
@@ -261,6 +303,14 @@ class Family:
         """The key of the module that comes after all encoders."""
         return decoder_of(self.modules(self.variants[0]))
 
+    @cached_property
+    def namings(self) -> frozenset[str]:
+        """The namings in which every tensor of a model has a name."""
+        rows = [r for m in self.modules(self.variants[0]) for r in m.all_rows()]
+        return frozenset({"hf", self.naming}).union(
+            name for name in (rows[0].names if rows else ()) if all(name in r.names for r in rows)
+        )
+
     @property
     def vocabulary(self) -> str:
         """The dimension that counts the words."""
@@ -312,6 +362,39 @@ def vocabulary_of(decoder: str) -> str:
 def encoders(modules: tuple[Module, ...]) -> tuple[Module, ...]:
     """The table without what follows the encoders."""
     return tuple(m for m in modules if m.role == "encoder")
+
+
+def in_naming(modules: tuple[Module, ...], naming: str) -> tuple[Module, ...]:
+    """The table as a format of another naming than Hugging Face's sees it: ``row.hf`` are its
+    names, and ``row.fuse`` is how its tensors form the whole.
+
+    Raises:
+        RequestError: a row has no name there.
+    """
+
+    def seen(r: Row) -> Row:
+        if naming not in r.names:
+            raise RequestError(
+                f"{r.mm} has no name in the naming {naming}",
+                f"one of {', '.join(sorted(r.names))}",
+                "complete the family's table",
+            )
+        if naming == r.sources:
+            return r
+        alone = len(r.names[naming]) != len(r.rows)
+        rows = () if alone else r.rows
+        return replace(r, sources=naming, rows=rows, transposed=False)
+
+    return tuple(
+        replace(
+            m,
+            before=tuple(map(seen, m.before)),
+            layer=tuple(map(seen, m.layer)),
+            after=tuple(map(seen, m.after)),
+            everywhere=tuple(map(seen, m.everywhere)),
+        )
+        for m in modules
+    )
 
 
 def any_family() -> Family:

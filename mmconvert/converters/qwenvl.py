@@ -7,6 +7,7 @@ rows reproduce byte for byte. The order of the rows is the order of the tensors 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from mmconvert.converters.family import (
     Dims,
@@ -16,12 +17,16 @@ from mmconvert.converters.family import (
     Variant,
     need,
     read_dims,
-    row,
     section,
+)
+from mmconvert.converters.family import (
+    row as any_row,
 )
 from mmconvert.converters.mindspore import MSFamily
 from mmconvert.names import NameTemplate
 from mmconvert.sharding.spans import COLUMN, ROW, Part
+
+row = partial(any_row, own="mindformers")
 
 H, T = "transformer.h.{}", "llm_model.transformer.layers.{}"
 HV, V = "transformer.visual", "vision_encoder"

@@ -166,7 +166,8 @@ def _module(key: str, group: Group, dims: Dims) -> Module:
     for mm, found in group.items():
         slot = found[0].slot
         layers = tuple(sorted({one.layer for one in found}))
-        rows.append(Row(mm, (found[0].hf,), transposed=not slot.flat or slot.merged, layers=layers))
+        made = row(mm, found[0].hf, transposed=not slot.flat or slot.merged)
+        rows.append(replace(made, layers=layers))
         dims[f"{key}.experts"] = _count(mm, found)
         dims[f"{key}.layers"] = max(dims.get(f"{key}.layers", 0), layers[-1] + 1)
     return Module(key, key, (), tuple(rows), ())
