@@ -56,6 +56,14 @@ def parse_key(name: str) -> AdapterKey | None:
     )
 
 
+def weight_name(name: str) -> str:
+    """The MM name of the weight that a matrix of an adapter changes."""
+    for end in (MM_A, MM_B):
+        if name.endswith(end):
+            return name.removesuffix(end) + WEIGHT
+    return name
+
+
 def paths(module: str) -> Iterator[str]:
     """The paths in the wrapped model that a key may mean: PEFT's prefix, a part of it, or none."""
     yield module.removeprefix(PREFIX)

@@ -6,22 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmconvert.adapters import CONFIG, PREFIX
+from mmconvert.adapters import PREFIX
 from mmconvert.config import Options, ParallelConfig, PEFTChoices
 from mmconvert.convert import PARALLEL, End, Request, convert
 from mmconvert.converters.family import Family
-from mmconvert.errors import CheckpointError, MMConvertError, RequestError
+from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.events import Events
 from mmconvert.formats import manifest
+from mmconvert.formats.adapters import open_adapter
 from mmconvert.formats.base import Opening
-from mmconvert.formats.hf.folder import read_json_file
 from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.mm.adapters import noted_traits
-from mmconvert.formats.mm.deltas import mm_deltas
 from mmconvert.formats.model import Model
-from mmconvert.formats.peft.folder import Names, open_peft, read_file
-from mmconvert.formats.peft.format import variant_of_keys
-from mmconvert.formats.peft.merge import peft_adapter
+from mmconvert.formats.peft.folder import named_base, read_file
 from mmconvert.formats.reading import watched
 from mmconvert.formats.registry import load, recognise
 from mmconvert.loraconfig import LoraCommonConfig, LoraHFToMM, LoraMerge, LoraMMToHF, LoraResplit
@@ -129,7 +126,20 @@ def lora_merge(
     like = base_model(family, original)
     if not cfg.lora_dir:
         raise RequestError("no adapter is given", "--cfg.lora_dir FOLDER")
-    adapters = tuple(opened(Path(folder), family, cfg, options, like) for folder in cfg.lora_dir)
+    traits = noted_traits(manifest.read(cfg.base_dir)[0] or {})
+    adapters = tuple(
+        open_adapter(
+            Path(folder),
+            family,
+            options,
+            like,
+            alpha=cfg.lora_alpha,
+            factor=cfg.scale,
+            base_is_residual=cfg.base_is_residual,
+            traits=traits,
+        )
+        for folder in cfg.lora_dir
+    )
     for adapter in adapters:
         _check_said(adapter, cfg)
     flags = "--cfg.target_parallel_config."
@@ -183,27 +193,6 @@ def base_kind(base: Path) -> str:
     return kind
 
 
-def opened(
-    folder: Path, family: Family, cfg: LoraMerge, options: Options, like: Model | None
-) -> Adapter:
-    """An adapter of either kind as it is merged."""
-    if recognise(folder) == "mm":
-        stored = load("mm").open(folder, Opening(family, options, like=like))
-        if stored.model.adapter is None:
-            raise CheckpointError(
-                f"{folder} is a whole model, no adapter", "the folder of a LoRA training"
-            )
-        return mm_deltas(stored, cfg.lora_alpha, cfg.scale)
-    like = like or base_model(family, named_base(folder))
-    variant = like.variant if like else variant_of_keys(family, folder)
-    if like is None:
-        noted = manifest.read(cfg.base_dir)[0] or {}
-        variant = replace(variant, traits=variant.traits | noted_traits(noted))
-    names = Names(family, family.table(replace(variant, canonical=False)))
-    found = open_peft(folder, names, cfg.lora_alpha)
-    return peft_adapter(found, cfg.scale, base_is_residual=cfg.base_is_residual)
-
-
 def layout_of(
     family: Family, cfg: LoraMerge, options: Options, like: Model | None
 ) -> ParallelConfig:
@@ -215,18 +204,6 @@ def layout_of(
 def base_model(family: Family, folder: Path | None) -> Model | None:
     """The base model by its config.json alone."""
     return None if folder is None else config_model(family, folder)
-
-
-def named_base(adapter: Path) -> Path | None:
-    """The folder that adapter_config.json names as base model, if it is on this disk."""
-    path = (adapter if adapter.is_dir() else adapter.parent) / CONFIG
-    try:
-        base = read_json_file(path).get("base_model_name_or_path") if path.is_file() else None
-    except MMConvertError:
-        return None
-    if not isinstance(base, str) or not base or "\0" in base:
-        return None
-    return Path(base) if (Path(base) / "config.json").is_file() else None
 
 
 def as_flags(layout: Layout) -> ParallelConfig:

@@ -14,7 +14,10 @@ from mmconvert.narrow import is_dict, is_object
 from mmconvert.stored import StoredTensor
 
 ADAPTER_CONFIG = "adapter_config.json"
-MERGE = "merge it into its base model first (merge_and_unload of peft, then save_pretrained)"
+MERGE = (
+    "merge it into its base model first: lora_merge --cfg.base_dir BASE --cfg.lora_dir ADAPTER (or "
+    "peft's merge_and_unload, then save_pretrained); lora_hf_to_mm converts an adapter by itself"
+)
 GATHER = (
     "gather them with zero_to_fp32.py, which DeepSpeed leaves beside global_step*/: python "
     "zero_to_fp32.py . OUT; or save with stage3_gather_16bit_weights_on_model_save"

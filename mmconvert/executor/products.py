@@ -111,7 +111,7 @@ class Products:
             row, col, rows, cols = c.src_row, c.src_col, c.rows, c.cols
             if term.transposed:
                 row, col, rows, cols = col, row, cols, rows
-            product = _matrix(files, self._sources, term.b, Region(row, 0, rows, term.rank))
+            product = matrix_of(files, self._sources, term.b, Region(row, 0, rows, term.rank))
             if term.a:
                 product = multiply(product, self._whole_a(files, c.src)[:, col : col + cols])
             product *= np.float32(term.scale)
@@ -137,7 +137,7 @@ class Products:
         if number not in self._a:
             term = self._terms[number]
             whole = Region(0, 0, term.rank, term.cols)
-            self._a[number] = _matrix(files, self._sources, term.a, whole)
+            self._a[number] = matrix_of(files, self._sources, term.a, whole)
         return self._a[number]
 
 
@@ -150,7 +150,7 @@ def multiply(b: Array, a: Array) -> Array:
     return (np.ascontiguousarray(b) @ np.ascontiguousarray(a))[:rows]
 
 
-def _matrix(
+def matrix_of(
     files: Files, sources: Sequence[StoredTensor], blocks: Sequence[Block], region: Region
 ) -> Array:
     """A region of a matrix that blocks form, in float32."""

@@ -19,8 +19,8 @@ def look(path: Path) -> Look:
 
     if path.is_file():
         return single.look(path)
-    if (adapter := single.adapter_of(path)) is not None:
-        return single.look(adapter)
+    if single.adapter_of(path) is not None:
+        return load("peft").look(path)
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not there, or is not a folder", "a checkpoint's folder, or a weight file"

@@ -6,14 +6,14 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from mmconvert import converters
-from mmconvert.adapters import WEIGHT, parse_key, paths
+from mmconvert.adapters import WEIGHT, parse_key, paths, weight_name
 from mmconvert.causes.folders import other_form
 from mmconvert.causes.tensors import unusable
 from mmconvert.converters.family import Family, hf_templates, mm_index
 from mmconvert.errors import CheckpointError, FormError
 from mmconvert.formats import manifest
 from mmconvert.formats.hf.folder import has_weights, read_config
-from mmconvert.formats.mm.folder import is_mm, open_mm
+from mmconvert.formats.mm.folder import is_adapter, is_mm, open_mm
 from mmconvert.formats.registry import load, recognise
 from mmconvert.names import TemplateIndex
 from mmconvert.stored import FLOATS, StoredTensor
@@ -70,9 +70,12 @@ def family_of_parts(parts: Collection[Mapping[str, StoredTensor]], folder: Path)
     Raises:
         CheckpointError: no family here serves it.
     """
+    names = {name for part in parts for name in part}
+    if is_adapter(names):
+        return by_names({weight_name(name) for name in names}, folder)
     if (fault := mm_form_of(parts, folder)) is not None:
         raise fault
-    return by_names({name for part in parts for name in part}, folder)
+    return by_names(names, folder)
 
 
 def ms_family(names: Iterable[str]) -> Family | None:

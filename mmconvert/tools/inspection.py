@@ -8,10 +8,12 @@ from math import prod
 from pathlib import Path
 
 from mmconvert.config import ParallelConfig
+from mmconvert.formats.adapters import holds_adapter
 from mmconvert.formats.contents import Box
 from mmconvert.formats.look import look
 from mmconvert.sharding.layout import Layout, grid_flag
 from mmconvert.stored import StoredTensor
+from mmconvert.tools.adapters import about
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def inspect(path: Path) -> Inspection:
         found.iteration,
         found.layout,
         list(found.listing),
-        list(found.notes),
+        [*found.notes, *(about(path) if holds_adapter(path) else [])],
         list(found.boxes),
         found.title,
         found.unit,

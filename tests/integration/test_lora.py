@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from commands import layout, refused, untouched
+from inprocess import call
 from lora import (
     Tensors,
     adapter,
@@ -104,6 +105,12 @@ def test_merging_and_converting_commute(
     assert all(torch.equal(one[name], other[name]) for name in one)
     if shared or canonical:
         same(mine, adapter(again))
+
+    call("verify", peft, mm)
+    one_b = next(name for name in mine if name.endswith("lora_B.weight"))
+    changed = {**mine, one_b: mine[one_b] + 1e-6}
+    other = save_adapter(tmp_path / "changed", changed, base_model_name_or_path=str(hf))
+    assert len(call("verify", mm, other, check=1).stdout.splitlines()) == 1
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(converter, "lora_resplit", "--cfg.source_dir", mm, "--cfg.target_dir", whole)

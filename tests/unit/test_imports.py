@@ -85,7 +85,13 @@ ALLOWED: dict[str, set[str]] = {
 
 # Libraries beside the standard library: who may import them at all.
 LIBRARIES: dict[str, set[str]] = {
-    "numpy": {"executor.measure", "executor.products", "executor.values", "playground.*"},
+    "numpy": {
+        "executor.measure",
+        "executor.products",
+        "executor.productsize",
+        "executor.values",
+        "playground.*",
+    },
     "PIL": {"runtime.films", "runtime.media", "runtime.pictures", "runtime.tiles"},
     "av": {"runtime.films"},
     "rich": {"cli.screen", "cli.tools.*", "report.picture"},

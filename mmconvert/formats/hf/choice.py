@@ -80,7 +80,7 @@ def not_read(folder: Path, read: Iterable[str]) -> list[CheckpointError]:
             CheckpointError(
                 f"an adapter lies in {folder} and is not applied: {summarise(adapter)}",
                 fix="if its training is to count, merge it into the model first (PEFT's "
-                "merge_and_unload)",
+                "merge_and_unload, or lora_merge here)",
                 cause="adapter-not-applied",
                 path=folder / adapter[0],
                 aside=[folder / name for name in adapter],

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mmconvert.adapters import MM_A, MM_B, WEIGHT, Settings, of_manifest, of_training
+from mmconvert.adapters import MM_A, MM_B, WEIGHT, Settings, of_manifest, of_training, weight_name
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.adapters import derived, linear, restricted
 from mmconvert.converters.family import Dims, Family, Module, Variant, mm_index
@@ -54,7 +54,7 @@ def mm_adapter(
     check_converter(family, checkpoint, content)
     dims = dict(model.dims) if model else manifest.sizes(content or {})
     parts = checkpoint.parts
-    weights = {_weight(name) for part in parts.values() for name in part}
+    weights = {weight_name(name) for part in parts.values() for name in part}
     noted = noted_traits(content or {})
     variant = variant_of(family, weights, checkpoint, model, noted)
     variant = replace(variant, encoder_qkv=options.vit_qkv)
@@ -122,14 +122,6 @@ def sized(model: Model, given: ParallelConfig) -> Model:
     return replace(model, dims=dims)
 
 
-def _weight(name: str) -> str:
-    """The name of the weight that a matrix of an adapter changes."""
-    for end in (MM_A, MM_B):
-        if name.endswith(end):
-            return name.removesuffix(end) + WEIGHT
-    return name
-
-
 def _check_known(
     family: Family, table: tuple[Module, ...], weights: set[str], checkpoint: MMCheckpoint
 ) -> None:
@@ -171,7 +163,7 @@ def _layers(
     for chunk, tensors in checkpoint.parts.items():
         stage = chunk.virtual * layout.pp_size + chunk.rank.pp
         for name in tensors:
-            hit = index.find(_weight(name))
+            hit = index.find(weight_name(name))
             if hit is not None:
                 (module, row), local, _ = hit
                 before = sum(first[module.key][:stage])
@@ -189,7 +181,7 @@ def _rank(checkpoint: MMCheckpoint) -> int:
     for tensors in checkpoint.parts.values():
         for name, tensor in tensors.items():
             a = name.endswith(MM_A)
-            other = _weight(name).removesuffix(WEIGHT) + (MM_B if a else MM_A)
+            other = weight_name(name).removesuffix(WEIGHT) + (MM_B if a else MM_A)
             if other not in tensors:
                 raise TensorError(
                     f"{name} in {tensor.path} stands alone: there is no {other}",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from mmconvert.adapters import CONFIG, WEIGHT, AdapterKey, Settings, of_config, parse_key, paths
 from mmconvert.converters.adapters import linear
 from mmconvert.converters.family import Family, Module, Row, hf_templates
-from mmconvert.errors import CheckpointError, TensorError
+from mmconvert.errors import CheckpointError, MMConvertError, TensorError
 from mmconvert.formats.containers.safetensors import WeightFile, read_weight_file
 from mmconvert.formats.hf import bin as hf_bin
 from mmconvert.formats.hf.folder import read_json_file
@@ -105,6 +105,18 @@ def read_file(path: Path) -> tuple[WeightFile, dict[str, object]]:
         )
     config = found.parent / CONFIG
     return file, read_json_file(config) if config.is_file() else {}
+
+
+def named_base(adapter: Path) -> Path | None:
+    """The folder that adapter_config.json names as base model, if it is on this disk."""
+    path = (adapter if adapter.is_dir() else adapter.parent) / CONFIG
+    try:
+        base = read_json_file(path).get("base_model_name_or_path") if path.is_file() else None
+    except MMConvertError:
+        return None
+    if not isinstance(base, str) or not base or "\0" in base:
+        return None
+    return Path(base) if (Path(base) / "config.json").is_file() else None
 
 
 class Names:

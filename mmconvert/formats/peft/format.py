@@ -22,6 +22,7 @@ from mmconvert.formats.peft.folder import (
     SAFETENSORS,
     Names,
     PEFTFolder,
+    named_base,
     open_peft,
     read_file,
     weight_path,
@@ -36,7 +37,7 @@ from mmconvert.formats.peft.side import (
     with_rank,
 )
 from mmconvert.formats.peft.target import peft_target, spelling_note
-from mmconvert.formats.recognise import family_by_hf_names
+from mmconvert.formats.recognise import family_by_hf_names, hf_family
 from mmconvert.names import NO_LAYER, summarise
 from mmconvert.plan.plan import Side
 from mmconvert.stored import Target
@@ -83,7 +84,9 @@ class PEFT(Format):
         return (path / CONFIG).is_file() or weight_path(path) is not None
 
     def family(self, path: Path) -> Family | None:
-        """By the names of the modules that it changes."""
+        """By its base model, if that is on this disk; else by the modules that it changes."""
+        if (base := named_base(path)) is not None:
+            return hf_family(base)
         file, _ = read_file(path)
         return family_by_hf_names([tensor.name for tensor in file.tensors])
 

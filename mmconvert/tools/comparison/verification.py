@@ -12,6 +12,7 @@ from mmconvert.executor import compare
 from mmconvert.executor.differences import TensorDifference
 from mmconvert.executor.jobs import default_workers
 from mmconvert.formats import manifest
+from mmconvert.formats.adapters import holds_adapter
 from mmconvert.formats.reading import steady
 from mmconvert.names import number, summarise
 from mmconvert.plan.plan import Key, Side, build_comparison
@@ -84,6 +85,10 @@ def verify(
         MMConvertError: a checkpoint that cannot be read.
     """
     options, events = options or Options(), events or Events()
+    if holds_adapter(a) and holds_adapter(b):
+        from mmconvert.tools.comparison.adapters import verify_adapters
+
+        return verify_adapters(a, b, options, events)
     left, right = (opened.side for opened in open_pair(a, b, options))
     _leave_out_text(left, right, events)
     _check_alike(a, b, left, right)

@@ -53,7 +53,7 @@ def _other(path: Path) -> str:
     hf, mm = _signs(path)
     if mm == TRACKER and not any(has_ranks(path / folder) for folder in iterations(path)):
         mm = ""  # other formats have a tracker file too
-    return name if name not in ("hf", "mm") and not (hf or mm) else ""
+    return name if name not in ("hf", "mm", "peft") and not (hf or mm) else ""
 
 
 def _dispatch(path: Path, asked: DoctorRequest, events: Events, report: DoctorReport) -> None:

@@ -1,0 +1,81 @@
+"""Products of adapters as numbers: how large they are, and how far two of them are apart."""
+
+# numpy's own types are written for a newer Python than the oldest that is served here.
+# pyright: reportUnknownMemberType=false
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from mmconvert.executor.blockio import Region
+from mmconvert.executor.differences import TensorDifference
+from mmconvert.executor.fileio import Files, open_files
+from mmconvert.executor.products import Array, matrix_of
+from mmconvert.plan.plan import Key, Term
+from mmconvert.stored import StoredTensor
+
+# Of the largest value: what the order of a sum may change in float64.
+SAME = 1e-13
+ROWS = 1024  # of a product that is in memory at a time
+
+
+def compare_products(
+    pairs: Iterable[tuple[Key, Term, Term]],
+    left: Sequence[StoredTensor],
+    right: Sequence[StoredTensor],
+) -> list[TensorDifference]:
+    """The products that differ, in float64."""
+    found: list[TensorDifference] = []
+    with open_files() as files:
+        for key, one, other in pairs:
+            if one.shape != other.shape:
+                found.append(_difference(key, one, other, left, right, (0, 0), (0.0, 0.0), 0.0, 0))
+                continue
+            for top in range(0, one.rows, ROWS):
+                rows = min(ROWS, one.rows - top)
+                x, y = (_rows(files, s, t, top, rows) for s, t in ((left, one), (right, other)))
+                apart = np.abs(x - y)
+                limit = SAME * max(float(np.abs(x).max()), float(np.abs(y).max()))
+                if not (apart <= limit).all():
+                    r, c = (int(i) for i in np.argwhere(~(apart <= limit))[0])
+                    values = (float(x[r, c]), float(y[r, c]))
+                    count, largest = int((~(apart <= limit)).sum()), float(apart.max())
+                    place = (top + r, c)
+                    found.append(
+                        _difference(key, one, other, left, right, place, values, largest, count)
+                    )
+                    break
+    return found
+
+
+def norm(files: Files, sources: Sequence[StoredTensor], term: Term) -> float:
+    """The Frobenius norm of a product, from matrices of its rank alone."""
+    a = matrix_of(files, sources, term.a, Region(0, 0, term.rank, term.cols)).astype(np.float64)
+    b = matrix_of(files, sources, term.b, Region(0, 0, term.rows, term.rank)).astype(np.float64)
+    square = float(((b.T @ b) * (a @ a.T)).sum())
+    return abs(term.scale) * max(square, 0.0) ** 0.5
+
+
+def _rows(files: Files, sources: Sequence[StoredTensor], term: Term, top: int, rows: int) -> Array:
+    b = matrix_of(files, sources, term.b, Region(top, 0, rows, term.rank)).astype(np.float64)
+    if not term.a:
+        return b * term.scale
+    a = matrix_of(files, sources, term.a, Region(0, 0, term.rank, term.cols)).astype(np.float64)
+    return (b @ a) * term.scale
+
+
+def _difference(
+    key: Key,
+    one: Term,
+    other: Term,
+    left: Sequence[StoredTensor],
+    right: Sequence[StoredTensor],
+    place: tuple[int, int],
+    values: tuple[float, float],
+    largest: float,
+    count: int,
+) -> TensorDifference:
+    a, b = left[one.b[0].tensor], right[other.b[0].tensor]
+    return TensorDifference(key, a, b, place, place, *values, largest, count)
