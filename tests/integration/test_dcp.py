@@ -338,7 +338,7 @@ def test_an_unfinished_save_is_named(folder: Path, tmp_path: Path) -> None:
     assert "__0_0.distcp" in refused(3, "inspect", out)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_large_metadata_pass(tmp_path: Path) -> None:
     """The weights and both moments of 729 tensors on 64 ranks; memory alone is measured."""
     chunks: dict[str, Any] = {}
