@@ -73,7 +73,9 @@ def test_megatron_loads_it(made: Made, name: str) -> None:
 @pytest.mark.parametrize("model", ["qwen2.5vl-7b", "qwen3vl-8b", "qwen3vl-30b-a3b"])
 def test_there_and_back(model: str, tmp_path: Path) -> None:
     """Hugging Face, torch_dist, MM and DCP, straight."""
-    small = {"layers": 2, "vit_layers": 2} | ({"deepstack": [0]} if "3" in model[:5] else {})
+    small: dict[str, Any] = {"layers": 2, "vit_layers": 2} | (
+        {"deepstack": [0]} if "3" in model[:5] else {}
+    )
     hf = make_hf(model, tmp_path / "hf", **small)
     original = ("--cfg.hf_config.hf_dir", hf)
     there, back = tmp_path / "dist", tmp_path / "back"

@@ -42,7 +42,7 @@ _NORMS = (
 _EXPERTS = ".mlp.experts.local_experts.{expert}."
 
 
-class Place(NamedTuple):
+class KeyPlace(NamedTuple):
     """Where a whole lies.
 
     Attributes:
@@ -57,7 +57,7 @@ class Place(NamedTuple):
     by_expert: bool = False
 
 
-def place_of(row: Row, module: Module, *, experts: bool) -> Place:
+def place_of(row: Row, module: Module, *, experts: bool) -> KeyPlace:
     """Where a row's wholes lie.
 
     Args:
@@ -74,7 +74,7 @@ def place_of(row: Row, module: Module, *, experts: bool) -> Place:
             key = key.replace(name, fused)
     by_expert = _EXPERTS in key
     key = key.replace(_EXPERTS, ".mlp.experts.experts.")
-    return Place(key, LAYER in key, by_expert)
+    return KeyPlace(key, LAYER in key, by_expert)
 
 
 def joined(key: str) -> str:
@@ -82,7 +82,7 @@ def joined(key: str) -> str:
     return key.replace(f"{LAYER}.", "")
 
 
-def key_of(place: Place, item: Instance) -> str:
+def key_of(place: KeyPlace, item: Instance) -> str:
     """The key with the numbers that stand in it."""
     layers = item.row.layers or ()
     index = layers.index(item.layer) if item.layer in layers else item.layer

@@ -36,7 +36,7 @@ from mmconvert.formats.dcp.format import DCP, kept_tensors, lists_of, model_of
 from mmconvert.formats.dcp.megatron import (
     HF_VISION,
     TEXT,
-    Place,
+    KeyPlace,
     hf_vision,
     joined,
     key_of,
@@ -265,7 +265,7 @@ def _taken(tensors: Mapping[str, StoredTensor], item: Instance) -> tuple[str, St
     return name, tensor
 
 
-def _place(item: Instance) -> Place:
+def _place(item: Instance) -> KeyPlace:
     experts = any(EXPERT in row.mm for row in item.module.layer)
     return place_of(item.row, item.module, experts=experts)
 
