@@ -32,6 +32,7 @@ from mmconvert.converters.family import Family
 from mmconvert.errors import CheckpointError, LayoutError, RequestError
 from mmconvert.events import Events
 from mmconvert.executor.apart import check_apart
+from mmconvert.formats import manifest
 from mmconvert.formats.base import Format, NoLayout, Opening, Placing, StoredCheckpoint
 from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.model import Model, idle_patterns
@@ -182,8 +183,9 @@ def convert(
         not_copied=placed.not_copied,
     )
     about = {"kind": writer.name, **_about(source.model, result), **placed.about}
-    if source.iteration.isdigit() and source.format == writer.name:  # training goes on from there
-        about["iteration"] = int(source.iteration)
+    iteration = manifest.iteration(source.path, source.iteration)
+    if iteration and source.format == writer.name:  # training goes on from there
+        about["iteration"] = iteration
     inputs = [*_inputs(asked, writer), *source.inputs]
     return run.write(result, placed, about, inputs)
 

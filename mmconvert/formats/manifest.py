@@ -76,6 +76,20 @@ def listed(folder: Path) -> dict[str, int]:
     return {name: size for name, size in noted.items() if isinstance(size, int)}
 
 
+def iteration(folder: Path, told: str) -> int:
+    """The iteration of training that a checkpoint's weights are of; 0 where there is none.
+
+    Args:
+        told: by the tracker file: a number, or ``release``. Of a release it is that of the
+            checkpoint that was resplit to it, once or several times.
+    """
+    if told.isdigit():
+        return int(told)
+    content, _ = read(folder)
+    found = (content or {}).get("iteration", 0)
+    return found if type(found) is int and found > 0 else 0
+
+
 def digests(folder: Path) -> tuple[dict[str, str] | None, str]:
     """The digests of a checkpoint whose weight files are untouched since, or None and why not."""
     content, note = read(folder)

@@ -171,7 +171,8 @@ class Feed:
         fault = DatasetError("there are no samples")
         for further in range(self._total):
             index = self._index(place, further)
-            found = self._encoder.get(index)
+            known = self.bad.get(index)  # perhaps to another process alone
+            found = self._encoder.get(index) if known is None else DatasetError(known)
             if isinstance(found, DatasetError):
                 self._leave_out(index, found)
                 fault = found

@@ -88,7 +88,9 @@ def find(mm_dir: Path, arch: Architecture) -> LoadableCheckpoint:
             "give the hf_dir of the model that this checkpoint was made from",
         )
     rows = _vocabulary(checkpoint, layout)
-    return LoadableCheckpoint(checkpoint.folder, _iteration(checkpoint), layout, rows)
+    return LoadableCheckpoint(
+        checkpoint.folder, manifest.iteration(checkpoint.root, checkpoint.iteration), layout, rows
+    )
 
 
 def _vocabulary(checkpoint: MMCheckpoint, layout: Layout) -> int:
@@ -100,15 +102,6 @@ def _vocabulary(checkpoint: MMCheckpoint, layout: Layout) -> int:
             place = (chunk.virtual, chunk.rank.pp)
             rows[place] = rows.get(place, 0) + found.shape[0]
     return max(rows.values(), default=0)
-
-
-def _iteration(checkpoint: MMCheckpoint) -> int:
-    """The iteration of training; of a release, that of the checkpoint that was resplit to it."""
-    if checkpoint.iteration != "release":
-        return int(checkpoint.iteration)
-    content, _ = manifest.read(checkpoint.root)
-    found = (content or {}).get("iteration", 0)
-    return found if type(found) is int and found > 0 else 0
 
 
 def _layers(visual: Any) -> list[Any]:  # noqa: ANN401 - an encoder of any model

@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import talking
 import tinyfamilies
 from cli import run_cli
 from commands import mm_to_hf, rank_files
-from mmconvert.errors import CheckpointError, OutputError
-from mmconvert.runtime import commands
+from mmconvert.errors import CheckpointError, DatasetError, OutputError
+from mmconvert.runtime import commands, training
+from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.beginning import Load
 from mmconvert.runtime.dataset import Data
+from mmconvert.runtime.encoding import Encoder
 from mmconvert.runtime.journal import Line
 from mmconvert.runtime.samples import SampleSource
 from mmconvert.runtime.training import TrainingPlan
@@ -187,6 +190,9 @@ def test_iteration_and_schedule_survive_a_resplit(tmp_path: Path) -> None:
     layout += ("--cfg.target_parallel_config.tp_size", "1")
     where = ("--cfg.source_dir", save / "iter_0000002", "--cfg.target_dir", other)
     run_cli("Qwen2VLConverter", "resplit", *where, *layout, check=0)
+    again = ("--cfg.source_dir", other, "--cfg.target_dir", tmp_path / "again")
+    run_cli("Qwen2VLConverter", "resplit", *again, *layout, check=0)
+    other = tmp_path / "again"  # a second time
     lines: list[Line] = []
     commands.finetune(
         None, hf, Data((SampleSource((data,)),)), talking.plan(tmp_path / "rest", 4), "fp32", False,
@@ -195,3 +201,49 @@ def test_iteration_and_schedule_survive_a_resplit(tmp_path: Path) -> None:
     assert [line.iteration for line in lines] == [3, 4]
     assert [line.rate for line in lines] == [line[2] for line in whole[2:]]
     assert lines[0].loss == pytest.approx(whole[2][1], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_sample_that_one_process_alone_cannot_read_is_left_out_by_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf = talking.make("qwen2_vl", tmp_path / "hf")
+    mm = tinyfamilies.convert("qwen2_vl", hf, tmp_path / "mm", "[1,3]", "[3,0]", 2)
+    data, plain = talking.write_data(tmp_path), Encoder.get
+
+    def learnt(name: str, ranks: set[int]) -> talking.Curve:
+        def get(self: Encoder, index: int) -> Batch | DatasetError:
+            if index == 1 and dist.get_rank() in ranks:
+                return DatasetError("a file that is not there")
+            return plain(self, index)
+
+        monkeypatch.setattr(Encoder, "get", get)
+        return talking.learn(mm, hf, [data], talking.plan(tmp_path / name, 4))
+
+    every = learnt("every", {0, 1, 2, 3})
+    assert len(every) == 4
+    assert learnt("one", {1}) == every
+    assert learnt("last", {2}) == every
+    assert learnt("none", set()) != every
+
+
+@pytest.mark.slow
+def test_without_an_interval_the_clock_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in the place of the one before; that at the end stands beside the last of them."""
+    hf = talking.make("qwen2_vl", tmp_path / "hf")
+    mm = tinyfamilies.convert("qwen2_vl", hf, tmp_path / "mm", "[1,3]", "[3,0]")
+    data, save = talking.write_data(tmp_path), tmp_path / "save"
+    seen: list[list[str]] = []
+
+    def hear(event: object) -> None:
+        seen.append(sorted(path.name for path in save.glob("iter_*")))
+
+    assert training.SAVE_EVERY == 1800
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)  # as if each step took half an hour
+    what = talking.plan(save, 3, save_every=None)
+    commands.finetune(mm, hf, Data((SampleSource((data,)),)), what, "fp32", False, hear)
+    left = sorted(path.name for path in save.glob("iter_*"))
+    assert left == ["iter_0000002", "iter_0000003"]
+    assert any("iter_0000001" in names for names in seen)
