@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmconvert.runtime.attention import separate_qkv
@@ -158,6 +159,9 @@ class Text(nn.Module):
         more: dict[str, Any] = {self._cache: cache}
         if deep:
             more |= {"visual_pos_masks": seen, "deepstack_visual_embeds": list(deep)}
+        if mask is None and cache is None:
+            # else transformers 4 takes the positions of pictures for several texts in a row
+            mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         out = self.model(
             inputs_embeds=hidden,
             position_ids=positions,
