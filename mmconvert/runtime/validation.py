@@ -70,6 +70,7 @@ class Validation:
         loss = run.train([batch])
         with listening(run) as choices:
             tokens = Generation(run).answer(Asked(batch, GREEDY))[0]
+        run.remember(False)  # what comes next has no past
         emit("computed; now transformers")
         model = weights = ties = None
         checks: list[Check] = []
