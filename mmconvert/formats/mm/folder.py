@@ -315,15 +315,21 @@ def _counts_ep(names: Iterable[str], parts: Iterable[Chunk], root: Path) -> bool
 def second_is_ep(parts: Mapping[Chunk, Mapping[str, StoredTensor]]) -> bool:
     """Whether the second number of ``mp_rank_TT_XXX`` counts expert-parallel ranks.
 
-    Pipeline stages differ in what they hold: the embedding stands on one. Expert-parallel ranks
-    have the same names throughout, as each numbers its experts anew.
+    Pipeline stages differ in what they hold outside their layers: the embedding stands on one.
+    Expert-parallel ranks all have it.
     """
     if all(chunk.rank.pp == 0 for chunk in parts) or any(chunk.rank.ep for chunk in parts):
         return False
-    return all(
-        tensors.keys() == parts.get(Chunk(Rank(c.rank.tp, 0), c.virtual), {}).keys()
+    outer = {
+        (c.virtual, frozenset(name for name in tensors if not _is_numbered(name)))
         for c, tensors in parts.items()
-    )
+    }
+    return len(outer) == len({c.virtual for c in parts}) and any(names for _, names in outer)
+
+
+def _is_numbered(name: str) -> bool:
+    """Whether it is the name of a tensor in a layer."""
+    return any(word.isdigit() for word in name.split("."))
 
 
 def part_names(file: Path, found: Iterable[str]) -> list[str]:

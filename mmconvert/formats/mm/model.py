@@ -134,15 +134,9 @@ def mm_model(
     index = mm_index(modules)
     parts = {c: {n: t for n, t in p.items() if index.find(n)} for c, p in parts.items()}
     chart = Chart(replace(checkpoint, parts=parts), modules)
-    before = faults.found
-    _check_modules(chart, faults)
-    check_names(chart, tied, faults)
+    complete = _check_tensors(chart, tied, given, dims, prefix, faults)
     if tied is None and not encoders_only and OUTPUT_LAYER not in names:
         notes.words.append("warning: no output layer and no config.json: taken for tied embeddings")
-    _check_experts(chart, given, dims, prefix, faults)
-    if not checkpoint.whole or any(not total(grid) for grid in chart.grids.values()):
-        faults.stop()
-    complete = faults.found == before
     known = {dim: size for dim, size in dims.items() if dim != family.vocabulary}
     layout = detect_layout(chart, known, same_bytes, faults)
     words = _unpadded(modules, parts, layout, dims, family.vocabulary)
@@ -166,6 +160,33 @@ def mm_model(
         words=words,
     )
     return OpenedMM(found, layout, replace(chart, modules=modules), tied, complete, faults)
+
+
+def _check_tensors(
+    chart: Chart,
+    tied: bool | None,
+    given: ParallelConfig,
+    dims: Dims,
+    prefix: str,
+    faults: Faults,
+) -> bool:
+    """Whether the names are those that they should be; the layout can be read off them.
+
+    Args:
+        dims: receives the number of experts if it is not known.
+
+    Raises:
+        CheckpointError: it cannot, as ranks or modules are missing.
+    """
+    before = faults.found
+    _check_modules(chart, faults)
+    check_names(chart, tied, faults)
+    if not chart.whole:
+        faults.stop()
+    _check_experts(chart, given, dims, prefix, faults)
+    if any(not total(grid) for grid in chart.grids.values()):
+        faults.stop()
+    return faults.found == before
 
 
 def _assert_given(

@@ -18,6 +18,7 @@ from mmconvert.formats.recognise import family_of_parts
 from mmconvert.plan.plan import Side
 from mmconvert.plan.training import cautions
 from mmconvert.tools.doctor.asked import DoctorRequest, Original
+from mmconvert.tools.doctor.experts import told_as_one
 from mmconvert.tools.doctor.faults import report_faults
 from mmconvert.tools.doctor.modelfile import look_at_model_json
 from mmconvert.tools.doctor.report import DoctorReport
@@ -59,6 +60,8 @@ def examine_mm(root: Path, asked: DoctorRequest, events: Events, report: DoctorR
             report.skipped.append("shapes, copies and layout: not all ranks can be read")
         report.files = len({chunk.rank for chunk in checkpoint.parts})
         report.tensors = sum(map(len, checkpoint.parts.values()))
+    if opened is not None:
+        told_as_one(found, opened)
     report_faults(found, root, report)
     report.kind = "" if report.has(["no-checkpoint"]) else "mm"
     if opened is not None:

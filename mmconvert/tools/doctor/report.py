@@ -72,6 +72,7 @@ SEVERITY: dict[str, str] = {
     "layer-hole": ERROR,
     "expert-hole": ERROR,
     "expert-count": ERROR,
+    "experts-transposed": ERROR,
     "misplaced-tensor": ERROR,
     "tied-head-missing": ERROR,
     "tied-head-superfluous": WARNING,

@@ -1,0 +1,140 @@
+"""``mm-convert doctor`` on MM checkpoints whose experts are divided over expert-parallel ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from commands import copied, edit_rank
+from inprocess import call
+from mmconvert.playground.checkpoints import make_hf
+
+Json = dict[str, Any]
+LAYERS = "text_decoder.decoder.layers"
+EP = ("--cfg.parallel_config.ep_size", "2")
+RANKS = ("mp_rank_00_000", "mp_rank_00_001")
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-VL with experts."""
+    out = tmp_path_factory.mktemp("hf") / "hf"
+    return make_hf("qwen3vl-30b-a3b", out, layers=2, vit_layers=2, deepstack=[0])
+
+
+@pytest.fixture(scope="module")
+def sound(hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It in MM format, at EP 2."""
+    mm = tmp_path_factory.mktemp("mm") / "mm"
+    words = ("--cfg.hf_config.hf_dir", hf, "--cfg.mm_dir", mm)
+    call("Qwen3VLMegatronConverter", "hf_to_mm", *words, *EP, check=0)
+    return mm
+
+
+def findings(mm: Path, *flags: str | Path) -> list[Json]:
+    report = json.loads(call("doctor", mm, "--json", *flags, check=None).stdout)
+    return [found for found in report["findings"] if found["id"] != "stale-manifest"]
+
+
+def of_experts(tensors: Json, part: str = "", layer: int = 0) -> list[str]:
+    return [n for n in tensors if f"{LAYERS}.{layer}.mlp.experts.local_experts.{part}" in n]
+
+
+def edit_all(mm: Path, change: Callable[[Json], object]) -> None:
+    for rank in RANKS:
+        edit_rank(mm, rank, lambda content: change(content["model"]))
+
+
+def a_folder_less(mm: Path) -> None:
+    (mm / "mmconvert.json").unlink()
+    edited = mm / "release" / "mp_rank_00_003"  # ranks 0, 1 and 3: 2 is missing
+    shutil.copytree(mm / "release" / "mp_rank_00_001", edited)
+
+
+def an_expert_less(mm: Path) -> None:
+    """In one layer, on all ranks: as where ep does not divide the experts."""
+    edit_all(mm, lambda x: [x.pop(n) for n in of_experts(x, "0.")])
+
+
+def half_an_expert(mm: Path) -> None:
+    edit_all(mm, lambda x: x.pop(next(n for n in of_experts(x, "1.") if "linear_fc2" in n)))
+
+
+def an_expert_less_on_one_rank(mm: Path) -> None:
+    edit_rank(mm, RANKS[1], lambda c: [c["model"].pop(n) for n in of_experts(c["model"], "1.")])
+
+
+def the_last_expert_lost(mm: Path) -> None:
+    """Of every layer and rank: what is there is whole in itself."""
+
+    def edit(tensors: Json) -> None:
+        last = max(int(n.split("local_experts.")[1].split(".")[0]) for n in of_experts(tensors))
+        for layer in (0, 1):
+            for name in of_experts(tensors, f"{last}.", layer):
+                del tensors[name]
+
+    (mm / "mmconvert.json").unlink()
+    edit_all(mm, edit)
+
+
+class Case(NamedTuple):
+    damage: Callable[[Path], None]
+    found: tuple[str, ...]
+    words: tuple[str, ...]
+
+
+CASES = {
+    "a folder": Case(a_folder_less, ("missing-rank-folder",), ("3 of 4", "mp_rank_00_002")),
+    "an expert of a layer": Case(an_expert_less, ("expert-hole",), ("layer 0", "on each ep rank")),
+    "half an expert": Case(half_an_expert, ("missing-tensor",), ("local_experts.1.linear_fc2",)),
+    "an expert on one rank": Case(
+        an_expert_less_on_one_rank, ("tp-names-differ",), ("ep rank 1", "mp_rank_00_001", "lacks 2")
+    ),
+    "an expert of all layers": Case(the_last_expert_lost, ("expert-count",), ("the model has",)),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_what_is_missing(case: Case, sound: Path, hf: Path, tmp_path: Path) -> None:
+    mm = copied(sound, tmp_path / "mm")
+    case.damage(mm)
+    found = findings(mm, "--hf_dir", hf)
+    assert tuple(f["id"] for f in found) == case.found
+    for word in case.words:
+        assert word in found[0]["what"]
+    # A conversion says the same.
+    words = ("--cfg.mm_dir", mm, "--cfg.save_hf_dir", tmp_path / "back")
+    done = call(
+        "Qwen3VLMegatronConverter",
+        "mm_to_hf",
+        *words,
+        "--cfg.hf_config.hf_dir",
+        hf,
+        "--json",
+        check=3,
+    )
+    assert json.loads(done.stdout)["what"] == found[0]["what"]
+
+
+def test_experts_that_are_all_there(sound: Path, hf: Path) -> None:
+    assert findings(sound) == []
+    assert findings(sound, "--hf_dir", hf, "--values") == []
+
+
+def test_experts_that_stand_blindly_transposed(sound: Path, hf: Path, tmp_path: Path) -> None:
+    """As the reference makes them of stacks that are stored the other way round."""
+    mm = copied(sound, tmp_path / "mm")
+
+    def edit(tensors: Json) -> None:
+        for name in [*of_experts(tensors), *of_experts(tensors, layer=1)]:
+            tensors[name] = tensors[name].T.contiguous()
+
+    edit_all(mm, edit)
+    (found,) = findings(mm, "--hf_dir", hf)
+    assert found["id"] == "experts-transposed"
+    assert "hf_to_mm" in found["fix"]
