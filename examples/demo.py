@@ -101,7 +101,7 @@ def main() -> None:
             *("--cfg.parallel_config.tp_size", str(TP)),
         )
         config = ParallelConfig(llm_pp_layers=LLM, vit_pp_layers=VIT, tp_size=TP)
-        layout = Layout(dict.fromkeys(config.grids(), TP), config.grids())
+        layout = Layout(dict.fromkeys(config.grids(), TP), config.grids(), decoder="llm")
         CONSOLE.print()
         CONSOLE.print(layout_table(layout, "which layers lie where"))
 

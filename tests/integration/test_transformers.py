@@ -21,6 +21,8 @@ LAYOUT = Shape(vit=[[1, 2], [0, 0]], llm=[[0, 1], [2, 1]], tp=2)
 FOLDERS = {"mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"}
 
 KINDS = pytest.mark.parametrize("kind", CONVERTERS)
+RENAMED = pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])  # by transformers 4.52
+DENSE = pytest.mark.parametrize("kind", [kind for kind in CONVERTERS if "moe" not in kind])
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 FILES = pytest.mark.parametrize("size", ["5GB", "60KB"], ids=["one file", "many files"])
 
@@ -66,7 +68,7 @@ def assert_same_model(model: Any, source: Path, back: Path) -> None:
     assert torch.equal(got, want)
 
 
-@KINDS
+@RENAMED
 def test_the_inner_model_saved_alone(kind: str, tmp_path: Path) -> None:
     """As AutoModel saves it; the class with a head loads that too, as the head is tied."""
     model = tiny_model(kind, tied=True)
@@ -118,7 +120,7 @@ def tensor_names(folder: Path) -> set[str]:
     return {key for path in paths for key in load_file(path)}
 
 
-@KINDS
+@RENAMED
 @TIED
 @FILES
 def test_names_of_later_versions(kind: str, tied: bool, size: str, tmp_path: Path) -> None:
@@ -140,7 +142,7 @@ def test_names_of_later_versions(kind: str, tied: bool, size: str, tmp_path: Pat
         assert other.read_bytes() == path.read_bytes(), path.name
 
 
-@KINDS
+@DENSE
 def test_trained_weights_reach_the_library(kind: str, tmp_path: Path) -> None:
     """What is changed in the MM checkpoint, and nothing else, is changed in what is loaded.
 
