@@ -120,7 +120,7 @@ def test_tiny_is_refused_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_both_forms_of_glms_config_are_one_model(tmp_path: Path) -> None:
-    sizes = {"layers": 2, "vit_layers": 2}
+    sizes: dict[str, Any] = {"layers": 2, "vit_layers": 2}
     flat = make_hf("glm4.1v-9b", tmp_path / "flat", **sizes)
     nested = make_hf("glm4.1v-9b", tmp_path / "nested", nested_config=True, **sizes)
     flags = [f"{PARALLEL}tp_size", "2"]
