@@ -42,7 +42,7 @@ from mmconvert.modeljson.layout import settled
 from mmconvert.names import number, summarise
 from mmconvert.plan.padding import in_words, pad_vocabulary, padded_size, vocabulary_keys
 from mmconvert.plan.plan import Side, build, carry, in_dtype
-from mmconvert.plan.products import Adapter, Places, merged, substituted
+from mmconvert.plan.products import Adapter, ProductPlaces, merged, substituted
 from mmconvert.result import Result
 from mmconvert.run import Conversion
 
@@ -144,7 +144,7 @@ def convert(
     # Plan.
     as_hf = writer.as_hf(family, asked.target.layout)
     src = source.side(as_hf=as_hf)
-    places = Places(source.model.plain_modules, src, source.model.dims, as_hf=as_hf)
+    places = ProductPlaces(source.model.plain_modules, src, source.model.dims, as_hf=as_hf)
     src, gone, new = substituted(src, places, asked.adapters)
     padded = _pad(src, source, asked)
     placing = Placing(

@@ -11,7 +11,7 @@ from math import prod
 from mmconvert.converters.family import Module, decoder_of, vocabulary_of
 from mmconvert.errors import RequestError
 from mmconvert.names import number
-from mmconvert.plan.plan import Gap, Key, Side
+from mmconvert.plan.plan import Key, Side, UnstoredBlock
 
 
 def vocabulary_keys(side: Side, modules: Sequence[Module]) -> list[Key]:
@@ -35,7 +35,7 @@ def pad_vocabulary(side: Side, modules: Sequence[Module], rows: int) -> int:
         whole = side.wholes[key]
         first, *rest = whole.shape
         if first < rows:
-            whole.zeros.append(Gap(first, 0, rows - first, prod(rest)))
+            whole.zeros.append(UnstoredBlock(first, 0, rows - first, prod(rest)))
             whole.shape = (rows, *rest)
             added = rows - first
     return added

@@ -51,7 +51,7 @@ def exchanged(block: Block) -> Block:
     return Block(tensor, col, row, whole_col, whole_row, cols, rows)
 
 
-class Gap(NamedTuple):
+class UnstoredBlock(NamedTuple):
     """A rectangle of a whole that no tensor of a side stores."""
 
     row: int
@@ -76,7 +76,7 @@ class Whole:
     shape: tuple[int, ...]
     dtype: str
     copies: list[list[Block]] = field(default_factory=list[list[Block]])
-    zeros: list[Gap] = field(default_factory=list[Gap])
+    zeros: list[UnstoredBlock] = field(default_factory=list[UnstoredBlock])
     mixed: str = ""
     keeps_dtype: bool = False
 

@@ -63,7 +63,7 @@ class Adapter:
     notes: list[str] = field(default_factory=list[str])
 
 
-class Place(NamedTuple):
+class ProductPlace(NamedTuple):
     """Where one Hugging Face tensor lies in a whole.
 
     Attributes:
@@ -77,7 +77,7 @@ class Place(NamedTuple):
     turned: bool
 
 
-class Places:
+class ProductPlaces:
     """Finds the Hugging Face tensors of a model in the wholes of a side.
 
     Args:
@@ -107,7 +107,7 @@ class Places:
                 stacked = key.expert if EXPERT not in row.hf[number] else NO_EXPERT
                 self._found[name, stacked] = (key, row, number)
 
-    def find(self, name: str, expert: int) -> Place | None:
+    def find(self, name: str, expert: int) -> ProductPlace | None:
         """Where a tensor lies; None if the model has none of this name.
 
         Raises:
@@ -119,11 +119,11 @@ class Places:
         key, row, number = hit
         turned = row.transposed and self._as_hf
         height = matrix(self._side.wholes[key].shape)[1 if turned else 0]
-        return Place(key, part_spans(row, height, self._dims, key.name())[number], turned)
+        return ProductPlace(key, part_spans(row, height, self._dims, key.name())[number], turned)
 
 
 def substituted(
-    src: Side, places: Places, adapters: Iterable[Adapter]
+    src: Side, places: ProductPlaces, adapters: Iterable[Adapter]
 ) -> tuple[Side, list[Zeros], set[int]]:
     """A side in which an adapter's whole tensors stand in the place of the base model's.
 
@@ -182,7 +182,7 @@ def _rows(block: Block, first: int, last: int) -> Block:
     return block._replace(row=row, whole_row=first, rows=last - first)
 
 
-def merged(plan: Plan, dst: Side, places: Places, adapters: Iterable[Adapter]) -> Plan:
+def merged(plan: Plan, dst: Side, places: ProductPlaces, adapters: Iterable[Adapter]) -> Plan:
     """The plan that also adds the products of adapters.
 
     Raises:
@@ -218,7 +218,7 @@ def _no_place(where: str, name: str) -> TensorError:
     )
 
 
-def _check_tied(where: str, name: str, places: Places) -> None:
+def _check_tied(where: str, name: str, places: ProductPlaces) -> None:
     """Raises RequestError for an adapter of embeddings that are tied: it adapts one of two uses."""
     if name in places.tied:
         raise RequestError(
@@ -230,7 +230,7 @@ def _check_tied(where: str, name: str, places: Places) -> None:
         )
 
 
-def _added(number: int, term: Term, place: Place, dst: Side, where: str) -> list[Copy]:
+def _added(number: int, term: Term, place: ProductPlace, dst: Side, where: str) -> list[Copy]:
     """The rectangles of a term in those of the targets."""
     whole = dst.wholes[place.key]
     width = matrix(whole.shape)[0 if place.turned else 1]

@@ -14,7 +14,7 @@ from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.families import Architecture
-from mmconvert.runtime.generation import Asked
+from mmconvert.runtime.generation import PromptBatch
 from mmconvert.runtime.inputs import side_by_side
 from mmconvert.runtime.mmfiles import LoadableCheckpoint
 from mmconvert.runtime.prepare import Prepare
@@ -117,7 +117,7 @@ class Wording:
         return self._words(self._ids[self._start :])[len(before) :]
 
 
-class Model:
+class AnsweringModel:
     """A checkpoint that can be asked.
 
     Raises:
@@ -164,7 +164,9 @@ class Model:
         full: End = "length" if len(tokens) == self.how.most else "context"
         return Reply(text, tuple(tokens), read, full)
 
-    def run(self, ask: Callable[[], Asked | None], hear: Callable[[Step | Ended], None]) -> None:
+    def run(
+        self, ask: Callable[[], PromptBatch | None], hear: Callable[[Step | Ended], None]
+    ) -> None:
         """As :func:`mmconvert.runtime.asking.converse`."""
         how = self.how
         converse(self.arch, self.stored, self.stop, how.dtype, how.choice, ask, hear)
@@ -184,7 +186,7 @@ class Several:
 
     def __init__(
         self,
-        model: Model,
+        model: AnsweringModel,
         samples: Iterable[Sample],
         hear: Callable[[int, Reply], None],
         say: Say,
@@ -197,7 +199,7 @@ class Several:
         self._done: dict[int, Reply] = {}
         self._next = 0
 
-    def ask(self) -> Asked | None:
+    def ask(self) -> PromptBatch | None:
         """The next prompts."""
         if not self._waiting:
             self._waiting.extend(self._read())
@@ -209,7 +211,7 @@ class Several:
         self._wordings = [Wording(self._model.speaker.words, say) for _ in self._now]
         batch = side_by_side(self._model.arch, [b for _, b in self._now])
         numbers = tuple(number for number, _ in self._now)
-        return Asked(batch, self._model.room(batch.ids.shape[1]), numbers)
+        return PromptBatch(batch, self._model.room(batch.ids.shape[1]), numbers)
 
     def _read(self) -> Iterator[list[tuple[int, Batch]]]:
         """Some more prompts, in groups to be answered side by side."""
@@ -259,7 +261,7 @@ class Chat:
 
     def __init__(
         self,
-        model: Model,
+        model: AnsweringModel,
         read: Callable[[], tuple[Sample, bool] | None],
         say: Say,
         hear: Callable[[Reply], None],
@@ -270,7 +272,7 @@ class Chat:
         self._seen = self._number = 0  # tokens before the answer; questions so far
         self._wording = Wording(model.speaker.words, say)
 
-    def ask(self) -> Asked | None:
+    def ask(self) -> PromptBatch | None:
         """The next question."""
         while (question := self._read()) is not None:
             sample, anew = question
@@ -284,7 +286,7 @@ class Chat:
                 continue
             self._seen, self._number = seen, self._number + 1
             self._wording = Wording(self._model.speaker.words, self._say)
-            return Asked(batch, most, (self._number - 1,), goes_on, followed=True)
+            return PromptBatch(batch, most, (self._number - 1,), goes_on, followed=True)
         return None
 
     def hear(self, event: Step | Ended) -> None:

@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime.device import device
 from mmconvert.runtime.families import Architecture
-from mmconvert.runtime.generation import Asked, Generation
+from mmconvert.runtime.generation import Generation, PromptBatch
 from mmconvert.runtime.launch import launch
 from mmconvert.runtime.mmfiles import LoadableCheckpoint
 from mmconvert.runtime.processes import Emit, start_method
@@ -54,7 +54,7 @@ class Prompts:
         context: Any = mp.get_context(start_method(device()))
         self._queue = context.Queue()
 
-    def put(self, asked: Asked | None) -> None:
+    def put(self, asked: PromptBatch | None) -> None:
         """Sends prompts; None is the end."""
         self._queue.put(pickle.dumps(asked))
 
@@ -63,7 +63,7 @@ class Prompts:
         self._queue.close()
         self._queue.cancel_join_thread()
 
-    def next(self, where: torch.device) -> Asked | None:
+    def next(self, where: torch.device) -> PromptBatch | None:
         """The next prompts, on every process; waits as long as it takes."""
         held: list[bytes] = [b""]
         while not held[0]:
@@ -74,7 +74,7 @@ class Prompts:
                     held = [b""]
             on = None if where.type == "cpu" else where
             dist.broadcast_object_list(held, 0, device=on)
-        asked: Asked | None = pickle.loads(held[0])  # noqa: S301 - of our own process
+        asked: PromptBatch | None = pickle.loads(held[0])  # noqa: S301 - of our own process
         return None if asked is None else replace(asked, batch=asked.batch.to(where))
 
 
@@ -105,7 +105,7 @@ def converse(
     stop: frozenset[int],
     dtype: str,
     how: Sampling,
-    ask: Callable[[], Asked | None],
+    ask: Callable[[], PromptBatch | None],
     hear: Callable[[Step | Ended], None],
 ) -> None:
     """Runs a checkpoint for as long as there are prompts.

@@ -9,7 +9,7 @@ from mmconvert.causes.quantised import left_over
 from mmconvert.errors import MMConvertError, RequestError
 from mmconvert.names import number
 from mmconvert.runtime import inputs
-from mmconvert.runtime.answers import Chat, How, Model, Reply, Several
+from mmconvert.runtime.answers import AnsweringModel, Chat, How, Reply, Several
 from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.beginning import Load, beginning, fitted
 from mmconvert.runtime.conversation import Speaker, prompt
@@ -127,7 +127,7 @@ def generate_all(
     Raises:
         MMConvertError: as :func:`validate`.
     """
-    model = Model(mm_dir, hf_dir, how)
+    model = AnsweringModel(mm_dir, hf_dir, how)
     prompts = Several(model, asked, hear, say)
     model.run(prompts.ask, prompts.hear)
 
@@ -146,7 +146,7 @@ def chat(
     Raises:
         MMConvertError: as :func:`validate`.
     """
-    model = Model(mm_dir, hf_dir, how)
+    model = AnsweringModel(mm_dir, hf_dir, how)
     talk = Chat(model, read, say, hear, tell)
     model.run(talk.ask, talk.hear)
 

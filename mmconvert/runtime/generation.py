@@ -18,7 +18,7 @@ from mmconvert.runtime.sampling import Chooser, Sampling
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptBatch:
     """Prompts to answer side by side.
 
     Attributes:
@@ -55,7 +55,7 @@ class Generation:
         self._at = torch.zeros(0, dtype=torch.int64)  # the last position, by row
         self._chooser = Chooser(self._how, ())
 
-    def answer(self, asked: Asked, hear: Heard = lambda tokens: None) -> list[list[int]]:
+    def answer(self, asked: PromptBatch, hear: Heard = lambda tokens: None) -> list[list[int]]:
         """The tokens of each answer.
 
         Args:
@@ -83,7 +83,7 @@ class Generation:
             self._engine.last_logits(batch)
         return found
 
-    def _begun(self, asked: Asked) -> Batch:
+    def _begun(self, asked: PromptBatch) -> Batch:
         """The batch in its place behind what was said before."""
         batch = asked.batch
         if asked.goes_on:

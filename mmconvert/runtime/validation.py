@@ -23,7 +23,7 @@ from mmconvert.runtime.batch import Batch, loss_sum
 from mmconvert.runtime.choices import Ties, listening
 from mmconvert.runtime.engine import Engine
 from mmconvert.runtime.families import Architecture
-from mmconvert.runtime.generation import Asked, Generation
+from mmconvert.runtime.generation import Generation, PromptBatch
 from mmconvert.runtime.hfweights import Weights
 from mmconvert.runtime.launch import Emit
 from mmconvert.runtime.mmfiles import LoadableCheckpoint
@@ -69,7 +69,7 @@ class Validation:
         logits = run.logits([batch])[0]
         loss = run.train([batch])
         with listening(run) as choices:
-            tokens = Generation(run).answer(Asked(batch, GREEDY))[0]
+            tokens = Generation(run).answer(PromptBatch(batch, GREEDY))[0]
         run.remember(False)  # what comes next has no past
         emit("computed; now transformers")
         model = weights = ties = None

@@ -24,7 +24,7 @@ import talking
 import tinyfamilies
 import tinymodels as tiny
 from mmconvert.runtime import commands
-from mmconvert.runtime.answers import How, Model
+from mmconvert.runtime.answers import AnsweringModel, How
 from mmconvert.runtime.conversation import prompt
 from mmconvert.runtime.sampling import Sampling
 
@@ -128,7 +128,7 @@ def test_greedy_tokens_are_those_of_transformers(case: Case, tmp_path: Path) -> 
         model.model.config.image_token_id = model.config.image_token_id
     inputs = asked(case.kind, hf, image, sounds)
     how = How(most=MOST, choice=Sampling(case.penalty))
-    model_here = Model(mm, hf, how)
+    model_here = AnsweringModel(mm, hf, how)
     stop = sorted(model_here.stop)
     with torch.no_grad():
         out = model.generate(

@@ -33,6 +33,8 @@ SPELLINGS = re.compile(
 ALLOWED = {
     "playground/": "makes checkpoints as other programs do, with sizes by their words",
     "modeljson/file.py": "where MindSpeed-MM's own file has which flag's list",
+    "cli/tools/answering.py": "files of pictures and sounds that a question is about",
+    "cli/tools/generate.py": "as before",
     "runtime/": "its chunks are cut for models of pictures and sounds, module by module",
 }
 

@@ -21,7 +21,7 @@ example:
 
 
 @dataclass(frozen=True)
-class MergeFlags:
+class SafetensorsMergeFlags:
     """What to merge."""
 
     base_hf_dir: Path
@@ -44,7 +44,7 @@ class MergeFlags:
 
 def run(words: list[str]) -> int:
     """Runs one merge."""
-    asked = read_plain(MergeFlags, words, PROG, TEXT)
+    asked = read_plain(SafetensorsMergeFlags, words, PROG, TEXT)
     cfg = LoraMerge(
         base_dir=asked.base_hf_dir,
         save_dir=asked.save_merged_hf_dir,

@@ -21,7 +21,7 @@ example:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlaygroundFlags:
     """Where to."""
 
     path: tyro.conf.Positional[Path]
@@ -36,7 +36,7 @@ class Asked:
 
 def run(words: list[str]) -> int:
     """Writes the playground, and says what is in it."""
-    asked = read_plain(Asked, words, "mm-convert playground", TEXT)
+    asked = read_plain(PlaygroundFlags, words, "mm-convert playground", TEXT)
     from mmconvert.playground.folder import ITEMS, make_playground
 
     began = time.monotonic()

@@ -14,7 +14,7 @@ from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.mm.instances import Instance, experts_of, instances
 from mmconvert.names import EXPERT, NO_LAYER, number, summarise
 from mmconvert.plan.dtypes import in_words, joint_dtype
-from mmconvert.plan.plan import Block, Gap, Key, Side, Whole, matrix
+from mmconvert.plan.plan import Block, Key, Side, UnstoredBlock, Whole, matrix
 from mmconvert.stored import StoredTensor, Target, expert_of, transpose
 
 
@@ -226,7 +226,7 @@ def _fused(item: Row, found: Sequence[tuple[int, _Source]], dims: Dims) -> Whole
     for part, spans in zip(parts, maps, strict=True):
         if part is None:
             width = matrix(first.shape)[1]
-            whole.zeros += [Gap(span.whole, 0, span.length, width) for span in spans]
+            whole.zeros += [UnstoredBlock(span.whole, 0, span.length, width) for span in spans]
             continue
         source, (_, cols), row = part[0], matrix(part[1].tensor.shape), part[1].row
         whole.copies[0] += [

@@ -20,7 +20,7 @@ from mmconvert.formats.containers.damage import AGAIN, explained
 from mmconvert.formats.containers.pickles import Inert
 from mmconvert.formats.containers.ptfile import PtFile, read_pt
 from mmconvert.formats.faults import STRICT, Faults
-from mmconvert.formats.mm.ranks import COPY, RANK_FILE, RankFolders, has_ranks, rank_folders
+from mmconvert.formats.mm.ranks import COPY, RANK_FILE, RankFolderNames, has_ranks, rank_folders
 from mmconvert.formats.reading import opened
 from mmconvert.names import number
 from mmconvert.narrow import is_dict, is_object
@@ -221,7 +221,7 @@ Parts = dict[str, dict[str, StoredTensor]]
 
 
 def _read(
-    ranks: RankFolders, faults: Faults
+    ranks: RankFolderNames, faults: Faults
 ) -> tuple[dict[Rank, Parts], dict[str, int], dict[Path, int]]:
     """The model chunks of every rank whose file can be read and has the chunks that most have;
     the bytes of everything else by its key, and of ``_extra_state`` by file.

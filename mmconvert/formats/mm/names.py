@@ -162,9 +162,11 @@ def _lacking(
 
 
 def _ends(chart: Chart) -> bool:
-    """Whether any stage holds what stands after the text decoder's layers."""
+    """Whether any stage holds what stands after the text decoder's layers, if anything does."""
     tails = {r.mm for m in chart.modules if m.role == "decoder" for r in m.after}
-    return any(name in tails for part in chart.checkpoint.parts.values() for name in part)
+    return not tails or any(
+        name in tails for part in chart.checkpoint.parts.values() for name in part
+    )
 
 
 def _no_last_stage(chart: Chart) -> TensorError:

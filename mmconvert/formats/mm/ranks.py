@@ -20,7 +20,7 @@ Numbers = tuple[int, ...]
 Size = tuple[int, int, int]  # tp, pp, ep
 
 
-class RankFolders(NamedTuple):
+class RankFolderNames(NamedTuple):
     """The rank folders of one checkpoint.
 
     Attributes:
@@ -48,7 +48,7 @@ def has_ranks(folder: Path) -> bool:
     return any(parse_folder(path.name) for path in folder.iterdir())
 
 
-def rank_folders(folder: Path, listed: Mapping[str, int], faults: Faults) -> RankFolders:
+def rank_folders(folder: Path, listed: Mapping[str, int], faults: Faults) -> RankFolderNames:
     """The rank folders that belong together.
 
     Args:
@@ -91,7 +91,7 @@ def rank_folders(folder: Path, listed: Mapping[str, int], faults: Faults) -> Ran
         )
         faults.add(fault)
     kept = {rank: path for rank, path in sorted(ranks.items()) if rank not in set(extra)}
-    made = RankFolders(folder, kept, size, len(next(iter(found.values()))), own)
+    made = RankFolderNames(folder, kept, size, len(next(iter(found.values()))), own)
     if not made.whole:
         faults.add(_missing(made))
     return made
@@ -204,7 +204,7 @@ def _run(ranks: Collection[Rank], tp: int, pp: int) -> int:
     return ep
 
 
-def _missing(made: RankFolders) -> CheckpointError:
+def _missing(made: RankFolderNames) -> CheckpointError:
     total = prod(made.size)
     ranks = list(islice(_absent(made), 5))
     names = [f"{_name(made, rank)} ({_where(made, rank)})" for rank in ranks]
@@ -220,20 +220,20 @@ def _missing(made: RankFolders) -> CheckpointError:
     )
 
 
-def _absent(made: RankFolders) -> Iterator[Rank]:
+def _absent(made: RankFolderNames) -> Iterator[Rank]:
     tp, pp, ep = made.size  # may be very many
     ranks = (Rank(t, p, e) for p, e, t in product(range(pp), range(ep), range(tp)))
     return (rank for rank in ranks if rank not in made.paths)
 
 
-def _name(made: RankFolders, rank: Rank) -> str:
+def _name(made: RankFolderNames, rank: Rank) -> str:
     _, pp, ep = made.size
     numbers = max(made.numbers, 1 + (pp > 1 or ep > 1) + (ep > 1))
     name = f"mp_rank_{rank.tp:02d}" + (f"_{rank.pp:03d}" if numbers > 1 else "")
     return name + (f"_{rank.ep:03d}" if numbers > 2 else "")
 
 
-def _where(made: RankFolders, rank: Rank) -> str:
+def _where(made: RankFolderNames, rank: Rank) -> str:
     return f"tp {rank.tp} pp {rank.pp}" + (f" ep {rank.ep}" if made.size[2] > 1 else "")
 
 

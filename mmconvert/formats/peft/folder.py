@@ -23,7 +23,7 @@ PICKLED = "adapter_model.bin"
 FSDP = "lora_adapter*.safetensors"  # of MindSpeed-MM's FSDP2 training
 
 
-class Part(NamedTuple):
+class LoraPair(NamedTuple):
     """A and B of one linear layer of the model.
 
     Attributes:
@@ -64,10 +64,10 @@ class PEFTFolder:
     file: WeightFile
     config: Mapping[str, object]
     settings: Settings
-    parts: dict[str, Part] = field(default_factory=dict[str, Part])
+    parts: dict[str, LoraPair] = field(default_factory=dict[str, LoraPair])
     magnitudes: dict[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
     biases: dict[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
-    embeddings: dict[str, Part] = field(default_factory=dict[str, Part])
+    embeddings: dict[str, LoraPair] = field(default_factory=dict[str, LoraPair])
     replaced: dict[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
 
 
@@ -267,7 +267,7 @@ def _pair(found: PEFTFolder, halves: Mapping[str, Mapping[str, StoredTensor]]) -
             )
         known_alpha = found.settings.alpha is not None
         scale = found.settings.scale(path, rank) if known_alpha else None
-        part = Part(path, a, b, scale)
+        part = LoraPair(path, a, b, scale)
         (found.embeddings if "embedding" in known else found.parts)[hub] = part
     if not found.config and found.parts:
         ranks = {part.rank for part in found.parts.values()}

@@ -112,7 +112,7 @@ class PEFT(Format):
         folder = open_peft(path, Names(family, family.table(variant)), given.lora_alpha)
         refuse_others(folder)
         dims = dict(base.dims) if base else {}
-        layers = _layers(folder, Names(family, family.table(variant)), dims)
+        layers = _layers(folder, family, variant, dims)
         variant = replace(variant, canonical=_canonical(folder, variant, given, family, layers))
         base_rows = rows_of(folder, family, variant)
         found = packed(base_rows, layers, folder.parts, dims)
@@ -236,9 +236,12 @@ def rows_of(folder: PEFTFolder, family: Family, variant: Variant) -> tuple[Modul
     return restricted(table, {mm: layers or {NO_LAYER} for mm, layers in present.items()})
 
 
-def _layers(folder: PEFTFolder, names: Names, dims: Mapping[str, int]) -> dict[str, int]:
+def _layers(
+    folder: PEFTFolder, family: Family, variant: Variant, dims: Mapping[str, int]
+) -> dict[str, int]:
     """How many layers each module has, as far as the adapter goes."""
-    found: dict[str, int] = dict.fromkeys(("vit", "audio", "llm"), 0)
+    names = Names(family, family.table(variant))
+    found: dict[str, int] = dict.fromkeys(family.module_keys, 0)
     for hub in folder.parts:
         hit = names.layer(hub)
         if hit is not None:

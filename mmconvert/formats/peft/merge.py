@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mmconvert.adapters import CONFIG, RESIDUAL, WEIGHT
 from mmconvert.errors import CheckpointError, RequestError
-from mmconvert.formats.peft.folder import Part, PEFTFolder
+from mmconvert.formats.peft.folder import LoraPair, PEFTFolder
 from mmconvert.names import NO_EXPERT
 from mmconvert.plan.plan import Block, Term, matrix
 from mmconvert.plan.products import Adapter, Delta
@@ -44,7 +44,7 @@ def peft_adapter(folder: PEFTFolder, factor: float, *, base_is_residual: bool) -
     return found
 
 
-def _term(found: Adapter, part: Part, factor: float, magnitude: StoredTensor | None) -> Term:
+def _term(found: Adapter, part: LoraPair, factor: float, magnitude: StoredTensor | None) -> Term:
     number = len(found.stored)
     found.stored += [part.a, part.b]
     rank, cols = matrix(part.a.shape)

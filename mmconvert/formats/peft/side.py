@@ -16,10 +16,10 @@ from mmconvert.converters.family import Dims, Module
 from mmconvert.errors import RequestError, TensorError
 from mmconvert.executor.compare import same_bytes
 from mmconvert.formats.mm.instances import Instance, experts_of, instances
-from mmconvert.formats.peft.folder import Part
+from mmconvert.formats.peft.folder import LoraPair
 from mmconvert.names import number, summarise
 from mmconvert.plan.dtypes import joint_dtype
-from mmconvert.plan.plan import Block, Gap, Key, Side, Whole, matrix
+from mmconvert.plan.plan import Block, Key, Side, UnstoredBlock, Whole, matrix
 from mmconvert.sharding.spans import Span
 
 
@@ -35,7 +35,7 @@ class Packed(NamedTuple):
     """
 
     item: Instance
-    parts: list[Part | None]
+    parts: list[LoraPair | None]
     spans: list[list[Span]]
     rank: int
     equal: bool
@@ -46,13 +46,13 @@ class Packed(NamedTuple):
         return sum(span.length for spans in self.spans for span in spans)
 
     @property
-    def found(self) -> list[Part]:
+    def found(self) -> list[LoraPair]:
         """The parts that are adapted."""
         return [part for part in self.parts if part is not None]
 
 
 def packed(
-    base: Sequence[Module], layers: Mapping[str, int], parts: Mapping[str, Part], dims: Dims
+    base: Sequence[Module], layers: Mapping[str, int], parts: Mapping[str, LoraPair], dims: Dims
 ) -> list[Packed]:
     """The linear layers of MM format that an adapter changes.
 
@@ -74,9 +74,9 @@ def packed(
 def grouped(
     base: Sequence[Module],
     layers: Mapping[str, int],
-    parts: Mapping[str, Part],
+    parts: Mapping[str, LoraPair],
     experts: Mapping[str, int] | None = None,
-) -> Iterator[tuple[Instance, list[Part | None], bool]]:
+) -> Iterator[tuple[Instance, list[LoraPair | None], bool]]:
     """The linear layers of MM format, the parts of each, and whether one A serves them all."""
     for item in instances(base, layers, experts):
         mine = [parts.get(name) for name in item.hf_names()]
@@ -89,7 +89,7 @@ def grouped(
         yield item, mine, whole and all(_same_a(there[0], part) for part in there[1:])
 
 
-def _same_a(one: Part, other: Part) -> bool:
+def _same_a(one: LoraPair, other: LoraPair) -> bool:
     """Whether two parts have the same A and scaling."""
     if (one.a.shape, one.a.dtype, one.scale) != (other.a.shape, other.a.dtype, other.scale):
         return False
@@ -97,7 +97,7 @@ def _same_a(one: Part, other: Part) -> bool:
     return bool(same) or (same is None and bool(same_bytes(other.a, one.a) is None))
 
 
-def _spans(item: Instance, parts: Sequence[Part | None], dims: Dims) -> list[list[Span]]:
+def _spans(item: Instance, parts: Sequence[LoraPair | None], dims: Dims) -> list[list[Span]]:
     row = item.row
     lengths: list[int] = []
     for place, part in enumerate(parts):
@@ -213,10 +213,10 @@ def _fill(side: Side, layer: Packed, a: Whole, b: Whole, rank: int) -> None:
         rest = column + own
         gaps = [(s.whole, 0, s.length, column) for s in spans]
         gaps += [(s.whole, rest, s.length, rank - rest) for s in spans]
-        b.zeros += [Gap(*gap) for gap in gaps if gap[3]]
+        b.zeros += [UnstoredBlock(*gap) for gap in gaps if gap[3]]
         column = 0 if layer.equal else rest
     if layer.rank < rank:
-        a.zeros.append(Gap(layer.rank, 0, rank - layer.rank, width))
+        a.zeros.append(UnstoredBlock(layer.rank, 0, rank - layer.rank, width))
 
 
 def notes_of(found: Sequence[Packed], of: Uniform, settings: Settings) -> list[str]:
