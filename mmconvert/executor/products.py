@@ -53,17 +53,37 @@ def _job(
     bottom: int,
 ) -> Job:
     def run(files: Files) -> None:
-        adapters = Products(plan.sources, plan.terms)
-        for begin, end in steps(top, bottom, row_bytes(target), MERGE_BAND):
-            band = _base(files, plan.sources, target, copies, begin, end)
-            with np.errstate(all="ignore"):  # what is not finite is an error below
-                adapters.add(files, band, begin, cut(products, begin, end, source=False))
-            bits = _rounded(band, target, begin)
+        for begin, bits in merged_bands(files, plan, target, copies, products, (top, bottom)):
             write_pieces(files, target.path, rect_offset(target, begin, 0), [bits])
 
     path = str(target.path)
     nbytes = (bottom - top) * row_bytes(target)
     return Job((path,), (path, rect_offset(target, top, 0)), nbytes, run)
+
+
+def merged_bands(
+    files: Files,
+    plan: Plan,
+    target: StoredTensor,
+    copies: Sequence[Copy],
+    products: Sequence[Copy],
+    within: tuple[int, int] | None = None,
+) -> Iterator[tuple[int, memoryview]]:
+    """The bits of a merged weight, in bands: the first row of each, and its bits.
+
+    Args:
+        within: the rows that are asked for; None for all.
+
+    Raises:
+        TensorError: NaN or infinity in the sum.
+    """
+    adapters = Products(plan.sources, plan.terms)
+    top, bottom = within or (0, matrix(target.shape)[0])
+    for begin, end in steps(top, bottom, row_bytes(target), MERGE_BAND):
+        band = _base(files, plan.sources, target, copies, begin, end)
+        with np.errstate(all="ignore"):  # what is not finite is an error below
+            adapters.add(files, band, begin, cut(products, begin, end, source=False))
+        yield begin, _rounded(band, target, begin)
 
 
 def _base(

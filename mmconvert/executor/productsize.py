@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mmconvert.executor.blockio import Region
+from mmconvert.executor.blockio import Region, read_compact
 from mmconvert.executor.differences import TensorDifference
 from mmconvert.executor.fileio import Files, open_files
-from mmconvert.executor.products import Array, matrix_of
-from mmconvert.plan.plan import Key, Term
-from mmconvert.stored import StoredTensor
+from mmconvert.executor.products import Array, matrix_of, merged_bands
+from mmconvert.plan.plan import Key, Plan, Term, matrix
+from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 # Of the largest value: what the order of a sum may change in float64.
 SAME = 1e-13
@@ -79,3 +79,27 @@ def _difference(
 ) -> TensorDifference:
     a, b = left[one.b[0].tensor], right[other.b[0].tensor]
     return TensorDifference(key, a, b, place, place, *values, largest, count)
+
+
+def unlike(plan: Plan, stored: Sequence[StoredTensor]) -> list[str]:
+    """The tensors that are not what a merge would write, in words.
+
+    Args:
+        stored: those that exist, in the order of the plan's targets.
+    """
+    found: list[str] = []
+    with open_files() as files:
+        for number in sorted({copy.dst for copy in plan.products}):
+            tensor = stored[number]
+            copies = [c for c in plan.copies if c.dst == number]
+            products = [c for c in plan.products if c.dst == number]
+            bad = 0
+            for top, bits in merged_bands(files, plan, tensor, copies, products):
+                width = matrix(tensor.shape)[1]
+                rows = len(bits) // (width * ITEM_SIZE[tensor.dtype])
+                there = read_compact(files, tensor, Region(top, 0, rows, width), "merged")
+                kind = f"<u{ITEM_SIZE[tensor.dtype]}"
+                bad += int((np.frombuffer(bits, kind) != np.frombuffer(there, kind)).sum())
+            if bad:
+                found.append(f"{tensor.name}: {bad} values are not those of base and adapter")
+    return found

@@ -31,6 +31,8 @@ class DiffFlags:
     """A checkpoint folder, Hugging Face or MM: what is measured against, such as the base model."""
     b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
     """Another one, such as the trained model."""
+    lora: MaybePath = None
+    """An adapter: is B what lora_merge makes of A and this? Says which tensors are not."""
     top: int = 20
     """Number of tensors that are listed, the largest relative L2 first; 0 lists all that differ."""
     names: Literal["mm", "hf"] = "mm"
@@ -66,6 +68,8 @@ def run(words: list[str]) -> int:
     pair = read_plain(DiffFlags, words, prog, f"{ABOUT}\n\nexample:\n  {example}")
     if pair.top < 0:
         raise RequestError(f"--top is {pair.top}", "a number of tensors, or 0 for all")
+    if pair.lora is not None:
+        return _merged(pair, pair.lora)
     from mmconvert.report.data import diff_dict
     from mmconvert.report.text import lines_of
     from mmconvert.tools.comparison.diff import diff
@@ -83,6 +87,20 @@ def run(words: list[str]) -> int:
         lines = lines_of(found, pair.top, hf_names=pair.names == "hf", unicode=shows_blocks())
         print("\n".join([*lines, *(one_line(f"written: {path}") for path in reports)]))
     return 0 if found.equal else DIFFERENT
+
+
+def _merged(pair: DiffFlags, adapter: Path) -> int:
+    """Compares with a merge."""
+    from mmconvert.tools.comparison.merging import unmerged
+
+    options = Options(workers=pair.workers, vit_qkv=pair.vit_qkv)
+    lines = unmerged(pair.a, pair.b, [adapter], options)
+    if pair.json:
+        print(json.dumps({"equal": not lines, "differences": lines}))
+    elif not pair.quiet:
+        words = [one_line(line) for line in lines[: pair.top or None]]
+        print("\n".join(words or [f"equal: {pair.b} is {pair.a} with {adapter} merged in"]))
+    return DIFFERENT if lines else 0
 
 
 def _write(found: Diff, pair: DiffFlags) -> None:

@@ -13,6 +13,7 @@ from mmconvert.formats.mm.folder import TRACKER, iterations
 from mmconvert.formats.mm.ranks import has_ranks
 from mmconvert.formats.registry import load, recognise
 from mmconvert.formats.single import MS_FILE, is_zip, open_file
+from mmconvert.tools.doctor.adapter import examine_adapter
 from mmconvert.tools.doctor.asked import DoctorRequest
 from mmconvert.tools.doctor.hf import examine_hf
 from mmconvert.tools.doctor.leftovers import is_locked, look_beside, staged_for
@@ -57,6 +58,9 @@ def _other(path: Path) -> str:
 
 
 def _dispatch(path: Path, asked: DoctorRequest, events: Events, report: DoctorReport) -> None:
+    if asked.hf_dir is not None and recognise(path) == "peft":
+        examine_adapter(path, asked.hf_dir, report)
+        return
     if path.exists() and (name := _other(path)):
         examine_other(load(name), path, asked, events, report)
         return

@@ -101,6 +101,7 @@ SEVERITY: dict[str, str] = {
     "damaged-weight-file": ERROR,
     "stray-weight-file": WARNING,
     "adapter-not-applied": WARNING,
+    "adapter-names": ERROR,
     "index-mismatch": ERROR,
     "other-spelling": WARNING,
     "duplicate-tensor": ERROR,
