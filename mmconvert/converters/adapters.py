@@ -100,11 +100,13 @@ def pair(row: Row) -> tuple[Row, Row]:
     """The rows of A and B of a linear layer."""
     stem = row.mm.removesuffix(WEIGHT)
     by_columns = row.shard is not None and row.shard.axis == 1
-    names = tuple(name for name in row.hf if name)
-    common = replace(row, hf=names, tied_to="", transposed=False, keeps_dtype=False)
+    parts = tuple(name for name in row.hf if name)
+    plain = replace(row, tied_to="", transposed=False, keeps_dtype=False)
+    a = {row.own: (stem + MM_A,), row.sources: parts}
+    b = {row.own: (stem + MM_B,), row.sources: parts}
     return (
-        replace(common, mm=stem + MM_A, rows=(), shard=row.shard if by_columns else None),
-        replace(common, mm=stem + MM_B, cols="", shard=None if by_columns else row.shard),
+        replace(plain, names=a, rows=(), cuts={row.own: row.shard if by_columns else None}),
+        replace(plain, names=b, cols="", cuts={row.own: None if by_columns else row.shard}),
     )
 
 
