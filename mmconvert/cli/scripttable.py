@@ -59,7 +59,6 @@ NO_EFFECT: dict[str, tuple[int, str]] = {
         (0, BY_MODEL),
     ),
     "distributed_backend": (1, "the device decides: gloo, nccl or hccl"),
-    "distributed_timeout_minutes": (1, "it is 30 minutes"),
     "trust_remote_code": (0, "no remote code is run"),
     "exit_on_missing_checkpoint": (0, "a missing checkpoint is always an error"),
     "no_save_rng": (0, "a run draws no random numbers"),

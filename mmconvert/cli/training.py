@@ -19,7 +19,7 @@ LEAST = {
     "train_iters": 1, "save_interval": -1, "lr_decay_iters": 0, "data_parallel_size": 0,
     "ckpt_step": 0, "eval_interval": 0, "eval_iters": 1, "max_samples": 0, "log_interval": 0,
     "warmup_iters": 0, "micro_batch_size": 1, "global_batch_size": 0, "seq_length": 0,
-    "num_workers": 0,
+    "num_workers": 0, "distributed_timeout_minutes": 1,
 }  # fmt: skip
 NOT_NEGATIVE = ("lr", "min_lr", "lr_warmup_init", "weight_decay", "adam_eps", "clip_grad")
 BELOW_ONE = ("adam_beta1", "adam_beta2", "val_rate", "lr_warmup_fraction")

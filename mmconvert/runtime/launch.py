@@ -25,10 +25,10 @@ from mmconvert.runtime import trouble
 from mmconvert.runtime.device import backend, device, take_device
 from mmconvert.runtime.processes import (
     AFTER_FAULT,
-    TIMEOUT,
     Emit,
     Job,
     calm,
+    patience,
     spawn,
     start_method,
 )
@@ -106,7 +106,7 @@ def _in_torchrun(job: Job, world: int, on_event: Emit) -> object:
     calm(where)
     store, rank, _ = next(rendezvous("env://"))
     dist.init_process_group(
-        backend(where), store=store, rank=rank, world_size=size, timeout=TIMEOUT,
+        backend(where), store=store, rank=rank, world_size=size, timeout=patience(),
         device_id=None if where.type == "cpu" else where,
     )  # fmt: skip
     pulse = trouble.Pulse(rank, size)

@@ -17,17 +17,19 @@ from mmconvert.errors import RequestError
 NEEDED = {"torch": (2, 7), "transformers": (4, 57), "safetensors": (0, 4), "pillow": (10, 0)}
 INSTALL = "pip install 'mmconvert[runtime]'"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-DEVICE = "MMCONVERT_DEVICE"  # what was asked for, for the processes of the run
+# What was asked for, for the processes of the run.
+DEVICE, TIMEOUT = "MMCONVERT_DEVICE", "MMCONVERT_TIMEOUT_MINUTES"
 PLUGIN, CANN = "torch_npu", "libascendcl.so"
 
 
-def require(device: str = "auto") -> None:
+def require(device: str = "auto", minutes: int = 30) -> None:
     """Checks that the runtime's libraries are there, and keeps a dead NPU plugin out of the way.
 
     Must run before torch is first imported.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda`` or ``npu``.
+        minutes: that a process may wait for the others.
 
     Raises:
         RequestError: one is missing or too old, or there is no NPU where one is asked for.
@@ -40,7 +42,7 @@ def require(device: str = "auto") -> None:
             raise RequestError(f"{name} is not installed", expected, INSTALL) from None
         if _numbers(found) < least:
             raise RequestError(f"{name} {found} is too old", expected, f"{INSTALL} --upgrade")
-    os.environ[DEVICE] = device
+    os.environ[DEVICE], os.environ[TIMEOUT] = device, str(minutes)
     if device == "npu":
         _require_npu()
     shield(device)

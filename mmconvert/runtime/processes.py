@@ -27,14 +27,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mmconvert.errors import LostProcessError, MMConvertError
-from mmconvert.runtime import trouble
+from mmconvert.runtime import needs, trouble
 from mmconvert.runtime.device import backend, take_device
 
 Emit = Callable[[object], None]
 # What a run does on each of its processes: Job(device, emit) -> what process 0 returns.
 Job = Callable[[torch.device, Emit], object]
 
-TIMEOUT = timedelta(minutes=30)  # process 0 may compute alone for a while
+USUAL = "30"  # minutes: process 0 may compute alone for a while
 AFTER_FAULT = 3.0  # seconds that the error behind another process's fault may take to arrive
 DEBUG = "MMCONVERT_DEBUG"
 
@@ -44,6 +44,11 @@ class Message(NamedTuple):
 
     kind: str  # event, result, error or fault; closed: nothing more can come
     content: Any
+
+
+def patience() -> timedelta:
+    """How long a process waits for the others in one operation."""
+    return timedelta(minutes=int(os.environ.get(needs.TIMEOUT, USUAL)))
 
 
 def start_method(where: torch.device) -> str:
@@ -232,7 +237,7 @@ def _child(job: Job, rank: int, world: int, meeting: str, pipe: Connection, pare
         where = take_device()
         calm(where)
         dist.init_process_group(
-            backend(where), init_method=meeting, rank=rank, world_size=world, timeout=TIMEOUT,
+            backend(where), init_method=meeting, rank=rank, world_size=world, timeout=patience(),
             device_id=None if where.type == "cpu" else where,  # else barriers guess, and warn
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from cli import run_cli
 from commands import RANK_FILE, copied, rank_files, refused
 from inprocess import call
 from mmconvert.errors import CheckpointError, LostProcessError, RequestError
-from mmconvert.runtime import commands, trouble
+from mmconvert.runtime import commands, needs, trouble
 from mmconvert.runtime.launch import Emit, launch
 from mmconvert.runtime.verdict import ValidationReport
 
@@ -267,3 +267,16 @@ def test_a_wrong_word_is_one_clear_error(
     refused(done, code, said)
     assert done.stderr.count("error: ") == 1
     assert not (work.folder / "new").exists()
+
+
+def waits(device: torch.device, emit: object) -> float:
+    """The seconds that this process waits for the others, as torch has them."""
+    group: Any = dist.group.WORLD
+    return float(group._get_backend(device).options._timeout.total_seconds())
+
+
+def test_processes_wait_as_long_as_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(needs.TIMEOUT, raising=False)
+    assert launch(waits, 2, print) == 30 * 60
+    monkeypatch.setenv(needs.TIMEOUT, "7")
+    assert launch(waits, 2, print) == 7 * 60

@@ -150,6 +150,8 @@ class Finetuned:
     this folder names; begin where that is release."""
     ckpt_step: int = 0
     """Another iteration of --load."""
+    distributed_timeout_minutes: int = 30
+    """How long a process may wait for the others before the run ends."""
     no_load_optim: bool = False
     """Take weights and iteration alone; moments and schedule start anew."""
     no_load_rng: bool = False
@@ -180,7 +182,7 @@ def run(words: list[str]) -> int:
     check(asked, script)
     from mmconvert.runtime import needs
 
-    needs.require(asked.device)
+    needs.require(asked.device, asked.distributed_timeout_minutes)
     return _train(asked, script)
 
 
