@@ -16,7 +16,7 @@ KEY = "language_model."
 
 def run(rank: int, folder: Path, text: dict[str, Any], cases: list[Case]) -> None:
     """Loads ``dist`` into a model of each layout, whose weights must be those of the case's rank
-    files. Leaves the names that differ in a file.
+    files; saves it as ``CASE.saved``. Leaves the names that differ in a file.
     """
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -43,7 +43,36 @@ def run(rank: int, folder: Path, text: dict[str, Any], cases: list[Case]) -> Non
             or name not in expected
             or not torch.equal(found[name], expected[name].to(found[name].dtype))
         ]
+        model.load_state_dict(found, strict=False)
+        save(model, folder / f"{case.name}.saved")
         torch.save(differing, folder / f"{case.name}.{rank}.differ")
         parallel_state.destroy_model_parallel()
         dist.barrier()
     dist.destroy_process_group()
+
+
+def save(model: Any, out: Path) -> None:
+    """As Megatron-core saves it, but for its writer, which asks for CUDA: its tensors in torch's
+    own.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+    from megatron.core.dist_checkpointing.strategies.torch import (
+        MCoreSavePlanner,
+        _replace_state_dict_keys_with_sharded_keys,
+        mcore_to_pyt_state_dict,
+    )
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save_state_dict
+
+    state = {k: v for k, v in model.sharded_state_dict(prefix=KEY).items() if "_extra" not in k}
+    apply_factories(state)
+    assert all(isinstance(value, ShardedTensor) for value in nested_values(state))
+    flat, _, _ = _replace_state_dict_keys_with_sharded_keys(state, True)
+    plain = mcore_to_pyt_state_dict(flat, False)
+    save_state_dict(
+        plain,
+        FileSystemWriter(out),
+        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+    )
+    (out / "common.pt").touch()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from math import prod
 
-from mmconvert.errors import TensorError
 from mmconvert.plan.plan import Block, Side, Whole, join, matrix
 from mmconvert.stored import StoredTensor
 
 
 def in_parts(side: Side) -> Side:
-    """The side with the parts of its tensors in their place; see ``StoredTensor.parts``.
-
-    Raises:
-        TensorError: a part that is no rectangle of rows and columns.
-    """
+    """The side with the parts of its tensors in their place; see ``StoredTensor.parts``."""
     if not any(tensor.parts for tensor in side.stored):
         return side
     stored: list[StoredTensor] = []
@@ -39,18 +36,31 @@ def _blocks(tensor: StoredTensor, first: int) -> list[Block]:
     """The parts of a tensor, numbered, as rectangles of it."""
     if not tensor.parts:
         return [Block(first, 0, 0, 0, 0, *matrix(tensor.shape))]
-    found: list[Block] = []
-    for number, (start, part) in enumerate(tensor.parts, first):
-        if part.shape[2:] != tensor.shape[2:]:
-            raise TensorError(
-                f"{tensor.name} {list(tensor.shape)} is divided along dimension 2 or a later one",
-                "pieces that are whole from the third dimension on",
-                "save it in other pieces",
-            )
-        row = start[0] if start else 0
-        col = start[1] * prod(tensor.shape[2:]) if len(start) > 1 else 0
-        found.append(Block(number, 0, 0, row, col, *matrix(part.shape)))
-    return found
+    return [
+        block
+        for number, (start, part) in enumerate(tensor.parts, first)
+        for block in _rectangles(tensor.shape, start, part.shape, number)
+    ]
+
+
+def _rectangles(
+    shape: tuple[int, ...], start: tuple[int, ...], sizes: tuple[int, ...], number: int
+) -> Iterator[Block]:
+    """A part as rectangles of rows and columns: one, unless it is cut behind the second dimension,
+    as layers in one tensor are that are each divided by columns.
+    """
+    if len(shape) < 2:
+        yield Block(number, 0, 0, start[0] if start else 0, 0, *matrix(sizes))
+        return
+    cut = [d for d in range(1, len(shape)) if sizes[d] != shape[d]]
+    last = cut[-1] if cut else 1
+    width = prod(sizes[last:])
+    for place, inner in enumerate(product(*map(range, sizes[1:last]))):
+        column = 0
+        for at, begin, length in zip((*inner, 0), start[1:], shape[1:], strict=False):
+            column = column * length + begin + at
+        column *= prod(shape[last + 1 :])
+        yield Block(number, 0, place * width, start[0], column, sizes[0], width)
 
 
 def _through(copy: list[Block], blocks: list[list[Block]]) -> list[Block]:
