@@ -1,4 +1,4 @@
-"""A picture of an MM layout: pipeline ranks x tensor-parallel ranks, coloured by bytes."""
+"""A picture of an MM layout: pipeline ranks x ranks of a stage (ep, tp), coloured by bytes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ class GridPicture:
         self._mixed = len(set(layout.tp.values())) > 1
         self._cells = {chunk: self._words(chunk) for chunk in self._boxes}
         longest = max((width_of(w) for ws in self._cells.values() for w in ws), default=0)
-        least = 200 if layout.tp_folders == 1 else 92
+        self._columns = layout.tp_folders * layout.ep
+        least = 200 if self._columns == 1 else 92
         self._cell = max(least, longest + 2 * PAD)
         labels = ["pp 00"] + (["chunk 0"] if layout.vpp_size > 1 else [])
         self._left = EDGE + sum(width_of(label) + 6 for label in labels)
-        self._right = self._left + layout.tp_folders * (self._cell + GAP) + 12
+        self._right = self._left + self._columns * (self._cell + GAP) + 12
         self._drawing = Drawing()
 
     def _words(self, chunk: Chunk) -> list[str]:
@@ -45,6 +46,7 @@ class GridPicture:
         """The whole picture."""
         self._drawing.text(EDGE, EDGE + 12, title, "ink big")
         sizes = [f"{self._layout.tp_flag(key)} {size}" for key, size in self._layout.tp.items()]
+        sizes += [f"ep_size {self._layout.ep}"] * (self._layout.ep > 1)
         sizes += [f"pp_size {self._layout.pp_size}", f"vpp_size {self._layout.vpp_size}"]
         self._drawing.text(EDGE, EDGE + 32, ", ".join(sizes), "dim")
         y = self._heads(EDGE + 62)
@@ -57,9 +59,11 @@ class GridPicture:
         return self._drawing
 
     def _heads(self, y: float) -> float:
-        for tp in range(self._layout.tp_folders):
-            x = self._left + tp * (self._cell + GAP) + self._cell / 2
-            self._drawing.text(x, y, f"tp {tp}", "dim bold", "middle")
+        for column in range(self._columns):
+            ep, tp = divmod(column, self._layout.tp_folders)
+            x = self._left + column * (self._cell + GAP) + self._cell / 2
+            words = f"ep {ep} tp {tp}" if self._layout.ep > 1 else f"tp {tp}"
+            self._drawing.text(x, y, words, "dim bold", "middle")
         self._drawing.text(self._right, y, "bytes of a rank file", "dim bold")
         return y + 8
 
@@ -67,10 +71,10 @@ class GridPicture:
         """Of each pp rank the bytes of its smallest and its largest rank file."""
         found: list[tuple[int, int]] = []
         for pp in range(self._layout.pp_size):
-            sizes = [0] * self._layout.tp_folders
+            sizes = [0] * self._columns
             for chunk, box in self._boxes.items():
                 if chunk.rank.pp == pp:
-                    sizes[chunk.rank.tp] += box.nbytes
+                    sizes[self._layout.column(chunk.rank)] += box.nbytes
             found.append((min(sizes), max(sizes)))
         return found
 
@@ -91,7 +95,7 @@ class GridPicture:
         return y
 
     def _draw_cell(self, chunk: Chunk, y: float, height: float) -> None:
-        x = self._left + chunk.rank.tp * (self._cell + GAP)
+        x = self._left + self._layout.column(chunk.rank) * (self._cell + GAP)
         box = self._boxes[chunk]
         middle = x + self._cell / 2
         if not box.nbytes:

@@ -32,6 +32,9 @@ def layout_table(
         unicode: whether block characters can be shown.
     """
     words = ", ".join(f"{layout.tp_flag(key)} {size}" for key, size in layout.tp.items())
+    words += f", ep_size {layout.ep}: each of its ranks holds its share of the experts" * (
+        layout.ep > 1
+    )
     caption = f"{words}; in, out: what stands before and after a module's layers"
     table = Table(title=title or None, caption=caption)
     table.add_column("pp rank", justify="right")
@@ -58,10 +61,10 @@ def _file_sizes(layout: Layout, sizes: Mapping[Chunk, int]) -> list[tuple[int, i
     """Bytes of the smallest and of the largest rank file of each pipeline rank."""
     found: list[tuple[int, int]] = []
     for pp in range(layout.pp_size):
-        files = [0] * layout.tp_folders
+        files = [0] * (layout.tp_folders * layout.ep)
         for chunk, nbytes in sizes.items():
             if chunk.rank.pp == pp:
-                files[chunk.rank.tp] += nbytes
+                files[layout.column(chunk.rank)] += nbytes
         found.append((min(files), max(files)))
     return found
 

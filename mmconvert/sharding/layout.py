@@ -77,6 +77,10 @@ class Layout:
                 for tp in range(self.tp_folders):
                     yield Rank(tp, pp, ep)
 
+    def column(self, rank: Rank) -> int:
+        """The number of a rank among those of its pipeline stage: ep by ep, tp in each."""
+        return rank.ep * self.tp_folders + rank.tp
+
     def chunk(self, tp: int, stage: int, ep: int = 0) -> Chunk:
         """Where a stage lives: stage = virtual stage * pp_size + pp rank."""
         return Chunk(Rank(tp, stage % self.pp_size, ep), stage // self.pp_size)

@@ -138,3 +138,15 @@ def test_experts_that_stand_blindly_transposed(sound: Path, hf: Path, tmp_path: 
     (found,) = findings(mm, "--hf_dir", hf)
     assert found["id"] == "experts-transposed"
     assert "hf_to_mm" in found["fix"]
+
+
+def test_inspect_draws_ep_ranks_side_by_side(sound: Path, tmp_path: Path) -> None:
+    """Each with the bytes of its own file."""
+    picture = tmp_path / "layout.svg"
+    shown = call("inspect", sound, "--svg", picture, check=0).stdout
+    assert "ep_size 2" in shown
+    drawn = picture.read_text(encoding="utf-8")
+    assert all(f">ep {ep} tp 0<" in drawn for ep in (0, 1)) and "ep_size 2" in drawn
+    sizes = {path.stat().st_size for path in sound.glob("release/*/*.pt")}
+    look = json.loads(call("inspect", sound, "--json", check=0).stdout)
+    assert len(sizes) == 1 and look["layout"]["ep_size"] == 2
