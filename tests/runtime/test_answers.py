@@ -86,7 +86,7 @@ def answered(mm: Path, hf: Path, asked: Sequence[Sample], how: How) -> list[Repl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen2_vl", "omni", "intern-qwen2"])
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl_moe", "glm4v", "omni", "intern-qwen2"])
 def test_prompts_side_by_side_are_answered_as_each_alone(
     kind: str, work: Work, tmp_path: Path
 ) -> None:
