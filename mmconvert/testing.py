@@ -107,6 +107,8 @@ def _wide(model: Model) -> ParallelConfig:
         grids[f"{module.key}_pp_layers"] = (
             (count // 2, count - count // 2) if text else (count, 0),
         )
+    if not {m.key for m in model.modules} <= set(ParallelConfig.keys()):  # no flags for its lists
+        grids = {}
     counts = [n for n in experts_of(model.modules, model.dims).values() if n]
     ep = 2 if counts and all(n % 2 == 0 for n in counts) else 0
     return ParallelConfig(tp_size=2, ep_size=ep, **grids)

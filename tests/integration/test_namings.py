@@ -32,6 +32,7 @@ from mmconvert.formats.hf.folder import read_json_file
 from mmconvert.formats.model import Model
 from mmconvert.formats.naming import side_in, target_in
 from mmconvert.sharding.spans import COLUMN, GATED, ROW, Interleave, heads
+from mmconvert.testing import contract
 
 LAYERS, HEADS, WIDTH, FFN, VOCAB = 4, 2, 8, 6, 10
 KEYS = {
@@ -210,6 +211,10 @@ def test_the_table_is_right_in_every_naming() -> None:
     assert qkv.shard == heads("say.heads")
     seen = {r.mm: r.hf for m in in_naming(modules(Variant()), "trio") for r in m.all_rows()}
     assert seen[qkv.mm] == ("decoder.{layer}.in_proj",)
+
+
+def test_the_contract_holds_with_keys_of_its_own(hf: Path) -> None:
+    contract(FAMILY, hf)
 
 
 def test_a_naming_that_the_table_has_not(hf: Path, tmp_path: Path) -> None:
