@@ -67,10 +67,11 @@ NO_EFFECT: dict[str, tuple[int, str]] = {
          "recompute_num_layers_skip_core_attention"),
         (1, "every layer is computed again, or none"),
     ),
+    "lora_register_forward_hook": (1, "adapters learn without it"),
     "recompute_skip_core_attention": (0, "every layer is computed again, or none"),
 }  # fmt: skip
 NO_FSDP = ("MM rank files", "leave it out, and train the rank files that hf_to_mm writes")
-NO_LORA = ("the whole model learns", "leave it out, or train LoRA with MindSpeed-MM")
+NO_LORA = ("adapters of linear layers, which alone learn", "leave it out")
 NO_DPO = ("fine-tuning on answers", "train DPO with MindSpeed-MM")
 # Refused -> (number of values, what is possible, what to do). None: any number of values.
 REFUSED: dict[str, tuple[int | None, str, str]] = {
@@ -82,12 +83,11 @@ REFUSED: dict[str, tuple[int | None, str, str]] = {
         1, "the layers of each stage in model.json", "leave it out; MindSpeed-MM refuses it too",
     ),
     **dict.fromkeys(
-        ("lora_target_modules", "lora_apply_modules", "lora_register_forward_hook"),
+        ("lora_apply_modules", "lora_target_parameters"),
         (None, *NO_LORA),
     ),
     **dict.fromkeys(
-        ("lora_r", "lora_alpha", "lora_dropout", "load_base_model", "lora_load",
-         "lora_mixed_training"),
+        ("lora_load", "lora_mixed_training"),
         (1, *NO_LORA),
     ),
     **dict.fromkeys(

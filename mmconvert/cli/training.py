@@ -12,6 +12,7 @@ from mmconvert.errors import RequestError
 if TYPE_CHECKING:
     from mmconvert.cli.tools.finetune import Finetuned
     from mmconvert.runtime.dataset import Data
+    from mmconvert.runtime.lora import LoraPlan
     from mmconvert.runtime.training import TrainingPlan
 
 # Least values, and ranges.
@@ -36,6 +37,8 @@ def check(asked: Finetuned, script: Script) -> None:
         RequestError: naming the flag.
     """
     needed(asked.mm_dir or asked.load or asked.hf_dir, "--mm_dir (or --load)", "finetune")
+    if asked.load_base_model is not None and not asked.lora_target_modules:
+        raise RequestError("--load_base_model is given", "--lora_target_modules beside it")
     needed(asked.save, "--save", "finetune")
     if not asked.data and asked.mm_data is None:
         raise RequestError("there is no data", "--data train.json, or --mm_data data.json")
@@ -99,7 +102,20 @@ def plan_of(asked: Finetuned, save: Path, evaluate: int, frozen: tuple[str, ...]
         asked.global_batch_size // asked.micro_batch_size, asked.seed, frozen,
         not asked.no_save_optim, recipe, kind, asked.order,
         asked.recompute_granularity == "full", asked.data_parallel_size, asked.num_workers or 1,
+        lora_of(asked, frozen),
     )  # fmt: skip
+
+
+def lora_of(asked: Finetuned, frozen: tuple[str, ...]) -> LoraPlan | None:
+    """What is adapted; None where the model itself learns. What is frozen has no adapters."""
+    if not asked.lora_target_modules:
+        return None
+    from mmconvert.runtime.lora import LoraPlan, check
+
+    check(asked.lora_r, asked.lora_alpha, asked.lora_dropout)
+    words = (word for given in asked.lora_target_modules for word in given.split(","))
+    targets = tuple(word.strip() for word in words if word.strip())
+    return LoraPlan(asked.lora_r, asked.lora_alpha, targets, frozen, asked.seed)
 
 
 def data_of(asked: Finetuned) -> tuple[Path, Data, tuple[str, ...]]:

@@ -10,7 +10,7 @@ from mmconvert.formats.mm.folder import TRACKER
 from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.launch import replicas_for
-from mmconvert.runtime.mmfiles import LoadableCheckpoint, iteration_folder
+from mmconvert.runtime.mmfiles import LoadableCheckpoint, iteration_folder, with_adapters
 from mmconvert.runtime.training import Start, TrainingPlan
 
 
@@ -32,7 +32,12 @@ class Load:
 def beginning(
     mm_dir: Path | None, hf_dir: Path, plan: TrainingPlan, resume: bool, load: Load | None
 ) -> tuple[Architecture, LoadableCheckpoint, Start]:
-    """The model, the checkpoint to begin with, and whether its iteration is gone on from."""
+    """The model, the checkpoint to begin with, and whether its iteration is gone on from.
+
+    With LoRA ``mm_dir`` is the base model, and what is gone on from are adapters.
+    """
+    if plan.lora is not None:
+        return _with_adapters(mm_dir, hf_dir, plan, resume, load)
     optimizer = load is None or load.optimizer
     if resume and (plan.save / TRACKER).is_file():
         arch, stored = load_folder(hf_dir, plan.save)
@@ -53,6 +58,41 @@ def beginning(
             "a --train_iters that is larger",
         )
     return arch, stored, start
+
+
+def _with_adapters(
+    mm_dir: Path | None, hf_dir: Path, plan: TrainingPlan, resume: bool, load: Load | None
+) -> tuple[Architecture, LoadableCheckpoint, Start]:
+    """The base model, and the adapters that are gone on from."""
+    base_dir = mm_dir or (load.folder if load is not None else None)
+    if base_dir is None:
+        raise RequestError("there is no base model", "--mm_dir, or --load_base_model")
+    arch, stored = load_folder(hf_dir, base_dir)
+    begun: Path | None = None
+    if resume and (plan.save / TRACKER).is_file():
+        begun = plan.save
+    elif load is not None and mm_dir is not None:
+        begun = _iteration_of(load)
+    assert plan.lora is not None  # noqa: S101 - the caller has looked
+    if begun is None:
+        _look_for_later(plan.save, None)
+        return arch, replace(stored, lora=plan.lora, iteration=0), Start()
+    found = with_adapters(stored, begun, plan.lora.alpha)
+    told = found.lora or plan.lora
+    if told.rank != plan.lora.rank or told.alpha != plan.lora.alpha:
+        raise RequestError(
+            f"{begun} has adapters of r {told.rank}, alpha {told.alpha:g}; --lora_r is "
+            f"{plan.lora.rank}, --lora_alpha {plan.lora.alpha:g}",
+            "the numbers that they were trained with",
+        )
+    if not resume:
+        _look_for_later(plan.save, found)
+    start = Start(resumed=found.iteration > 0, optimizer=load is None or load.optimizer)
+    if start.resumed and found.iteration >= plan.steps:
+        raise RequestError(
+            f"{begun} is at iteration {found.iteration} already", "a --train_iters that is larger"
+        )
+    return arch, replace(found, lora=plan.lora), start
 
 
 def _iteration_of(load: Load) -> Path:

@@ -50,6 +50,10 @@ class Binder:
     def _take(self, name: str, shape: tuple[int, ...], divided: bool) -> nn.Parameter:
         return self.shard.take(name, shape, self.group.size if divided else 1)
 
+    def _named(self, mm: str, hf: str) -> str:
+        """A name of a layer that is the same in all layouts."""
+        return f"{self.key}.{hf}.{mm.rpartition('.')[2]}"
+
     def replicated(self, module: nn.Module, mm: str, hf: str) -> None:
         """Every parameter of a small module (a norm, a convolution, a bias), as it is."""
         for name, empty in list(module.named_parameters(recurse=False)):
@@ -92,11 +96,13 @@ class Binder:
         """
         first = _linear(*next(iter(pieces.values())))
         weight = self._take(f"{mm}.weight", (rows, first.in_features), divided=True)
+        sizes = (rows, first.in_features)
+        low = self.shard.low(mm, self._named(mm, hf), sizes, self.group, None)
         biased = [suffix for suffix, place in pieces.items() if _linear(*place).bias is not None]
         bias = self._take(f"{mm}.bias", (rows,), divided=True) if biased else None
         for suffix, (parent, attribute) in pieces.items():
             part, mine = parts[suffix]
-            setattr(parent, attribute, PartOf(weight, bias, part, self.group))
+            setattr(parent, attribute, PartOf(weight, bias, part, self.group, low))
             self.bind(f"{mm}.weight", f"{hf}{suffix}.weight", weight, part, mine)
             if bias is None:
                 continue
@@ -130,7 +136,9 @@ class Binder:
         if linear.bias is not None:
             bias = self._take(f"{mm}.bias", (linear.out_features,), divided=False)
             self.bind(f"{mm}.bias", f"{hf}.bias", bias)
-        setattr(parent, attribute, RowParallel(weight, bias, self.group))
+        sizes = (linear.out_features, linear.in_features)
+        low = self.shard.low(mm, self._named(mm, hf), sizes, self.group, mine)
+        setattr(parent, attribute, RowParallel(weight, bias, self.group, low))
 
     def glu(self, mlp: nn.Module, mm: str, hf: str) -> None:
         """gate_proj and up_proj: packed one below the other, or apart (canonical structure)."""

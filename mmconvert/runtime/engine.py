@@ -52,7 +52,7 @@ class Engine:
             number = virtual * layout.pp_size + mesh.rank.pp
             tensors = chunk_tensors(content, part)
             rows = stored.vocabulary
-            self.stages.append(Stage(arch, mesh, number, tensors, dtype, where, rows))
+            self.stages.append(Stage(arch, mesh, number, tensors, dtype, where, rows, stored.lora))
         self.border = Border(arch, layout, dtype)
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._tie()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmconvert.errors import RequestError, TensorError
 from mmconvert.runtime.bind import Binder, even
+from mmconvert.runtime.lora import Adapted, Low
 from mmconvert.runtime.parallel import TensorGroup, copy_in, share, sum_out, whole
 
 
@@ -91,6 +92,7 @@ def bind_experts(binder: Binder, group: ExpertGroup, mlp: Any, mm: str, hf: str)
     some = share(even(ffn, tensors, f"rows of an expert of {hf}"), tensors)
     rows = some.stop - some.start
     ones, twos = list[nn.Parameter](), list[nn.Parameter]()
+    low_ones, low_twos = dict[int, Low](), dict[int, Low]()
     for i in range(count):
         name, number = f"{mm}.experts.local_experts.{i}", start + i
 
@@ -101,15 +103,23 @@ def bind_experts(binder: Binder, group: ExpertGroup, mlp: Any, mm: str, hf: str)
             return t[number][:, some]
 
         pieces = tensors.size * group.size
-        for leaf, shape, kept, found, mine in (
-            ("linear_fc1", (2 * rows, width), "gate_up_proj", ones, one),
-            ("linear_fc2", (width, rows), "down_proj", twos, two),
+        for leaf, shape, kept, found, mine, low, columns in (
+            ("linear_fc1", (2 * rows, width), "gate_up_proj", ones, one, low_ones, None),
+            ("linear_fc2", (width, rows), "down_proj", twos, two, low_twos, some),
         ):
             weight = binder.shard.take(f"{name}.{leaf}.weight", shape, pieces)
+            sizes = (shape[0], width if columns is None else ffn)
+            whole_name = f"{binder.key}.{hf}.{number}.{leaf}"
+            made = binder.shard.low(
+                f"{name}.{leaf}", whole_name, sizes, tensors, columns, pieces=pieces
+            )
+            if made is not None:
+                low[i] = made
             binder.bind(f"{name}.{leaf}.weight", f"{hf}.experts.{kept}", weight, whole, mine)
             found.append(weight)
     del experts.gate_up_proj, experts.down_proj
-    experts.gate_up_proj, experts.down_proj = nn.ParameterList(ones), nn.ParameterList(twos)
+    experts.gate_up_proj = Adapted(ones, low_ones) if low_ones else nn.ParameterList(ones)
+    experts.down_proj = Adapted(twos, low_twos) if low_twos else nn.ParameterList(twos)
     experts.num_experts = count
     if group.everyone.group is not None:
         mlp.experts = SomeExperts(experts, start, group.everyone)

@@ -10,7 +10,7 @@ import re
 import shutil
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from mmconvert import durable
+from mmconvert.adapters import MM_A, of_manifest
 from mmconvert.errors import CheckpointError, FormatError, cannot_write
 from mmconvert.formats import manifest
 from mmconvert.formats.mm.folder import EXTRA_STATE, RANK_FILE, TRACKER, MMCheckpoint, open_mm
 from mmconvert.runtime.families import Architecture
+from mmconvert.runtime.lora import LoraPlan, is_adapter, plan_of
 from mmconvert.sharding.layout import Layout, Rank
 from mmconvert.sharding.stages import StageGrid, show, total
 
@@ -44,12 +46,16 @@ class LoadableCheckpoint:
         iteration: 0 for a ``release`` that was not resplit from one.
         layout: how it is divided.
         vocabulary: rows of the word embedding and the output layer, those that pad it included.
+        lora: what of it is adapted, if anything is.
+        adapters: the folder of the rank folders with the adapters; None: there are none yet.
     """
 
     folder: Path
     iteration: int
     layout: Layout
     vocabulary: int = 0
+    lora: LoraPlan | None = None
+    adapters: Path | None = None
 
     @property
     def world(self) -> int:
@@ -156,12 +162,23 @@ def _tp(checkpoint: MMCheckpoint, key: str, matrix: str, width: int) -> int:
 
 
 def read_rank(stored: LoadableCheckpoint, rank: Rank) -> dict[str, Any]:
-    """The content of a rank file, its data mapped from disk.
+    """The content of a rank file, its data mapped from disk; with that of its adapters, if any.
+
+    Of two files everything but tensors is the adapters'.
 
     Raises:
         FormatError: it holds objects that are not data, or cannot be read.
     """
-    path = stored.folder / stored.layout.folder(rank) / RANK_FILE
+    folder = stored.layout.folder(rank)
+    content = _read(stored.folder / folder / RANK_FILE)
+    if stored.adapters is None:
+        return content
+    more = _read(stored.adapters / folder / RANK_FILE)
+    parts = [stored.layout.part(v) for v in range(stored.layout.vpp_size)]
+    return more | {part: {**content[part], **more.get(part, {})} for part in parts}
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -178,6 +195,37 @@ def chunk_tensors(content: Mapping[str, Any], part: str) -> dict[str, Tensor]:
     """The tensors of one model chunk, without Transformer Engine's extra state."""
     found = content[part]
     return {n: t for n, t in found.items() if not n.endswith(EXTRA_STATE) and isinstance(t, Tensor)}
+
+
+def with_adapters(
+    base: LoadableCheckpoint, mm_dir: Path, alpha: float | None = None
+) -> LoadableCheckpoint:
+    """A base model with the adapters of another checkpoint, which must have its layout.
+
+    Raises:
+        CheckpointError: it holds none, or those of another layout.
+    """
+    checkpoint = open_mm(mm_dir)
+    size = (checkpoint.tp_folders, checkpoint.pp_size, checkpoint.ep_size, checkpoint.vpp_size)
+    layout = base.layout
+    wanted = (layout.tp_folders, layout.pp_size, layout.ep, layout.vpp_size)
+    if size != wanted:
+        raise CheckpointError(
+            f"{checkpoint.folder} has tp, pp, ep, vpp of {size}; the base model has {wanted}",
+            "adapters in the base model's layout",
+            "mm-convert ... lora_resplit brings them into it",
+        )
+    ranks = {
+        tensor.shape[0]
+        for tensors in checkpoint.parts.values()
+        for name, tensor in tensors.items()
+        if is_adapter(name) and name.endswith(MM_A)
+    }
+    first = _read(checkpoint.folder / layout.folder(Rank(0)) / RANK_FILE)
+    noted = of_manifest(manifest.read(checkpoint.root)[0] or {})
+    given = alpha if alpha is not None or noted is None else noted.alpha
+    plan = plan_of(first.get("args"), ranks, given, str(checkpoint.folder))
+    return replace(base, lora=plan, adapters=checkpoint.folder, iteration=_iteration(checkpoint))
 
 
 # ------------------------------------------------------------------------------------ saving

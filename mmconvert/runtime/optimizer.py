@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.runtime.engine import Engine
+from mmconvert.runtime.lora import is_adapter
 from mmconvert.runtime.schedule import Schedule
 
 # One parameter under two names where the word embedding is the output layer too.
@@ -189,6 +190,26 @@ class Optimizer:
         if name == "step":  # a number, on the device where the kernel reads it there
             return value.to(master.device if self._fused else "cpu", copy=True)
         return self._mine(value).to(master.device, copy=True)
+
+
+def freeze_base(run: Engine) -> int:
+    """Lets adapters alone learn; returns how many matrices do, over all processes.
+
+    Raises:
+        RequestError: no layer is adapted.
+    """
+    learning = 0
+    for name, parameter, _ in run.parameters():
+        parameter.requires_grad_(is_adapter(name))
+        learning += is_adapter(name)
+    count = torch.tensor(learning, device=run.mesh.device)
+    dist.all_reduce(count, group=run.mesh.model)
+    if not count:
+        raise RequestError(
+            "--lora_target_modules fits no linear layer",
+            "module names or their ends, such as linear_qkv linear_proj linear_fc1 linear_fc2",
+        )
+    return int(count)
 
 
 def freeze(run: Engine, prefixes: tuple[str, ...]) -> int:

@@ -141,19 +141,27 @@ class PartOf(nn.Module):
         weight: the packed tensor, (rows on this rank, in).
         bias: packed likewise, (rows on this rank,).
         part: takes the rows of this layer out of a packed tensor, in this layer's order.
+        low: the packed tensor's adapter, if it has one.
     """
 
     def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, part: View, group: TensorGroup
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        part: View,
+        group: TensorGroup,
+        low: Any = None,  # noqa: ANN401 - lora.Low, which is built on this module
     ) -> None:
         super().__init__()
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.low = weight, bias, low
         self._part, self._group = part, group
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., this layer's rows on this rank)."""
         bias = None if self.bias is None else self._part(self.bias)
-        return F.linear(copy_in(x, self._group), self._part(self.weight), bias)
+        x = copy_in(x, self._group)
+        out = F.linear(x, self._part(self.weight), bias)
+        return out if self.low is None else out + self.low.rows(x, self._part)
 
 
 class RowParallel(nn.Module):
@@ -162,15 +170,26 @@ class RowParallel(nn.Module):
     Args:
         weight: (out, in on this rank).
         bias: (out,), replicated.
+        low: its adapter, if it has one.
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, group: TensorGroup) -> None:
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        group: TensorGroup,
+        low: Any = None,  # noqa: ANN401 - as above
+    ) -> None:
         super().__init__()
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.low = weight, bias, low
         self._group = group
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in on this rank) -> (..., out)."""
+        out = self._plain(x)
+        return out if self.low is None else out + self.low.summed(x)
+
+    def _plain(self, x: Tensor) -> Tensor:
         if self._group.group is None:  # one call: a bias added later is rounded once more in bf16
             return F.linear(x, self.weight, self.bias)
         out = sum_out(F.linear(x, self.weight), self._group)

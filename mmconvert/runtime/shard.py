@@ -14,9 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmconvert.adapters import MM_A, MM_B
 from mmconvert.errors import TensorError
 from mmconvert.names import number
-from mmconvert.runtime.parallel import View
+from mmconvert.runtime.lora import LoraPlan, Low, drawn
+from mmconvert.runtime.parallel import TensorGroup, View
 
 
 class Binding(NamedTuple):
@@ -68,6 +70,7 @@ class Shard:
         tensors: the chunk's tensors by MM name.
         where: the file and chunk, for messages.
         vocabulary: rows of the whole word embedding, those that pad it included; 0: not padded.
+        lora: what is adapted, if anything is.
     """
 
     def __init__(
@@ -77,8 +80,9 @@ class Shard:
         dtype: torch.dtype,
         device: torch.device,
         vocabulary: int = 0,
+        lora: LoraPlan | None = None,
     ) -> None:
-        self.vocabulary = vocabulary
+        self.vocabulary, self.lora = vocabulary, lora
         self.left = dict(tensors)
         self.where = where
         self.tree = nn.Module()
@@ -116,6 +120,41 @@ class Shard:
         _plant(self.tree, name, parameter)
         self.pieces[name] = pieces
         return parameter
+
+    def low(
+        self,
+        module: str,
+        name: str,
+        sizes: tuple[int, int],
+        group: TensorGroup,
+        mine: slice | None,
+        *,
+        pieces: int = 0,
+    ) -> Low | None:
+        """The adapter of a linear layer, from the checkpoint or new; None where it has none.
+
+        Args:
+            module: the layer's MM name; ``name``: in the whole model, of which new ones are drawn.
+            sizes: rows on this rank, and columns of the whole layer.
+            mine: this rank's columns, of a row-parallel layer; None: rows are divided.
+            pieces: how many different parts of what is divided there are; 0: one for each rank.
+
+        Raises:
+            TensorError: one of another shape.
+        """
+        if self.lora is None or not (self.lora.adapts(module) or module + MM_A in self.left):
+            return None
+        rank, columns = self.lora.rank, mine is not None
+        if module + MM_A not in self.left:
+            whole = drawn(name, (rank, sizes[1]), self.lora.seed)
+            self.left[module + MM_A] = whole if mine is None else whole[:, mine]
+            self.left[module + MM_B] = torch.zeros(sizes[0], rank)
+        width = sizes[1] if mine is None else mine.stop - mine.start
+        divided = pieces or group.size
+        copied = max(1, divided // group.size)
+        a = self.take(module + MM_A, (rank, width), divided if columns else copied)
+        b = self.take(module + MM_B, (sizes[0], rank), copied if columns else divided)
+        return Low(a, b, self.lora.scale, group, columns)
 
     def finish(self, parts: nn.Module) -> None:
         """Checks that nothing is left over on either side.

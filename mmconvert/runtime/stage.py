@@ -20,6 +20,7 @@ from mmconvert.runtime.encoders import LayerRange, Point, Seen
 from mmconvert.runtime.families import INTERN, Architecture
 from mmconvert.runtime.glm import GlmVision
 from mmconvert.runtime.intern import InternVision
+from mmconvert.runtime.lora import LoraPlan
 from mmconvert.runtime.mesh import Mesh
 from mmconvert.runtime.qwen3 import Qwen3Vision
 from mmconvert.runtime.shard import Shard
@@ -136,6 +137,7 @@ class Stage(nn.Module):
         tensors: the chunk's tensors by MM name.
         number: of the stage, in flat order.
         vocabulary: rows of the whole word embedding, those that pad it included; 0: not padded.
+        lora: what is adapted, if anything is.
     """
 
     def __init__(
@@ -147,12 +149,13 @@ class Stage(nn.Module):
         dtype: torch.dtype,
         where: str,
         vocabulary: int = 0,
+        lora: LoraPlan | None = None,
     ) -> None:
         super().__init__()
         grids = mesh.layout.grids
         model = arch.skeleton(dtype)
         parts = arch.parts(model)
-        shard = Shard(tensors, where, dtype, mesh.device, vocabulary)
+        shard = Shard(tensors, where, dtype, mesh.device, vocabulary, lora)
         spans = {key: span_of(grid, number) for key, grid in grids.items()}
         if not any(spans.values()):
             raise LayoutError(

@@ -13,6 +13,7 @@ import math
 import signal
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 
+from mmconvert.adapters import MM_A
 from mmconvert.errors import DatasetError, MMConvertError, RequestError
 from mmconvert.names import number
 from mmconvert.runtime import engine as engines
@@ -35,9 +37,10 @@ from mmconvert.runtime.experts import about_routers
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.journal import Line, TrainingLog
 from mmconvert.runtime.launch import Emit
+from mmconvert.runtime.lora import LoraPlan, arguments, kept
 from mmconvert.runtime.losses import LossType
 from mmconvert.runtime.mmfiles import LoadableCheckpoint
-from mmconvert.runtime.optimizer import Optimizer, Recipe, freeze
+from mmconvert.runtime.optimizer import Optimizer, Recipe, freeze, freeze_base
 from mmconvert.runtime.parameters import gather
 from mmconvert.runtime.prepare import Prepare
 from mmconvert.runtime.samples import Sample
@@ -53,7 +56,8 @@ FLAGS = {
     "epsilon": "--adam_eps", "clip": "--clip_grad", "size": "--micro_batch_size",
     "count": "the number of micro-batches", "seed": "--seed", "frozen": "--freeze",
     "dtype": "--dtype", "samples": "the training data", "loss": "--loss_type",
-    "order": "--order", "prepare": "how samples are prepared",
+    "order": "--order", "lora": "--lora_r, --lora_alpha or --lora_target_modules",
+    "prepare": "how samples are prepared",
 }  # fmt: skip
 
 
@@ -74,6 +78,7 @@ class TrainingPlan:
         recompute: compute each layer's inside again in the backward pass, to save memory.
         replicas: copies of the model that share the micro-batches of a step.
         workers: threads of each process that encode samples ahead of their step.
+        lora: what is adapted, if adapters alone learn.
     """
 
     save: Path
@@ -93,6 +98,7 @@ class TrainingPlan:
     recompute: bool = False
     replicas: int = 1
     workers: int = 1
+    lora: LoraPlan | None = None
 
     def settings(self) -> dict[str, Any]:
         """What decides the curve, beside data and dtype: must be the same after a restart."""
@@ -101,7 +107,7 @@ class TrainingPlan:
         return {
             **recipe.pop("schedule"), **recipe, "size": self.size, "count": self.count,
             "seed": self.seed, "frozen": list(self.frozen), "loss": self.loss,
-            "order": self.order,
+            "order": self.order, "lora": None if self.lora is None else self.lora.settings(),
         }  # fmt: skip
 
 
@@ -209,7 +215,7 @@ class TrainingRun:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         run = engines.load(job.arch, job.stored, device, DTYPES[job.dtype], plan.replicas)
-        learning = freeze(run, plan.frozen)
+        learning = freeze_base(run) if plan.lora is not None else freeze(run, plan.frozen)
         if plan.recompute:
             for stage in run.stages:
                 stage.recompute()
@@ -376,7 +382,9 @@ class TrainingRun:
         content: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": number}
         for virtual, stage in enumerate(self._run.stages):
             tree = {name: p.detach().cpu() for name, p in stage.shard.tree.state_dict().items()}
-            content[layout.part(virtual)] = tree
+            content[layout.part(virtual)] = tree if plan.lora is None else kept(tree)
+        if plan.lora is not None:
+            content["args"] = self._arguments(plan.lora)
         content["training"] = self._settings()
         if plan.save_optimizer:
             content["optimizer"] = self._optimizer.state()
@@ -396,6 +404,11 @@ class TrainingRun:
         self._rolling = number if rolling else self._rolling
         self._saved, self._clock = number, time.monotonic()
         self._emit(f"saved {mmfiles.iteration_folder(plan.save, number)}")
+
+    def _arguments(self, lora: LoraPlan) -> Namespace:
+        names = [name for name, _, _ in self._run.parameters() if name.endswith(MM_A)]
+        trained = [name.removesuffix(MM_A) for name in names]
+        return arguments(lora, trained, str(self._job.stored.folder))
 
     def _settings(self) -> dict[str, Any]:
         """What decides the curve: the plan, the dtype and the samples."""

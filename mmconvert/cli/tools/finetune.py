@@ -127,6 +127,17 @@ class Finetuned:
     """Do not learn the newline after an answer, which MindSpeed-MM learns for Qwen models."""
     freeze: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Parts that do not learn: beginnings of MM names, such as image_encoder."""
+    lora_target_modules: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    """Train adapters (LoRA) of these linear layers alone: module names or their ends, such as
+    linear_qkv linear_proj linear_fc1 linear_fc2."""
+    lora_r: int = 8
+    """Rank of the adapters."""
+    lora_alpha: float = 16
+    """Their scaling times the rank."""
+    lora_dropout: float = 0.0
+    """Accepted: 0."""
+    load_base_model: MaybePath = None
+    """The base model of the adapters, where --load names adapters to go on from."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """What is computed in; bf16 keeps fp32 copies of the weights."""
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
@@ -215,7 +226,8 @@ def _train(asked: Finetuned, script: Script) -> int:
             ended = _qwenvl(asked, hf_dir, data, plan)
         else:
             check_only_qwenvl(asked.vocab_file, asked.like)
-            needed(asked.mm_dir or asked.load, "--mm_dir (or --load)", "finetune")
+            begin = asked.mm_dir or asked.load or asked.load_base_model
+            needed(begin, "--mm_dir (or --load)", "finetune")
             start, load = _beginning(asked)
             ended = commands.finetune(
                 start, hf_dir, data, plan, asked.dtype, asked.resume, tell,
@@ -268,10 +280,11 @@ def _beginning(asked: Finetuned) -> tuple[Path | None, Load | None]:
     from mmconvert.runtime.beginning import Load
 
     if asked.load is None:
-        return asked.mm_dir, None
+        return asked.mm_dir or asked.load_base_model, None
     if asked.finetune:
         return asked.load, None
-    return asked.mm_dir, Load(asked.load, asked.ckpt_step, not asked.no_load_optim)
+    base = asked.mm_dir or asked.load_base_model
+    return base, Load(asked.load, asked.ckpt_step, not asked.no_load_optim)
 
 
 def _interrupted(asked: Finetuned, how: str) -> int:
