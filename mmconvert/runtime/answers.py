@@ -16,7 +16,8 @@ from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.generation import PromptBatch
 from mmconvert.runtime.inputs import side_by_side
-from mmconvert.runtime.mmfiles import LoadableCheckpoint
+from mmconvert.runtime.lora import LoraFolders
+from mmconvert.runtime.mmfiles import LoadableCheckpoint, with_adapters
 from mmconvert.runtime.prepare import Prepare
 from mmconvert.runtime.samples import Sample
 from mmconvert.runtime.sampling import Sampling
@@ -40,6 +41,7 @@ class How:
         dtype: what is computed in, ``fp32`` or ``bf16``.
         rows: prompts that are answered side by side.
         expected: looks at the checkpoint's layout before anything is done.
+        lora: adapters that the checkpoint answers with.
     """
 
     prepare: Prepare = field(default_factory=Prepare)
@@ -49,6 +51,7 @@ class How:
     dtype: str = "fp32"
     rows: int = 8
     expected: Callable[[Layout], None] | None = None
+    lora: LoraFolders | None = None
 
     def check(self) -> None:
         """Raises RequestError: a number that makes no sense."""
@@ -132,6 +135,8 @@ class AnsweringModel:
         self.arch, self.stored = load_folder(hf_dir, mm_dir)
         if how.expected is not None:
             how.expected(self.stored.layout)
+        if how.lora is not None:
+            self.stored = with_adapters(self.stored, how.lora.mm, how.lora.alpha)
         self.speaker = Speaker(self.arch, hf_dir, how.prepare)
         self.stop = frozenset(self.speaker.stop)
 

@@ -17,6 +17,8 @@ from mmconvert.runtime.dataset import Data
 from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.families import Architecture, read_config
 from mmconvert.runtime.launch import launch, leads
+from mmconvert.runtime.lora import LoraFolders
+from mmconvert.runtime.mmfiles import with_adapters
 from mmconvert.runtime.pictures import drawn_picture
 from mmconvert.runtime.samples import Sample
 from mmconvert.runtime.sounds import drawn_sound
@@ -38,8 +40,12 @@ def validate(
     dtype: str,
     tolerance: float,
     note: Note,
+    lora: LoraFolders | None = None,
 ) -> ValidationReport:
     """Runs an MM checkpoint and an HF folder on the same inputs.
+
+    Args:
+        lora: adapters that both get.
 
     Raises:
         MMConvertError: a checkpoint is missing or damaged, or the inputs do not fit the model.
@@ -47,10 +53,13 @@ def validate(
     if not 0 <= tolerance < 1:
         raise RequestError(f"--tolerance is {tolerance}", "a number from 0 to 1")
     arch, stored = load_folder(hf_dir, mm_dir)
+    if lora is not None:
+        stored = with_adapters(stored, lora.mm, lora.alpha)
     if left := left_over(read_config(hf_dir)):
         note(f"warning: {left}")
     batch, about = _question(arch, hf_dir, words, images, sounds, note)
-    job = Validation(arch, stored, hf_dir, batch, about, dtype, tolerance)
+    adapter = None if lora is None else lora.peft
+    job = Validation(arch, stored, hf_dir, batch, about, dtype, tolerance, adapter)
     report = launch(job, stored.world, note)
     assert isinstance(report, ValidationReport)  # noqa: S101 - what the job returns
     return report

@@ -29,6 +29,7 @@ EXPERTS = ".mlp.experts."
 OTHER_PARTS = ("talker.", "token2wav.")  # of Omni, which the thinker does not need
 # Names in the model -> the tensor of one stored tensor: (name, tensor) pairs.
 Naming = Callable[[str, Tensor], list[tuple[str, Tensor]]]
+Change = Callable[[], Tensor]
 
 
 def mapped(stored: StoredTensor) -> Tensor:
@@ -85,6 +86,7 @@ class Weights:
         model: transformers' model, its parameters on meta.
         tensors: the folder's, by name.
         naming: a stored tensor as the model has it, for names by module.
+        changes: what adapters add to weights, by their names in the folder.
     """
 
     def __init__(
@@ -95,13 +97,15 @@ class Weights:
         naming: Naming,
         dtype: torch.dtype,
         device: torch.device,
+        changes: Mapping[str, Change] | None = None,
     ) -> None:
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device, self._changes = dtype, device, changes or {}
         self._parts = arch.parts(model)
         self._roots = {"visual": self._parts.visual, "audio_tower": self._parts.audio}
         self._roots |= {"language_model": self._parts.text, "model": getattr(model, "model", None)}
         self._roots["lm_head"] = self._parts.owner
         self._made: dict[nn.Parameter, Callable[[], Tensor]] = {}
+        self._plain: dict[nn.Parameter, Callable[[], Tensor]] = {}  # without adapters
         self._filled: dict[nn.Parameter, nn.Parameter] = {}
         for name, stored in tensors.items():
             if not name.startswith(OTHER_PARTS):
@@ -148,7 +152,13 @@ class Weights:
                 )
             if parameter in self._made:
                 raise TensorError(f"{stored.name} is there twice", "each weight once")
-            self._made[parameter] = lambda i=i: naming(stored.name, mapped(stored))[i][1]
+            self._made[parameter] = lambda i=i: naming(stored.name, self._changed(stored))[i][1]
+            self._plain[parameter] = lambda i=i: naming(stored.name, mapped(stored))[i][1]
+
+    def _changed(self, stored: StoredTensor) -> Tensor:
+        """A stored weight with what its adapter adds, in float32 then."""
+        weight, change = mapped(stored), self._changes.get(stored.name)
+        return weight if change is None else weight.float() + change().reshape(weight.shape)
 
     def _inner(self) -> list[nn.Module]:
         """The layers that are not a module's first or last one."""
@@ -159,6 +169,13 @@ class Weights:
         if not parameter.is_meta:
             return parameter.detach()
         return self._made[parameter]().to(self._device, self._dtype).contiguous()
+
+    def stored(self, parameter: nn.Parameter) -> Tensor:
+        """The value of a parameter of the model as the folder has it, without adapters."""
+        if not self._changes:
+            return self.value(parameter)
+        empty = next((e for e, filled in self._filled.items() if filled is parameter), parameter)
+        return self._plain[empty]().to(self._device, self._dtype).contiguous()
 
     def _resident(self, empty: nn.Parameter) -> nn.Parameter:
         """The parameter with its data; one for one, so that tied ones stay tied."""

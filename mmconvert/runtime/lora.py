@@ -16,6 +16,7 @@ import math
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +59,21 @@ class LoraPlan:
     def settings(self) -> dict[str, object]:
         """What decides the curve."""
         return {"rank": self.rank, "alpha": self.alpha, "targets": sorted(self.targets)}
+
+
+@dataclass(frozen=True)
+class LoraFolders:
+    """One adapter in both forms.
+
+    Attributes:
+        mm: the MM checkpoint.
+        peft: PEFT's folder.
+        alpha: that the user gives, where nothing else tells it.
+    """
+
+    mm: Path
+    peft: Path
+    alpha: float | None = None
 
 
 class Low(nn.Module):

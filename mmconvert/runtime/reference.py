@@ -17,16 +17,34 @@ import transformers
 from torch import Tensor
 
 from mmconvert.causes.quantised import quantised
+from mmconvert.converters.family import Variant
+from mmconvert.errors import TensorError
 from mmconvert.formats.hf.folder import open_hf
+from mmconvert.formats.peft.folder import Names, Part, open_peft
+from mmconvert.formats.recognise import family_of
 from mmconvert.runtime.batch import Batch, appended
 from mmconvert.runtime.families import ORIGINAL, Architecture
-from mmconvert.runtime.hfweights import EXPERTS, Weights, other_way_round, qwen_name
+from mmconvert.runtime.hfweights import (
+    EXPERTS,
+    Change,
+    Weights,
+    mapped,
+    other_way_round,
+    qwen_name,
+)
 
 
 def load_reference(
-    arch: Architecture, hf_dir: Path, dtype: torch.dtype, device: torch.device
+    arch: Architecture,
+    hf_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapter: Path | None = None,
 ) -> tuple[Any, Weights]:
     """Transformers' model and its weights, of which the inner layers' stay in their files.
+
+    Args:
+        adapter: PEFT's folder of an adapter that the weights get.
 
     Raises:
         CheckpointError: weights are missing, damaged, or of another model.
@@ -53,7 +71,29 @@ def load_reference(
         return [(own_name(name), tensor)]
 
     naming = intern if arch.kind == ORIGINAL else own if arch.intern else qwen
-    return model, Weights(arch, model, tensors, naming, dtype, device)
+    changes = {} if adapter is None else _changes(adapter, hf_dir, list(tensors))
+    return model, Weights(arch, model, tensors, naming, dtype, device, changes)
+
+
+def _changes(adapter: Path, hf_dir: Path, names: Sequence[str]) -> dict[str, Change]:
+    """What an adapter adds to each weight of a folder: scale * B @ A in float32, as PEFT merges.
+
+    Raises:
+        TensorError: it changes a weight that the folder has not.
+    """
+    family = family_of(hf_dir)
+    found = open_peft(adapter, Names(family, family.table(Variant())))
+    hubs = {family.hub_name(name): name for name in names}
+
+    def change(part: Part) -> Change:
+        scale = part.scale
+        if scale is None:
+            scale = found.settings.scale(part.path, part.rank)  # an error that says what is missing
+        return lambda: (mapped(part.b).float() @ mapped(part.a).float()) * scale
+
+    if lost := sorted(found.parts.keys() - hubs.keys()):
+        raise TensorError(f"{adapter}: {lost[0]} is adapted", "weights of the model")
+    return {hubs[hub]: change(part) for hub, part in found.parts.items()}
 
 
 def forward(arch: Architecture, model: Any, batch: Batch) -> Tensor:  # noqa: ANN401 - as above

@@ -47,6 +47,7 @@ class Validation:
     Attributes:
         batch: one sample to compute on.
         tolerance: 0 takes the one of :data:`TOLERANCE`.
+        adapter: PEFT's folder of the adapters that the checkpoint runs with.
     """
 
     arch: Architecture
@@ -56,6 +57,7 @@ class Validation:
     inputs: str
     dtype: str
     tolerance: float
+    adapter: Path | None = None
 
     def __call__(self, device: torch.device, emit: Emit) -> ValidationReport:
         """Compares; every process returns the same report."""
@@ -75,7 +77,9 @@ class Validation:
         model = weights = ties = None
         checks: list[Check] = []
         if run.mesh.lead:
-            model, weights = reference.load_reference(self.arch, self.hf_dir, dtype, device)
+            model, weights = reference.load_reference(
+                self.arch, self.hf_dir, dtype, device, self.adapter
+            )
             ties = Ties(self.arch.parts(model), choices, batch.ids.numel(), self._limit())
             checks = self._outputs(model, batch, logits, loss, tokens)
         checks = from_lead(checks)
@@ -163,7 +167,7 @@ class Validation:
 
     def _weights(self, run: Engine, model: Any, weights: Weights | None) -> Check:  # noqa: ANN401 - HF's model
         """Every parameter, used by these inputs or not."""
-        theirs = None if weights is None else weights.value
+        theirs = None if weights is None else weights.stored
         found = compare_weights(self.arch, run, model, theirs)
         worst, name = max(found)
         note = f"{len(found)} parameters" + (f"; most at {name}" if worst else "")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mmconvert.cli.arguments import read_plain
+from mmconvert.cli.loradir import adapters
 from mmconvert.cli.scriptflags import (
     Script,
     check_layout,
@@ -16,7 +17,7 @@ from mmconvert.cli.scriptflags import (
     needed,
     read_script,
 )
-from mmconvert.config import MaybePath
+from mmconvert.config import MaybeFloat, MaybePath
 from mmconvert.errors import RequestError
 from mmconvert.sharding.layout import Layout
 
@@ -53,6 +54,10 @@ class Generated:
     """Videos: files (extra media), folders of pictures, or animated pictures."""
     audio: Files = ()
     """Sounds, for Qwen2.5-Omni: PCM WAV; others, and those of videos, with the extra media."""
+    lora_dir: MaybePath = None
+    """Adapters that the checkpoint gets: of PEFT, or an MM checkpoint of LoRA training."""
+    lora_alpha: MaybeFloat = None
+    """lora_alpha of their training, where nothing else tells it."""
     max_new_tokens: int = 0
     """The most tokens of the answer; 0: 128, or as the inference file says."""
     temperature: float = -1.0
@@ -112,11 +117,13 @@ def _answer(asked: Generated, script: Script) -> int:
     check_only_qwenvl(asked.vocab_file, asked.like)
     folder = needed(asked.mm_dir, "--mm_dir (or --load)", "generate")
     files = (asked.image, asked.audio, asked.video)
-    if asked.chat:
-        return answering.chat(folder, hf_dir, how, screen, asked.prompt, files)
-    if asked.prompts is not None:
-        return answering.several(folder, hf_dir, how, screen, asked.prompts)
-    return answering.one(folder, hf_dir, how, screen, asked.prompt, files)
+    with adapters(asked.lora_dir, asked.lora_alpha, hf_dir, folder) as lora:
+        how = replace(how, lora=lora)
+        if asked.chat:
+            return answering.chat(folder, hf_dir, how, screen, asked.prompt, files)
+        if asked.prompts is not None:
+            return answering.several(folder, hf_dir, how, screen, asked.prompts)
+        return answering.one(folder, hf_dir, how, screen, asked.prompt, files)
 
 
 def _check_one(asked: Generated) -> None:

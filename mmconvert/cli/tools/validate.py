@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mmconvert.cli.arguments import read_plain
+from mmconvert.cli.loradir import adapters
 from mmconvert.cli.scriptflags import check_only_qwenvl
-from mmconvert.config import MaybePath
+from mmconvert.config import MaybeFloat, MaybePath
+from mmconvert.errors import RequestError
 
 if TYPE_CHECKING:
     from mmconvert.runtime.verdict import ValidationReport
@@ -44,6 +46,10 @@ class Validated:
     """The tokenizer of Qwen-VL: qwen.tiktoken; not given: that in hf_dir."""
     like: Literal["hub", "mindformers"] = "hub"
     """Whose numbers Qwen-VL has where the two differ: position tables, tokens, long texts."""
+    lora_dir: MaybePath = None
+    """Adapters that the checkpoint gets: of PEFT, or an MM checkpoint of LoRA training."""
+    lora_alpha: MaybeFloat = None
+    """lora_alpha of their training, where nothing else tells it."""
     tolerance: float = 0.0
     """Largest difference of logits, relative to the largest logit where that is above 1. 0 takes
     fp32: 1e-5 on one tensor-parallel rank, 1e-4 on more; bf16: 2^-8 and 2^-5."""
@@ -77,16 +83,19 @@ def run(words: list[str]) -> int:
             print(event, file=sys.stderr)
 
     if answer.serves(asked.hf_dir):
+        if asked.lora_dir is not None:
+            raise RequestError("Qwen-VL runs without adapters", "no --lora_dir")
         report = validation.validate(
             asked.mm_dir, asked.hf_dir, asked.vocab_file, asked.prompt, asked.image, asked.dtype,
             asked.tolerance, asked.like, note,
         )  # fmt: skip
     else:
         check_only_qwenvl(asked.vocab_file, asked.like)
-        report = commands.validate(
-            asked.mm_dir, asked.hf_dir, asked.prompt, asked.image, asked.audio, asked.dtype,
-            asked.tolerance, note,
-        )  # fmt: skip
+        with adapters(asked.lora_dir, asked.lora_alpha, asked.hf_dir, asked.mm_dir) as lora:
+            report = commands.validate(
+                asked.mm_dir, asked.hf_dir, asked.prompt, asked.image, asked.audio, asked.dtype,
+                asked.tolerance, note, lora,
+            )  # fmt: skip
     if leads():
         if asked.json:
             print(json.dumps(report.as_dict()))
