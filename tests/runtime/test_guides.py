@@ -70,7 +70,7 @@ REFUSED = {
     "a loss of routers": (["--moe-aux-loss-coeff", "0.01"], "--moe-aux-loss-coeff 0.01 cannot"),
     "context parallel": (["--context-parallel-size", "2"], "--context-parallel-size 2 cannot"),
     "fsdp": (["--use-torch-fsdp2"], "--use-torch-fsdp2 cannot be honoured"),
-    "lora": (["--lora-target-modules", "linear_qkv", "linear_proj"], "--lora-target-modules"),
+    "lora": (["--lora-apply-modules", "linear_qkv", "linear_proj"], "--lora-apply-modules"),
     "another form": (["--ckpt-format", "torch_dist"], "--ckpt-format torch_dist cannot"),
     "mindspore": (["--ai-framework", "mindspore"], "--ai-framework mindspore cannot"),
     "a mistyped flag": (["--seq-lenght", "4"], "did you mean --seq_length?"),
