@@ -225,7 +225,8 @@ def with_adapters(
     noted = of_manifest(manifest.read(checkpoint.root)[0] or {})
     given = alpha if alpha is not None or noted is None else noted.alpha
     plan = plan_of(first.get("args"), ranks, given, str(checkpoint.folder))
-    return replace(base, lora=plan, adapters=checkpoint.folder, iteration=_iteration(checkpoint))
+    number = manifest.iteration(checkpoint.root, checkpoint.iteration)
+    return replace(base, lora=plan, adapters=checkpoint.folder, iteration=number)
 
 
 # ------------------------------------------------------------------------------------ saving
