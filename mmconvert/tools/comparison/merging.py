@@ -10,7 +10,7 @@ from mmconvert.executor import compare
 from mmconvert.executor.jobs import default_workers
 from mmconvert.formats.adapters import open_adapter
 from mmconvert.plan.plan import Comparison, Key, Side, build
-from mmconvert.plan.products import Places, merged, substituted
+from mmconvert.plan.products import ProductPlaces, merged, substituted
 from mmconvert.stored import Target
 from mmconvert.tools.comparison.pairing import open_pair
 
@@ -24,7 +24,7 @@ def unmerged(base: Path, model: Path, adapters: Sequence[Path], options: Options
     from mmconvert.executor.productsize import unlike  # numpy
 
     left, right = open_pair(base, model, options)
-    places = Places(left.model.plain_modules, left.side, left.model.dims, as_hf=False)
+    places = ProductPlaces(left.model.plain_modules, left.side, left.model.dims, as_hf=False)
     opened = [open_adapter(path, left.model.family, options, left.model) for path in adapters]
     src, gone, new = substituted(left.side, places, opened)
     stored = right.side.stored
