@@ -20,7 +20,7 @@ from mmconvert.causes.quantised import quantised
 from mmconvert.converters.family import Variant
 from mmconvert.errors import TensorError
 from mmconvert.formats.hf.folder import open_hf
-from mmconvert.formats.peft.folder import Names, Part, open_peft
+from mmconvert.formats.peft.folder import LoraPair, Names, open_peft
 from mmconvert.formats.recognise import family_of
 from mmconvert.runtime.batch import Batch, appended
 from mmconvert.runtime.families import ORIGINAL, Architecture
@@ -85,7 +85,7 @@ def _changes(adapter: Path, hf_dir: Path, names: Sequence[str]) -> dict[str, Cha
     found = open_peft(adapter, Names(family, family.table(Variant())))
     hubs = {family.hub_name(name): name for name in names}
 
-    def change(part: Part) -> Change:
+    def change(part: LoraPair) -> Change:
         scale = part.scale
         if scale is None:
             scale = found.settings.scale(part.path, part.rank)  # an error that says what is missing
