@@ -13,7 +13,8 @@ from pathlib import Path
 from mmconvert.causes.quantised import is_mark
 from mmconvert.causes.tensors import unusable
 from mmconvert.config import MoEExpert, Options
-from mmconvert.converters.family import Dims, Module, hf_templates
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.rows import Module, hf_templates
 from mmconvert.converters.stacks import (
     INPUTS_FIRST,
     OUTPUTS_FIRST,

@@ -16,17 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from mmconvert.config import ParallelConfig
-from mmconvert.converters.family import (
-    OUTPUT_LAYER,
-    Dims,
-    Family,
-    Module,
-    Row,
-    Variant,
-    need,
-    read_dims,
-    row,
-)
+from mmconvert.converters.configs import Dims, need, read_dims
+from mmconvert.converters.family import Family, Variant
+from mmconvert.converters.rows import OUTPUT_LAYER, Module, Row, row
 from mmconvert.sharding.spans import COLUMN, GATED, ROW, Interleave, heads
 
 KINDS = ("single", "single transposed", "stacked", "stacked transposed")

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mmconvert import converters
-from mmconvert.converters.family import Family, Module, Variant
+from mmconvert.converters.family import Family, Variant
+from mmconvert.converters.rows import Module
 from mmconvert.formats import contents
 from mmconvert.formats.base import (
     Format,

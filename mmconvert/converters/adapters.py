@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from mmconvert.adapters import MM_A, MM_B, WEIGHT
-from mmconvert.converters.family import Dims, Module, Row
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.rows import Module, Row
 from mmconvert.errors import TensorError
 from mmconvert.names import INDEX, NO_LAYER
 from mmconvert.sharding.spans import Span

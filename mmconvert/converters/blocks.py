@@ -8,17 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mmconvert.converters.family import (
-    CONCAT,
-    OUTPUT_LAYER,
-    Dims,
-    Module,
-    Row,
-    Variant,
-    need,
-    read_dims,
-    row,
-)
+from mmconvert.converters.configs import Dims, need, read_dims
+from mmconvert.converters.family import Variant
+from mmconvert.converters.rows import CONCAT, OUTPUT_LAYER, Module, Row, row
 from mmconvert.sharding.spans import (
     COLUMN,
     GATED,

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import cast
 
-from mmconvert.converters.family import ZEROS, Family, Module, Row
+from mmconvert.converters.family import Family
+from mmconvert.converters.rows import ZEROS, Module, Row
 from mmconvert.errors import RequestError
 from mmconvert.names import EXPERT, INDEX, LAYER, number
 from mmconvert.sharding.spans import Concat, Interleave, Part, Split

@@ -10,19 +10,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from mmconvert.converters.blocks import T, embedding, norms, text_dims, text_tail, vision_dims
-from mmconvert.converters.family import (
+from mmconvert.converters.configs import (
     Dims,
-    Family,
     LayerLists,
-    Module,
-    Row,
-    Variant,
     need,
     read_dims,
-    row,
     section,
     section_or_defaults,
 )
+from mmconvert.converters.family import Family, Variant
+from mmconvert.converters.rows import Module, Row, row
 from mmconvert.errors import CheckpointError
 from mmconvert.sharding.spans import GATED, ROW, head_columns, heads
 

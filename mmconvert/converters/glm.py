@@ -19,15 +19,9 @@ from mmconvert.converters.blocks import (
     text_tail,
     vision_dims,
 )
-from mmconvert.converters.family import (
-    Dims,
-    Family,
-    Module,
-    Variant,
-    row,
-    section,
-    section_or_defaults,
-)
+from mmconvert.converters.configs import Dims, section, section_or_defaults
+from mmconvert.converters.family import Family, Variant
+from mmconvert.converters.rows import Module, row
 from mmconvert.sharding.spans import GATED, ROW, head_columns
 
 E, B, L = "model.visual", "model.visual.blocks.{}", "model.language_model.layers.{}"

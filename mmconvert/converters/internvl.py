@@ -18,17 +18,8 @@ from mmconvert.converters.blocks import (
     text_tail,
     vision_dims,
 )
-from mmconvert.converters.family import (
-    Dims,
-    Dropped,
-    Family,
-    Module,
-    Row,
-    Variant,
-    flag,
-    row,
-    section,
-)
+from mmconvert.converters.configs import Dims, flag, section
+from mmconvert.converters.family import Dropped, Family, Variant
 from mmconvert.converters.internvlnames import (
     CHAT_NAMES,
     NATIVE_NAMES,
@@ -36,6 +27,7 @@ from mmconvert.converters.internvlnames import (
     VisionNames,
 )
 from mmconvert.converters.qwen3vl import text_layer as qwen3_text_layer
+from mmconvert.converters.rows import Module, Row, row
 from mmconvert.errors import CheckpointError
 from mmconvert.names import NameTemplate
 from mmconvert.narrow import is_array

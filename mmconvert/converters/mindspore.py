@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmconvert.converters.family import Family, Module, Row
+from mmconvert.converters.family import Family
+from mmconvert.converters.rows import Module, Row
 from mmconvert.names import NO_LAYER
 from mmconvert.sharding.devices import DeviceLayout
 from mmconvert.sharding.slices import WHOLE, Slicing

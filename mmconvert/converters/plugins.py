@@ -7,7 +7,8 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any, cast
 
-from mmconvert.converters.family import Family, Module, Row
+from mmconvert.converters.family import Family
+from mmconvert.converters.rows import Module, Row
 from mmconvert.errors import MMConvertError, RequestError
 
 # What a family's functions must return; a table's parts are looked at besides.

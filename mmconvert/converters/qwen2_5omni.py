@@ -16,20 +16,9 @@ from mmconvert.converters.blocks import (
     text_dims,
     vision_dims,
 )
-from mmconvert.converters.family import (
-    ZEROS,
-    Carried,
-    Dims,
-    Dropped,
-    Family,
-    Module,
-    Row,
-    Variant,
-    need,
-    read_dims,
-    row,
-    section_or_defaults,
-)
+from mmconvert.converters.configs import Dims, need, read_dims, section_or_defaults
+from mmconvert.converters.family import Carried, Dropped, Family, Variant
+from mmconvert.converters.rows import ZEROS, Module, Row, row
 from mmconvert.names import NameTemplate
 from mmconvert.sharding.spans import Interleave, heads
 

@@ -16,7 +16,8 @@ from mmconvert.converters.blocks import (
     vision_dims,
     vision_qkv,
 )
-from mmconvert.converters.family import Dims, Family, Module, Variant, section_or_defaults
+from mmconvert.converters.configs import Dims, section_or_defaults
+from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.qwen2vl import (
     BUFFERS,
     SPELLINGS,
@@ -24,6 +25,7 @@ from mmconvert.converters.qwen2vl import (
     B,
     text_config,
 )
+from mmconvert.converters.rows import Module
 
 # Class defaults of transformers' Qwen2_5_VLVisionConfig.
 VISION_DEFAULTS = {"vit.layers": 32, "vit.heads": 16, "vit.width": 3584, "vit.ffn": 3420}

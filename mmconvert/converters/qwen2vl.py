@@ -16,15 +16,9 @@ from mmconvert.converters.blocks import (
     vision_dims,
     vision_qkv,
 )
-from mmconvert.converters.family import (
-    Dims,
-    Dropped,
-    Family,
-    Module,
-    Variant,
-    section,
-    section_or_defaults,
-)
+from mmconvert.converters.configs import Dims, section, section_or_defaults
+from mmconvert.converters.family import Dropped, Family, Variant
+from mmconvert.converters.rows import Module
 from mmconvert.names import NameTemplate
 
 B = "visual.blocks.{}"

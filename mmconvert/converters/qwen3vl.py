@@ -22,19 +22,16 @@ from mmconvert.converters.blocks import (
     vision_dims,
     vision_qkv,
 )
-from mmconvert.converters.family import (
+from mmconvert.converters.configs import (
     Dims,
-    Family,
     LayerLists,
-    Module,
-    Row,
-    Variant,
     layer_list,
     read_dims,
-    row,
     section,
     section_or_defaults,
 )
+from mmconvert.converters.family import Family, Variant
+from mmconvert.converters.rows import Module, Row, row
 from mmconvert.converters.stacks import EXPERT_COUNT, OUTPUTS_FIRST, orientation, sparse_layers
 from mmconvert.sharding.spans import GATED, ROW, head_columns
 

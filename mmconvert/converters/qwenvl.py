@@ -9,20 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from mmconvert.converters.family import (
-    Dims,
-    Dropped,
-    Module,
-    Row,
-    Variant,
-    need,
-    read_dims,
-    section,
-)
-from mmconvert.converters.family import (
-    row as any_row,
-)
+from mmconvert.converters.configs import Dims, need, read_dims, section
+from mmconvert.converters.family import Dropped, Variant
 from mmconvert.converters.mindspore import MSFamily
+from mmconvert.converters.rows import Module, Row
+from mmconvert.converters.rows import row as any_row
 from mmconvert.names import NameTemplate
 from mmconvert.sharding.spans import COLUMN, ROW, Part
 

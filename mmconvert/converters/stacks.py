@@ -8,16 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from mmconvert.converters.family import (
-    Dims,
-    Module,
-    Row,
-    layer_list,
-    need,
-    read_dims,
-    row,
-    section,
-)
+from mmconvert.converters.configs import Dims, layer_list, need, read_dims, section
+from mmconvert.converters.rows import Module, Row, row
 from mmconvert.errors import CheckpointError
 from mmconvert.narrow import is_array
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from mmconvert.config import Options
-from mmconvert.converters.family import Family, Module, mm_index
+from mmconvert.converters.family import Family
+from mmconvert.converters.rows import Module, mm_index
 from mmconvert.errors import TensorError
 from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.contents import Box

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mmconvert.converters.family import ZEROS, Family, Module, Row, Variant, encoders
+from mmconvert.converters.family import Family, Variant
+from mmconvert.converters.rows import ZEROS, Module, Row, encoders
 from mmconvert.formats.hf.folder import HFCheckpoint
 from mmconvert.names import NO_LAYER, TemplateIndex
 from mmconvert.sharding.layout import Chunk, Layout

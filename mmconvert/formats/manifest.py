@@ -6,7 +6,8 @@ import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from mmconvert.converters.family import Dims, Variant
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.family import Variant
 from mmconvert.errors import MMConvertError
 from mmconvert.formats.containers.allocate import write_file
 from mmconvert.formats.hf.folder import read_json_file

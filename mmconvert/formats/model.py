@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 from mmconvert.adapters import Settings
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.adapters import derived, like
-from mmconvert.converters.family import Dims, Family, Module, Variant
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.family import Family, Variant
+from mmconvert.converters.rows import Module
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.formats.hf.folder import HFCheckpoint
 from mmconvert.formats.mm.instances import experts_of

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mmconvert.converters.family import Dims, Module, in_naming
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.rows import Module, in_naming
 from mmconvert.errors import TensorError
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.hf.side import hf_side, hf_target

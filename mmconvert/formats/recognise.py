@@ -9,7 +9,8 @@ from mmconvert import converters
 from mmconvert.adapters import WEIGHT, parse_key, paths, weight_name
 from mmconvert.causes.folders import other_form
 from mmconvert.causes.tensors import unusable
-from mmconvert.converters.family import Family, hf_templates, mm_index
+from mmconvert.converters.family import Family
+from mmconvert.converters.rows import hf_templates, mm_index
 from mmconvert.errors import CheckpointError, FormError
 from mmconvert.formats import manifest
 from mmconvert.formats.hf.folder import has_weights, read_config

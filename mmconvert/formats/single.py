@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmconvert import converters
-from mmconvert.converters.family import Family, hf_templates
+from mmconvert.converters.family import Family
+from mmconvert.converters.rows import hf_templates
 from mmconvert.errors import CheckpointError, MMConvertError
 from mmconvert.formats import contents
 from mmconvert.formats.base import Look, plain

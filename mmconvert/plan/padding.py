@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from mmconvert.converters.family import Module, decoder_of, vocabulary_of
+from mmconvert.converters.rows import Module, decoder_of, vocabulary_of
 from mmconvert.errors import RequestError
 from mmconvert.names import number
 from mmconvert.plan.plan import Key, Side, UnstoredBlock

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from mmconvert.converters.adapters import part_spans
-from mmconvert.converters.family import ZEROS, Dims, Module, Row
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.rows import ZEROS, Module, Row
 from mmconvert.errors import RequestError, TensorError
 from mmconvert.names import EXPERT, NO_EXPERT
 from mmconvert.plan.plan import (

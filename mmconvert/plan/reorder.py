@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mmconvert.converters.family import Dims, Module
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.rows import Module
 from mmconvert.errors import LayoutError
 from mmconvert.plan.plan import Block, Key, Side, Whole, matrix
 from mmconvert.sharding.spans import Span

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mmconvert.converters.family import Dims, Module, Row, mm_index
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.rows import Module, Row, mm_index
 from mmconvert.errors import TensorError
 from mmconvert.plan.plan import Key, Whole, matrix
 from mmconvert.sharding.spans import Part

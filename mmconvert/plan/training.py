@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mmconvert.converters.family import Dims, Module
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.rows import Module
 from mmconvert.errors import LayoutError
 from mmconvert.names import INDEX
 from mmconvert.sharding.layout import Layout, grid_flag

@@ -16,15 +16,9 @@ import toyformat
 from mmconvert.config import ParallelConfig
 from mmconvert.convert import End, Request, convert
 from mmconvert.converters.checks import faults
-from mmconvert.converters.family import (
-    Dims,
-    Family,
-    Module,
-    Variant,
-    in_naming,
-    read_dims,
-    row,
-)
+from mmconvert.converters.configs import Dims, read_dims
+from mmconvert.converters.family import Family, Variant
+from mmconvert.converters.rows import Module, in_naming, row
 from mmconvert.errors import RequestError
 from mmconvert.formats import registry
 from mmconvert.formats.base import NoLayout, Opening, Placed, Placing

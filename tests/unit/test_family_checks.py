@@ -9,7 +9,8 @@ import pytest
 
 from experts import FAMILY
 from mmconvert.converters.checks import check_family
-from mmconvert.converters.family import Module, Variant, row
+from mmconvert.converters.family import Variant
+from mmconvert.converters.rows import Module, row
 from mmconvert.errors import RequestError
 from mmconvert.testing import contract
 

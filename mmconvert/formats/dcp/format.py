@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from mmconvert import converters
 from mmconvert.config import DCPLayout
-from mmconvert.converters.family import Family, Module, Variant, mm_index
+from mmconvert.converters.family import Family, Variant
+from mmconvert.converters.rows import Module, mm_index
 from mmconvert.errors import CheckpointError, LayoutError, TensorError
 from mmconvert.formats import contents, manifest
 from mmconvert.formats.base import (

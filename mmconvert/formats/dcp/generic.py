@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mmconvert.converters.family import Carried, Dims, Family, Module, Row, Variant, row
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.family import Carried, Family, Variant
+from mmconvert.converters.rows import Module, Row, row
 from mmconvert.errors import TensorError
 from mmconvert.formats.dcp.naming import Expert, ExpertSlot, Rules, expert_of_rules
 from mmconvert.formats.hf.folder import open_hf

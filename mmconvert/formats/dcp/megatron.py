@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from mmconvert.converters.family import Family, Module, Row
+from mmconvert.converters.family import Family
+from mmconvert.converters.rows import Module, Row
 from mmconvert.formats.mm.instances import Instance
 from mmconvert.names import LAYER, fill
 

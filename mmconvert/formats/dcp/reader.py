@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mmconvert import converters
-from mmconvert.converters.family import Dims, Family, Module, hf_templates
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.family import Family
+from mmconvert.converters.rows import Module, hf_templates
 from mmconvert.errors import TensorError
 from mmconvert.formats.dcp.generic import GenericFamily
 from mmconvert.formats.dcp.naming import KNOWN_PREFIXES, PREFIXES, ExpertSlot, Naming

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from mmconvert import converters
-from mmconvert.converters.family import Family, Module
+from mmconvert.converters.family import Family
+from mmconvert.converters.rows import Module
 from mmconvert.errors import CheckpointError, RequestError, TensorError
 from mmconvert.formats import manifest
 from mmconvert.formats.base import (

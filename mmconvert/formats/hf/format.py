@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mmconvert.converters.family import Family, Module
+from mmconvert.converters.family import Family
+from mmconvert.converters.rows import Module
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.formats import contents, reading
 from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint, plain

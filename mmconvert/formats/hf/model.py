@@ -9,15 +9,9 @@ from mmconvert import converters
 from mmconvert.causes.quantised import left_over
 from mmconvert.causes.tensors import unusable
 from mmconvert.config import Options
-from mmconvert.converters.family import (
-    OUTPUT_LAYER,
-    Family,
-    Module,
-    Variant,
-    encoders,
-    flag,
-    hf_templates,
-)
+from mmconvert.converters.configs import flag
+from mmconvert.converters.family import Family, Variant
+from mmconvert.converters.rows import OUTPUT_LAYER, Module, encoders, hf_templates
 from mmconvert.errors import (
     CheckpointError,
     FormError,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmconvert.causes.tensors import missing as missing_tensors
-from mmconvert.converters.family import OUTPUT_LAYER, ZEROS, Dims, Module, Row
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.rows import OUTPUT_LAYER, ZEROS, Module, Row
 from mmconvert.errors import TensorError, blamed
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.mm.instances import Instance, experts_of, instances

@@ -10,8 +10,9 @@ from typing import ClassVar
 
 from mmconvert.config import DeviceConfig, Options, RankFolders
 from mmconvert.converters import ms_registry
-from mmconvert.converters.family import Family, Module
+from mmconvert.converters.family import Family
 from mmconvert.converters.mindspore import MSFamily
+from mmconvert.converters.rows import Module
 from mmconvert.errors import RequestError
 from mmconvert.formats import contents
 from mmconvert.formats.base import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmconvert.config import DeviceConfig
-from mmconvert.converters.family import Dims
+from mmconvert.converters.configs import Dims
 from mmconvert.converters.mindspore import MSFamily
 from mmconvert.errors import LayoutError
 from mmconvert.formats.mindspore.side import Spread

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmconvert.config import Options
-from mmconvert.converters.family import MAX_SIZE, Dims, Module, mm_index
+from mmconvert.converters.configs import MAX_SIZE, Dims
 from mmconvert.converters.mindspore import MSFamily
+from mmconvert.converters.rows import Module, mm_index
 from mmconvert.errors import LayoutError, RequestError, TensorError
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.mindspore.folder import MSCheckpoint, is_training, open_ms

@@ -9,7 +9,9 @@ from dataclasses import replace
 from mmconvert.adapters import MM_A, MM_B, WEIGHT, Settings, of_manifest, of_training, weight_name
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.adapters import derived, linear, restricted
-from mmconvert.converters.family import Dims, Family, Module, Variant, mm_index
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.family import Family, Variant
+from mmconvert.converters.rows import Module, mm_index
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.executor.compare import same_bytes
 from mmconvert.formats import manifest

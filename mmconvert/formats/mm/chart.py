@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mmconvert.converters.family import Module, Row, mm_index
+from mmconvert.converters.rows import Module, Row, mm_index
 from mmconvert.formats.mm.folder import MMCheckpoint
 from mmconvert.names import NO_LAYER, TemplateIndex
 from mmconvert.sharding.layout import Chunk

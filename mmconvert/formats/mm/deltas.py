@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mmconvert.adapters import MM_A, MM_B, WEIGHT
 from mmconvert.converters.adapters import part_spans
-from mmconvert.converters.family import ZEROS
+from mmconvert.converters.rows import ZEROS
 from mmconvert.errors import CheckpointError
 from mmconvert.formats.base import StoredCheckpoint
 from mmconvert.formats.mm.instances import experts_of, instances

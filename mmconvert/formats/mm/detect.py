@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from mmconvert.converters.family import MAX_SIZE, Dims, LayerLists, Module, Row, decoder_of
+from mmconvert.converters.configs import MAX_SIZE, Dims, LayerLists
+from mmconvert.converters.rows import Module, Row, decoder_of
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.mm.chart import Chart

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from mmconvert.config import Options, ParallelConfig
-from mmconvert.converters.family import Family, Module
+from mmconvert.converters.family import Family
+from mmconvert.converters.rows import Module
 from mmconvert.errors import CheckpointError, MMConvertError, RequestError
 from mmconvert.formats import contents
 from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint

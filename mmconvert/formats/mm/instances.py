@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from mmconvert.converters.family import Module, Row
+from mmconvert.converters.rows import Module, Row
 from mmconvert.names import NO_EXPERT, NO_LAYER, fill
 from mmconvert.plan.plan import Key
 from mmconvert.sharding.layout import Layout

@@ -7,17 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmconvert.config import Options, ParallelConfig
-from mmconvert.converters.family import (
-    OUTPUT_LAYER,
-    Dims,
-    Family,
-    Module,
-    Row,
-    Variant,
-    bound,
-    encoders,
-    mm_index,
-)
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.family import Family, Variant
+from mmconvert.converters.rows import OUTPUT_LAYER, Module, Row, bound, encoders, mm_index
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.executor.compare import same_bytes
 from mmconvert.formats import manifest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mmconvert.converters.family import OUTPUT_LAYER, Module
+from mmconvert.converters.rows import OUTPUT_LAYER, Module
 from mmconvert.errors import TensorError
 from mmconvert.formats.faults import Faults
 from mmconvert.formats.mm.chart import Chart

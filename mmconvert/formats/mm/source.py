@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from mmconvert.converters.family import Dims, Module, mm_index
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.rows import Module, mm_index
 from mmconvert.errors import LayoutError, ReplicaError, TensorError, blamed
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.mm.instances import Instance, placements

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import product
 
-from mmconvert.converters.family import Dims, Module
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.rows import Module
 from mmconvert.errors import LayoutError, TensorError, UnknownSizeError
 from mmconvert.formats.mm.instances import Instance, placements
 from mmconvert.names import NO_LAYER

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from mmconvert.adapters import CONFIG, WEIGHT, AdapterKey, Settings, of_config, parse_key, paths
 from mmconvert.converters.adapters import linear
-from mmconvert.converters.family import Family, Module, Row, hf_templates
+from mmconvert.converters.family import Family
+from mmconvert.converters.rows import Module, Row, hf_templates
 from mmconvert.errors import CheckpointError, MMConvertError, TensorError
 from mmconvert.formats.containers.safetensors import WeightFile, read_weight_file
 from mmconvert.formats.hf import bin as hf_bin

@@ -10,7 +10,8 @@ from typing import ClassVar
 from mmconvert.adapters import CONFIG, parse_key
 from mmconvert.config import PEFTChoices
 from mmconvert.converters.adapters import derived, restricted
-from mmconvert.converters.family import Family, Module, Variant
+from mmconvert.converters.family import Family, Variant
+from mmconvert.converters.rows import Module
 from mmconvert.errors import CheckpointError, RequestError, TensorError
 from mmconvert.executor.compare import same_bytes
 from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint, plain

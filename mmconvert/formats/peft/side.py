@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from mmconvert.adapters import MM_A, MM_B, WEIGHT, Settings
-from mmconvert.converters.family import Dims, Module
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.rows import Module
 from mmconvert.errors import RequestError, TensorError
 from mmconvert.executor.compare import same_bytes
 from mmconvert.formats.mm.instances import Instance, experts_of, instances

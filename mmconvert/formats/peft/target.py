@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from mmconvert.adapters import HF_A, HF_B, MM_A, MM_B, PREFIX, WEIGHT
 from mmconvert.converters.adapters import part_spans
-from mmconvert.converters.family import ZEROS, Family, Module
+from mmconvert.converters.family import Family
+from mmconvert.converters.rows import ZEROS, Module
 from mmconvert.errors import TensorError
 from mmconvert.formats.mm.instances import Instance, experts_of, instances
 from mmconvert.formats.model import Model

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmconvert.config import Options
-from mmconvert.converters.family import Row
+from mmconvert.converters.rows import Row
 from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.events import Events
 from mmconvert.executor.differences import place as place_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmconvert.config import Options
-from mmconvert.converters.family import encoders
+from mmconvert.converters.rows import encoders
 from mmconvert.errors import MMConvertError
 from mmconvert.formats.hf.folder import read_config
 from mmconvert.formats.hf.model import config_model, hf_model

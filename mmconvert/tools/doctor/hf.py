@@ -6,7 +6,8 @@ from pathlib import Path
 
 from mmconvert import converters
 from mmconvert.config import Options
-from mmconvert.converters.family import Family, hf_templates
+from mmconvert.converters.family import Family
+from mmconvert.converters.rows import hf_templates
 from mmconvert.errors import CheckpointError, MMConvertError
 from mmconvert.events import Events
 from mmconvert.formats.base import Opening

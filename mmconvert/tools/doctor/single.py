@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmconvert.causes.quantised import quantised
-from mmconvert.converters.family import mm_index
+from mmconvert.converters.rows import mm_index
 from mmconvert.errors import CheckpointError
 from mmconvert.events import Events
 from mmconvert.formats.faults import Collected

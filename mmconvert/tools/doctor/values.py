@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mmconvert.converters.family import Module
+from mmconvert.converters.rows import Module
 from mmconvert.errors import LayoutError, MMConvertError
 from mmconvert.events import Events
 from mmconvert.executor import compare

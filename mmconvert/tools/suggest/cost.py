@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
-from mmconvert.converters.family import Module, Row
+from mmconvert.converters.rows import Module, Row
 from mmconvert.formats.mm.instances import Instance
 from mmconvert.formats.mm.target import mm_target, shard_spans
 from mmconvert.formats.model import Model

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mmconvert.config import Options
-from mmconvert.converters.family import Dims, Family, Row
+from mmconvert.converters.configs import Dims
+from mmconvert.converters.family import Family
+from mmconvert.converters.rows import Row
 from mmconvert.errors import CheckpointError
 from mmconvert.formats.hf.model import hf_model
 from mmconvert.formats.hf.side import hf_side

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mmconvert.converters.family import Dims, encoders, read_dims, section_or_defaults
+from mmconvert.converters.configs import Dims, read_dims, section_or_defaults
+from mmconvert.converters.rows import encoders
 from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.formats.model import Model
 from mmconvert.narrow import is_array
