@@ -14,12 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mmconvert.config import ParallelConfig
-from mmconvert.report.picture import layout_table
-from mmconvert.sharding.layout import Layout
-
 CONSOLE = Console(width=100)
-LLM, VIT, TP = ((0, 2), (2, 2)), ((3, 1), (0, 0)), 2
 MANIFEST = "mmconvert.json"
 
 
@@ -98,12 +93,9 @@ def main() -> None:
             *("--cfg.hf_config.hf_dir", "hf", "--cfg.mm_dir", "mm"),
             *("--cfg.parallel_config.llm_pp_layers", "[[0,2],[2,2]]"),
             *("--cfg.parallel_config.vit_pp_layers", "[[3,1],[0,0]]"),
-            *("--cfg.parallel_config.tp_size", str(TP)),
+            *("--cfg.parallel_config.tp_size", "2"),
         )
-        config = ParallelConfig(llm_pp_layers=LLM, vit_pp_layers=VIT, tp_size=TP)
-        layout = Layout(dict.fromkeys(config.grids(), TP), config.grids(), decoder="llm")
-        CONSOLE.print()
-        CONSOLE.print(layout_table(layout, "which layers lie where"))
+        mm_convert(work, "inspect", "mm")
 
         CONSOLE.rule("3. the same model? every tensor and every copy of it compared")
         mm_convert(work, "verify", "hf", "mm")

@@ -137,14 +137,20 @@ def family_by_hf_names(names: Iterable[str]) -> Family | None:
     return found
 
 
-def mm_form_of(parts: Iterable[Mapping[str, StoredTensor]], folder: Path) -> FormError | None:
-    """Why tensors, by their MM names, are no plain weights of any family's model."""
+def mm_form_of(
+    parts: Iterable[Mapping[str, StoredTensor]], folder: Path, family: Family | None = None
+) -> FormError | None:
+    """Why tensors, by their MM names, are no plain weights of a family's model.
+
+    Args:
+        family: None: of any family's.
+    """
     index = TemplateIndex(
         {
             row.mm: (row.mm, True)
-            for family in converters.registry().values()
-            for variant in family.variants
-            for module in family.modules(variant)
+            for one in (converters.registry().values() if family is None else (family,))
+            for variant in one.variants
+            for module in one.modules(variant)
             for row in module.all_rows()
         }.values()
     )

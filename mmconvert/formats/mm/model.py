@@ -102,7 +102,7 @@ def mm_model(
     if is_adapter({name for part in checkpoint.parts.values() for name in part}):
         adapter, layout, _ = mm_adapter(family, checkpoint, given, model, options, prefix=prefix)
         return OpenedMM(adapter, layout, Chart(checkpoint, adapter.modules), None, faults=faults)
-    if (fault := mm_form_of(checkpoint.parts.values(), checkpoint.folder)) is not None:
+    if (fault := mm_form_of(checkpoint.parts.values(), checkpoint.folder, family)) is not None:
         raise fault
     notes = Notes(f"{checkpoint.folder}: {note}" for note in checkpoint.notes)
     content, stale = manifest.read(checkpoint.root)

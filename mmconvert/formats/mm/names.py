@@ -207,13 +207,15 @@ def _outer(chart: Chart, module: Module, grid: StageGrid, faults: Faults) -> Non
 
 
 def _misplaced(chart: Chart, name: str, stages: Sequence[int], own: str) -> TensorError:
+    parts = [part for stage in stages for part in chart.chunks_at(stage).values() if name in part]
+    folders = sorted({part[name].path.parent for part in parts})
     return TensorError(
-        f"{name} stands on {', '.join(map(chart.place, stages))} ({chart.path(stages[0]).name}); "
-        f"{own}",
-        "every tensor on its stage",
+        f"{name} stands on {', '.join(map(chart.place, stages))} "
+        f"({summarise([folder.name for folder in folders])}); {own}",
+        "tensors each on its stage",
         "copy all rank folders of one checkpoint again",
         cause="misplaced-tensor",
-        path=chart.path(stages[0]),
+        path=folders[0],
         tensors=[name],
     )
 
