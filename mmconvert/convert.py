@@ -95,6 +95,7 @@ class Request:
         cfg: the flags as they were given, which all processes of a run must agree on.
         like: the model that it is of, where no original is given.
         adapters: what is merged into the model on the way.
+        untie: tied embeddings become two tensors.
     """
 
     command: str
@@ -109,6 +110,7 @@ class Request:
     cfg: object = None
     like: Model | None = None
     adapters: tuple[Adapter, ...] = ()
+    untie: bool = False
 
 
 @watched
@@ -141,6 +143,8 @@ def convert(
     )
     source = reader.open(asked.source.path, told)
     _check_adapter(source, writer)
+    if asked.untie:
+        source, original = source.untied(), original and original.untied()
     # Plan.
     as_hf = writer.as_hf(family, asked.target.layout)
     src = source.side(as_hf=as_hf)

@@ -155,6 +155,7 @@ def lora_merge(
         canonical=cfg.common_model_config.enable_canonical_hf_struct and kind == "hf",
         cfg=cfg,
         adapters=adapters,
+        untie=cfg.untie,
     )
     return convert(family, asked, options, events)
 

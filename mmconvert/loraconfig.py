@@ -106,6 +106,9 @@ class LoraMerge:
     """What alpha / r is multiplied with."""
     base_is_residual: bool = False
     """The base is the residual model that an adapter of PiSSA, OLoRA, LoftQ ... belongs to."""
+    untie: bool = False
+    """Give a model whose output layer is its word embedding an output layer of its own, so that an
+    adapter may change either of them."""
     parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
     target_parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
     common_model_config: CommonModelConfig = field(default_factory=CommonModelConfig)

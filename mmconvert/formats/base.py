@@ -16,7 +16,7 @@ from typing import ClassVar, Protocol
 from mmconvert.config import Options
 from mmconvert.converters.family import Family
 from mmconvert.converters.rows import Module, mm_index
-from mmconvert.errors import TensorError
+from mmconvert.errors import RequestError, TensorError
 from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.contents import Box
 from mmconvert.formats.faults import STRICT, Faults
@@ -111,6 +111,14 @@ class StoredCheckpoint(ABC):
         Raises:
             TensorError: tensors that are missing or do not fit together.
         """
+
+    def untied(self) -> StoredCheckpoint:
+        """The checkpoint as if its output layer were a tensor of its own, not the word embedding.
+
+        Raises:
+            RequestError: the format does not allow it.
+        """
+        raise RequestError(f"a checkpoint in the format {self.format} is not untied", "hf or mm")
 
 
 @dataclass(frozen=True)

@@ -226,8 +226,8 @@ def _check_tied(where: str, name: str, places: ProductPlaces) -> None:
             f"{where} changes {name}, and the model ties its output layer to its word embedding: "
             "what is merged into one would change the other too",
             "a model whose embeddings are not tied",
-            "save the base model with an output layer of its own (tie_word_embeddings false), and "
-            "merge into that",
+            "give --cfg.untie True: the merged model gets an output layer of its own, and its "
+            "config.json says tie_word_embeddings false",
         )
 
 

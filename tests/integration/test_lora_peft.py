@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from commands import refused
+from commands import layout, refused
 from inprocess import call
 from lora import adapter, merge, run, same, save_adapter, weights
 from tinymodels import save, tiny_model
@@ -89,7 +89,48 @@ def test_a_tied_embedding_is_not_merged(tmp_path: Path) -> None:
         tmp_path / "a", {f"{name}A": torch.ones(4, rows), f"{name}B": torch.ones(width, 4)}
     )
     out = tmp_path / "out"
-    refused(merge(QWEN, base, [folder], out, check=2), 2, "embed_tokens", "ties", out=out)
+    refused(merge(QWEN, base, [folder], out, check=2), 2, "ties", "--cfg.untie", out=out)
+
+
+HEADS = {"embed_tokens": "model.language_model.embed_tokens.lora_embedding_", "lm_head": "lm_head."}
+
+
+@pytest.mark.parametrize("module", HEADS)
+def test_a_tied_embedding_is_untied_where_asked(module: str, tmp_path: Path) -> None:
+    """One of two uses changes, the other keeps its bits; transformers and MM have both."""
+    base = save(tiny_model("qwen2_vl", tied=True), tmp_path / "base")
+    before = weights(base)
+    word = before["model.embed_tokens.weight"]
+    generator = torch.Generator().manual_seed(1)
+    rows, width = word.shape
+    sizes = {"A": (4, rows), "B": (width, 4)}
+    if module == "lm_head":
+        sizes = {"lora_A.weight": (4, width), "lora_B.weight": (rows, 4)}
+    made = {k: torch.randn(size, generator=generator) for k, size in sizes.items()}
+    folder = save_adapter(
+        tmp_path / "a", {f"base_model.model.{HEADS[module]}{k}": t for k, t in made.items()}
+    )
+    a, b = made.values()
+    changed = word + 2 * (b @ a).T if module == "embed_tokens" else word + 2 * (b @ a)
+    merge(QWEN, base, [folder], tmp_path / "out", "--cfg.untie", "True")
+    got = weights(tmp_path / "out")
+    assert got.keys() == {*before, "lm_head.weight"}
+    mine, other = "model.embed_tokens.weight", "lm_head.weight"
+    mine, other = (mine, other) if module == "embed_tokens" else (other, mine)
+    torch.testing.assert_close(got[mine], changed)
+    assert torch.equal(got[other], word)
+    model = model_of(tmp_path / "out", torch.float32)
+    assert torch.equal(model.lm_head.weight, got["lm_head.weight"])
+    assert torch.equal(model.get_input_embeddings().weight, got["model.embed_tokens.weight"])
+
+    mm, merged_mm = tmp_path / "mm", tmp_path / "merged_mm"
+    flags = layout("[1,3]", "[3,0]", 2)
+    run(QWEN, "hf_to_mm", "--cfg.hf_config.hf_dir", base, "--cfg.mm_dir", mm, *flags)
+    merge(QWEN, mm, [folder], merged_mm, "--cfg.untie", "True")
+    call("verify", tmp_path / "out", merged_mm)
+    back = ("--cfg.to", "hf", "--cfg.hf_config.hf_dir", base, "--cfg.untie", "True")
+    merge(QWEN, mm, [folder], tmp_path / "back", *back)
+    same(got, weights(tmp_path / "back"))
 
 
 def test_peft_loads_what_comes_out_of_mm(tmp_path: Path) -> None:

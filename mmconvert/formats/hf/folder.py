@@ -43,6 +43,7 @@ class HFCheckpoint:
         notes: what is worth knowing, in words.
         read: names of the weight files, and of the index that lists them.
         complete: all of these could be read.
+        added: names of tensors that are in ``files``, and not yet in the files themselves.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class HFCheckpoint:
     notes: tuple[str, ...] = ()
     read: frozenset[str] = frozenset()
     complete: bool = True
+    added: frozenset[str] = frozenset()
 
     def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor by name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,6 +23,7 @@ from mmconvert.formats.hf.side import hf_side, hf_target
 from mmconvert.formats.hf.sides import SideFiles, side_files
 from mmconvert.formats.recognise import hf_family
 from mmconvert.formats.registry import load
+from mmconvert.formats.untied import ties, untied_hf
 from mmconvert.names import summarise
 from mmconvert.plan.padding import in_words, pad_vocabulary, vocabulary_keys
 from mmconvert.plan.plan import Key, Side, Whole
@@ -34,9 +35,15 @@ CONFIG = Path("config.json")
 
 @dataclass(frozen=True, kw_only=True)
 class HFStored(StoredCheckpoint):
-    """A Hugging Face checkpoint that was opened; ``faults`` go where those of its reader went."""
+    """A Hugging Face checkpoint that was opened.
+
+    Attributes:
+        faults: where those go that are found from now on, as those of its reader did.
+        says_untied: config.json is to say that embeddings are not tied.
+    """
 
     faults: Faults = STRICT
+    says_untied: bool = False
 
     @property
     def checkpoint(self) -> HFCheckpoint:
@@ -56,6 +63,10 @@ class HFStored(StoredCheckpoint):
             faults=self.faults,
             complete=self.checkpoint.complete,
         )
+
+    def untied(self) -> HFStored:
+        """See :meth:`StoredCheckpoint.untied`."""
+        return replace(self, model=untied_hf(self.model), says_untied=bool(ties(self.model)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,14 +159,15 @@ class HuggingFace(Format):
     ) -> Iterator[FileImage]:
         """Weight files and index as the original has them, and the files beside them."""
         assert isinstance(placed, HFPlaced)  # noqa: S101 - narrows the type: it is our own
-        checkpoint = _original(asked).checkpoint
+        original = _original(asked)
+        checkpoint, untied = original.checkpoint, original.says_untied
         limit = asked.options.max_shard_size
         yield from weight_images(checkpoint, targets, parse_size(limit) if limit else 0)
         folder, copied = checkpoint.folder, placed.sides.copied
         reading.note(folder / path for path in copied)
         for path in copied:
-            if path == CONFIG and (asked.cast or asked.options.dequantize):
-                yield small(str(path), with_dtype(folder / path, asked.cast))
+            if path == CONFIG and (asked.cast or asked.options.dequantize or untied):
+                yield small(str(path), with_dtype(folder / path, asked.cast, untied=untied))
             else:
                 size = (folder / path).stat().st_size
                 yield FileImage(str(path), size, copied=folder / path)

@@ -12,6 +12,7 @@ from mmconvert.formats.containers.image import FileImage, Piece, one_run, small
 from mmconvert.formats.containers.safetensors import parse_json, safetensors_image
 from mmconvert.formats.hf import bin as hf_bin
 from mmconvert.formats.hf.folder import INDEX, SINGLE, HFCheckpoint, read_small
+from mmconvert.formats.untied import untied_config
 from mmconvert.narrow import is_object
 from mmconvert.stored import Target
 
@@ -53,7 +54,9 @@ def weight_images(
             same = False
             name = hf_bin.as_safetensors(file.path.name)
             images.append(safetensors_image(name, targets, expected, file.metadata))
-        elif _as_stored(targets, expected) == [t[:3] for t in file.tensors]:
+        elif model.added.isdisjoint(t.name for t in file.tensors) and (
+            _as_stored(targets, expected) == [t[:3] for t in file.tensors]
+        ):
             head = len(file.header).to_bytes(8, "little") + file.header
             pieces = zip(expected, file.tensors, strict=True)
             images.append(
@@ -119,12 +122,13 @@ def _index(old: bytes, images: Sequence[FileImage], targets: Sequence[Target]) -
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def with_dtype(path: Path, cast: str) -> bytes:
+def with_dtype(path: Path, cast: str, *, untied: bool = False) -> bytes:
     """config.json with the dtype that the weights have now, and without a way of quantising; if
     it is so already, as it is.
 
     Args:
         cast: safetensors spelling of the dtype; "" leaves what it says of dtypes.
+        untied: whether it is to say that embeddings are not tied.
 
     Raises:
         CheckpointError: unreadable; FormatError: not JSON.
@@ -134,6 +138,8 @@ def with_dtype(path: Path, cast: str) -> bytes:
     changed = is_object(config) and bool(said_method(config))
     if is_object(config) and changed:  # weights in this dtype are not quantised
         config = without_method(config)
+    if is_object(config) and untied:
+        config, changed = untied_config(config), True
     for part in _objects(config):
         for key in DTYPE_KEYS:
             if dtype and isinstance(part.get(key), str) and part[key] != dtype:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,6 +24,7 @@ from mmconvert.formats.mm.source import Parts, claim_mm, mm_source
 from mmconvert.formats.mm.target import mm_target
 from mmconvert.formats.model import Model, target_layout, unchecked_units
 from mmconvert.formats.recognise import mm_family
+from mmconvert.formats.untied import ties, untied_model, untied_side
 from mmconvert.plan.padding import vocabulary_keys
 from mmconvert.plan.plan import Side
 from mmconvert.plan.reorder import reorder
@@ -34,9 +35,15 @@ from mmconvert.stored import StoredTensor, Target
 
 @dataclass(frozen=True, kw_only=True)
 class MMStored(StoredCheckpoint):
-    """An MM checkpoint that was opened; ``opened`` is what its reader found."""
+    """An MM checkpoint that was opened.
+
+    Attributes:
+        opened: what its reader found.
+        heads: rows that are no longer tied, and to which they were.
+    """
 
     opened: OpenedMM
+    heads: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def ranks(self) -> Layout:
@@ -53,7 +60,12 @@ class MMStored(StoredCheckpoint):
         del modules
         model = self.model
         side = self.opened.side(as_hf=as_hf)
-        return reorder(side, model.modules, model.plain_modules, model.dims)
+        side = reorder(side, model.modules, model.plain_modules, model.dims)
+        return untied_side(side, self.heads)
+
+    def untied(self) -> MMStored:
+        """See :meth:`StoredCheckpoint.untied`."""
+        return replace(self, model=untied_model(self.model), heads=ties(self.model))
 
 
 class MM(Format):
