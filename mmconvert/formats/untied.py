@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from mmconvert.formats.containers.safetensors import WeightFile
 from mmconvert.formats.model import Model
 from mmconvert.narrow import is_object
 from mmconvert.plan.plan import Key, Side
@@ -49,7 +50,8 @@ def untied_hf(model: Model) -> Model:
     if not tied or hf is None:
         return found
     names = {row.mm: row.hf[0] for module in found.modules for row in module.all_rows()}
-    tensors, added, files = dict(model.hf_tensors), set[str](), hf.files
+    tensors, added = dict(model.hf_tensors), set[str]()
+    files: list[WeightFile] = list(hf.files)
     for head, origin in ((names[mm], names[of]) for mm, of in tied.items()):
         if head in tensors:  # stored although tied
             continue
