@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmconvert.formats.containers.safetensors import read_weight_file
-from mmconvert.playground.checkpoints import Tensor, write_json, write_safetensors
+from mmconvert.playground.weights import Tensor, write_json, write_safetensors
 
 RANK, ALPHA = 4, 8
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -22,11 +22,12 @@ from mmconvert.errors import OutputError, RequestError
 from mmconvert.formats.hf.folder import read_config
 from mmconvert.modeljson.keys import model_keys
 from mmconvert.playground.adapter import make_adapter
-from mmconvert.playground.checkpoints import make_hf, write_json
+from mmconvert.playground.checkpoints import make_hf
 from mmconvert.playground.media import make_data
 from mmconvert.playground.qwenvl import make_qwenvl
 from mmconvert.playground.talker import make_talker
 from mmconvert.playground.values import Array, Change, as_trained, change
+from mmconvert.playground.weights import write_json
 
 FOUR_STAGES: Mapping[str, object] = {
     "llm_pp_layers": [1, 10, 10, 7],

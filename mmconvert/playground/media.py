@@ -7,7 +7,7 @@ import struct
 import zlib
 from pathlib import Path
 
-from mmconvert.playground.checkpoints import write_json
+from mmconvert.playground.weights import write_json
 
 SIDE = 56  # pixels
 COLOURS = {"red": (200, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 200), "grey": (120,) * 3}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmconvert.playground.checkpoints import Json, Tensor, write_json, write_weights
+from mmconvert.playground.weights import Json, Tensor, write_json, write_weights
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmconvert.playground.checkpoints import Json, make_hf, write_json
+from mmconvert.playground.checkpoints import make_hf
+from mmconvert.playground.weights import Json, write_json
 
 # Special tokens and the keys of config.json that have their numbers.
 SPECIALS = {
