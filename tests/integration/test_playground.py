@@ -30,7 +30,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_is_a_checkpoint_of_every_family(play: Path) -> None:
-    found = {inspect(path).family for path in play.glob("hf*")}
+    found = {inspect(path).family for path in play.glob("hf*")} - {""}  # GLM-4.5V has no MM form
     assert found == {converters.load(name).name for name in converters.BUILT_IN} | {"Qwen-VL"}
 
 

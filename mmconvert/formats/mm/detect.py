@@ -279,21 +279,22 @@ def assert_layout(
             "flags for " + ", ".join(grid_flag(key) for key in found.grids),
             "leave the flag out",
         )
-    for key, grid in grids.items():
-        if found.grids[key] != grid:
-            raise CheckpointError(
-                f"{prefix}{grid_flag(key)} says {show(grid)}, the checkpoint holds "
-                f"{show(found.grids[key])}",
-                "the layout that the checkpoint has",
-                "leave the flag out: the layout is read off the checkpoint",
-            )
-    for key, size in tp.items():
-        if found.tp[key] != size:
-            raise CheckpointError(
-                f"{prefix}{found.tp_flag(key)} says {size}, the checkpoint holds {found.tp[key]}",
-                "the layout that the checkpoint has",
-                "leave the flag out: the layout is read off the checkpoint",
-            )
+    wrong = [
+        f"{prefix}{grid_flag(key)} says {show(grids[key])}, the checkpoint holds {show(grid)}"
+        for key, grid in found.grids.items()
+        if grids.get(key, grid) != grid
+    ]
+    wrong += [
+        f"{prefix}{found.tp_flag(key)} says {tp[key]}, the checkpoint holds {size}"
+        for key, size in found.tp.items()
+        if tp.get(key, size) != size
+    ]
+    if wrong:
+        raise CheckpointError(
+            "; ".join(wrong),
+            "the layout that the checkpoint has",
+            "leave the flags out: the layout is read off the checkpoint",
+        )
 
 
 def check_layers(layout: Layout, dims: Dims, folder: Path) -> None:
