@@ -18,7 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from mmconvert import convert, converters, lazy
+from mmconvert import convert, converters, directions, lazy
 from mmconvert.config import (
     CommonModelConfig,
     HFConfig,
@@ -105,7 +105,7 @@ def hf_to_mm(
         common_model_config=CommonModelConfig(enable_canonical_hf_struct=canonical),
         save_vit_only=save_vit_only,
     )
-    return convert.hf_to_mm(_family(converter, Path(hf_dir)), cfg, options, events)
+    return directions.hf_to_mm(_family(converter, Path(hf_dir)), cfg, options, events)
 
 
 def mm_to_hf(
@@ -129,7 +129,7 @@ def mm_to_hf(
         hf_config=HFConfig(Path(hf_dir)),
         parallel_config=parallel_config(layout),
     )
-    return convert.mm_to_hf(_family(converter, Path(hf_dir)), cfg, options, events)
+    return directions.mm_to_hf(_family(converter, Path(hf_dir)), cfg, options, events)
 
 
 def hf_to_ms(

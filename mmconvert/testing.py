@@ -17,8 +17,8 @@ from mmconvert.config import (
     ParallelConfig,
     Resplit,
 )
-from mmconvert.convert import hf_to_mm, mm_to_hf, resplit
 from mmconvert.converters.checks import faults
+from mmconvert.directions import hf_to_mm, mm_to_hf, resplit
 from mmconvert.errors import LayoutError
 from mmconvert.formats.hf.model import hf_model
 from mmconvert.formats.mm.instances import experts_of

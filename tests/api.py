@@ -17,7 +17,8 @@ from mmconvert.config import (
     ParallelConfig,
     Resplit,
 )
-from mmconvert.convert import Result, hf_to_mm, mm_to_hf, resplit
+from mmconvert.convert import Result
+from mmconvert.directions import hf_to_mm, mm_to_hf, resplit
 
 Grid = Sequence[Sequence[int]]
 

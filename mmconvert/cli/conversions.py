@@ -98,8 +98,7 @@ def show(verb: str, result: Result, screen: Screen) -> None:
 
 def _converted(converter: str, verb: str, command: Command) -> Result:
     # Not before the flags are understood: help need not pay for it.
-    from mmconvert import convert as directions
-    from mmconvert import converters
+    from mmconvert import convert, converters, directions
     from mmconvert.executor import group
     from mmconvert.formats.recognise import family_of
 
@@ -121,7 +120,7 @@ def _converted(converter: str, verb: str, command: Command) -> Result:
         if verb in DCP_VERBS:
             return directions.with_dcp(family, verb, command.cfg, command.options, events)
         asked = directions.between(verb, command.cfg)
-        return directions.convert(family, asked, command.options, events)
+        return convert.convert(family, asked, command.options, events)
 
 
 def _of_adapter(converter: str, verb: str, command: Command) -> Result:

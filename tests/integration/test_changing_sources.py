@@ -21,7 +21,7 @@ from mmconvert.config import (
     ParallelConfig,
     Resplit,
 )
-from mmconvert.convert import hf_to_mm, hf_to_ms, mm_to_hf, resplit
+from mmconvert.directions import hf_to_mm, hf_to_ms, mm_to_hf, resplit
 from mmconvert.errors import CheckpointError, ReplicaError
 from mmconvert.events import Events
 from mmconvert.tools.comparison.diff import diff

@@ -22,10 +22,10 @@ from mmconvert.config import (
     Options,
     ParallelConfig,
 )
-from mmconvert.convert import hf_to_mm, mm_to_hf
 from mmconvert.converters.checks import check_family
 from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.rows import ZEROS, Module, Row, hf_templates
+from mmconvert.directions import hf_to_mm, mm_to_hf
 from mmconvert.errors import RequestError
 from mmconvert.names import NO_LAYER
 from mmconvert.playground.checkpoints import MODELS as CATALOGUE
