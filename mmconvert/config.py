@@ -263,6 +263,8 @@ class PEFTChoices:
     """q, k, v and gate, up apart or packed, in MM format."""
     exact_rank: bool = False
     """Refuse where packing q, k, v or gate, up needs a larger rank."""
+    fold_scaling: bool = False
+    """Bring layers of several ranks or scalings to one: pad ranks, multiply B."""
     names: Literal["new", "old"] = "new"
     """Names of transformers since 4.52, or before."""
     base_model: str = ""

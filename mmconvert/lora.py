@@ -56,7 +56,7 @@ def lora_hf_to_mm(
         if given == ParallelConfig() and isinstance(base.layout, Layout):
             given = as_flags(base.layout)
     structure = {None: "", True: "canonical", False: "fused"}[canonical]
-    choices = PEFTChoices(cfg.lora_alpha, structure, cfg.exact_rank)  # pyright: ignore[reportArgumentType] - one of the three
+    choices = PEFTChoices(cfg.lora_alpha, structure, cfg.exact_rank, cfg.fold_scaling)  # pyright: ignore[reportArgumentType] - one of the three
     asked = Request(
         "lora_hf_to_mm",
         End("peft", adapter, choices),

@@ -58,6 +58,9 @@ class LoraHFToMM:
     """lora_alpha of training, where there is no adapter_config.json."""
     exact_rank: bool = False
     """Refuse where packing q, k, v or gate, up needs a larger rank."""
+    fold_scaling: bool = False
+    """Bring layers of several ranks or scalings (rank_pattern, alpha_pattern, rslora) to one: lower
+    ranks are padded with zeros, scalings become a part of B."""
     trust_remote_code: bool = False
     """Accepted for compatibility; nothing is ever run."""
 

@@ -81,6 +81,20 @@ class Whole:
     keeps_dtype: bool = False
 
 
+class Scaled(NamedTuple):
+    """A stored matrix that is multiplied with a factor on its way into a whole.
+
+    Attributes:
+        key: the whole; it has zeros there.
+        term: the matrix and its factor; its blocks refer to the side's tensors.
+        blocks: the rectangles of the product in the whole.
+    """
+
+    key: Key
+    term: Term
+    blocks: list[Block]
+
+
 @dataclass
 class Side:
     """One checkpoint of a conversion, and the wholes that its tensors form.
@@ -90,12 +104,14 @@ class Side:
         targets: the tensors of one that is to be written; a side has the one or the other.
         stacks: shapes as they are stored of those ``stored`` that are seen as matrices here,
             whose rows are those of all experts one below the other.
+        scaled: of ``stored``, what does not lie in a whole as it is.
     """
 
     stored: list[StoredTensor] = field(default_factory=list[StoredTensor])
     targets: list[Target] = field(default_factory=list[Target])
     wholes: dict[Key, Whole] = field(default_factory=dict[Key, Whole])
     stacks: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+    scaled: list[Scaled] = field(default_factory=list[Scaled])
 
 
 class Copy(NamedTuple):
@@ -278,6 +294,10 @@ def build(src: Side, dst: Side, notes: Sequence[str] = (), cast: str = "") -> Pl
             plan.replicas += [Comparison(key, copy) for copy in join(original, blocks)]
         for blocks in whole.copies:
             plan.zeros += zeros_of(key, dst.wholes[key], blocks)
+    for key, term, blocks in src.scaled:
+        mine = [block._replace(tensor=len(plan.terms)) for block in blocks]
+        plan.terms.append(term)
+        plan.products += [c for target in dst.wholes[key].copies for c in join(mine, target)]
     return plan
 
 

@@ -180,7 +180,7 @@ def test_errors_say_what_is_wrong(hf: Path, tmp_path: Path) -> None:
     refuse({"model.layers.0.mlp.up_proj.weight": mine[names[0]]}, 3, "no name has lora_")
     magnitude = {names[0].replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(168)}
     refuse({**mine, **magnitude}, 2, "DoRA", "lora_merge")
-    refuse(mine, 2, "rslora", use_rslora=True)
+    refuse(mine, 2, "rslora", "--cfg.fold_scaling", use_rslora=True)
     fused = ("--cfg.common_model_config.enable_canonical_hf_struct", "False")
     refuse(mine, 3, "base_hf_dir", flags=fused)
     exact = (*fused, "--cfg.base_hf_dir", str(hf), "--cfg.exact_rank", "True")
@@ -207,6 +207,62 @@ def test_merging_refuses_what_would_be_wrong(hf: Path, tmp_path: Path) -> None:
     bad = save_adapter(tmp_path / "c", infinite)
     refused(merge(QWEN25, hf, [bad], out, check=3), 3, "q_proj", "finite", out=out)
     untouched(out)
+
+
+def of_two_ranks(hf: Path, seed: int = 5) -> Tensors:
+    """Adapters of rank 8 for q and rank 4 for the others."""
+    small = matrices(hf, only=r"^model\.layers", seed=seed)
+    large = matrices(hf, only=r"^model\.layers.*q_proj", r=8, seed=seed + 1)
+    return {**small, **large}
+
+
+@pytest.mark.parametrize("structure", ["canonical", "fused"])
+def test_ranks_and_scalings_become_one(structure: str, hf: Path, tmp_path: Path) -> None:
+    """Patterns by powers of two: the products are the same numbers, in every layout."""
+    mine = of_two_ranks(hf)
+    patterns = {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"down_proj": 32, "q_proj": 4}}
+    peft = save_adapter(tmp_path / "peft", mine, **patterns)
+    mm, back = tmp_path / "mm", tmp_path / "back"
+    form = (CANONICAL[0], str(structure == "canonical"))
+    flags = (*layout("[1,1]", "[2,0]", 2), *form, "--cfg.base_hf_dir", hf)
+    said = to_mm(peft, mm, *flags, "--cfg.fold_scaling", "True").stderr
+    assert "power of two, which is exact" in said
+    assert "rounded once" not in said
+    assert "of padding" in said or "padded to 8" in said
+    flags = ("--cfg.hf_config.hf_dir", hf, "--cfg.save_hf_dir", back, "--cfg.names", "old")
+    run(QWEN25, "lora_mm_to_hf", "--cfg.mm_dir", mm, *flags)
+    scales = {"down_proj": 8.0, "q_proj": 0.5}
+    ours = old_products(back)
+    expected = products(mine, 1.0)
+    assert ours.keys() == expected.keys()
+    for name, product in expected.items():
+        scale = scales.get(name.rpartition(".")[2], 2.0)
+        assert torch.equal(ours[name], scale * product), name
+    assert isinstance(json.loads((back / "adapter_config.json").read_text())["lora_alpha"], int)
+    call("verify", peft, mm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rslora_becomes_a_part_of_b(dtype: torch.dtype, hf: Path, tmp_path: Path) -> None:
+    """No power of two: every value of B is the scaled one, rounded once."""
+    mine = {n: t.to(dtype) for n, t in of_two_ranks(hf).items()}
+    config = {"use_rslora": True, "rank_pattern": {"q_proj": 8}}
+    peft = save_adapter(tmp_path / "peft", mine, **config)
+    mm, back = tmp_path / "mm", tmp_path / "back"
+    said = to_mm(peft, mm, *layout("[2]", "[2]", 2), *CANONICAL, "--cfg.fold_scaling", "True")
+    assert "rounded once" in said.stderr
+    flags = ("--cfg.hf_config.hf_dir", hf, "--cfg.save_hf_dir", back, "--cfg.names", "old")
+    run(QWEN25, "lora_mm_to_hf", "--cfg.mm_dir", mm, *flags)
+    config = json.loads((back / "adapter_config.json").read_text())
+    one = config["lora_alpha"] / config["r"]
+    got = adapter(back)
+    for name, b in mine.items():
+        if "lora_B" not in name:
+            continue
+        rank = b.shape[1]
+        scaled = (b.float() * torch.tensor(8 / rank**0.5 / one, dtype=torch.float32)).to(dtype)
+        assert torch.equal(got[name][:, :rank], scaled), name
+        assert not got[name][:, rank:].any()
 
 
 def test_several_adapters_and_a_scale(hf: Path, tmp_path: Path) -> None:

@@ -28,13 +28,13 @@ from mmconvert.formats.peft.folder import (
     read_file,
     weight_path,
 )
+from mmconvert.formats.peft.folding import fold_notes, uniform
 from mmconvert.formats.peft.side import (
     adapter_side,
     grouped,
     notes_of,
     packed,
     refuse_growth,
-    uniform,
     with_rank,
 )
 from mmconvert.formats.peft.target import peft_target, spelling_note
@@ -119,9 +119,10 @@ class PEFT(Format):
         found = packed(base_rows, layers, folder.parts, dims)
         if given.exact_rank:
             refuse_growth(found, family.canonical)
-        of = uniform(found, folder.settings)
+        of = uniform(found, folder.settings, fold=given.fold_scaling)
         settings = with_rank(folder.settings, of, found, variant.canonical)
         words = notes_of(found, of, settings)
+        words += fold_notes(found, of) if given.fold_scaling else []
         if settings.dropout:
             words.append(f"dropout {settings.dropout:g} is of training, and not carried")
         words += folder_notes(folder)
@@ -134,7 +135,7 @@ class PEFT(Format):
             adapter=AdapterModel(settings, base_rows),
             tied_known=base is not None and base.tied_known,
         )
-        side = adapter_side(found, of.rank)
+        side = adapter_side(found, of)
         return PEFTStored(format=self.name, path=path, model=model, folder=folder, own=side)
 
     def place(self, asked: Placing) -> Placed:

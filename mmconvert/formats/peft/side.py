@@ -20,7 +20,7 @@ from mmconvert.formats.mm.instances import Instance, experts_of, instances
 from mmconvert.formats.peft.folder import LoraPair
 from mmconvert.names import number, summarise
 from mmconvert.plan.dtypes import joint_dtype
-from mmconvert.plan.plan import Block, Key, Side, UnstoredBlock, Whole, matrix
+from mmconvert.plan.plan import Block, Key, Scaled, Side, Term, UnstoredBlock, Whole, matrix
 from mmconvert.sharding.spans import Span
 
 
@@ -146,35 +146,14 @@ class Uniform(NamedTuple):
     rank: int
     scale: float | None
 
-
-def uniform(found: Sequence[Packed], settings: Settings) -> Uniform:
-    """The rank and the scaling of all layers.
-
-    Raises:
-        RequestError: layers of several ranks or scalings.
-    """
-    parts = [part for layer in found for part in layer.found]
-    scales = {part.scale for part in parts}
-    ranks = {part.rank for part in parts}
-    if len(scales) > 1 or len(ranks) > 1 or settings.rslora:
-        what = f"ranks {sorted(ranks)}, scalings {sorted(filter(None, scales))}"
-        raise RequestError(
-            f"the adapter's layers have {what}"
-            + (", by rslora" if settings.rslora else "")
-            + "; MM format knows one lora_r and one lora_alpha, and scales by alpha / r",
-            "one rank and one scaling for all layers",
-            "merge the adapter into the model (lora_merge), or train with one rank and alpha",
-        )
-    rank, scale = max(layer.rank for layer in found), scales.pop()
-    own = ranks.pop()
-    while scale is not None and not float(scale * rank).is_integer() and rank % own:
-        rank += 1
-    return Uniform(rank, scale)
+    def factor(self, part: LoraPair) -> float:
+        """What a layer's B is multiplied with, so that the one scaling is its own."""
+        return 1.0 if part.scale is None or not self.scale else part.scale / self.scale
 
 
-def adapter_side(found: Sequence[Packed], rank: int) -> Side:
-    """The matrices of MM format, all of one rank."""
-    side = Side()
+def adapter_side(found: Sequence[Packed], of: Uniform) -> Side:
+    """The matrices of MM format, all of one rank and scaling."""
+    side, rank = Side(), of.rank
     for layer in found:
         item = layer.item
         stem = item.row.mm.removesuffix(WEIGHT)
@@ -191,13 +170,14 @@ def adapter_side(found: Sequence[Packed], rank: int) -> Side:
         a = Whole((rank, width), joint_dtype([part.a.dtype for part in layer.found]), [[]])
         b = Whole((layer.rows, rank), joint_dtype([part.b.dtype for part in layer.found]), [[]])
         side.wholes[key_a], side.wholes[key_b] = a, b
-        _fill(side, layer, a, b, rank)
+        _fill(side, layer, (key_a, key_b), of)
     return side
 
 
-def _fill(side: Side, layer: Packed, a: Whole, b: Whole, rank: int) -> None:
+def _fill(side: Side, layer: Packed, keys: tuple[Key, Key], of: Uniform) -> None:
     """Where the parts lie in A and B, and what is zero there."""
-    width, column = a.shape[1], 0
+    a, b = (side.wholes[key] for key in keys)
+    rank, width, column = of.rank, a.shape[1], 0
     for part, spans in zip(layer.parts, layer.spans, strict=True):
         own = 0 if part is None else part.rank
         if part is not None:
@@ -207,9 +187,16 @@ def _fill(side: Side, layer: Packed, a: Whole, b: Whole, rank: int) -> None:
             else:
                 a.copies[0].append(block)
             side.stored.append(part.a)
-            b.copies[0] += [
-                Block(len(side.stored), s.start, 0, s.whole, column, s.length, own) for s in spans
-            ]
+            number = len(side.stored)
+            rows = [Block(number, s.start, 0, s.whole, column, s.length, own) for s in spans]
+            if (factor := of.factor(part)) == 1:
+                b.copies[0] += rows
+            else:
+                height = part.b.shape[0]
+                whole = Block(number, 0, 0, 0, 0, height, own)
+                term = Term(part.path, (), (whole,), own, height, own, factor)
+                side.scaled.append(Scaled(keys[1], term, rows))
+                b.zeros += [UnstoredBlock(s.whole, column, s.length, own) for s in spans]
             side.stored.append(part.b)
         rest = column + own
         gaps = [(s.whole, 0, s.length, column) for s in spans]
