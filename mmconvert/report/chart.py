@@ -11,7 +11,7 @@ from mmconvert.report.svg import Drawing, width_of
 SPREAD = 100  # largest over smallest bar, beyond which the axis is logarithmic
 # Pixels: to the axis, to the words, from the top to the highest bar, of that bar, of a whole chart.
 LEFT, EDGE, HEAD, HEIGHT, WHOLE = 76, 16, 58, 180, 290
-WIDTH, WIDEST, NARROWEST = 860, 34, 5  # pixels: of all bars, of one bar
+WIDEST, NARROWEST = 88, 5  # pixels of one bar
 BETWEEN = 6.0  # pixels between two labels below the bars
 
 
@@ -55,6 +55,7 @@ def axis_for(values: Sequence[float]) -> Axis:
         # One decade below the least, so that the smallest bar is still a bar.
         first, last = math.floor(math.log10(least)) - 1, math.ceil(math.log10(most))
         step = max(1, math.ceil((last - first) / 8))
+        last = first + step * math.ceil((last - first) / step)
         ticks = [10.0**power for power in range(first, last + 1, step)]
         return Axis(10.0**first, 10.0**last, ticks)
     step = _round_step(most / 4)
@@ -69,22 +70,30 @@ def _round_step(value: float) -> float:
 
 
 def bar_chart(
-    drawing: Drawing, top: float, title: str, bars: Sequence[Bar], css: str, quantity: str
+    drawing: Drawing,
+    top: float,
+    title: str,
+    bars: Sequence[Bar],
+    css: str,
+    quantity: str,
+    axis: Axis,
+    width: int,
 ) -> None:
-    """Upright bars on one axis.
+    """Upright bars on an axis, which other charts may have too.
 
     Args:
         drawing: what to draw into.
         top: where the chart begins there.
         css: the class that colours the bars.
         quantity: what the axis shows.
+        width: pixels of the whole chart; it takes more where bars would be too narrow.
     """
-    axis = axis_for([bar.value for bar in bars])
-    step = min(WIDEST, max(NARROWEST, WIDTH / max(1, len(bars))))
+    room = width - LEFT - EDGE
+    step = min(WIDEST, max(NARROWEST, room / max(1, len(bars))))
     drawing.text(EDGE, top + 20, title, "ink big")
     scale = "log scale; no bar: 0" if axis.low else "linear scale"
     drawing.text(EDGE, top + 38, f"{quantity}, {scale}", "dim")
-    right = LEFT + max(step * len(bars), 300)
+    right = LEFT + max(step * len(bars), min(room, 300))
     floor = top + HEAD + HEIGHT
     for tick in axis.ticks:
         y = floor - HEIGHT * axis.share(tick)

@@ -7,32 +7,40 @@ from collections.abc import Sequence
 
 from mmconvert.report import page
 from mmconvert.report.chart import EDGE, WHOLE, Bar, bar_chart
-from mmconvert.report.style import module_class
+from mmconvert.report.style import WIDTHS, module_class
 from mmconvert.report.svg import Drawing
-from mmconvert.report.text import facts, figure, headline, part, percent
+from mmconvert.report.text import (
+    by_layered_module,
+    facts,
+    figure,
+    headline,
+    layer_axis,
+    part,
+    percent,
+)
 from mmconvert.tools.comparison.diffresult import Diff, DiffGroup, TensorDistance
 
-QUANTITY = "relative L2 of each layer, ||A - B|| / ||A||"
+QUANTITY = "relative L2 of each layer"
 MARKS = (
-    "in, out: what stands before and after the layers. !: NaN or infinite values, which are in no "
-    "sum. ∞: A is zero throughout."
+    "relative L2: ||A - B|| / ||A||, all charts on one scale. in, out: what stands before and "
+    "after the layers. !: NaN or infinite values, which are in no sum. ∞: A is zero throughout."
 )
 FIGURES = ("relative L2", "largest difference", "elements that differ")
 
 
-def layers_drawing(found: Diff, title: str = "") -> Drawing:
-    """A chart below the other for each module with layers of which any changed."""
+def layers_drawing(found: Diff, width: int, title: str = "") -> Drawing:
+    """A chart below the other for each module with layers of which any changed.
+
+    All have one scale, so that modules can be compared by eye.
+    """
     drawing = Drawing()
     if title:
         drawing.text(EDGE, 24, title, "ink big")
         drawing.text(EDGE, 44, headline(found), "dim")
     top = 56.0 if title else 0.0
-    by_module: dict[str, list[DiffGroup]] = {}
-    for group in found.layers():
-        by_module.setdefault(group.module, []).append(group)
-    for module, groups in by_module.items():
-        if not any(isinstance(group.layer, int) for group in groups):
-            continue
+    modules = by_layered_module(found.layers())
+    axis = layer_axis(modules)
+    for module, groups in modules.items():
         if not any(group.changed for group in groups):
             drawing.text(EDGE, top + 20, module, "ink big")
             drawing.text(EDGE, top + 38, "no layer changed", "dim")
@@ -40,9 +48,9 @@ def layers_drawing(found: Diff, title: str = "") -> Drawing:
             continue
         bars = [Bar(str(g.layer), g.totals.relative, _hint(g), mark(g)) for g in groups]
         css = module_class(found.colours.get(module, ""))
-        bar_chart(drawing, top, module, bars, css, QUANTITY)
+        bar_chart(drawing, top, module, bars, css, QUANTITY, axis, width)
         top += WHOLE
-    drawing.width += EDGE
+    drawing.width = max(drawing.width + EDGE, width)
     drawing.height += EDGE
     return drawing
 
@@ -50,7 +58,7 @@ def layers_drawing(found: Diff, title: str = "") -> Drawing:
 def diff_svg(found: Diff) -> str:
     """The charts as a file of their own."""
     title = title_of(found)
-    return layers_drawing(found, title).standalone(title)
+    return layers_drawing(found, WIDTHS["medium"], title).standalone(title)
 
 
 def title_of(found: Diff) -> str:
@@ -87,7 +95,8 @@ def diff_page(found: Diff, top: int) -> str:
     if found.changed():
         parts.append(page.heading("By layer"))
         parts.append(page.paragraph(MARKS, "quiet"))
-        parts.append(page.picture(layers_drawing(found), "relative L2 by layer"))
+        label = "relative L2 by layer"
+        parts.append(page.pictures(lambda width: layers_drawing(found, width), label))
         parts += _tensors(found, top)
     parts += _odd(found.odd())
     for what, names in (("Only in A", found.only_a), ("Only in B", found.only_b)):

@@ -37,6 +37,14 @@ def inspect_svg(found: Inspection, path: Path) -> str:
     return inspect_drawing(found, title).standalone(title)
 
 
+def _picture(found: Inspection, label: str) -> str:
+    """The picture for the page; of a layout one for each width of screen."""
+    title, layout = "What lies where", found.layout
+    if layout is None:
+        return page.picture(inspect_drawing(found, title), label)
+    return page.pictures(lambda width: layout_drawing(layout, found.boxes, title, width), label)
+
+
 def inspect_page(found: Inspection, path: Path, *, tensors: bool) -> str:
     """The whole page; ``tensors`` lists every stored tensor."""
     facts = {
@@ -53,7 +61,7 @@ def inspect_page(found: Inspection, path: Path, *, tensors: bool) -> str:
         facts |= {grid_flag(key): show(grid) for key, grid in found.layout.grids.items()}
     parts = [page.heading(title_of(found, path), 1), page.facts(facts)]
     parts += [page.bullets(found.notes)] if found.notes else []
-    parts.append(page.picture(inspect_drawing(found, "What lies where"), title_of(found, path)))
+    parts.append(_picture(found, title_of(found, path)))
     parts.append(page.heading("In figures"))
     rows = [
         (box.name, "; ".join(h.words for h in box.holdings), f"{box.tensors:,}", f"{box.nbytes:,}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from mmconvert.report.style import PAGE_STYLE, SVG_STYLE
+from mmconvert.report.style import PAGE_STYLE, SVG_STYLE, WIDTHS
 from mmconvert.report.svg import Drawing, safe
 from mmconvert.version import VERSION
 
@@ -78,3 +78,13 @@ def _cell(words: str) -> str:
 def picture(drawing: Drawing, label: str) -> str:
     """A drawing, which scrolls where it is wider than the page."""
     return f'<figure class="scroll">{drawing.embedded(label)}</figure>'
+
+
+def pictures(draw: Callable[[int], Drawing], label: str) -> str:
+    """One picture drawn for each of the WIDTHS: the style sheet shows the one that fits.
+
+    Args:
+        draw: draws it so many pixels wide.
+    """
+    drawn = (draw(width).embedded(label, css) for css, width in WIDTHS.items())
+    return f'<figure class="scroll">{"".join(drawn)}</figure>'

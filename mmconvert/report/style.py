@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-# Shades for amounts, from little to much; ink on them keeps a contrast of at least 4.5 : 1.
-_LIGHT = ("#eef5ff", "#d6e6fd", "#b4d2fa", "#86b6f2", "#2f6fc0", "#17458a")
-_DARK = ("#14243a", "#1a3354", "#214672", "#2b5a98", "#74acec", "#b7d8ff")
-_INK_LIGHT = ("#1b1f24",) * 4 + ("#ffffff",) * 2
-_INK_DARK = ("#e6edf3",) * 4 + ("#0d1117",) * 2
-SHADES = len(_LIGHT)
+# Pixels of the pictures of a page: on a phone, on half a screen, on a whole one.
+WIDTHS = {"narrow": 360, "medium": 736, "wide": 1320}
 
 # Colours of modules, as formats/contents.py calls them: (light, dark).
 _MODULES = {
@@ -26,26 +22,28 @@ def module_class(colour: str) -> str:
     return f"m-{colour if colour in _MODULES else 'other'}"
 
 
-def _theme(shades: tuple[str, ...], inks: tuple[str, ...], dark: bool) -> str:
-    rules = [f".s{i}{{fill:{c}}}.i{i}{{fill:{inks[i]}}}" for i, c in enumerate(shades)]
-    rules += [f".m-{key}{{fill:{pair[dark]}}}" for key, pair in _MODULES.items()]
-    ground, ink, dim, line = (
-        ("#0d1117", "#e6edf3", "#9aa4af", "#3d444d")
+def _theme(dark: bool) -> str:
+    rules = [f".m-{key}{{fill:{pair[dark]}}}" for key, pair in _MODULES.items()]
+    ground, ink, dim, line, cell = (
+        ("#0d1117", "#e6edf3", "#9aa4af", "#3d444d", "#161b22")
         if dark
-        else ("#ffffff", "#1b1f24", "#57606a", "#cfd6dd")
+        else ("#ffffff", "#1b1f24", "#57606a", "#cfd6dd", "#f8fafb")
     )
     rules += [f".ground{{fill:{ground}}}.ink{{fill:{ink}}}.dim{{fill:{dim}}}"]
     rules += [f".rule{{stroke:{line}}}.none{{fill:none;stroke:{line};stroke-dasharray:3 3}}"]
+    rules += [f".cell{{fill:{cell};stroke:{line}}}.track{{fill:{line};fill-opacity:.5}}"]
+    # Words stand on tints: ink on them keeps a contrast of at least 4.5 : 1.
+    rules += [f".tint{{fill-opacity:{0.35 if dark else 0.22}}}.stripe{{stroke:{ground}}}"]
     return "".join(rules)
 
 
 SVG_STYLE = (
     f"svg text{{font-family:{_FONT};font-size:12px}}"
     "svg .big{font-size:15px;font-weight:600}svg .bold{font-weight:600}"
-    "svg .small{font-size:11px}"
-    + _theme(_LIGHT, _INK_LIGHT, dark=False)
+    "svg .small{font-size:11px}svg .stripe{fill:none;stroke-width:2;stroke-opacity:.8}"
+    + _theme(dark=False)
     + "@media (prefers-color-scheme:dark){"
-    + _theme(_DARK, _INK_DARK, dark=True)
+    + _theme(dark=True)
     + "}"
 )
 
@@ -70,4 +68,9 @@ dl{{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;margin:.5r
 dt{{color:var(--dim)}}dd{{margin:0;overflow-wrap:anywhere}}
 p,ul,dl{{max-width:60rem}}ul{{padding-left:1.2rem}}li{{overflow-wrap:anywhere}}
 figure{{margin:1rem 0}}
+.narrow,.medium,.wide{{width:100%;height:auto;max-width:100rem}}.narrow{{max-width:35rem}}
+.medium,.wide{{display:none}}
+@media (max-width:759px){{body{{padding:1rem .75rem}}td.name{{min-width:12rem}}}}
+@media (min-width:760px){{.narrow{{display:none}}.medium{{display:block}}}}
+@media (min-width:1240px){{.medium{{display:none}}.wide{{display:block}}}}
 """

@@ -9,6 +9,8 @@ from mmconvert.words import printable
 
 CHARACTER = 7.3  # pixels that a character of 12px takes at most on average; fonts differ
 
+STRIPE = 6  # pixels from one stripe to the next
+
 
 def width_of(words: str) -> float:
     """Pixels that words of 12px take, about, and rather too many."""
@@ -59,9 +61,21 @@ class Drawing:
         )
         self._reach(max(x1, x2), max(y1, y2))
 
-    def embedded(self, label: str) -> str:
+    def stripes(self, x: float, y: float, width: float, height: float) -> None:
+        """Slanted stripes of the ground's colour over a rectangle, none of them outside it."""
+        lines: list[str] = []
+        for start in range(STRIPE, int(width + height), STRIPE):
+            right, low = min(start, width), min(start, height)
+            lines.append(
+                f"M{_n(x + right)} {_n(y + start - right)}L{_n(x + start - low)} {_n(y + low)}"
+            )
+        if lines:
+            self._parts.append(f'<path d="{"".join(lines)}" class="stripe"/>')
+
+    def embedded(self, label: str, css: str = "") -> str:
         """For an HTML page, whose style sheet holds SVG_STYLE."""
-        return f"<svg{self._head(label)}>{''.join(self._parts)}</svg>"
+        kind = f' class="{css}"' if css else ""
+        return f"<svg{kind}{self._head(label)}>{''.join(self._parts)}</svg>"
 
     def standalone(self, label: str) -> str:
         """A file of its own, with its ground and its style."""

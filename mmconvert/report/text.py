@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mmconvert.names import number
 from mmconvert.report.chart import Axis, axis_for
@@ -131,17 +131,28 @@ def _modules(groups: Sequence[DiffGroup]) -> list[str]:
     )
 
 
-def _layers(groups: Sequence[DiffGroup], levels: str) -> list[str]:
-    """One line for each module that changed: a bar for each layer, on the scale of the charts."""
+def by_layered_module(groups: Sequence[DiffGroup]) -> dict[str, list[DiffGroup]]:
+    """The groups of each module that has layers, in their order."""
     by_module: dict[str, list[DiffGroup]] = {}
     for group in groups:
-        if isinstance(group.layer, int):
-            by_module.setdefault(group.module, []).append(group)
+        by_module.setdefault(group.module, []).append(group)
+    return {m: gs for m, gs in by_module.items() if any(isinstance(g.layer, int) for g in gs)}
+
+
+def layer_axis(modules: Mapping[str, Sequence[DiffGroup]]) -> Axis:
+    """One scale for all modules of a comparison, so that they can be compared by eye."""
+    return axis_for([g.totals.relative for groups in modules.values() for g in groups])
+
+
+def _layers(groups: Sequence[DiffGroup], levels: str) -> list[str]:
+    """One line for each module that changed: a bar for each layer, on the scale of the charts."""
+    modules = by_layered_module(groups)
+    axis = layer_axis(modules)
     lines: list[str] = []
-    for module, found in by_module.items():
+    for module, all_of_it in modules.items():
+        found = [group for group in all_of_it if isinstance(group.layer, int)]
         if not any(group.changed for group in found):
             continue
-        axis = axis_for([g.totals.relative for g in found])
         bars = "".join(_level(g, axis, levels) for g in found)
         most = max(found, key=lambda g: g.totals.relative)
         least = min(found, key=lambda g: g.totals.relative)

@@ -9,6 +9,7 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -358,13 +359,48 @@ def test_the_page(hf: Path, trained: Path, tmp_path: Path) -> None:
     done = run_cli("diff", hf, trained, "--top", "3", "--html", file, check=1)
     assert f"written: {file}" in done.stdout
     page = check_page(file.read_text(encoding="utf-8"))
-    assert page.tags.count("svg") == 1
+    assert page.tags.count("svg") == 3  # for narrow, medium and wide screens
     assert "Tensors, 3 of " in page.words
     assert "text_decoder.decoder.layers.2.self_attention.linear_qkv.weight" in page.words
     assert QKV[0] in page.words
     assert "layer 2: relative L2" in page.words
     assert "no layer changed" in page.words
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_modules_share_one_scale(hf: Path, tmp_path: Path) -> None:
+    """Vision moves less than text: its bars are as much lower."""
+
+    def move(tensors: dict[str, torch.Tensor]) -> None:
+        for name, t in tensors.items():
+            part = 2.0**-4 if name.startswith("visual.") else 2.0**-1
+            if "norm" not in name:
+                tensors[name] = (t.float() * (1 + part)).to(t.dtype)
+
+    other = copied(hf, tmp_path / "other")
+    edit_single(other, move)
+    svg = tmp_path / "r.svg"
+    done = run_cli("diff", hf, other, "--svg", svg, check=1)
+    lines = dict(re.findall(r"(\w+) layers 0-\d+  (\S)", done.stdout))
+    assert int(lines["image_encoder"]) == 1
+    assert int(lines["text_decoder"]) >= 6
+    root = ElementTree.fromstring(svg.read_text(encoding="utf-8"))
+    space = "{http://www.w3.org/2000/svg}"
+    ticks = [t.text for t in root.iter(f"{space}text") if t.get("text-anchor") == "end"]
+    assert len(ticks) % 2 == 0
+    assert ticks[: len(ticks) // 2] == ticks[len(ticks) // 2 :]
+    highest = {
+        css: max(
+            float(r.attrib["height"]) for r in root.iter(f"{space}rect") if r.get("class") == css
+        )
+        for css in ("m-encoder1", "m-decoder")
+    }
+    most: dict[str, float] = {}
+    for layer in diff(hf, other, check=1)["layers"]:
+        most[layer["module"]] = max(most.get(layer["module"], 0), layer["relative_l2"])
+    expected = most["image_encoder"] / most["text_decoder"]
+    assert expected < 0.5
+    assert highest["m-encoder1"] / highest["m-decoder"] == pytest.approx(expected, abs=0.01)
 
 
 def test_names_from_a_checkpoint_are_no_markup(tmp_path: Path) -> None:

@@ -71,13 +71,14 @@ def test_the_picture_of_a_layout(hetero: Path, tmp_path: Path) -> None:
     assert "bytes of each rank file" in done.stdout
     assert f"written: {svg}" in done.stdout
     seen = Counter(words_of(svg))
-    assert [seen[f"tp {tp}"] for tp in range(5)] == [1, 1, 1, 1, 0]
+    assert [seen[f"tp {tp}"] for tp in range(5)] == [2, 2, 2, 2, 0]
     assert seen["in, vision 0-1, out · 1/1"] == 4
     assert [seen[f"in, audio 0-1, out · {k}/2"] for k in (1, 2)] == [2, 2]
     assert [seen[f"text 1-2, out · {k}/4"] for k in (1, 2, 3, 4)] == [1, 1, 1, 1]
     page = html.read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
-    assert page.count("<svg") == 1
+    assert re.findall('<svg class="([a-z]+)"', page) == ["narrow", "medium", "wide"]
+    assert page.count("<svg") == 3
     assert "<script" not in page
     assert "mp_rank_03_001" in page
     assert "linear_qkv" not in page
