@@ -23,7 +23,7 @@ from mmconvert.formats.containers.safetensors import WeightFile, read_weight_fil
 from mmconvert.formats.hf import bin as hf_bin
 from mmconvert.formats.hf.choice import ADAPTER, SAFETENSORS
 from mmconvert.formats.hf.folder import HFCheckpoint, read_config, read_json_file
-from mmconvert.formats.mm.folder import part_names, rank_parts
+from mmconvert.formats.mm.rankfiles import part_names, rank_parts
 from mmconvert.formats.recognise import family_of, ms_family
 from mmconvert.formats.registry import load, recognise
 from mmconvert.names import number, summarise

@@ -22,7 +22,8 @@ from mmconvert import durable
 from mmconvert.adapters import MM_A, of_manifest
 from mmconvert.errors import CheckpointError, FormatError, cannot_write
 from mmconvert.formats import manifest
-from mmconvert.formats.mm.folder import EXTRA_STATE, RANK_FILE, TRACKER, MMCheckpoint, open_mm
+from mmconvert.formats.mm.folder import RANK_FILE, TRACKER, MMCheckpoint, open_mm
+from mmconvert.formats.mm.rankfiles import EXTRA_STATE
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.lora import LoraPlan, is_adapter, plan_of
 from mmconvert.sharding.layout import Layout, Rank
