@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.configs import Dims
 from mmconvert.converters.family import Family, Variant
-from mmconvert.converters.rows import OUTPUT_LAYER, Module, Row, bound, encoders, mm_index
-from mmconvert.errors import CheckpointError, TensorError
+from mmconvert.converters.rows import OUTPUT_LAYER, Module, bound, encoders, mm_index
 from mmconvert.executor.compare import same_bytes
 from mmconvert.formats import manifest
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.mm.adapters import check_converter, mm_adapter, noted_traits, variant_of
 from mmconvert.formats.mm.chart import Chart
+from mmconvert.formats.mm.checks import (
+    assert_given,
+    check_claims,
+    check_known,
+    check_tensors,
+    is_without_text,
+)
 from mmconvert.formats.mm.detect import (
-    assert_layout,
     check_layers,
-    count_experts,
     detect_layout,
     layer_lists,
 )
 from mmconvert.formats.mm.folder import MMCheckpoint, is_adapter, open_mm
-from mmconvert.formats.mm.names import check_names
-from mmconvert.formats.mm.source import Parts, claim_mm, mm_source
+from mmconvert.formats.mm.source import Parts, mm_source
 from mmconvert.formats.model import Model, Notes, dropped_by, drops_too_much
-from mmconvert.formats.recognise import by_names, mm_form_of
-from mmconvert.names import TemplateIndex, number, summarise
+from mmconvert.formats.recognise import mm_form_of
+from mmconvert.names import TemplateIndex
 from mmconvert.narrow import is_object
 from mmconvert.plan.plan import Side
 from mmconvert.sharding.layout import Chunk, Layout
-from mmconvert.sharding.stages import total
 from mmconvert.stored import StoredTensor
-
-TEXT = "text_decoder."  # how the MM names of every family's text decoder begin
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def mm_model(
     parts, used = _without(family, checkpoint, options, notes)
     names = {name for tensors in parts.values() for name in tensors}
     if checkpoint.whole and not encoders_only:
-        encoders_only = _is_without_text(checkpoint, names, content, faults)
+        encoders_only = is_without_text(checkpoint, names, content, faults)
     variant = variant_of(family, names, checkpoint, model, noted_traits(content or {}))
     if model is not None and model.tied_known:
         tied: bool | None = model.variant.tied
@@ -126,7 +126,7 @@ def mm_model(
     index = mm_index(modules)
     parts = {c: {n: t for n, t in p.items() if index.find(n)} for c, p in parts.items()}
     chart = Chart(replace(checkpoint, parts=parts), modules)
-    complete = _check_tensors(chart, tied, given, dims, prefix, faults)
+    complete = check_tensors(chart, tied, given, dims, prefix, faults)
     if tied is None and not encoders_only and OUTPUT_LAYER not in names:
         notes.words.append("warning: no output layer and no config.json: taken for tied embeddings")
     known = {dim: size for dim, size in dims.items() if dim != family.vocabulary}
@@ -136,10 +136,10 @@ def mm_model(
         lists = layer_lists(chart, layout)
         variant = replace(variant, lists=tuple(lists.items()))
         modules = bound(modules, lists)
-    _assert_given(family, modules, layout, given, prefix)
+    assert_given(family, modules, layout, given, prefix)
     if complete:
         faults.attempt(lambda: check_layers(layout, dims, checkpoint.folder), None)
-        faults.attempt(lambda: _check_claims(family, modules, dims, layout, parts), None)
+        faults.attempt(lambda: check_claims(family, modules, dims, layout, parts), None)
     dims |= {f"{key}.layers": sum(map(sum, grid)) for key, grid in layout.grids.items()}
     found = Model(
         family,
@@ -152,91 +152,6 @@ def mm_model(
         words=words,
     )
     return OpenedMM(found, layout, replace(chart, modules=modules), tied, complete, faults)
-
-
-def _check_tensors(
-    chart: Chart,
-    tied: bool | None,
-    given: ParallelConfig,
-    dims: Dims,
-    prefix: str,
-    faults: Faults,
-) -> bool:
-    """Whether the names are those that they should be; the layout can be read off them.
-
-    Args:
-        dims: receives the number of experts if it is not known.
-
-    Raises:
-        CheckpointError: it cannot, as ranks or modules are missing.
-    """
-    before = faults.found
-    _check_modules(chart, faults)
-    check_names(chart, tied, faults)
-    if not chart.whole:
-        faults.stop()
-    _check_experts(chart, given, dims, prefix, faults)
-    if any(not total(grid) for grid in chart.grids.values()):
-        faults.stop()
-    return faults.found == before
-
-
-def _assert_given(
-    family: Family,
-    modules: tuple[Module, ...],
-    layout: Layout,
-    given: ParallelConfig,
-    prefix: str,
-) -> None:
-    """Raises CheckpointError where the user says otherwise than the checkpoint."""
-    # A module that was left out with save_vit_only is no contradiction.
-    full = {m.key for m in modules}
-    grids = {k: g for k, g in given.grids().items() if k in full or k not in family.module_keys}
-    sizes = {
-        k: n
-        for k, n in given.tp(family.decoder).items()
-        if k in full or k not in family.module_keys
-    }
-    assert_layout(layout, grids, sizes, prefix)
-
-
-def _is_without_text(
-    checkpoint: MMCheckpoint,
-    names: Iterable[str],
-    content: Mapping[str, object] | None,
-    faults: Faults,
-) -> bool:
-    """Whether the text decoder was left out. mmconvert.json may say so; if it is there, it counts.
-
-    Raises:
-        CheckpointError: it is not there, and nothing says that this is meant so.
-    """
-    if any(name.startswith(TEXT) for name in names):
-        return False
-    fault = CheckpointError(
-        f"{checkpoint.folder} holds no tensor of the text decoder",
-        "all modules of the model",
-        "for encoders alone give --cfg.save_vit_only True (resplit); else copy all rank folders",
-        cause="encoders-only",
-        path=checkpoint.folder,
-    )
-    said = content is not None and content.get("save_vit_only") is True
-    faults.remark(fault) if said else faults.add(fault)
-    return True
-
-
-def _check_claims(
-    family: Family, modules: tuple[Module, ...], dims: Dims, layout: Layout, parts: Parts
-) -> None:
-    """Raises TensorError for tensors that no row claims, or that stand where they should not."""
-    lost = claim_mm(modules, dims, layout, parts)
-    if lost:
-        raise TensorError(
-            f"{len(lost)} tensors have no place in {family.name}: {summarise(lost)}",
-            f"only tensors of {family.name}, each on its stage",
-            "leave them out with --drop 'NAME' (a pattern; may be repeated)",
-            cause="misplaced-tensor",
-        )
 
 
 def _unpadded(
@@ -261,87 +176,6 @@ def _unpadded(
         return 0
     dims[vocabulary] = found
     return words
-
-
-def _check_experts(
-    chart: Chart, given: ParallelConfig, dims: Dims, prefix: str, faults: Faults
-) -> None:
-    """The experts of a checkpoint are those of the model and of the layout that the user says.
-
-    Args:
-        dims: receives the number of experts if it is not known.
-
-    Raises:
-        CheckpointError: naming both numbers.
-    """
-    checkpoint = chart.checkpoint
-    ep = checkpoint.ep_size
-    if given.ep_size not in (0, ep):
-        raise CheckpointError(
-            f"{prefix}ep_size says {given.ep_size}, the checkpoint holds {ep}",
-            "the layout that the checkpoint has",
-            "leave the flag out: the layout is read off the checkpoint",
-        )
-    for key, count in count_experts(chart, faults).items():
-        if dims.setdefault(key, count) != count:
-            fault = CheckpointError(
-                f"{checkpoint.folder} holds {count} experts in a layer ({ep} ep ranks); the model "
-                f"has {dims[key]}",
-                "all experts, and the hf_dir of the checkpoint's own model",
-                "copy all rank folders again, or give the hf_dir that the checkpoint came from",
-                cause="expert-count",
-                path=checkpoint.folder,
-            )
-            faults.add(fault)
-
-
-def check_known(
-    family: Family,
-    parts: Parts,
-    index: TemplateIndex[tuple[Module, Row]],
-    checkpoint: MMCheckpoint,
-    faults: Faults,
-) -> None:
-    """Names that no row knows: another family's checkpoint, or tensors to be dropped."""
-    names = {name for part in parts.values() for name in part}
-    unknown = sorted(name for name in names if not index.find(name))
-    if not unknown:
-        return
-    file = next(part[unknown[0]].path for part in parts.values() if unknown[0] in part)
-    other = by_names(names, checkpoint.folder)
-    if other.converter != family.converter:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {len(unknown)} tensors are not of {family.name}, such as "
-            f"{unknown[0]}",
-            f"a checkpoint of {family.name} for {family.converter}",
-            f"use {other.converter}: the names are those of {other.name}",
-        )
-    closest = index.closest(unknown[0])
-    hint = f" (closest known name: {closest})" if closest else ""
-    fault = TensorError(
-        f"{file}: {number(unknown, 'tensor')} with no place in {family.name}: "
-        f"{summarise(unknown)}{hint}",
-        f"only tensors of {family.name}",
-        "leave them out with --drop 'NAME' (a pattern; may be repeated)",
-        cause="unknown-tensor",
-        path=file,
-        tensors=unknown,
-    )
-    faults.add(fault)
-
-
-def _check_modules(chart: Chart, faults: Faults) -> None:
-    """A module without any layer, which no flag has left out."""
-    for module in chart.modules if chart.whole else ():
-        if not total(chart.grids[module.key]):
-            fault = CheckpointError(
-                f"{chart.checkpoint.folder} holds no layer of {module.label}",
-                "all modules of the model",
-                "for encoders alone give --cfg.save_vit_only True (resplit); else copy all ranks",
-                cause="missing-tensor",
-                path=chart.checkpoint.folder,
-            )
-            faults.add(fault)
 
 
 def _without(

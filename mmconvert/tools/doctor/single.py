@@ -15,8 +15,8 @@ from mmconvert.formats.hf.bin import SUFFIX, read_weights
 from mmconvert.formats.hf.choice import SAFETENSORS
 from mmconvert.formats.mm.adapters import variant_of
 from mmconvert.formats.mm.chart import Chart
+from mmconvert.formats.mm.checks import check_known
 from mmconvert.formats.mm.folder import MMCheckpoint
-from mmconvert.formats.mm.model import check_known
 from mmconvert.formats.mm.names import check_names
 from mmconvert.formats.mm.rankfiles import EXTRA_STATE, extra_state, read_rank_file
 from mmconvert.formats.recognise import family_of_parts
