@@ -329,15 +329,15 @@ CHECKS = (
     Fault(
         "a stage list not asserted",
         DETECT,
-        "if found.grids[key] != grid:",
-        "if len(found.grids[key]) != len(grid):",
+        "if grids.get(key, grid) != grid",
+        "if len(grids.get(key, grid)) != len(grid)",
         (f"{REFERENCE}::test_line_28_wrong_lists_are_told_from_right_ones",),
     ),
     Fault(
         "a tp size not asserted",
         DETECT,
-        "if found.tp[key] != size:",
-        "if found.tp[key] < 1:",
+        "if tp.get(key, size) != size",
+        "if tp.get(key, size) < 1",
         (f"{REFERENCE}", "integration/test_checks.py", "-k", "line_12 or tp_sizes"),
     ),
     Fault(
