@@ -367,8 +367,9 @@ class Options:
     --dtype says."""
     max_shard_size: str = ""
     """Largest weight file of Hugging Face output, such as 5GB; not given: files as in hf_dir."""
-    replicas: Literal["check", "first"] = "check"
-    """Copies of one tensor that differ: an error, or take the first with a warning."""
+    replicas: Literal["check", "first", "mean"] = "check"
+    """Copies of one tensor that differ: an error, or take the first with a warning; of adapters
+    also their mean."""
     digests: bool = False
     """Note a digest of every tensor, for verify --quick; reads the output once more."""
     vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"

@@ -21,6 +21,7 @@ from mmconvert.executor.apart import check_apart
 from mmconvert.formats import manifest
 from mmconvert.formats.base import Format, NoLayout, Opening, Placing, StoredCheckpoint
 from mmconvert.formats.hf.model import config_model
+from mmconvert.formats.mm.means import averaged
 from mmconvert.formats.model import Model, idle_patterns
 from mmconvert.formats.reading import watched
 from mmconvert.formats.registry import load
@@ -133,6 +134,7 @@ def convert(
     # Plan.
     as_hf = writer.as_hf(family, asked.target.layout)
     src = source.side(as_hf=as_hf)
+    src, means = _averaged(src, run.options, source, asked)
     places = ProductPlaces(source.model.plain_modules, src, source.model.dims, as_hf=as_hf)
     src, gone, new = substituted(src, places, asked.adapters)
     padded = _pad(src, source, asked)
@@ -147,7 +149,7 @@ def convert(
         original,
     )
     placed = writer.place(placing)
-    notes = [*_notes(run.options, source, original), *padded, *placed.notes]
+    notes = [*_notes(run.options, source, original), *means, *padded, *placed.notes]
     plan = build(src, placed.side, notes, run.cast)
     if asked.adapters:
         plan = replace(plan, replaced=gone, fitted=new)
@@ -195,6 +197,21 @@ def _pad(src: Side, source: StoredCheckpoint, asked: Request) -> list[str]:
     rows = padded_size(words, to, divisible_by, tp)
     pad_vocabulary(src, source.model.modules, rows)
     return [in_words(keys, words, rows, "below")] if rows > words else []
+
+
+def _averaged(
+    src: Side, options: Options, source: StoredCheckpoint, asked: Request
+) -> tuple[Side, list[str]]:
+    """Takes the mean of an adapter's copies that differ, if that is asked for; and a note of it."""
+    if options.replicas != "mean" or asked.adapters:
+        return src, []
+    if source.model.adapter is None:
+        raise RequestError(
+            f"--replicas mean is for adapters; {source.path} is a model",
+            "an adapter in MM format, whose copies training may leave apart",
+            "--replicas first takes the first copy of each tensor",
+        )
+    return averaged(src)
 
 
 def _with_dtype(options: Options, asked: Request) -> Options:

@@ -100,7 +100,8 @@ class Conversion:
         raise ReplicaError(
             words,
             expected,
-            "find out which values training used, or give --replicas first to go on with a warning",
+            "find out which values training used, or give --replicas first to go on with a warning "
+            "(of an adapter also --replicas mean)",
         )
 
     # ------------------------------------------------------------------------------- writing

@@ -61,7 +61,7 @@ def open_adapter(
             raise CheckpointError(
                 f"{path} is a whole model, no adapter", "the folder of a LoRA training"
             )
-        return mm_deltas(stored, alpha, factor)
+        return mm_deltas(stored, alpha, factor, mean=options.replicas == "mean")
     base = named_base(path)
     if like is None and base is not None:
         like = config_model(family, base)

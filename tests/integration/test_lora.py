@@ -265,6 +265,55 @@ def test_rslora_becomes_a_part_of_b(dtype: torch.dtype, hf: Path, tmp_path: Path
         assert not got[name][:, rank:].any()
 
 
+def test_copies_that_drifted_apart(hf: Path, tmp_path: Path) -> None:
+    """Refused; the mean of both, in float32, in each command, and in the merge."""
+    mine = matrices(hf, only=r"^model\.layers\.[01]\.(self_attn\.[qo]_proj|mlp\.down_proj)")
+    peft, mm, base = save_adapter(tmp_path / "peft", mine), tmp_path / "mm", tmp_path / "base"
+    there = ("--cfg.hf_config.hf_dir", hf, "--cfg.mm_dir", base)
+    run(QWEN25, "hf_to_mm", *there, *layout("[2]", "[2]", 2), *CANONICAL)
+    to_mm(peft, mm, "--cfg.base_mm_dir", base)
+    path = mm / "release/mp_rank_01/model_optim_rng.pt"
+    content = torch.load(path)
+    stem = "text_decoder.decoder.layers.1."
+    moved = {
+        f"{stem}self_attention.q_proj.lora_A.default.weight": "1.self_attn.q_proj.lora_A.weight",
+        f"{stem}mlp.linear_fc2.lora_B.default.weight": "1.mlp.down_proj.lora_B.weight",
+    }
+    means = dict(mine)
+    for name, its in moved.items():
+        old = content["model"][name].clone()
+        content["model"][name] = old * 1.5 + 0.25
+        means[f"base_model.model.model.layers.{its}"] = old / 2 + content["model"][name] / 2
+    torch.save(content, path)
+
+    out = tmp_path / "out"
+    told = ("--cfg.lora_alpha", "8")  # mmconvert.json is of the files as they were
+    back = ("--cfg.hf_config.hf_dir", hf, "--cfg.names", "old", *told, "--cfg.mm_dir", mm)
+    where = ("--cfg.save_hf_dir", out)
+    refused(run(QWEN25, "lora_mm_to_hf", *back, *where, check=3), 3, "--replicas mean", out=out)
+    said = run(QWEN25, "lora_mm_to_hf", *back, *where, "--replicas", "mean").stderr
+    assert "q_proj.lora_A" in said
+    assert "1 more tensor" in said
+    assert "their mean is taken" in said
+    same(adapter(out), means)
+    whole = ("--cfg.source_dir", mm, "--cfg.target_dir", tmp_path / "whole")
+    given = [f.replace(".parallel_", ".target_parallel_") for f in layout("[2]", "[2]", 1)]
+    run(QWEN25, "lora_resplit", *whole, *given[:2], "--replicas", "mean")
+    again = ("--cfg.save_hf_dir", tmp_path / "again")
+    run(QWEN25, "lora_mm_to_hf", *back[:-1], tmp_path / "whole", *again)
+    same(adapter(tmp_path / "again"), means)
+
+    merge(QWEN25, hf, [mm], tmp_path / "merged", "--replicas", "mean", *told)
+    merge(QWEN25, hf, [out], tmp_path / "expected")
+    one, other = weights(tmp_path / "merged"), weights(tmp_path / "expected")
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():  # products are summed in another order
+        torch.testing.assert_close(tensor, other[name], rtol=2**-7, atol=1e-6)
+    again = ("--cfg.mm_dir", base, "--cfg.hf_config.hf_dir", hf)
+    no = run(QWEN25, "mm_to_hf", *again, *where, "--overwrite", "--replicas", "mean", check=2)
+    refused(no, 2, "is for adapters")
+
+
 def test_several_adapters_and_a_scale(hf: Path, tmp_path: Path) -> None:
     """The sum is rounded once: two adapters, the second at half its strength."""
     name = "model.layers.1.mlp.up_proj"

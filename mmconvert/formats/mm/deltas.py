@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 from mmconvert.adapters import MM_A, MM_B, WEIGHT
 from mmconvert.converters.adapters import part_spans
@@ -11,18 +12,22 @@ from mmconvert.converters.rows import ZEROS
 from mmconvert.errors import CheckpointError
 from mmconvert.formats.base import StoredCheckpoint
 from mmconvert.formats.mm.instances import experts_of, instances
+from mmconvert.formats.mm.means import differing, mean_note
 from mmconvert.names import EXPERT, NO_EXPERT
-from mmconvert.plan.plan import Block, Comparison, Key, Term, join, matrix
+from mmconvert.plan.plan import Block, Comparison, Key, Term, Whole, join, matrix
 from mmconvert.plan.products import Adapter, Delta
 from mmconvert.sharding.spans import Span
 
 
-def mm_deltas(stored: StoredCheckpoint, alpha: float | None, factor: float) -> Adapter:
+def mm_deltas(
+    stored: StoredCheckpoint, alpha: float | None, factor: float, *, mean: bool = False
+) -> Adapter:
     """An adapter in MM format as it is merged: for each Hugging Face tensor, A and its rows of B.
 
     Args:
         alpha: what the user says of lora_alpha.
         factor: what the scaling is multiplied with.
+        mean: of copies that differ the mean counts.
 
     Raises:
         CheckpointError: nothing tells alpha, or two things differ.
@@ -39,13 +44,15 @@ def mm_deltas(stored: StoredCheckpoint, alpha: float | None, factor: float) -> A
     if alpha is not None:
         settings = replace(settings, alpha=alpha)
     scale = settings.scale("", settings.r) * factor
-    found = Adapter(str(stored.path), side.stored)
+    means = differing(side) if mean else {}
+    found = Adapter(str(stored.path), side.stored, notes=mean_note(means))
     base = model.adapter.base
     layers = {m.key: model.dims[f"{m.key}.layers"] for m in base}
     for item in instances(base, layers, experts_of(base, model.dims)):
         stem = item.row.mm.removesuffix(WEIGHT)
-        a = side.wholes[Key(stem + MM_A, item.layer, item.expert)]
-        b = side.wholes[Key(stem + MM_B, item.layer, item.expert)]
+        key_a = Key(stem + MM_A, item.layer, item.expert)
+        key_b = Key(stem + MM_B, item.layer, item.expert)
+        a, b = side.wholes[key_a], side.wholes[key_b]
         rank, cols = matrix(a.shape)
         name = Key(stem, item.layer, item.expert).name()
         parts = part_spans(item.row, b.shape[0], model.dims, item.key.name())
@@ -53,16 +60,25 @@ def mm_deltas(stored: StoredCheckpoint, alpha: float | None, factor: float) -> A
         mine = [p for p, name in zip(parts, item.row.hf, strict=True) if name != ZEROS]
         for hub, template, spans in zip(item.hf_names(), named, mine, strict=True):
             rows = sum(span.length for span in spans)
-            blocks = tuple(part_blocks(b.copies[0], spans))
-            term = Term(name, tuple(a.copies[0]), blocks, rank, rows, cols, scale)
+            pairs = list(product(_counting(a, key_a in means), _counting(b, key_b in means)))
             expert = NO_EXPERT if EXPERT in template else item.expert
-            found.deltas.append(Delta(hub, expert, term))
+            for one, other in pairs:  # the product of two means is the mean of all products
+                blocks = tuple(part_blocks(other, spans))
+                term = Term(name, tuple(one), blocks, rank, rows, cols, scale / len(pairs))
+                found.deltas.append(Delta(hub, expert, term))
     for key, whole in side.wholes.items():
+        if key in means:
+            continue
         original, *others = whole.copies
         found.replicas += [
             Comparison(key, copy) for blocks in others for copy in join(original, blocks)
         ]
     return found
+
+
+def _counting(whole: Whole, mean: bool) -> list[list[Block]]:
+    """The copies of a matrix that count: all where their mean does, else the first."""
+    return whole.copies if mean else whole.copies[:1]
 
 
 def part_blocks(blocks: Sequence[Block], spans: Sequence[Span]) -> list[Block]:
