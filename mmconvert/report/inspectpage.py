@@ -24,25 +24,17 @@ def title_of(found: Inspection, path: Path) -> str:
     return f"{name}: {found.title}{family}, {amount(found.nbytes)}"
 
 
-def inspect_drawing(found: Inspection, title: str) -> Drawing:
-    """The picture that fits the kind."""
+def inspect_drawing(found: Inspection, title: str, width: int = 0) -> Drawing:
+    """The picture that fits the kind, ``width`` pixels wide; 0: as wide as it needs to be."""
     if found.layout is not None:
-        return layout_drawing(found.layout, found.boxes, title)
-    return stacks_drawing(found.boxes, title, found.unit)
+        return layout_drawing(found.layout, found.boxes, title, width)
+    return stacks_drawing(found.boxes, title, found.unit, width)
 
 
 def inspect_svg(found: Inspection, path: Path) -> str:
     """The picture as a file of its own."""
     title = title_of(found, path)
     return inspect_drawing(found, title).standalone(title)
-
-
-def _picture(found: Inspection, label: str) -> str:
-    """The picture for the page; of a layout one for each width of screen."""
-    title, layout = "What lies where", found.layout
-    if layout is None:
-        return page.picture(inspect_drawing(found, title), label)
-    return page.pictures(lambda width: layout_drawing(layout, found.boxes, title, width), label)
 
 
 def inspect_page(found: Inspection, path: Path, *, tensors: bool) -> str:
@@ -61,7 +53,9 @@ def inspect_page(found: Inspection, path: Path, *, tensors: bool) -> str:
         facts |= {grid_flag(key): show(grid) for key, grid in found.layout.grids.items()}
     parts = [page.heading(title_of(found, path), 1), page.facts(facts)]
     parts += [page.bullets(found.notes)] if found.notes else []
-    parts.append(_picture(found, title_of(found, path)))
+    title = "What lies where"
+    drawn = page.pictures(lambda width: inspect_drawing(found, title, width), title_of(found, path))
+    parts.append(drawn)
     parts.append(page.heading("In figures"))
     rows = [
         (box.name, "; ".join(h.words for h in box.holdings), f"{box.tensors:,}", f"{box.nbytes:,}")

@@ -75,11 +75,6 @@ def _cell(words: str) -> str:
     return safe(first) + "".join(f'<br><span class="quiet">{safe(o)}</span>' for o in others)
 
 
-def picture(drawing: Drawing, label: str) -> str:
-    """A drawing, which scrolls where it is wider than the page."""
-    return f'<figure class="scroll">{drawing.embedded(label)}</figure>'
-
-
 def pictures(draw: Callable[[int], Drawing], label: str) -> str:
     """One picture drawn for each of the WIDTHS: the style sheet shows the one that fits.
 

@@ -16,6 +16,7 @@ from mmconvert.formats.contents import Box, Holding
 from mmconvert.report.chart import SPREAD, Bar, axis_for, bar_chart
 from mmconvert.report.files import write_report
 from mmconvert.report.stacks import stacks_drawing
+from mmconvert.report.style import WIDTHS
 from mmconvert.report.svg import Drawing
 from mmconvert.words import amount, printable, ranges
 
@@ -85,8 +86,11 @@ def test_files_of_any_name_and_size(files: list[tuple[str, int]]) -> None:
     for name, size in files:
         vision = Holding("vit", (0, 1), True, False, size, 3, "vision", "encoder1")
         boxes.append(Box(name, (vision, Holding("x" + name, (), False, False, 7, 1))))
-    _, words = parts(stacks_drawing(boxes, "a title", "weight file"))
-    assert [w for w in words if w.text.startswith("in, vision 0-1")]
+    for width in (0, *WIDTHS.values()):
+        drawing = stacks_drawing(boxes, "a title", "weight file", width)
+        _, words = parts(drawing)
+        assert [w for w in words if w.text.startswith("in, vision 0-1")]
+        assert drawing.width == pytest.approx(width) or not width
 
 
 @pytest.mark.parametrize("layers", [1, 2, 28, 80, 400])
