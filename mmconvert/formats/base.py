@@ -15,13 +15,13 @@ from typing import ClassVar, Protocol
 
 from mmconvert.config import Options
 from mmconvert.converters.family import Family
-from mmconvert.converters.rows import Module, mm_index
-from mmconvert.errors import RequestError, TensorError
+from mmconvert.converters.rows import Module
+from mmconvert.errors import RequestError
 from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.contents import Box
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.model import Model
-from mmconvert.plan.plan import Block, Key, Side, Whole, matrix
+from mmconvert.plan.plan import Key, Side, Whole
 from mmconvert.sharding.layout import Layout
 from mmconvert.stored import StoredTensor, Target
 
@@ -198,50 +198,6 @@ class Look:
     iteration: str = ""
     layout: Layout | None = None
     notes: Sequence[str] = ()
-
-
-def plain(
-    tensors: Iterable[tuple[str, StoredTensor]],
-) -> tuple[dict[str, Whole], list[StoredTensor]]:
-    """Tensors that are stored whole, by name."""
-    wholes: dict[str, Whole] = {}
-    stored: list[StoredTensor] = []
-    for name, tensor in tensors:
-        block = Block(len(stored), 0, 0, 0, 0, *matrix(tensor.shape))
-        wholes[name] = Whole(tensor.shape, tensor.dtype, [[block]])
-        stored.append(tensor)
-    return wholes, stored
-
-
-def claimed(
-    modules: tuple[Module, ...], tensors: Mapping[str, StoredTensor], path: Path, faults: Faults
-) -> Side:
-    """The side of tensors that are each one whole, in the names of a table.
-
-    Raises:
-        TensorError: a name that no row has.
-    """
-    index, side = mm_index(modules), Side()
-    for name, tensor in tensors.items():
-        hit = index.find(name)
-        if hit is None:
-            faults.add(TensorError(f"{path}: {name} has no place in the model", "its tensors only"))
-            continue
-        (_, row), layer, expert = hit
-        block = Block(len(side.stored), 0, 0, 0, 0, *matrix(tensor.shape))
-        side.wholes[Key(row.mm, layer, expert)] = Whole(tensor.shape, tensor.dtype, [[block]])
-        side.stored.append(tensor)
-    return side
-
-
-def one_each(wholes: Mapping[Key, Whole]) -> Side:
-    """The side of a checkpoint to be written that holds every whole as one tensor."""
-    side = Side()
-    for number, (key, whole) in enumerate(wholes.items()):
-        block = Block(number, 0, 0, 0, 0, *matrix(whole.shape))
-        side.wholes[key] = Whole(whole.shape, whole.dtype, [[block]])
-        side.targets.append(Target(key.name(), whole.dtype, whole.shape))
-    return side
 
 
 class Format(ABC):

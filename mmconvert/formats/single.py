@@ -16,7 +16,7 @@ from mmconvert.converters.family import Family
 from mmconvert.converters.rows import hf_templates
 from mmconvert.errors import CheckpointError, MMConvertError
 from mmconvert.formats import contents
-from mmconvert.formats.base import Look, plain
+from mmconvert.formats.base import Look
 from mmconvert.formats.containers.ckpt import read_ckpt
 from mmconvert.formats.containers.ptfile import read_pt
 from mmconvert.formats.containers.safetensors import WeightFile, read_weight_file
@@ -26,6 +26,7 @@ from mmconvert.formats.hf.folder import HFCheckpoint, read_config, read_json_fil
 from mmconvert.formats.mm.rankfiles import part_names, rank_parts
 from mmconvert.formats.recognise import family_of, ms_family
 from mmconvert.formats.registry import load, recognise
+from mmconvert.formats.wholes import plain
 from mmconvert.names import number, summarise
 from mmconvert.stored import StoredTensor
 

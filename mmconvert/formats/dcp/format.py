@@ -14,16 +14,7 @@ from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.rows import Module, mm_index
 from mmconvert.errors import CheckpointError, LayoutError, TensorError
 from mmconvert.formats import contents, manifest
-from mmconvert.formats.base import (
-    Format,
-    Look,
-    Opening,
-    Placed,
-    Placing,
-    StoredCheckpoint,
-    claimed,
-    one_each,
-)
+from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.containers.safetensors import WeightFile
 from mmconvert.formats.dcp.folder import RELEASE, TRACKER, find_dcp, is_torch_dist, open_dcp
@@ -44,6 +35,7 @@ from mmconvert.formats.hf.folder import HFCheckpoint
 from mmconvert.formats.hf.format import HFStored, check_shapes
 from mmconvert.formats.hf.side import hf_side, hf_target
 from mmconvert.formats.model import Model, Notes, dropped_by
+from mmconvert.formats.wholes import claimed, one_each
 from mmconvert.names import NO_LAYER, summarise
 from mmconvert.plan.parts import in_parts, whole_of
 from mmconvert.plan.plan import Key, Side, Whole

@@ -14,15 +14,7 @@ from mmconvert.converters.family import Family
 from mmconvert.converters.rows import Module
 from mmconvert.errors import CheckpointError, RequestError, TensorError
 from mmconvert.formats import manifest
-from mmconvert.formats.base import (
-    Look,
-    NoLayout,
-    Opening,
-    Placed,
-    Placing,
-    StoredCheckpoint,
-    claimed,
-)
+from mmconvert.formats.base import Look, NoLayout, Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.containers.ptwriter import pt_image
 from mmconvert.formats.dcp.folder import (
@@ -51,6 +43,7 @@ from mmconvert.formats.hf.format import HFStored
 from mmconvert.formats.hf.side import hf_side, hf_target
 from mmconvert.formats.mm.instances import Instance, experts_of, instances
 from mmconvert.formats.model import Model, Notes
+from mmconvert.formats.wholes import claimed
 from mmconvert.names import EXPERT, number, summarise
 from mmconvert.plan.parts import in_parts
 from mmconvert.plan.plan import Block, Key, Side, Whole

@@ -12,7 +12,7 @@ from mmconvert.converters.family import Family
 from mmconvert.converters.rows import Module
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.formats import contents, reading
-from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint, plain
+from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.hf.choice import INDEX
@@ -24,6 +24,7 @@ from mmconvert.formats.hf.sides import SideFiles, side_files
 from mmconvert.formats.recognise import hf_family
 from mmconvert.formats.registry import load
 from mmconvert.formats.untied import ties, untied_hf
+from mmconvert.formats.wholes import plain
 from mmconvert.names import summarise
 from mmconvert.plan.padding import in_words, pad_vocabulary, vocabulary_keys
 from mmconvert.plan.plan import Key, Side, Whole

@@ -14,7 +14,7 @@ from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.rows import Module
 from mmconvert.errors import CheckpointError, RequestError, TensorError
 from mmconvert.executor.compare import same_bytes
-from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint, plain
+from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.containers.safetensors import safetensors_image
 from mmconvert.formats.model import AdapterModel, Model
@@ -39,6 +39,7 @@ from mmconvert.formats.peft.side import (
 )
 from mmconvert.formats.peft.target import peft_target, spelling_note
 from mmconvert.formats.recognise import family_by_hf_names, hf_family
+from mmconvert.formats.wholes import plain
 from mmconvert.names import NO_LAYER, summarise
 from mmconvert.plan.plan import Side
 from mmconvert.stored import Target
