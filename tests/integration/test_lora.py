@@ -24,6 +24,7 @@ from lora import (
 )
 from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_hf, compare_mm
+from stopping import noted, staging, stopped
 
 SMALL: dict[str, Any] = {"layers": 2, "vit_layers": 2}
 QWEN25 = "Qwen2_5_VLConverter"
@@ -312,6 +313,21 @@ def test_copies_that_drifted_apart(hf: Path, tmp_path: Path) -> None:
     again = ("--cfg.mm_dir", base, "--cfg.hf_config.hf_dir", hf)
     no = run(QWEN25, "mm_to_hf", *again, *where, "--overwrite", "--replicas", "mean", check=2)
     refused(no, 2, "is for adapters")
+
+
+def test_a_merge_that_is_killed_leaves_nothing(hf: Path, tmp_path: Path) -> None:
+    """Nothing has the final name; the same command finishes, with the bits of a quiet run."""
+    folder = save_adapter(tmp_path / "a", matrices(hf, only=r"^model\.layers"))
+    out = tmp_path / "out"
+    words = (QWEN25, "lora_merge", "--cfg.base_dir", hf, "--cfg.lora_dir", folder)
+    words = (*words, "--cfg.save_dir", out)
+    stopped(*words, count=3)
+    assert not out.exists()
+    assert noted(out) == 3
+    call(*words)
+    assert not staging(out).exists()
+    merge(QWEN25, hf, [folder], tmp_path / "expected")
+    same(weights(tmp_path / "expected"), weights(out))
 
 
 def test_several_adapters_and_a_scale(hf: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - the name torch's own pages 
 import talking
 import tinyfamilies
 from cli import run_cli
-from commands import rank_files
+from commands import rank_files, refused
 from mmconvert.errors import RequestError
 from mmconvert.runtime import reference
 from mmconvert.runtime.beginning import Load, beginning
@@ -109,6 +111,24 @@ def test_a_save_holds_adapters_alone(trained: dict[str, tuple[Path, Curve]]) -> 
             assert args.lora_target_modules == list(TARGETS)
             adapted = {name.rpartition(".lora_")[0] for name in content["model"]}
             assert set(args.lora_trainable_target_modules) == adapted
+
+
+def test_alpha_is_that_of_training(
+    hf: Path, trained: dict[str, tuple[Path, Curve]], tmp_path: Path
+) -> None:
+    """The args of a save tell it; args of another rank are an error that says both."""
+    save = tmp_path / "save"
+    shutil.copytree(trained["tp2 pp2"][0], save)
+    config = json.loads((peft_folder(hf, save, tmp_path / "a") / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (R, ALPHA)
+    for path in rank_files(save).values():
+        content = torch.load(path, weights_only=False)
+        content["args"].lora_r = R + 3
+        torch.save(content, path)
+    out = tmp_path / "b"
+    words = ("--cfg.mm_dir", save, "--cfg.save_hf_dir", out, "--cfg.hf_config.hf_dir", hf)
+    done = run_cli(CONVERTER, "lora_mm_to_hf", *words, check=3)
+    refused(done, 3, "args", f"the rank {R}", f"r {R + 3}", out=out)
 
 
 def test_the_losses_are_those_of_a_loop_with_peft(hf: Path, data: Path, tmp_path: Path) -> None:
