@@ -13,7 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo tutorial test quick nightly lint mindspore-env npu-wheel bench clean
+.PHONY: demo tutorial test quick nightly lint docs release-check mindspore-env npu-wheel bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or later is needed"'
