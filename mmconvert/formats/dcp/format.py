@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from mmconvert import converters
 from mmconvert.config import DCPLayout
-from mmconvert.converters.family import Family, Variant
-from mmconvert.converters.rows import Module, mm_index
-from mmconvert.errors import CheckpointError, LayoutError, TensorError
+from mmconvert.converters.family import Family
+from mmconvert.converters.rows import Module
+from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.formats import contents, manifest
 from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage, small
@@ -20,7 +20,14 @@ from mmconvert.formats.containers.safetensors import WeightFile
 from mmconvert.formats.dcp.folder import RELEASE, TRACKER, find_dcp, is_torch_dist, open_dcp
 from mmconvert.formats.dcp.generic import GenericFamily
 from mmconvert.formats.dcp.metadata import read_metadata
-from mmconvert.formats.dcp.naming import KNOWN_PREFIXES, MODEL, Naming
+from mmconvert.formats.dcp.naming import MODEL, Naming
+from mmconvert.formats.dcp.opening import (
+    fitting_pattern,
+    kept_tensors,
+    model_of,
+    naming_of,
+    without_carried,
+)
 from mmconvert.formats.dcp.output import (
     Written,
     data_file,
@@ -34,9 +41,9 @@ from mmconvert.formats.faults import STRICT
 from mmconvert.formats.hf.folder import HFCheckpoint
 from mmconvert.formats.hf.format import HFStored, check_shapes
 from mmconvert.formats.hf.side import hf_side, hf_target
-from mmconvert.formats.model import Model, Notes, dropped_by
+from mmconvert.formats.model import Model, Notes
 from mmconvert.formats.wholes import claimed, one_each
-from mmconvert.names import NO_LAYER, summarise
+from mmconvert.names import NO_LAYER
 from mmconvert.plan.parts import in_parts, whole_of
 from mmconvert.plan.plan import Key, Side, Whole
 from mmconvert.stored import StoredTensor, Target
@@ -151,13 +158,15 @@ class DCP(Format):
         model = model_of(path, told)
         naming: Naming | None = None
         if model.modules:
-            naming = _naming(told, list(kept), path)
+            naming = naming_of(told, list(kept), path)
             if naming is None:
                 kept = {name.removeprefix(MODEL): tensor for name, tensor in kept.items()}
             else:
                 kept = as_hf(kept, told.family, model.modules, model.dims, naming)
-                kept = _converted(told.family, kept, notes)
-        fits = {p for p in told.options.drop for t in checkpoint.tensors if _drops(t, (p,))}
+                kept = without_carried(told.family, kept, notes)
+        fits = {
+            p for p in told.options.drop for t in checkpoint.tensors if fitting_pattern(t, (p,))
+        }
         model = replace(
             model, notes=tuple(notes.words), dropped=notes.dropped, patterns=frozenset(fits)
         )
@@ -224,102 +233,9 @@ class DCP(Format):
         return [("complete", DCPLayout()), ("fsdp3", DCPLayout(ranks=3))]
 
 
-def _drops(name: str, patterns: Sequence[str]) -> str | None:
-    """The --drop pattern that a flat name fits, with or without what stands before it."""
-    inner = (name[len(p) :] for p in KNOWN_PREFIXES if name.startswith(p))
-    return dropped_by((name, *inner), patterns)
-
-
-def kept_tensors(
-    tensors: Mapping[str, StoredTensor], told: Opening, notes: Notes
-) -> dict[str, StoredTensor]:
-    """The tensors without those that are left out by name."""
-    left: dict[str, list[str]] = {}
-    kept: dict[str, StoredTensor] = {}
-    carried = tuple(told.family.carried) if isinstance(told.family, GenericFamily) else ()
-    for name, tensor in tensors.items():
-        pattern = _drops(name, told.options.drop)
-        stays = next((c.why for c in carried if name.startswith(_flat(told.family, c.prefix))), "")
-        if pattern or stays:
-            left.setdefault(f"--drop {pattern}" if pattern else stays, []).append(name)
-        else:
-            kept[name] = tensor
-    for why, names in left.items():
-        notes.drop(why, names)
-    return kept
-
-
-def _flat(family: Family, name: str) -> str:
-    naming = family.rules.naming if isinstance(family, GenericFamily) else default_naming(family)
-    return naming.dcp(name)
-
-
 def lists_of(model: Model) -> dict[str, object]:
     """The lists of layers of a model, for the manifest."""
     return {"lists": {key: list(layers) for key, layers in model.variant.lists}}
-
-
-def model_of(path: Path, told: Opening) -> Model:
-    """The table that the tensors have, by the original model, else by our own manifest."""
-    family, like = told.family, told.like
-    if not told.claims or not family.converter:
-        return Model(family, Variant(), (), {})
-    if like is not None:
-        return Model(family, like.variant, like.modules, like.dims, tied_known=like.tied_known)
-    content = manifest.read(path)[0] or {}
-    dims = manifest.sizes(content)
-    if dims and content.get("converter") == family.converter:
-        variant = manifest.variant(content)
-        return Model(family, variant, family.table(variant), dims)
-    if told.faults is not STRICT:  # an examination goes on without
-        return Model(family, Variant(), (), {})
-    raise CheckpointError(
-        f"{path} does not tell the sizes of its model",
-        "config.json of the original model",
-        "give --cfg.hf_config.hf_dir, the folder of the original model",
-    )
-
-
-def _naming(told: Opening, names: list[str], path: Path) -> Naming | None:
-    """How the tensors are named; None where they have MM names.
-
-    Raises:
-        TensorError: names that the family does not have.
-    """
-    family = told.family
-    if isinstance(family, GenericFamily):
-        return family.rules.naming
-    if isinstance(told.layout, DCPLayout) and told.layout.dcp_prefix != "auto":
-        return Naming(MODEL + told.layout.dcp_prefix)
-    prefix = known_names(family, names)
-    if prefix is not None:
-        return Naming(prefix)
-    tables = [mm_index(family.modules(variant)) for variant in family.variants]
-    inner = [name.removeprefix(MODEL) for name in names]
-    if any(all(table.find(name) for name in inner) for table in tables):
-        return None
-    raise TensorError(
-        f"{path}: its tensors are not those of {family.name}: {summarise(names)}",
-        "model., a prefix, and the names of Hugging Face; or MM names",
-        "give --cfg.source_layout.dcp_prefix, or leave tensors out with --drop",
-    )
-
-
-def _converted(
-    family: Family, tensors: Mapping[str, StoredTensor], notes: Notes
-) -> dict[str, StoredTensor]:
-    """The tensors without those that the family carries or drops."""
-    kept: dict[str, StoredTensor] = {}
-    left: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
-        why = family.why_carried(name) or family.why_dropped(name)
-        if why:
-            left.setdefault(why, []).append(name)
-        else:
-            kept[name] = tensor
-    for why, names in left.items():
-        notes.drop(why, names)
-    return kept
 
 
 def _place_by_table(asked: Placing, naming: Naming) -> tuple[Side, dict[str, str]]:
