@@ -13,17 +13,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmconvert.adapters import HF_B
 from mmconvert.config import Options
 from mmconvert.converters.family import Family
-from mmconvert.errors import LayoutError, MMConvertError
+from mmconvert.errors import LayoutError, MMConvertError, RequestError
 from mmconvert.events import Events
 from mmconvert.executor import compare
 from mmconvert.executor.digests import digests
 from mmconvert.executor.jobs import default_workers
 from mmconvert.formats.base import Described, Format, NoLayout, Opening, Placing, StoredCheckpoint
+from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.hf.side import hf_target
+from mmconvert.formats.peft.folder import named_base
 from mmconvert.formats.reading import steady
-from mmconvert.formats.registry import load, of_naming
+from mmconvert.formats.registry import load, of_naming, recognise
 from mmconvert.names import NO_LAYER
 from mmconvert.plan.plan import (
     Block,
@@ -72,10 +75,12 @@ def roundtrip(
     layouts: Sequence[tuple[str, object]],
     options: Options | None = None,
     events: Events | None = None,
+    base: Path | None = None,
 ) -> list[LayoutOutcome]:
-    """Sends a checkpoint through layouts and back.
+    """Sends a checkpoint, or an adapter of PEFT, through layouts and back.
 
     Args:
+        base: the model that an adapter is of; else that which adapter_config.json names.
         layouts: names and layouts; none takes a few representative ones, as far as the model
             allows them.
 
@@ -84,7 +89,7 @@ def roundtrip(
         MMConvertError: a checkpoint that cannot be read.
     """
     options, events = options or Options(), events or Events()
-    hf = load("hf").open(hf_dir, Opening(family, options))
+    hf = _open(family, hf_dir, options, base)
     kind, side = load(of_naming(family.naming)), hf.side()
     planned = [
         _plan(hf, side, kind, name, given, must=bool(layouts))
@@ -108,6 +113,40 @@ def roundtrip(
             LayoutOutcome(name, layout, len(back), plan.nbytes, tuple(sorted(unequal)), "", seconds)
         )
     return outcomes
+
+
+def _open(family: Family, path: Path, options: Options, base: Path | None) -> StoredCheckpoint:
+    """A Hugging Face checkpoint, or an adapter.
+
+    Raises:
+        RequestError: an adapter without its base model, or one whose rank would grow.
+    """
+    if recognise(path) != "peft":
+        if base is not None:
+            raise RequestError(
+                f"--hf_dir is the base model of an adapter; {path} is none",
+                "an adapter of PEFT",
+                "leave --hf_dir out",
+            )
+        return load("hf").open(path, Opening(family, options))
+    folder = base or named_base(path)
+    if folder is None:
+        raise RequestError(
+            f"{path} is an adapter, and the sizes of its base model are not known",
+            "the base model's folder, with its config.json",
+            "give --hf_dir",
+        )
+    found = load("peft").open(path, Opening(family, options, like=config_model(family, folder)))
+    ranks = {tensor.shape[1] for tensor in found.side().stored if tensor.name.endswith(HF_B)}
+    rank = found.model.adapter.settings.r if found.model.adapter else 0
+    if rank > max(ranks, default=rank):
+        raise RequestError(
+            f"{path}: {family.name} packs layers that have an A of their own: in MM format the "
+            f"adapter has rank {rank}, and comes back with it, equal as products",
+            "an adapter that comes back with the same bytes",
+            "convert it with lora_hf_to_mm, and compare both with verify",
+        )
+    return found
 
 
 def _plan(

@@ -330,6 +330,19 @@ def test_a_merge_that_is_killed_leaves_nothing(hf: Path, tmp_path: Path) -> None
     same(weights(tmp_path / "expected"), weights(out))
 
 
+def test_an_adapter_there_and_back_without_writing(hf: Path, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "a", matrices(hf))
+    found = json.loads(call("roundtrip", folder, "--hf_dir", hf, "--json").stdout)
+    assert found["equal"]
+    assert [trip["equal"] for trip in found["layouts"]] == [True] * 3
+    assert {trip["tensors"] for trip in found["layouts"]} == {len(matrices(hf))}
+    refused(call("roundtrip", folder, check=2), 2, "--hf_dir")
+    refused(call("roundtrip", hf, "--hf_dir", hf, check=2), 2, "leave --hf_dir out")
+    other = make_hf("internvl2-1b", tmp_path / "other", **SMALL)
+    grown = save_adapter(tmp_path / "b", matrices(other))
+    refused(call("roundtrip", grown, "--hf_dir", other, check=2), 2, "rank 12", "verify")
+
+
 def test_several_adapters_and_a_scale(hf: Path, tmp_path: Path) -> None:
     """The sum is rounded once: two adapters, the second at half its strength."""
     name = "model.layers.1.mlp.up_proj"

@@ -27,7 +27,10 @@ class Trip:
     """What to send through MM format."""
 
     hf_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="HF_DIR")]
-    """A Hugging Face checkpoint."""
+    """A Hugging Face checkpoint, or an adapter of PEFT."""
+    base_dir: Annotated[MaybePath, tyro.conf.arg(name="hf_dir")] = None
+    """The base model of an adapter, for its config.json; not given: the one that
+    adapter_config.json names."""
     layout: Annotated[Patterns, tyro.conf.arg(metavar="FILE.yaml")] = NO_PATTERNS
     """YAML, keys of --cfg.parallel_config; may be repeated. Not given: three usual layouts."""
     junit: Annotated[MaybePath, tyro.conf.arg(metavar="FILE.xml")] = None
@@ -56,12 +59,12 @@ def run(words: list[str]) -> int:
     from mmconvert.formats.registry import load, of_naming
     from mmconvert.tools.roundtrip import roundtrip
 
-    family = family_of(asked.hf_dir, naming="")
+    family = family_of(asked.base_dir or asked.hf_dir, naming="")
     form = load(of_naming(family.naming)).Layout
     layouts = [(Path(name).stem, _layout(Path(name), form)) for name in asked.layout]
     with screen_events(quiet=asked.quiet) as events:
         options = Options(workers=asked.workers, drop=asked.drop)
-        found = roundtrip(family, asked.hf_dir, layouts, options, events)
+        found = roundtrip(family, asked.hf_dir, layouts, options, events, asked.base_dir)
     if asked.junit is not None:
         cases = [
             Case(o.name, o.seconds, "\n".join(f"changed: {n}" for n in o.unequal), o.skipped)
