@@ -137,10 +137,10 @@ def substituted(
     new: set[int] = set()
     for adapter in adapters:
         for name, tensor in adapter.replaced.items():
+            _check_tied(adapter.where, name, places)
             place = places.find(name, NO_EXPERT)
             if place is None:
                 raise _no_place(adapter.where, tensor.name)
-            _check_tied(adapter.where, name, places)
             whole = side.wholes[place.key]
             rows = sum(span.length for span in place.spans)
             if tensor.shape[:1] != (rows,) or tensor.shape[1:] != whole.shape[1:]:
@@ -198,10 +198,10 @@ def merged(plan: Plan, dst: Side, places: ProductPlaces, adapters: Iterable[Adap
         replicas += [_moved(check, first) for check in adapter.replicas]
         notes += adapter.notes
         for name, expert, term in adapter.deltas:
+            _check_tied(adapter.where, name, places)
             place = places.find(name, expert)
             if place is None:
                 raise _no_place(adapter.where, term.name)
-            _check_tied(adapter.where, name, places)
             added = _added(len(terms), term, place, dst, adapter.where)
             turned = term.transposed != place.turned
             terms.append(_numbered(term, first)._replace(transposed=turned))

@@ -112,7 +112,9 @@ def test_a_tied_embedding_is_untied_where_asked(module: str, tmp_path: Path) -> 
     )
     a, b = made.values()
     changed = word + 2 * (b @ a).T if module == "embed_tokens" else word + 2 * (b @ a)
-    merge(QWEN, base, [folder], tmp_path / "out", "--cfg.untie", "True")
+    out = tmp_path / "out"
+    refused(merge(QWEN, base, [folder], out, check=2), 2, module, "--cfg.untie", out=out)
+    merge(QWEN, base, [folder], out, "--cfg.untie", "True")
     got = weights(tmp_path / "out")
     assert got.keys() == {*before, "lm_head.weight"}
     mine, other = "model.embed_tokens.weight", "lm_head.weight"
