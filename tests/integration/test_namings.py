@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ class Trio(toyformat.Npy):
     naming: ClassVar = "trio"
 
     def open(self, path: Path, told: Opening) -> toyformat.NpyStored:
-        index = read_json_file(path / toyformat.INDEX)
+        index: Any = read_json_file(path / toyformat.INDEX)
         table, sizes = told.family.table(Variant()), dict(index["dims"])
         own = side_in(self.naming, table, sizes, toyformat.tensors_of(path), told.faults)
         model = Model(told.family, Variant(), table, sizes)
@@ -186,13 +186,15 @@ def test_the_third_naming_says_how_its_tensors_are_made(hf: Path, tmp_path: Path
 
 
 def names(folder: Path) -> list[str]:
-    return list(read_json_file(folder / toyformat.INDEX)["tensors"])
+    index: Any = read_json_file(folder / toyformat.INDEX)
+    return list(index["tensors"])
 
 
 def read(folder: Path, name: str) -> torch.Tensor:
     import numpy as np
 
-    number, _ = read_json_file(folder / toyformat.INDEX)["tensors"][name]
+    index: Any = read_json_file(folder / toyformat.INDEX)
+    number, _ = index["tensors"][name]
     return torch.from_numpy(np.load(folder / f"{number:05d}.npy"))
 
 

@@ -226,7 +226,7 @@ def test_a_missing_rank_folder_is_named(work: Work, tmp_path: Path) -> None:
     path = rank_files(mm)["mp_rank_01_001"]
     path.unlink()
     path.parent.rmdir()
-    with pytest.raises(CheckpointError, match="missing: tp 1 pp 1"):
+    with pytest.raises(CheckpointError, match=r"missing: mp_rank_01_001 \(tp 1 pp 1\)"):
         validated(mm, work.hf)
 
 
