@@ -102,7 +102,7 @@ def plan_of(asked: Finetuned, save: Path, evaluate: int, frozen: tuple[str, ...]
         asked.global_batch_size // asked.micro_batch_size, asked.seed, frozen,
         not asked.no_save_optim, recipe, kind, asked.order,
         asked.recompute_granularity == "full", asked.data_parallel_size, asked.num_workers or 1,
-        lora_of(asked, frozen),
+        lora_of(asked, frozen), asked.log_axis,
     )  # fmt: skip
 
 

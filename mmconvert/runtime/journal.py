@@ -45,10 +45,11 @@ class TrainingLog:
 
     Args:
         start: the iteration that a restart goes on from; later lines are dropped.
+        log: the picture has a logarithmic axis.
     """
 
-    def __init__(self, save: Path, start: int) -> None:
-        self._save, self._path = save, save / LOG
+    def __init__(self, save: Path, start: int, log: bool = False) -> None:
+        self._save, self._path, self._log = save, save / LOG, log
         self._lines: list[dict[str, Any]] = []
         try:
             save.mkdir(parents=True, exist_ok=True)
@@ -91,6 +92,6 @@ class TrainingLog:
         }
         path = self._save / PICTURE
         try:
-            durable.replace_file(path, draw("loss", lines).encode())
+            durable.replace_file(path, draw("loss", lines, log=self._log).encode())
         except OSError as error:
             raise cannot_write(path, error) from None

@@ -79,6 +79,7 @@ class TrainingPlan:
         replicas: copies of the model that share the micro-batches of a step.
         workers: threads of each process that encode samples ahead of their step.
         lora: what is adapted, if adapters alone learn.
+        log_axis: the picture of the losses has a logarithmic axis.
     """
 
     save: Path
@@ -99,6 +100,7 @@ class TrainingPlan:
     replicas: int = 1
     workers: int = 1
     lora: LoraPlan | None = None
+    log_axis: bool = False
 
     def settings(self) -> dict[str, Any]:
         """What decides the curve, beside data and dtype: must be the same after a restart."""
@@ -248,7 +250,7 @@ class TrainingRun:
 
         self._feed = feed(job.train, plan.order, plan.seed, None)  # of all replicas: _agree
         self._check = feed(job.check, "once", 0, emit) if job.check else None
-        self._journal = TrainingLog(plan.save, self._first) if mesh.lead else None
+        self._journal = TrainingLog(plan.save, self._first, plan.log_axis) if mesh.lead else None
         self._saved, self._clock = self._first, time.monotonic()
 
     def train(self) -> TrainingOutcome:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,17 @@ def test_a_narrow_terminal(columns: str, tied_hf: Path, out: Path) -> None:
     hf_to_mm(tied_hf, out)
     for words in (["inspect", out], ["suggest", tied_hf, "--pp", "2"]):
         assert "rank" in run_cli(*words, env=env, check=0).stdout
+
+
+def test_headings_keep_whole_words(tied_hf: Path, out: Path) -> None:
+    """On 60 columns, numbers with their units too."""
+    hf_to_mm(tied_hf, out)
+    env = {"COLUMNS": "60"}
+    for words in (["inspect", out], ["suggest", tied_hf, "--pp", "2", "--tp", "2"]):
+        shown = run_cli(*words, env=env, check=0).stdout
+        assert "…" not in shown
+    assert {"parameters", "weights", "layers", "TFLOP"} <= set(shown.split())
+    assert re.search(r"\d kB$", shown, re.MULTILINE)
 
 
 # ----------------------------------------------------------------------- names from strangers

@@ -80,6 +80,8 @@ class Finetuned:
     """The most samples to take from --data; 0 for all."""
     log_interval: int = 1
     """Iterations between lines."""
+    log_axis: bool = False
+    """Draw the losses of loss.svg on a logarithmic axis."""
     log_tps: bool = False
     """Say tokens per second too; padding is not counted."""
     lr: float = 1e-5

@@ -180,17 +180,20 @@ def show(found: Suggestion) -> None:
     from rich.table import Table
 
     names = {m.key: m.label.partition("_")[0] for m in found.model.modules}  # image, audio, text
+    console = Console()
+    heads = ["pp rank", *(f"{names[key]} layers" for key in found.balance.grids)]
+    heads += ["cost", "TFLOP", "parameters", "weights"]
     table = Table(title=found.model.family.name)
-    table.add_column("pp rank", justify="right")
-    for key in found.balance.grids:
-        table.add_column(f"{names[key]} layers", justify="right")
-    for column in ("cost", "TFLOP", "parameters", "weights"):
-        table.add_column(column, justify="right")
+    if console.width < 80:  # without lines there is room for whole words
+        table.box, table.pad_edge = None, False
+        heads = [head.replace(" ", "\n") for head in heads]
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
     for number, rank in enumerate(found.ranks):
         layers = [" + ".join(str(c[key]) for c in rank.chunks) for key in found.balance.grids]
         figures = [f"{rank.share:.1%}", f"{rank.tflop:.2f}", f"{rank.parameters / 1e6:,.1f} M"]
         table.add_row(str(number), *layers, *figures, amount(rank.nbytes))
-    Console().print(table)
+    console.print(table)
     every, active = found.parameters
     if active < every:
         whole, part = (

@@ -124,7 +124,7 @@ class QwenVLTrainingRun:
         self._first = self._saved = last or 0
         self._teacher = Teacher(Tokenizer.read(source.vocab, source.like), sizes, source.length)
         self._bad: set[int] = set()
-        self._journal = TrainingLog(plan.save, self._first)
+        self._journal = TrainingLog(plan.save, self._first, plan.log_axis)
         emit(f"one process, {self._where}; {number(learning, 'tensor learns', 'tensors learn')}")
 
     def _optimizer(self) -> torch.optim.AdamW:
