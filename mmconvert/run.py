@@ -97,11 +97,13 @@ class Conversion:
         if self.options.replicas == "first":
             self.events.note(f"warning: {words}; the first copy, or zero, is taken")
             return
+        way = "--replicas first"
+        if any(".lora_" in d.a.name for d in found):  # of adapters
+            way += ", or --replicas mean,"
         raise ReplicaError(
             words,
             expected,
-            "find out which values training used, or give --replicas first to go on with a warning "
-            "(of an adapter also --replicas mean)",
+            f"find out which values training used, or give {way} to go on with a warning",
         )
 
     # ------------------------------------------------------------------------------- writing
