@@ -54,9 +54,8 @@ def norm(files: Files, sources: Sequence[StoredTensor], term: Term) -> float:
     """The Frobenius norm of a product, from matrices of its rank alone."""
     a = matrix_of(files, sources, term.a, Region(0, 0, term.rank, term.cols)).astype(np.float64)
     b = matrix_of(files, sources, term.b, Region(0, 0, term.rows, term.rank)).astype(np.float64)
-    gram_b: Array = b.T @ b
-    gram_a: Array = a @ a.T
-    square = float((gram_b * gram_a).sum())
+    gram_b, gram_a = np.einsum("ir,is->rs", b, b), np.einsum("ri,si->rs", a, a)
+    square = float(np.einsum("rs,rs->", gram_b, gram_a))
     return abs(term.scale) * max(square, 0.0) ** 0.5
 
 
