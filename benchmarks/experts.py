@@ -13,7 +13,6 @@ import argparse
 import json
 import shutil
 import statistics
-import struct
 import sys
 from collections.abc import Iterator
 from math import prod
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from shapes import write_weights
 from timing import machine, read, run
 
 CONVERT = [sys.executable, "-m", "mmconvert", "Qwen3VLMegatronConverter"]
@@ -155,29 +155,11 @@ def write(folder: Path, s: Sizes, noise: bytes = b"") -> int:
     weight_map: dict[str, str] = {}
     for number, run_ in enumerate(files, 1):
         path = folder / f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        _write(path, run_, noise)
+        write_weights(path, run_, noise)
         weight_map |= dict.fromkeys(run_, path.name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
-
-
-def _write(path: Path, held: dict[str, Shape], noise: bytes) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, shape in held.items():
-        size = 2 * prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        if not noise:
-            file.truncate(8 + len(text) + at)
-            return
-        while at:
-            at -= file.write(noise[: min(at, len(noise))])
 
 
 def layout(llm: str, vit: str, tp: int, ep: int) -> list[str]:

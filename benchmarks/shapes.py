@@ -99,7 +99,7 @@ def write_checkpoint(folder: Path, files: int = 2, layers: float = 1.0) -> int:
     noise = np.random.default_rng(0).integers(0, 256, 16 << 20, np.uint8).tobytes()
     for i, run in enumerate(runs, 1):
         file = f"model-{i:05d}-of-{files:05d}.safetensors"
-        _write(folder / file, run, noise)
+        write_weights(folder / file, run, noise)
         weight_map |= dict.fromkeys(run, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -111,7 +111,8 @@ def _layer(name: str) -> int:
     return numbers[0] if "layers." in name or "blocks." in name else -1
 
 
-def _write(path: Path, run: dict[str, tuple[int, ...]], noise: bytes) -> None:
+def write_weights(path: Path, run: dict[str, tuple[int, ...]], noise: bytes) -> None:
+    """One weight file in bf16; without noise its data is a hole."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape in run.items():
@@ -122,5 +123,8 @@ def _write(path: Path, run: dict[str, tuple[int, ...]], noise: bytes) -> None:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
+        if not noise:
+            file.truncate(8 + len(text) + at)
+            return
         while at:
             at -= file.write(noise[: min(at, len(noise))])

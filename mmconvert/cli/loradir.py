@@ -20,11 +20,14 @@ TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 @contextmanager
 def adapters(
-    lora_dir: MaybePath, alpha: float | None, hf_dir: Path, mm_dir: Path
+    lora_dir: MaybePath, alpha: float | None, hf_dir: Path, mm_dir: Path, *, judged: bool
 ) -> Generator[LoraFolders | None]:
     """The adapters in MM format, for the running checkpoint, and as PEFT has them, for its judge.
 
     What is missing is converted into a folder that is gone afterwards.
+
+    Args:
+        judged: whether there is a judge; else adapters in MM format are taken as they are.
 
     Raises:
         MMConvertError: as the conversions.
@@ -40,6 +43,9 @@ def adapters(
     from mmconvert.loraconfig import AdapterConfig, LoraHFToMM, LoraMMToHF
     from mmconvert.runtime.lora import LoraFolders
 
+    if is_mm(lora_dir) and not judged:
+        yield LoraFolders(lora_dir, None, alpha)
+        return
     family = family_of(hf_dir)
     options = Options(no_sync=True)
     with tempfile.TemporaryDirectory() as place:

@@ -6,7 +6,7 @@ import io
 import os
 import re
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from difflib import get_close_matches
 from typing import Any, TypeVar, cast
 
@@ -74,11 +74,8 @@ def _columns(width: int) -> Generator[None]:
 
 def _help(read: Any, words: Sequence[str]) -> str:  # noqa: ANN401 - a closure of parse
     shown = io.StringIO()
-    try:
-        with redirect_stdout(shown):
-            read(words)
-    except SystemExit:
-        pass
+    with redirect_stdout(shown), suppress(SystemExit):
+        read(words)
     text = NOTHING.sub("", unboxed(shown.getvalue()))
     return OPTIONAL.sub(lambda m: m[1] + m[2] * 8, text).rstrip()  # what stands beside it stays
 

@@ -67,12 +67,12 @@ class LoraFolders:
 
     Attributes:
         mm: the MM checkpoint.
-        peft: PEFT's folder.
+        peft: PEFT's folder, where transformers' model gets it too.
         alpha: that the user gives, where nothing else tells it.
     """
 
     mm: Path
-    peft: Path
+    peft: Path | None
     alpha: float | None = None
 
 

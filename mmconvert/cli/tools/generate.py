@@ -117,7 +117,7 @@ def _answer(asked: Generated, script: Script) -> int:
     check_only_qwenvl(asked.vocab_file, asked.like)
     folder = needed(asked.mm_dir, "--mm_dir (or --load)", "generate")
     files = (asked.image, asked.audio, asked.video)
-    with adapters(asked.lora_dir, asked.lora_alpha, hf_dir, folder) as lora:
+    with adapters(asked.lora_dir, asked.lora_alpha, hf_dir, folder, judged=False) as lora:
         how = replace(how, lora=lora)
         if asked.chat:
             return answering.chat(folder, hf_dir, how, screen, asked.prompt, files)

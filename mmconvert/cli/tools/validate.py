@@ -91,7 +91,9 @@ def run(words: list[str]) -> int:
         )  # fmt: skip
     else:
         check_only_qwenvl(asked.vocab_file, asked.like)
-        with adapters(asked.lora_dir, asked.lora_alpha, asked.hf_dir, asked.mm_dir) as lora:
+        with adapters(
+            asked.lora_dir, asked.lora_alpha, asked.hf_dir, asked.mm_dir, judged=True
+        ) as lora:
             report = commands.validate(
                 asked.mm_dir, asked.hf_dir, asked.prompt, asked.image, asked.audio, asked.dtype,
                 asked.tolerance, note, lora,
