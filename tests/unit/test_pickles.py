@@ -281,7 +281,7 @@ def test_objects_that_take_more_memory_than_any_pickle_of_this_size(
     part: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An empty set is one byte in a pickle and 216 in memory."""
-    monkeypatch.setattr("mmconvert.formats.containers.pickles.FREE_MEMORY", 1 << 20)
+    monkeypatch.setattr("mmconvert.formats.containers.picklestack.FREE_MEMORY", 1 << 20)
     fill = part * (300_000 // len(part))
     made = b"\x80\x04(cx\ny\nq\x00" + fill.replace(b"\x8fK", b"\x8f(K") + b"l."
     with pytest.raises(FormatError, match="MiB of memory"):
@@ -302,7 +302,7 @@ def test_many_tensors_take_no_more_memory_than_they_may() -> None:
 
 def test_too_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are limited by the size; a list that is written once may be copied by each call."""
-    monkeypatch.setattr("mmconvert.formats.containers.pickles.FREE_STEPS", 500)
+    monkeypatch.setattr("mmconvert.formats.containers.picklestack.FREE_STEPS", 500)
     assert load(b"N0" * 10_000 + b"N.") is None
     shared = b"(" + b"N" * 100 + b"lq\x000"
     for module, name in [("__builtin__", "set"), ("torch", "Size"), ("builtins", "frozenset")]:
