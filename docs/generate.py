@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 
 from mmconvert import converters
-from mmconvert.cli import AUTO, TOOLS, main, verbs_of
+from mmconvert.cli import main
+from mmconvert.cli.commands import AUTO, TOOLS, verbs_of
 
 ROOT = Path(__file__).parents[1]
 COMMANDS, FAMILIES = ROOT / "docs" / "commands.md", ROOT / "docs" / "families.md"

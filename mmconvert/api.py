@@ -19,20 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mmconvert import convert, converters, directions, lazy
-from mmconvert.config import (
-    CommonModelConfig,
-    HFConfig,
-    HFToMM,
-    MMToHF,
-    Options,
-    ParallelConfig,
-    RankFolders,
-)
+from mmconvert.config import CommonModelConfig, HFConfig, HFToMM, MMToHF, Options, ParallelConfig
 from mmconvert.converters.family import Family
 from mmconvert.errors import LayoutError
 from mmconvert.events import Events
 from mmconvert.formats import recognise, registry
 from mmconvert.lazy import Tensors
+from mmconvert.msconfig import RankFolders
 from mmconvert.result import Result
 from mmconvert.sharding.stages import parse_grid
 from mmconvert.tools import inspection

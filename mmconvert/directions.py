@@ -9,16 +9,11 @@ from mmconvert.config import (
     DCPLayout,
     DCPToHF,
     DCPToMM,
-    DeviceConfig,
     HFToDCP,
     HFToMM,
-    HFToMS,
     MMToDCP,
     MMToHF,
-    MSResplit,
-    MSToHF,
     Options,
-    RankFolders,
     Resplit,
 )
 from mmconvert.convert import PARALLEL, End, Request, convert
@@ -27,6 +22,7 @@ from mmconvert.errors import LayoutError
 from mmconvert.events import Events
 from mmconvert.formats.reading import watched
 from mmconvert.modeljson.layout import settled
+from mmconvert.msconfig import DeviceConfig, HFToMS, MSResplit, MSToHF, RankFolders
 from mmconvert.result import Result
 
 

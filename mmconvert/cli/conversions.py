@@ -8,10 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmconvert import config
-from mmconvert.cli import AUTO, DCP_VERBS, MS_VERBS, VERBS, verbs_of
-from mmconvert.cli.arguments import Command, Screen, normalise, read
+from mmconvert import config, msconfig
+from mmconvert.cli.arguments import Command, Screen, read
+from mmconvert.cli.commands import AUTO, DCP_VERBS, MS_VERBS, VERBS, verbs_of
 from mmconvert.cli.screen import print_lines, screen_events
+from mmconvert.cli.spelling import normalise
 from mmconvert.config import OptionalHFConfig
 from mmconvert.names import number
 from mmconvert.words import amount
@@ -34,7 +35,7 @@ def _class(form: str) -> type:
         from mmconvert import loraconfig
 
         return getattr(loraconfig, form)
-    return getattr(config, form)
+    return getattr(msconfig if hasattr(msconfig, form) else config, form)
 
 
 def _form(converter: str, verb: str, flags: list[str]) -> tuple[str, str, str]:
@@ -44,7 +45,7 @@ def _form(converter: str, verb: str, flags: list[str]) -> tuple[str, str, str]:
     if (converter, verb) == (AUTO, "resplit"):
         from mmconvert.formats.registry import recognise
 
-        words = normalise(flags, config.MSResplit)
+        words = normalise(flags, msconfig.MSResplit)
         given = dict(pairwise(words))
         given |= {
             flag: value for flag, _, value in (word.partition("=") for word in words) if value
@@ -138,7 +139,7 @@ def _of_adapter(converter: str, verb: str, command: Command) -> Result:
 def _inputs(cfg: Any) -> list[Path]:  # noqa: ANN401 - one of many dataclasses
     """The input folders of a request, that of the original model first."""
     names = ("mm_dir", "ms_path", "source_dir", "source")
-    if isinstance(cfg, (config.HFToMM, config.HFToMS, config.HFToDCP)):
+    if isinstance(cfg, (config.HFToMM, msconfig.HFToMS, config.HFToDCP)):
         names = ()
     elif isinstance(cfg, (config.DCPToMM, config.DCPToHF)):
         names = ("dcp_dir",)

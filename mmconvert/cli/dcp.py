@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmconvert.cli import DCP_CONVERTERS
 from mmconvert.cli.arguments import Command, read
+from mmconvert.cli.commands import DCP_CONVERTERS
 from mmconvert.cli.conversions import show
 from mmconvert.cli.screen import screen_events
 from mmconvert.config import DCPLayout

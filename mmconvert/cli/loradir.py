@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 from mmconvert.config import MaybePath, OptionalHFConfig, Options
 from mmconvert.errors import RequestError
+from mmconvert.executor.group import TORCHRUN
 
 if TYPE_CHECKING:
     from mmconvert.runtime.lora import LoraFolders
-
-TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
 @contextmanager

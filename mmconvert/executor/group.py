@@ -18,6 +18,7 @@ from mmconvert import errors
 from mmconvert.errors import LostProcessError, MMConvertError, RequestError, disagreement
 
 T = TypeVar("T")
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # set by torchrun for every process that it starts
 
 
 class ProcessGroup:
@@ -179,6 +180,6 @@ def join() -> ProcessGroup:
         RequestError: they cannot be reached.
     """
     global _current
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+    if TORCHRUN in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         _current = Launched()
     return _current

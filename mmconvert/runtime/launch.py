@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from mmconvert.errors import MMConvertError, RequestError
+from mmconvert.executor.group import TORCHRUN
 from mmconvert.names import number
 from mmconvert.runtime import trouble
 from mmconvert.runtime.device import backend, device, take_device
@@ -38,9 +39,7 @@ FAILED = "mmconvert/failed"  # key of torchrun's store: what the first failure w
 
 def under_torchrun() -> bool:
     """Whether torchrun has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(
-        os.environ
-    )
+    return TORCHRUN in os.environ or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ)
 
 
 def leads() -> bool:

@@ -10,20 +10,11 @@ import pytest
 
 from commands import QWEN2VL, copied, rank_files, untouched
 from mmconvert import converters
-from mmconvert.config import (
-    DeviceConfig,
-    HFConfig,
-    HFToMM,
-    HFToMS,
-    MMToHF,
-    MSResplit,
-    Options,
-    ParallelConfig,
-    Resplit,
-)
+from mmconvert.config import HFConfig, HFToMM, MMToHF, Options, ParallelConfig, Resplit
 from mmconvert.directions import hf_to_mm, hf_to_ms, mm_to_hf, resplit
 from mmconvert.errors import CheckpointError, ReplicaError
 from mmconvert.events import Events
+from mmconvert.msconfig import DeviceConfig, HFToMS, MSResplit
 from mmconvert.tools.comparison.diff import diff
 from mmconvert.tools.comparison.verification import verify
 from qwenvl import make_qwenvl

@@ -21,7 +21,7 @@ from cli import run_cli, standing_in
 from commands import copied, install, layout, rank_files
 from inprocess import run_into
 from mmconvert import converters
-from mmconvert.cli import TOOLS
+from mmconvert.cli.commands import TOOLS
 from mmconvert.converters.family import Variant
 from mmconvert.version import VERSION
 

@@ -44,6 +44,7 @@ FILES_ROOM = {
     "converters",
     "sharding",
     "config",
+    "msconfig",
 }
 STORY = {*FILES_ROOM, "result", "estimate", "convert", "run"}
 ALLOWED: dict[str, set[str]] = {
@@ -55,9 +56,12 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"converters", "sharding", "stored"},
     "config": {"sharding"},
     "loraconfig": {"config"},
+    "msconfig": {"config"},
     "modeljson": {"config", "sharding"},
     "executor": {"formats", "plan", "sharding", "stored"},
-    "formats": {"causes", "config", "converters", "executor", "plan", "sharding", "stored"},
+    "formats": {
+        *("causes", "config", "converters", "executor", "msconfig", "plan", "sharding", "stored"),
+    },
     "estimate": {"executor", "plan", "stored"},
     "result": {"estimate", "executor", "formats", "plan"},
     "run": STORY - {"convert"},
@@ -80,7 +84,7 @@ ALLOWED: dict[str, set[str]] = {
         *("api", "datasets", "directions", "lora", "loraconfig", "playground", "regroup"),
         *("renaming", "report", "runtime", "tools"),
     },
-    "__init__": {"api", "config"},
+    "__init__": {"api", "config", "msconfig"},
     "__main__": {"cli"},
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmconvert.cli import AUTO, MS_VERBS, TOOLS, VERBS
+from mmconvert.cli.commands import AUTO, MS_VERBS, TOOLS, VERBS
 from mmconvert.converters import MINDSPORE, converter_names
 from mmconvert.errors import RequestError
 

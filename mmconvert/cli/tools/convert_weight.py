@@ -9,8 +9,9 @@ from typing import Annotated
 import tyro
 
 from mmconvert.cli.arguments import Command, Screen, read_plain
-from mmconvert.config import HFConfig, HFToMS, MaybePath, MSToHF, Options
+from mmconvert.config import HFConfig, MaybePath, Options
 from mmconvert.errors import RequestError
+from mmconvert.msconfig import HFToMS, MSToHF
 
 PROG = "mm-convert convert_weight"
 MODELS = {"qwenvl": "QwenVLConverter"}  # MindFormers' name of a model -> our converter

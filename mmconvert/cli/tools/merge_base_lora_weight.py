@@ -56,7 +56,8 @@ def run(words: list[str]) -> int:
         lora_target_modules=asked.lora_target_modules,
         parallel_config=ParallelConfig(tp_size=asked.tp_size),
     )
-    from mmconvert.cli import AUTO, conversions
+    from mmconvert.cli import conversions
+    from mmconvert.cli.commands import AUTO
 
     conversions.run(AUTO, "lora_merge", Command(cfg, asked.options, asked.screen))
     return 0

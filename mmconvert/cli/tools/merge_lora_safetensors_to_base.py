@@ -53,7 +53,8 @@ def run(words: list[str]) -> int:
         lora_r=asked.lora_r,
         lora_target_modules=asked.lora_target_modules,
     )
-    from mmconvert.cli import AUTO, conversions
+    from mmconvert.cli import conversions
+    from mmconvert.cli.commands import AUTO
 
     conversions.run(AUTO, "lora_merge", Command(cfg, asked.options, asked.screen))
     return 0

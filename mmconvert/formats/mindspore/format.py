@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mmconvert.config import DeviceConfig, Options, RankFolders
+from mmconvert.config import Options
 from mmconvert.converters import ms_registry
 from mmconvert.converters.family import Family
 from mmconvert.converters.mindspore import MSFamily
@@ -51,6 +51,7 @@ from mmconvert.formats.mindspore.side import (
 )
 from mmconvert.formats.model import Model
 from mmconvert.formats.recognise import ms_family
+from mmconvert.msconfig import DeviceConfig, RankFolders
 from mmconvert.plan.plan import Side
 from mmconvert.plan.sizes import check_agreement
 from mmconvert.sharding.devices import DeviceLayout

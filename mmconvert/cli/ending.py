@@ -1,0 +1,116 @@
+"""How a command line ends otherwise than well: its message, its exit code, its signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from mmconvert.cli import screen
+from mmconvert.errors import Interrupted, MMConvertError, OutputError, RequestError
+from mmconvert.words import one_line
+
+INTERRUPTED = 130
+CLOSED_PIPE = 141  # what a shell says of a program that SIGPIPE ends: 128 + 13
+
+
+def terminated(signum: int, frame: object) -> NoReturn:
+    """Handles SIGTERM as Ctrl-C is handled."""
+    raise KeyboardInterrupt
+
+
+def heed_no_more() -> None:
+    """From here on signals interrupt nothing: the end is being told, or is there already.
+
+    Where nobody reads what is told, it would never end: after one more second it does.
+    """
+
+    def hasten(signum: int, frame: object) -> None:
+        if not hasattr(signal, "SIGALRM"):  # Windows
+            os._exit(INTERRUPTED)
+        signal.signal(signal.SIGALRM, lambda signum, frame: os._exit(INTERRUPTED))
+        signal.alarm(1)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, hasten)
+
+
+def interrupted(stop: KeyboardInterrupt, words: Sequence[str]) -> int:
+    """Says that the command was interrupted, and how to go on."""
+    heed_no_more()
+    what, fix = (stop.what, stop.fix) if isinstance(stop, Interrupted) else ("interrupted", "")
+    if asked(words, "--json"):
+        told = {
+            "error": "Interrupted",
+            "what": what,
+            "expected": "a command that runs to its end",
+            "fix": fix or "run the command again",
+            "exit_code": INTERRUPTED,
+        }
+        print(json.dumps(told))
+    screen.say(f"{what}; {fix}" if fix else what)
+    return INTERRUPTED
+
+
+class InternalError(MMConvertError):
+    """A fault of mmconvert itself."""
+
+    exit_code = 70
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"a fault of mmconvert itself: {what}",
+            "none; what stands under the final name, if anything, is complete",
+            "run again with --debug and report what it prints",
+        )
+
+
+def fail(error: MMConvertError, words: Sequence[str]) -> int:
+    """Says what went wrong; returns the exit code."""
+    if asked(words, "--debug"):
+        traceback.print_exc()
+    if asked(words, "--json"):
+        print(json.dumps(error.as_dict()))
+    # Names in messages come from files. A terminal must not obey what is in them.
+    first, *rest = map(one_line, error.lines())
+    screen.say("\n".join([f"error: {first}", *("  " + line for line in rest)]))
+    return error.exit_code
+
+
+def failed_output(error: OSError) -> MMConvertError:
+    """Files' errors are MMConvertErrors: one without a file's name is the standard output's."""
+    if error.filename is not None:
+        return _unusable(error)
+    screen.abandon(sys.stdout)
+    return _unprinted(error)
+
+
+def _unusable(error: OSError) -> RequestError:
+    """What the system says of a path that no other part of the program has looked at before."""
+    return RequestError(
+        f"{os.fsdecode(error.filename)}: {error.strerror or error}",  # pyright: ignore[reportArgumentType]
+        "a path that the system can use",
+    )
+
+
+def _unprinted(error: OSError) -> OutputError:
+    return OutputError(
+        f"the result could not be printed: {error.strerror or error}",
+        "a standard output that can be written; what the command was to write to files is there",
+        "free some space, or send the output elsewhere",
+    )
+
+
+def asked(words: Sequence[str], flag: str) -> bool:
+    """Whether one of our own flags is set, in any of its spellings, a --config file included."""
+    from mmconvert.cli.spelling import normalise
+    from mmconvert.config import HFToMM
+
+    try:
+        return flag in normalise(words, HFToMM)
+    except MMConvertError:
+        return flag in words
