@@ -132,7 +132,11 @@ def data_of(asked: Finetuned) -> tuple[Path, Data, tuple[str, ...]]:
             (SampleSource(train, asked.max_samples, folders),),
             (SampleSource(check, 0, folders),) if check else (),
             asked.val_rate,
-            Prepare(length=asked.seq_length, newline=not asked.skip_newline),
+            Prepare(
+                length=asked.seq_length,
+                newline=not asked.skip_newline,
+                sound_in_video=asked.use_audio_in_video,
+            ),
             asked.strict,
         )
         return needed(asked.hf_dir, "--hf_dir", "finetune"), data, ()
@@ -144,7 +148,8 @@ def data_of(asked: Finetuned) -> tuple[Path, Data, tuple[str, ...]]:
             "write it there, or give --hf_dir",
         )  # fmt: skip
     newline = not asked.skip_newline
-    prepare = replace(found.prepare, length=asked.seq_length, newline=newline)
+    woven = found.prepare.sound_in_video or asked.use_audio_in_video
+    prepare = replace(found.prepare, length=asked.seq_length, newline=newline, sound_in_video=woven)
     data = Data(found.train, found.check, found.rate, prepare, asked.strict)
     return hf_dir, data, found.notes
 

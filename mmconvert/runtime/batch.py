@@ -29,6 +29,8 @@ class Batch:
         mask: (batch, time) 0 where an id is padding that stands before others, what a cache has
             read included; None where there is none.
         last: only the last position's logits are asked for.
+        seconds: (videos,) from one row of a video's grid to the next; None: one second each.
+        woven: the sounds stand between the frames of the videos, in their order.
     """
 
     ids: Tensor
@@ -41,6 +43,8 @@ class Batch:
     lengths: Tensor
     mask: Tensor | None = None
     last: bool = False
+    seconds: Tensor | None = None
+    woven: bool = False
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""

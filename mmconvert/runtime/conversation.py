@@ -48,7 +48,9 @@ class Speaker:
         self._start: int | None = None if form.openings else known[0]
         self._end: int | None = None if form.openings else known[1]
         self._closings = set(known if form.openings else known[1:])
-        self._files = FileTokens(arch, Media(arch, hf_dir, self.prepare), self._words)
+        self._files = FileTokens(
+            arch, Media(arch, hf_dir, self.prepare), self._words, weave=self.prepare.sound_in_video
+        )
 
     @property
     def tokenizer(self) -> Any:  # noqa: ANN401 - transformers' tokenizer

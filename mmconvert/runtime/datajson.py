@@ -144,15 +144,10 @@ def _huggingface(param: dict[str, Any], path: Path) -> DataJson:
         video_frames=pre.count("video_maxlen", 128),
         learn_questions=basic.take("train_on_prompt", bool, False),
         learn_last=basic.take("mask_history", bool, False),
+        sound_in_video=pre.take("use_audio_in_video", bool, False),
     )
     if pre.count("audio_sampling_rate", 16000) != 16000:
         raise RequestError(f"{path}: audio_sampling_rate", "16000, as the audio encoder takes it")
-    if pre.take("use_audio_in_video", bool, False):
-        raise RequestError(
-            f"{path}: use_audio_in_video, the sound of a video between its frames, is not possible",
-            "sounds of their own",
-            'leave it out, and name the video in "audios" too, with <video><audio> in the question',
-        )
     check = basic.take("val_dataset", str, "")
     rate, limit = basic.take("val_rate", float, 0.0), basic.count("val_max_samples", 0)
     if not named:

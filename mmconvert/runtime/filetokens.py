@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from mmconvert.runtime.inputs import audio_tokens
 from mmconvert.runtime.media import Media
 from mmconvert.runtime.pictures import open_picture
 from mmconvert.runtime.samples import Sample
+from mmconvert.runtime.weaving import chunks, paired, woven
 from mmconvert.runtime.words import Words
 
 VIDEO = re.compile("<video>")
@@ -23,11 +26,32 @@ INTERN_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
 Spelled = dict[str, list[list[int]]]  # by kind: the ids that stand for each file
 
 
+class FileTensors(NamedTuple):
+    """The tensors of a sample's files, as :class:`Batch` has them."""
+
+    pixels: Tensor
+    grid: Tensor
+    image_rows: int
+    features: Tensor
+    lengths: Tensor
+    seconds: Tensor | None
+    woven: bool
+
+
 class FileTokens:
     """Turns the files of a sample into tensors and ids."""
 
-    def __init__(self, arch: Architecture, media: Media, words: Words) -> None:
+    def __init__(
+        self, arch: Architecture, media: Media, words: Words, *, weave: bool = False
+    ) -> None:
         self._arch, self._media, self._words = arch, media, words
+        self._weave = weave
+        if weave and arch.kind != "qwen2_5_omni":
+            raise RequestError(
+                "use_audio_in_video is asked for",
+                "Qwen2.5-Omni, the only family that hears",
+                "leave it out",
+            )
         self._around: dict[str, tuple[list[int], int | None, list[int]]]
         if arch.intern:
             around = [words.special(word) for word in INTERN_TOKENS]
@@ -40,12 +64,15 @@ class FileTokens:
         before, after = self._arch.around(kind)
         return before, self._arch.token(f"{kind}_token_id"), after
 
-    def read(
-        self, sample: Sample
-    ) -> tuple[Sample, tuple[Tensor, Tensor, int, Tensor, Tensor], Spelled]:
+    def read(self, sample: Sample) -> tuple[Sample, FileTensors, Spelled]:
         """A sample with places for all it has, the tensors of its files, as ``assemble`` takes
         them, and the ids that stand for each file.
         """
+        woven = self._weave and bool(sample.videos) and self._arch.kind == "qwen2_5_omni"
+        if woven:
+            sample = paired(sample)
+            woven = bool(sample.audios)
+        seconds: list[float] = []
         tokens: Spelled = {"image": [], "video": [], "audio": []}
         parts: list[tuple[Tensor, Tensor]] = []
         if sample.images:
@@ -66,15 +93,18 @@ class FileTokens:
         if sample.videos and self._arch.intern:
             sample = self._stills(sample, parts, tokens)
         elif sample.videos:
-            self._films(sample, parts, tokens)
-        tokens["audio"] = [self._spelled("audio", audio_tokens(s.shape[1])) for s in sounds]
+            seconds = self._films(sample, parts, tokens, sounds if woven else ())
+        if not woven:
+            tokens["audio"] = [self._spelled("audio", audio_tokens(s.shape[1])) for s in sounds]
         empty = self._no_pixels()
-        tensors = (
+        tensors = FileTensors(
             torch.cat([p for p, _ in parts]) if parts else empty,
             torch.cat([g for _, g in parts]) if parts else torch.zeros(0, 3, dtype=torch.int64),
             sum(i == self._arch.image_token() for ids in tokens["image"] for i in ids),
             torch.cat(sounds, dim=1) if sounds else torch.zeros(self._mel(), 0),
             torch.tensor([s.shape[1] for s in sounds], dtype=torch.int64),
+            torch.tensor(seconds) if seconds else None,
+            woven,
         )
         return sample, tensors, tokens
 
@@ -83,12 +113,21 @@ class FileTokens:
         sample: Sample,
         parts: list[tuple[Tensor, Tensor]],
         tokens: Spelled,
-    ) -> None:
-        """Adds the frames of videos."""
-        for video in sample.videos:
-            frames, times = self._media.frames(video)
+        sounds: Sequence[Tensor] = (),
+    ) -> list[float]:
+        """Adds the frames of videos, with sounds between them if there are any; the seconds from
+        one row of each grid to the next.
+        """
+        seconds: list[float] = []
+        for number, video in enumerate(sample.videos):
+            frames, times, each = self._media.frames(video)
             pixels, grid, count = self._media.video(frames)
             parts.append((pixels, grid))
+            seconds.append(self._arch.config.vision_config.temporal_patch_size * each)
+            if sounds:
+                heard = audio_tokens(sounds[number].shape[1])
+                tokens["video"].append(self._woven(grid, count, seconds[-1], heard))
+                continue
             if not self._arch.timed:
                 tokens["video"].append(self._spelled("video", count))
                 continue
@@ -96,13 +135,32 @@ class FileTokens:
             each = self._spelled("video", count // int(grid[0, 0]))
             told = [[*self._words.ids(f"<{(a + b) / 2:.1f} seconds>"), *each] for a, b in pairs]
             tokens["video"].append([i for ids in told for i in ids])
+        return seconds
+
+    def _woven(self, grid: Tensor, count: int, seconds: float, heard: int) -> list[int]:
+        """The ids of a video with its sound: chunks of both in turn, frames first."""
+        config, rows = self._arch.config, int(grid[0, 0])
+        rate = config.position_id_per_seconds
+        size = int(rate * config.seconds_per_chunk)
+        places = [self._place(kind) for kind in ("video", "audio")]
+        moments = [row * seconds * rate for row in range(rows) for _ in range(count // rows)]
+        middle = woven(chunks(moments, size), chunks(range(heard), size))
+        around = [self._around[kind] for kind in ("video", "audio")]
+        before = [i for ids, _, _ in around for i in ids]
+        after = [i for _, _, ids in reversed(around) for i in ids]
+        return [*before, *(places[which] for which in middle), *after]
 
     def _spelled(self, kind: str, count: int) -> list[int]:
         """The ids of a file of so many rows."""
-        before, place, after = self._around[kind]
+        before, _, after = self._around[kind]
+        return [*before, *[self._place(kind)] * count, *after]
+
+    def _place(self, kind: str) -> int:
+        """The id that stands for one row of a file."""
+        place = self._around[kind][1]
         if place is None:
             raise RequestError(f"the model takes no {kind}", "files that it takes")
-        return [*before, *[place] * count, *after]
+        return place
 
     def _stills(
         self, sample: Sample, parts: list[tuple[Tensor, Tensor]], tokens: Spelled
@@ -114,7 +172,7 @@ class FileTokens:
             )
         counts: list[int] = []
         for video in sample.videos:
-            frames, _ = self._media.frames(video)
+            frames = self._media.frames(video).pictures
             pixels, grid, each = self._media.stills(frames)
             parts.append((pixels, grid))
             tokens["image"] += [self._spelled("image", count) for count in each]

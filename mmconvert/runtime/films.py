@@ -119,6 +119,16 @@ def middles(count: int, parts: int, first: int = 0) -> list[int]:
     return [first + min(count - 1, int(size / 2 + size * i)) for i in range(parts)]
 
 
+def sounds(path: Path) -> bool:
+    """Whether a video file has sound.
+
+    Raises:
+        RequestError: it cannot be read.
+    """
+    with _opened(path, "video") as (box, _):
+        return bool(box.streams.audio)
+
+
 def sound(path: Path) -> tuple[Tensor, int]:
     """(samples, samples a second) of a sound file or of a video's sound, channels averaged.
 

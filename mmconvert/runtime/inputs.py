@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmconvert.runtime.batch import IGNORED, Batch, pad_text, padded_before
 from mmconvert.runtime.families import Architecture
-from mmconvert.runtime.reference import split_visual, takes_token_types, token_types
+from mmconvert.runtime.reference import seconds_of, split_visual, takes, token_types
 
 SIDE = 8  # patches along each side of the picture
 SOUND = 50  # frames of sound
@@ -85,6 +85,8 @@ def assemble(
     image_rows: int,
     features: Tensor,
     lengths: Tensor,
+    seconds: Tensor | None = None,
+    woven: bool = False,
 ) -> Batch:
     """A batch with its positions.
 
@@ -94,8 +96,11 @@ def assemble(
     """
     for token in arch.places:
         labels = labels.masked_fill(ids == token, IGNORED)
-    batch = Batch(ids, labels, torch.zeros(0), pixels, grid, image_rows, features, lengths)
-    return Batch(ids, labels, positions(arch, batch), pixels, grid, image_rows, features, lengths)
+    batch = Batch(
+        ids, labels, torch.zeros(0), pixels, grid, image_rows, features, lengths,
+        seconds=seconds, woven=woven,
+    )  # fmt: skip
+    return replace(batch, positions=positions(arch, batch))
 
 
 def positions(arch: Architecture, batch: Batch) -> Tensor:
@@ -110,11 +115,14 @@ def positions(arch: Architecture, batch: Batch) -> Tensor:
         "video_grid_thw": videos[1] if len(videos[1]) else None,
         "attention_mask": torch.ones_like(batch.ids),
     }
-    if takes_token_types(model):
+    if takes(model, "mm_token_type_ids"):
         given["mm_token_type_ids"] = token_types(arch, batch.ids)
     if arch.kind == "qwen2_5_omni":
         given["audio_seqlens"] = batch.lengths if batch.lengths.numel() else None
-        given["second_per_grids"] = torch.ones(len(videos[1])) if len(videos[1]) else None
+        given["second_per_grids"] = seconds_of(batch, len(videos[1])) if len(videos[1]) else None
+        given["use_audio_in_video"] = batch.woven
+    elif len(videos[1]) and takes(model, "second_per_grid_ts"):
+        given["second_per_grid_ts"] = seconds_of(batch, len(videos[1]))
     found, _ = model.get_rope_index(batch.ids, **given)
     return found
 
@@ -142,6 +150,7 @@ def joined(arch: Architecture, batches: Sequence[Batch]) -> Batch:
         both = [split_visual(arch, b) for b in batches]
         ordered = [one for one, _ in both] + [two for _, two in both]
         pixels, grid = [p for p, _ in ordered], [g for _, g in ordered]
+    seconds = [b.seconds for b in batches if b.seconds is not None]
     return Batch(
         torch.cat([b.ids for b in padded]),
         torch.cat([b.labels for b in padded]),
@@ -151,6 +160,8 @@ def joined(arch: Architecture, batches: Sequence[Batch]) -> Batch:
         sum(b.image_rows for b in batches),
         torch.cat([b.features for b in batches], dim=1),
         torch.cat([b.lengths for b in batches]),
+        seconds=torch.cat(seconds) if seconds else None,
+        woven=any(b.woven for b in batches),
     )
 
 

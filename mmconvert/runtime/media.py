@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -21,6 +21,20 @@ from mmconvert.runtime.sounds import RATE, read_sound
 from mmconvert.runtime.tiles import IMAGENET, tiles
 
 Pixels = tuple[int, int] | None
+
+
+class Frames(NamedTuple):
+    """Frames of a video.
+
+    Attributes:
+        pictures: those that are taken.
+        times: the second of each.
+        each: the seconds that one stands for, on the average.
+    """
+
+    pictures: list[Image.Image]
+    times: list[float]
+    each: float
 
 
 class Media:
@@ -84,8 +98,8 @@ class Media:
             tokens.append(each * len(cut))
         return torch.stack(made), torch.ones(len(made), 3, dtype=torch.int64), tokens
 
-    def frames(self, video: Path | Clip) -> tuple[list[Image.Image], list[float]]:
-        """The frames of a video that are taken, and the second of each.
+    def frames(self, video: Path | Clip) -> Frames:
+        """The frames of a video that are taken.
 
         Of pictures that stand for a video the rate is taken to be that of ``prepare``.
 
@@ -95,8 +109,10 @@ class Media:
         path, most = (video.path if isinstance(video, Clip) else video), self._prepare.video_frames
         rate = self._prepare.video_rate
         times: list[float] = []
+        each = 1 / rate
 
         def choose(count: int, seconds: float) -> list[int]:
+            nonlocal each
             first, last = 0, count
             if isinstance(video, Clip) and seconds:
                 first = min(count - 1, int(video.start / seconds * count))
@@ -106,14 +122,16 @@ class Media:
             else:
                 found = [first + i for i in films.sampled(last - first, seconds, rate, most)]
             times.extend(i * seconds / count for i in found)
+            each = (last - first) * seconds / count / len(found)
             return found
 
         held = frames_of(path)
         if held is None:
-            return films.frames(path, choose), times
+            pictures = films.frames(path, choose)
+            return Frames(pictures, times, each)
         if len(held) > most:
             held = [held[i * len(held) // most] for i in range(most)]
-        return held, [i / rate for i in range(len(held))]
+        return Frames(held, [i / rate for i in range(len(held))], each)
 
     def video(self, frames: Sequence[Image.Image]) -> tuple[Tensor, Tensor, int]:
         """(pixels, grid of one row, tokens): frames in pairs, as a temporal patch takes two."""
@@ -136,10 +154,13 @@ class Media:
         """InternVL's frames of a video: one tile each; values as of :meth:`images`."""
         return self._tiles(frames, Tiling())
 
-    def sound(self, sound: Path | Tensor) -> Tensor:
-        """(mel bins, frames) of a sound file, or of samples at 16 kHz."""
+    def sound(self, sound: Path | Clip | Tensor) -> Tensor:
+        """(mel bins, frames) of a sound file or a video's sound, or of samples at 16 kHz."""
         if self._sounds is None:
             self._sounds = _load(transformers.WhisperFeatureExtractor, self._hf_dir, "sounds")
+        if isinstance(sound, Clip):
+            start, end = (int(second * RATE) for second in (sound.start, sound.end))
+            sound = read_sound(sound.path)[start:end]
         samples = read_sound(sound) if isinstance(sound, Path) else sound
         made = self._sounds(
             samples.numpy(), sampling_rate=RATE, return_attention_mask=True, return_tensors="pt",

@@ -38,6 +38,7 @@ class Prepare:
         tiling: of InternVL; None takes that of config.json.
         newline: the newline behind an answer in Qwen's template is learnt, as MindSpeed-MM does.
         template: of InternVL's conversations; "" takes that of config.json.
+        sound_in_video: a video's sound stands between its frames, for Omni.
     """
 
     image_pixels: tuple[int, int] | None = None
@@ -50,3 +51,4 @@ class Prepare:
     newline: bool = True
     tiling: Tiling | None = None
     template: str = ""
+    sound_in_video: bool = False

@@ -143,21 +143,31 @@ def modal_inputs(arch: Architecture, model: Any, batch: Batch) -> dict[str, Any]
         inputs |= {"pixel_values_videos": videos[0], "video_grid_thw": videos[1]}
     if arch.kind == "qwen2_5_omni":
         if len(videos[1]):
-            inputs["video_second_per_grid"] = torch.ones(len(videos[1]))
+            inputs["video_second_per_grid"] = seconds_of(batch, len(videos[1]))
         if batch.lengths.numel():
-            inputs |= _sound_inputs(batch)
-    elif takes_token_types(arch.parts(model).positions):
+            inputs |= _sound_inputs(batch) | {"use_audio_in_video": batch.woven}
+        return inputs
+    positions = arch.parts(model).positions
+    if takes(positions, "mm_token_type_ids"):
         inputs["mm_token_type_ids"] = token_types(arch, batch.ids)
+    if len(videos[1]) and takes(positions, "second_per_grid_ts"):
+        inputs["second_per_grid_ts"] = seconds_of(batch, len(videos[1]))
     return inputs
 
 
-def takes_token_types(positions: Any) -> bool:  # noqa: ANN401 - HF's module
-    """Whether this transformers finds positions by the types of tokens (5.10 and later do).
+def takes(positions: Any, name: str) -> bool:  # noqa: ANN401 - HF's module
+    """Whether this transformers finds positions by something: by the types of tokens from 5.10 on,
+    by the seconds of videos in some families.
 
     Args:
         positions: the module that has ``get_rope_index``.
     """
-    return "mm_token_type_ids" in inspect.signature(positions.get_rope_index).parameters
+    return name in inspect.signature(positions.get_rope_index).parameters
+
+
+def seconds_of(batch: Batch, videos: int) -> Tensor:
+    """(videos,) the seconds from one row of a video's grid to the next."""
+    return torch.ones(videos) if batch.seconds is None else batch.seconds
 
 
 def token_types(arch: Architecture, ids: Tensor) -> Tensor:

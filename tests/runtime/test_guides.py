@@ -98,13 +98,13 @@ def test_a_file_of_another_model_is_refused(guide: Guide) -> None:
     assert "big.json is of another model: text_decoder.ffn_hidden_size is 11" in done.stderr
 
 
-def test_the_sound_of_a_video_between_its_frames_is_refused(guide: Guide) -> None:
+def test_a_model_without_ears_refuses_the_sound_of_a_video(guide: Guide) -> None:
     content = json.loads((guide.folder / "data_2b.json").read_text())
     content["dataset_param"]["preprocess_parameters"]["use_audio_in_video"] = True
     (guide.folder / "sound.json").write_text(json.dumps(content))
     words = guidefiles.script(pp=2, save="refused", data="sound.json")
     done = run_cli("finetune", *words, cwd=guide.folder, check=2)
-    assert 'name the video in "audios" too' in done.stderr
+    assert "use_audio_in_video is asked for" in done.stderr
 
 
 def test_lists_that_are_not_the_checkpoints_are_refused_with_both(guide: Guide) -> None:

@@ -233,11 +233,12 @@ def test_internvl_takes_the_middles_of_equal_parts(intern: Path, tmp_path: Path)
     filming = pytest.importorskip("filming")
     path = filming.film(tmp_path / "a.mp4", [i * 10 for i in range(20)])
     media = Media(architecture(intern), intern, Prepare(video_frames=4))
-    frames, times = media.frames(path)
+    frames, times, each = media.frames(path)
     greys = [f.getpixel((30, 20))[0] for f in frames]  # type: ignore[index]
     assert greys == pytest.approx([20, 70, 120, 170], abs=5)
     assert times == pytest.approx([0.2, 0.7, 1.2, 1.7])
-    part, _ = media.frames(Clip(path, 1.0, 1.4))  # frames 10 to 13
+    assert each == pytest.approx(0.5)
+    part, *_ = media.frames(Clip(path, 1.0, 1.4))  # frames 10 to 13
     assert [f.getpixel((30, 20))[0] for f in part] == pytest.approx([100, 110, 120, 130], abs=5)  # type: ignore[index]
 
 

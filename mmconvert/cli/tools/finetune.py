@@ -61,6 +61,9 @@ class Finetuned:
     """Whose numbers Qwen-VL has where the two differ: position tables, tokens."""
     seq_length: int = 0
     """Tokens of a sample; longer ones are cut, turn by turn. 0: no limit."""
+    use_audio_in_video: bool = False
+    """The sound of a video stands between its frames (Qwen2.5-Omni): that which audios names, else
+    the video's own."""
     strict: bool = False
     """End with an error at a sample that cannot be used; else it is left out and counted."""
     train_iters: int = 100

@@ -54,6 +54,9 @@ class Generated:
     """Videos: files (extra media), folders of pictures, or animated pictures."""
     audio: Files = ()
     """Sounds, for Qwen2.5-Omni: PCM WAV; others, and those of videos, with the extra media."""
+    use_audio_in_video: bool = False
+    """The sound of a video stands between its frames (Qwen2.5-Omni): that of --audio, one for each
+    video, else the video's own."""
     lora_dir: MaybePath = None
     """Adapters that the checkpoint gets: of PEFT, or an MM checkpoint of LoRA training."""
     lora_alpha: MaybeFloat = None
@@ -170,6 +173,7 @@ def _how(asked: Generated, script: Script) -> tuple[Generated, How]:
             )
     how = replace(
         how,
+        prepare=replace(how.prepare, sound_in_video=asked.use_audio_in_video),
         most=asked.max_new_tokens or how.most,
         dtype=asked.dtype or how.dtype,
         rows=asked.batch_size,
