@@ -11,6 +11,7 @@ from mmconvert.errors import RequestError
 
 if TYPE_CHECKING:
     from mmconvert.cli.tools.finetune import Finetuned
+    from mmconvert.modeljson.file import ModelJson
     from mmconvert.runtime.dataset import Data
     from mmconvert.runtime.lora import LoraPlan
     from mmconvert.runtime.training import TrainingPlan
@@ -78,12 +79,14 @@ def _check_evaluation(asked: Finetuned) -> None:
         raise RequestError(f"{given} is given without --eval_interval", "when to evaluate")
 
 
-def plan_of(asked: Finetuned, save: Path, evaluate: int, frozen: tuple[str, ...]) -> TrainingPlan:
-    """The flags as the runtime takes them."""
+def plan_of(asked: Finetuned, save: Path, evaluate: int, model: ModelJson | None) -> TrainingPlan:
+    """The flags, and what model.json says of learning, as the runtime takes them."""
     from mmconvert.runtime.optimizer import Recipe
     from mmconvert.runtime.schedule import Schedule
     from mmconvert.runtime.training import TrainingPlan
 
+    frozen = (*asked.freeze, *(model.frozen() if model is not None else ()))
+    recompute = asked.recompute_granularity == "full"
     steps = asked.lr_decay_iters or asked.train_iters
     warmup = asked.warmup_iters or asked.lr_warmup_fraction * steps
     schedule = Schedule(
@@ -101,7 +104,8 @@ def plan_of(asked: Finetuned, save: Path, evaluate: int, frozen: tuple[str, ...]
         evaluate, asked.eval_iters, asked.log_interval, asked.micro_batch_size,
         asked.global_batch_size // asked.micro_batch_size, asked.seed, frozen,
         not asked.no_save_optim, recipe, kind, asked.order,
-        asked.recompute_granularity == "full", asked.data_parallel_size, asked.num_workers or 1,
+        recompute if model is None else model.recomputed(asked.recompute_granularity),
+        asked.data_parallel_size, asked.num_workers or 1,
         lora_of(asked, frozen), asked.log_axis,
     )  # fmt: skip
 

@@ -123,6 +123,15 @@ class ModelJson:
             found += [name] if value else []
         return tuple(found)
 
+    def recomputed(self, usual: str) -> frozenset[str]:
+        """Keys of the modules whose layers are computed again in the backward pass.
+
+        Args:
+            usual: ``--recompute-granularity``, for modules that have no such key of their own.
+        """
+        key = "recompute_granularity"
+        return frozenset(k for k, part in self.modules().items() if part.get(key, usual) == "full")
+
     def layout_words(self) -> str:
         """Its layout in the words of the command line."""
         words = [f"{tp_flag(key, DECODER)} {size}" for key, size in self.tp().items()]

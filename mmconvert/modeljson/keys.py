@@ -19,7 +19,16 @@ FAMILIES = {
     "qwen2_5_vl": ("qwen2_5vl", "qwen2_5_lm"),
     "qwen2_5_omni": ("qwen2_5vl", "qwen2_5_omni_thinker"),
 }
+OMNI = ("qwen2_5_omni", "qwen2_5_omni_thinker")
+ORIGINAL = "internvl_chat"
 BIASED = {"Qwen2ForCausalLM"}  # InternVL's text decoders whose q, k, v have a bias
+
+
+def derivable(config: Config) -> bool:
+    """Whether a model.json can be made of a config.json: of the families that spell out their sizes
+    there.
+    """
+    return config.get("model_type") in (*FAMILIES, *OMNI, ORIGINAL)
 
 
 def model_keys(config: Config) -> dict[str, Any]:
@@ -29,16 +38,16 @@ def model_keys(config: Config) -> dict[str, Any]:
         CheckpointError: config.json is of another family, or lacks a size.
     """
     kind = config.get("model_type")
-    if kind == "qwen2_5_omni" or kind == "qwen2_5_omni_thinker":
+    if kind in OMNI:
         thinker = config.get("thinker_config", config)
         return _qwen(cast("Config", thinker), "qwen2_5_omni")
     if kind in FAMILIES:
         return _qwen(config, str(kind))
-    if kind == "internvl_chat":
+    if kind == ORIGINAL:
         return _intern(config)
     raise CheckpointError(
         f"config.json: model_type is {kind!r}",
-        f"one of {', '.join([*FAMILIES, 'internvl_chat'])}",
+        f"one of {', '.join([*FAMILIES, ORIGINAL])}",
     )
 
 

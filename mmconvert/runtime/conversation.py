@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from mmconvert.runtime.prepare import Prepare
 from mmconvert.runtime.samples import PLACE, Sample
 from mmconvert.runtime.template import Turn, line, template_of
 from mmconvert.runtime.words import Words
+
+THOUGHT = re.compile("<think>.*?</think>", re.DOTALL)
 
 
 class Speaker:
@@ -96,17 +99,9 @@ class Speaker:
     def _turns(self, sample: Sample, tokens: Spelled, *, answer: bool, goes_on: bool) -> list[Turn]:
         """The turns of a conversation: questions, each with the answer behind it."""
         form, messages = self._template, list(sample.messages)
-        turns = [Turn()]
-        first = self._words.tokenizer.bos_token_id
-        if goes_on:
-            end = [] if self._end is None else [self._end, *self._words.ids(form.between)]
-            turns[0].add(end, answer=False)
-        else:
-            if form.system and messages[0][0] != "system":
-                messages.insert(0, ("system", form.system))
-            begin = [first] if form.begin and isinstance(first, int) else []
-            begin += [self._words.special(word) for word in form.beginning]
-            turns[0].add(begin, answer=False)
+        if not goes_on and form.system and messages[0][0] != "system":
+            messages.insert(0, ("system", form.system))
+        turns = [Turn(self._beginning(goes_on=goes_on))]
         for role, text in messages:
             learnt = role == "assistant"
             if turns[-1].answer and not learnt:
@@ -118,6 +113,8 @@ class Speaker:
                 turn.add(self._words.ids(word), answer=bool(turn.answer))
             else:  # one text: a question that begins with a newline may make one token of both
                 text = word + text
+            if learnt and form.thought:
+                text = self._thought(turn, text)
             for ids in self._pieces(text, tokens):
                 turn.add(ids, answer=learnt, learnt=learnt)
             if self._end is not None:
@@ -130,6 +127,29 @@ class Speaker:
         elif form.openings and turns[-1].answer:  # elsewhere the next message ends an answer
             turns[-1].add([self._words.tokenizer.eos_token_id], answer=True, learnt=True)
         return turns
+
+    def _beginning(self, *, goes_on: bool) -> list[int]:
+        """What stands before the first message, or behind an answer without its end."""
+        form = self._template
+        if goes_on:
+            return [] if self._end is None else [self._end, *self._words.ids(form.between)]
+        first = self._words.tokenizer.bos_token_id
+        begin = [first] if form.begin and isinstance(first, int) else []
+        return [*begin, *(self._words.special(word) for word in form.beginning)]
+
+    def _thought(self, turn: Turn, text: str) -> str:
+        """Puts the thought that is none before an answer without one; the answer as it is learnt.
+
+        Source: ``ReasoningTemplate`` of LLaMA-Factory: without ``enable_thinking`` thoughts are
+        left out, and the empty one belongs to the question.
+        """
+        thinking = self.prepare.thinking
+        if not thinking:
+            text = THOUGHT.sub("", text).lstrip("\n")
+        if "<think>" not in text and "</think>" not in text:
+            none = self._words.ids(self._template.thought)
+            turn.add(none, answer=thinking or bool(turn.answer), learnt=thinking)
+        return text
 
     def _opening(self, role: str) -> tuple[list[int], str]:
         """The token that opens a message, and the text behind it."""

@@ -7,7 +7,7 @@ datasets/multimodal_dataset.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,19 +16,19 @@ from mmconvert.errors import RequestError
 from mmconvert.modeljson.file import read_object
 from mmconvert.runtime.prepare import Prepare, Tiling
 from mmconvert.runtime.samples import KINDS, Columns, SampleSource, listed
+from mmconvert.runtime.template import INTERN_NAMED, NAMED
 
 # Keys without effect here: how data is loaded, and fallbacks.
 IDLE_BASIC = {
     "cache_dir", "preprocessing_batch_size", "preprocessing_num_workers", "overwrite_cache",
     "tool_format", "packing", "neat_packing", "streaming", "preprocess_on_fly", "async_preprocess",
-    "async_preprocess_buffer_size", "enable_thinking", "return_type", "data_storage_mode",
+    "async_preprocess_buffer_size", "return_type", "data_storage_mode",
     "val_dataset_dir",
 }  # fmt: skip
 IDLE_PREPROCESS = {
     "use_fast_tokenizer", "split_special_tokens", "image_resolution", "video_resolution",
     "image_do_pan_and_scan", "crop_to_patches", "image_reader_type",
 }  # fmt: skip
-TEMPLATES = {"qwen2vl", "qwen2_omni", "internlm2-chat", "internvl2_5"}
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,7 @@ def _huggingface(param: dict[str, Any], path: Path) -> DataJson:
     pre = _Keys(_object(param, "preprocess_parameters", path), "preprocess_parameters", path)
     named = basic.take("dataset", str, "")
     folder = Path(basic.take("dataset_dir", str, "data"))
-    template = basic.take("template", str, "qwen2vl")
-    if template not in TEMPLATES:
-        raise RequestError(f"{path}: template is {template!r}", f"one of {', '.join(TEMPLATES)}")
+    template = _template(basic.take("template", str, ""), "template", NAMED, path)
     if basic.take("cutoff_len", int, None) is not None:
         raise RequestError(
             f"{path}: basic_parameters.cutoff_len has no effect in MindSpeed-MM",
@@ -144,6 +142,8 @@ def _huggingface(param: dict[str, Any], path: Path) -> DataJson:
         video_frames=pre.count("video_maxlen", 128),
         learn_questions=basic.take("train_on_prompt", bool, False),
         learn_last=basic.take("mask_history", bool, False),
+        template=template,
+        thinking=basic.take("enable_thinking", bool, True),
         sound_in_video=pre.take("use_audio_in_video", bool, False),
     )
     if pre.count("audio_sampling_rate", 16000) != 16000:
@@ -161,6 +161,17 @@ def _huggingface(param: dict[str, Any], path: Path) -> DataJson:
         prepare,
         _notes(path, basic.left(IDLE_BASIC), pre.left(IDLE_PREPROCESS)),
     )
+
+
+def _template(name: str, key: str, known: Collection[str], path: Path) -> str:
+    """The name of a template that is known; "" where data.json names none.
+
+    Raises:
+        RequestError: another.
+    """
+    if name and name not in known:
+        raise RequestError(f"{path}: {key} is {name!r}", f"one of {', '.join(known)}")
+    return name
 
 
 def _files(named: str) -> tuple[Path, ...]:
@@ -252,15 +263,14 @@ def _multimodal(param: dict[str, Any], path: Path) -> DataJson:
         square=_pads(param),
     )
     frames = (top.count("min_num_frame", 4), top.count("max_num_frame", 12))
-    template = param.get("template_name", "internlm2-chat")
-    if template not in TEMPLATES:
-        raise RequestError(f"{path}: template_name is {template!r}", "internlm2-chat, internvl2_5")
+    named = param.get("template_name", "internlm2-chat")
+    template = _template(str(named), "template_name", INTERN_NAMED, path)
     return DataJson(
         Path(hf_dir) if isinstance(hf_dir, str) and hf_dir else None,
         tuple(sources),
         tuple(check),
         0.0 if check else rate,
-        Prepare(tiling=tiling, video_frames=frames[1], template=str(template)),
+        Prepare(tiling=tiling, video_frames=frames[1], template=template),
         _notes(path, (idle, unknown), top.left(TOP_IDLE)),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Line:
         evaluation: the same over the validation data; None else.
         seconds: of the step.
         tokens: a second, padding not counted.
+        samples: of the step.
     """
 
     iteration: int
@@ -33,11 +34,40 @@ class Line:
     norm: float = 0.0
     seconds: float = 0.0
     tokens: float = 0.0
+    samples: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The line as JSON; an evaluation that is no number is null."""
         kept = {k: v for k, v in asdict(self).items() if v is not None}
         return {k: finite(v) if isinstance(v, float) else v for k, v in kept.items()}
+
+
+class Interval:
+    """The lines of some iterations in a row become one, as Megatron logs them.
+
+    Args:
+        every: how many; 0 for never.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every, self._lines = every, list[Line]()
+
+    def add(self, line: Line) -> Line | None:
+        """The mean loss and speed since the last time, with the rate and the norm of this line;
+        None where it is not yet time.
+        """
+        self._lines.append(line)
+        if not self._every or line.iteration % self._every:
+            return None
+        lines, self._lines = self._lines, []
+        count = len(lines)
+        seconds = sum(one.seconds for one in lines)
+        return replace(
+            line,
+            loss=sum(one.loss or 0.0 for one in lines) / count,
+            seconds=seconds / count,
+            tokens=sum(one.tokens * one.seconds for one in lines) / max(seconds, 1e-9),
+        )
 
 
 class TrainingLog:

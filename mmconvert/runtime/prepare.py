@@ -37,7 +37,8 @@ class Prepare:
         length: tokens of a sample; longer ones are cut. 0: none is cut.
         tiling: of InternVL; None takes that of config.json.
         newline: the newline behind an answer in Qwen's template is learnt, as MindSpeed-MM does.
-        template: of InternVL's conversations; "" takes that of config.json.
+        template: of conversations, by data.json; "" takes the model's own.
+        thinking: with the template ``qwen3_vl`` an answer without thoughts learns that it has none.
         sound_in_video: a video's sound stands between its frames, for Omni.
     """
 
@@ -51,4 +52,5 @@ class Prepare:
     newline: bool = True
     tiling: Tiling | None = None
     template: str = ""
+    thinking: bool = True
     sound_in_video: bool = False

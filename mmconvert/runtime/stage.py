@@ -187,9 +187,15 @@ class Stage(nn.Module):
         modules: list[Any] = [t for t in (self.vit, self.audio, self.llm) if t is not None]
         return [point for module in modules for point in module.points]
 
-    def recompute(self) -> None:
-        """Keeps, for the backward pass, each layer's input alone, and computes the rest again."""
-        parts = [part for part in (self.vit, self.audio, self.llm) if part is not None]
+    def recompute(self, which: bool | frozenset[str]) -> None:
+        """Keeps, for the backward pass, each layer's input alone, and computes the rest again.
+
+        Args:
+            which: the layers of all modules, or of those with these keys.
+        """
+        held = {"vit": self.vit, "audio": self.audio, "llm": self.llm}
+        some = held.keys() if which is True else which or ()
+        parts = [part for key in some if (part := held.get(key)) is not None]
         for layer in (layer for part in parts for layer in part.layers):
             plain = layer.forward
 

@@ -21,6 +21,7 @@ class Template:
         system: what a conversation begins with that has no such message of its own; "" for nothing.
         between: what stands behind the end of each message.
         begin: the tokenizer's first token stands first, if it has one.
+        thought: what stands before an answer without thoughts, and is learnt.
         by_turn: a long conversation is cut turn by turn, as LLaMA-Factory does; else on the right.
     """
 
@@ -31,6 +32,7 @@ class Template:
     openings: Mapping[str, str] = field(default_factory=dict[str, str])
     beginning: tuple[str, ...] = ()
     closings: tuple[str, ...] = ()
+    thought: str = ""
 
 
 # Qwen: the chat templates of the models. InternVL: conversation.py of OpenGVLab's models.
@@ -42,7 +44,15 @@ GLM = Template(  # as LLaMA-Factory's glm4v has it
     closings=("<|user|>", "<|observation|>"),
 )
 BY_KIND = {"glm4v": GLM, "qwen3_vl": Template(), "qwen3_vl_moe": Template()}
-TEMPLATES = {
+# By the names that data.json has for them.
+NAMED = {
+    "qwen2vl": QWEN,
+    "qwen2_omni": QWEN,
+    "qwen3_vl": Template(thought="<think>\n\n</think>\n\n"),
+    "qwen3_vl_nothink": Template(),
+    "glm4.1v": GLM,
+}
+INTERN_NAMED = {
     "internlm2-chat": Template(
         "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
         "英文名叫InternVL, 是一个有用无害的人工智能助手。",
@@ -56,18 +66,20 @@ TEMPLATES = {
         by_turn=False,
     ),
 }
-TEMPLATES["Hermes-2"] = TEMPLATES["internlm2-chat"]  # what config.json of some InternVL2 says
+# What config.json of some InternVL2 says.
+INTERN_NAMED["Hermes-2"] = INTERN_NAMED["internlm2-chat"]
 
 
 def template_of(arch: Architecture, hf_dir: Path, name: str) -> Template:
     """The template of a model.
 
     Args:
-        name: InternVL's, by data.json; "" takes that of config.json, or a bare one.
+        name: by data.json; "" takes the model's own, of InternVL that of config.json or a bare one.
     """
     if not arch.intern:
-        return BY_KIND.get(arch.kind, QWEN)
-    return TEMPLATES.get(name or str(read_config(hf_dir).get("template")), Template(by_turn=False))
+        return NAMED[name] if name else BY_KIND.get(arch.kind, QWEN)
+    bare = Template(by_turn=False)
+    return INTERN_NAMED.get(name or str(read_config(hf_dir).get("template")), bare)
 
 
 @dataclass

@@ -35,7 +35,7 @@ from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.dataset import Feed, Order, Share
 from mmconvert.runtime.experts import about_routers
 from mmconvert.runtime.families import Architecture
-from mmconvert.runtime.journal import Line, TrainingLog
+from mmconvert.runtime.journal import Interval, Line, TrainingLog
 from mmconvert.runtime.launch import Emit
 from mmconvert.runtime.lora import LoraPlan, arguments, kept
 from mmconvert.runtime.losses import LossType
@@ -75,7 +75,8 @@ class TrainingPlan:
         size: samples of a micro-batch.
         count: micro-batches of a step, over all replicas.
         frozen: beginnings of MM names that do not learn.
-        recompute: compute each layer's inside again in the backward pass, to save memory.
+        recompute: compute each layer's inside again in the backward pass, to save memory: of all
+            modules, or of some by their keys.
         replicas: copies of the model that share the micro-batches of a step.
         workers: threads of each process that encode samples ahead of their step.
         lora: what is adapted, if adapters alone learn.
@@ -96,11 +97,16 @@ class TrainingPlan:
     recipe: Recipe
     loss: LossType = "default"
     order: Order = "epoch"
-    recompute: bool = False
+    recompute: bool | frozenset[str] = False
     replicas: int = 1
     workers: int = 1
     lora: LoraPlan | None = None
     log_axis: bool = False
+
+    def evaluates(self, iteration: int) -> bool:
+        """Whether there is an evaluation after an iteration: at its turn, and after the last."""
+        every = self.evaluate_every
+        return bool(every) and (iteration % every == 0 or iteration == self.steps)
 
     def settings(self) -> dict[str, Any]:
         """What decides the curve, beside data and dtype: must be the same after a restart."""
@@ -218,9 +224,8 @@ class TrainingRun:
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         run = engines.load(job.arch, job.stored, device, DTYPES[job.dtype], plan.replicas)
         learning = freeze_base(run) if plan.lora is not None else freeze(run, plan.frozen)
-        if plan.recompute:
-            for stage in run.stages:
-                stage.recompute()
+        for stage in run.stages:
+            stage.recompute(plan.recompute)
         self._run, self._optimizer = run, Optimizer(run, plan.recipe)
         self._origin = 0  # the iteration that the schedule starts from
         self._rolling = 0  # the last checkpoint that the clock made
@@ -256,6 +261,7 @@ class TrainingRun:
     def train(self) -> TrainingOutcome:
         """All steps, or as many as there is time for."""
         plan, loss = self._plan, float("nan")
+        interval = Interval(plan.log_every)
         self._ahead = self._read(self._first)
         done = self._agree(self._first)
         for step in range(self._first, plan.steps):
@@ -263,11 +269,14 @@ class TrainingRun:
             loss, rate, norm, seconds = self._step(step)
             self._ahead = self._read(number)
             done = self._agree(number)
-            line = Line(number, loss, None, rate, norm, seconds, self._tokens / seconds)
+            line = Line(
+                number, loss, None, rate, norm, seconds, self._tokens / seconds,
+                plan.size * plan.count,
+            )  # fmt: skip
             self._write_down(line)
-            if plan.log_every and number % plan.log_every == 0:
-                self._emit(line)
-            if self._check and plan.evaluate_every and number % plan.evaluate_every == 0:
+            if (mean := interval.add(line)) is not None:
+                self._emit(mean)
+            if self._check and plan.evaluates(number):
                 line = Line(number, evaluation=self._evaluate(self._check))
                 self._emit(line)
                 self._write_down(line)

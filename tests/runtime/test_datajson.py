@@ -43,7 +43,11 @@ def test_the_limits_and_places_of_the_guides_file(tmp_path: Path) -> None:
     found = read_data_json(qwen(tmp_path, lambda param: None))
     assert found.hf_dir == tmp_path / "hf"
     assert found.prepare == Prepare(
-        image_pixels=(0, 262144), video_pixels=(0, 16384), video_rate=2.0, video_frames=64
+        image_pixels=(0, 262144),
+        video_pixels=(0, 16384),
+        video_rate=2.0,
+        video_frames=64,
+        template="qwen2vl",
     )
     (source,) = found.train
     assert source.folders == (tmp_path,)

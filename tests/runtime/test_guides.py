@@ -13,6 +13,7 @@ import talking
 import tinyfamilies
 from cli import run_cli
 from commands import rank_files
+from mmconvert.runtime.journal import Interval, Line
 
 
 def trained(save: Path) -> list[dict[str, float]]:
@@ -59,6 +60,14 @@ def test_qwen2vl_trains_by_its_script(guide: Guide) -> None:
     assert "unrecognized" not in done.stderr.lower()
     lines = trained(guide.folder / "save_dir")
     assert lines[-1]["loss"] < lines[0]["loss"]
+    said = [line for line in done.stdout.splitlines() if "elapsed time per iteration" in line]
+    times = [float(line.split(":")[4].split("|")[0]) for line in said]  # as the script's awk does
+    assert len(times) == 20
+    assert min(times) > 0
+    assert "consumed samples:           40 |" in said[-1]
+    assert f"loss: {lines[-1]['loss']:.6E} |" in said[-1]
+    tokens = [float(line.split("tokens per sample:")[1].split("|")[0]) for line in said]
+    assert all(20 < each < 200 for each in tokens)
     what = {"text_decoder.decoder", "text_decoder.embedding", "text_decoder.output_layer"}
     assert changed(guide.folder / "mm", guide.folder / "save_dir") == what  # the rest is frozen
 
@@ -251,3 +260,31 @@ def test_replicas_name_a_bad_sample_once(guide: Guide) -> None:
     assert len(trained(guide.folder / "torn")) == 3
     assert done.stderr.count("torn.png") == 1
     assert "left out, 1 so far: torn.json, entry 1: torn.png: " in done.stderr
+
+
+@pytest.mark.slow
+def test_glm_trains_by_its_script(tmp_path: Path) -> None:
+    """Its data.json names the template glm4.1v; layers are computed again as model.json says."""
+    hf = talking.make("glm4v", tmp_path / "hf")
+    tinyfamilies.convert("glm4v", hf, tmp_path / "mm", "[1,3]", "[3,0]")
+    talking.write_data(tmp_path, "mllm.json")
+    content = guidefiles.data_json(tmp_path, "./mllm.json")
+    content["dataset_param"]["basic_parameters"]["template"] = "glm4.1v"
+    (tmp_path / "data_2b.json").write_text(json.dumps(content))
+    model = guidefiles.model_json(tmp_path, [3, 0], [1, 3])
+    run_cli("finetune", *guidefiles.script(pp=2), cwd=tmp_path, check=0)
+    model["image_encoder"]["vision_encoder"]["recompute_granularity"] = "full"
+    model["text_decoder"]["recompute_granularity"] = "full"
+    (tmp_path / "model_2b.json").write_text(json.dumps(model))
+    done = run_cli("finetune", *guidefiles.script(pp=2, save="again"), cwd=tmp_path, check=0)
+    assert "unknown" not in done.stderr
+    first, again = (trained(tmp_path / name) for name in ("save_dir", "again"))
+    assert [line["loss"] for line in first] == [line["loss"] for line in again]
+
+
+def test_lines_stand_for_the_iterations_since_the_last() -> None:
+    interval = Interval(2)
+    assert interval.add(Line(1, 4.0, seconds=1.0, tokens=10.0, rate=0.1)) is None
+    mean = interval.add(Line(2, 2.0, seconds=3.0, tokens=30.0, rate=0.2))
+    assert mean == Line(2, 3.0, seconds=2.0, tokens=25.0, rate=0.2)
+    assert Interval(0).add(Line(1, 4.0)) is None

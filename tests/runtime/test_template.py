@@ -139,6 +139,31 @@ def test_ids_and_labels_are_the_templates(messages: list[tuple[str, str]], hf: P
     assert batch.labels[0].tolist() == labels
 
 
+THOUGHTS = {
+    "none": ("Yes.", True, "", "<think>\n\n</think>\n\nYes.<|im_end|>\n"),
+    "one": ("<think>\nWhy?\n</think>\n\nYes.", True, "",
+            "<think>\nWhy?\n</think>\n\nYes.<|im_end|>\n"),
+    "none is wanted": ("<think>\nWhy?\n</think>\n\nYes.", False, "<think>\n\n</think>\n\n",
+                       "Yes.<|im_end|>\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", THOUGHTS)
+def test_the_template_qwen3_vl_learns_that_there_is_no_thought(name: str, hf: Path) -> None:
+    """As MindSpeed-MM 2.2.0 encodes them; ``qwen3_vl_nothink`` has the answer alone."""
+    answer, thinking, asked, learnt = THOUGHTS[name]
+    sample = Sample([("user", "a"), ("assistant", answer)])
+    prepare = Prepare(template="qwen3_vl", thinking=thinking)
+    speaker = Speaker(architecture(hf), hf, prepare)
+    batch = speaker.batch(sample, answer=False)
+    learns = batch.labels[0] != IGNORED
+    assert speaker.tokenizer.decode(batch.ids[0][learns]) == learnt
+    front = f"<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n{asked}"
+    assert speaker.tokenizer.decode(batch.ids[0][~learns]) == front
+    plain = Speaker(architecture(hf), hf, Prepare(template="qwen3_vl_nothink"))
+    assert plain.words(plain.batch(sample, answer=False).ids[0].tolist()).endswith(f"{answer}\n")
+
+
 def test_the_newline_can_be_left_out_of_what_is_learnt(hf: Path) -> None:
     speaker = Speaker(architecture(hf), hf, Prepare(newline=False))
     batch = speaker.batch(Sample([("user", "a"), ("assistant", "b")]), answer=False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mmconvert.cli.arguments import read_plain
+from mmconvert.cli.progress import INTERRUPTED, Screen
 from mmconvert.cli.scriptflags import (
     Script,
     check_layout,
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from mmconvert.runtime.beginning import Load
     from mmconvert.runtime.dataset import Data
     from mmconvert.runtime.training import TrainingOutcome, TrainingPlan
-
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class Finetuned:
     max_samples: int = 0
     """The most samples to take from --data; 0 for all."""
     log_interval: int = 1
-    """Iterations between lines."""
+    """Iterations between lines; a line has the mean loss since the one before."""
     log_axis: bool = False
     """Draw the losses of loss.svg on a logarithmic axis."""
     log_tps: bool = False
@@ -209,48 +206,44 @@ def _train(asked: Finetuned, script: Script) -> int:
     from mmconvert.runtime.launch import leads
     from mmconvert.runtime.qwenvl import answer
 
-    def tell(event: object) -> None:
-        _tell(event, asked)
-
+    save = needed(asked.save, "--save", "finetune")
+    screen = Screen(
+        save, asked.train_iters, asked.json, asked.quiet, script.given, asked.log_tps
+    )  # fmt: skip
     model = read_model_json(script.model) if script.model is not None else None
     hf_dir, data, notes = data_of(asked)
     evaluate = asked.eval_interval if data.check or data.rate else 0
-    frozen = (*asked.freeze, *(model.frozen() if model is not None else ()))
-    save = needed(asked.save, "--save", "finetune")
-    plan = plan_of(asked, save, evaluate, frozen)
+    plan = plan_of(asked, save, evaluate, model)
     sizes = check_sizes(model, read_config(hf_dir)) if model is not None else []
     if leads():
         for note in (*script.notes(), *notes, *sizes):
-            tell(note)
+            screen.tell(note)
 
     def expected(layout: Layout) -> None:
         check_layout(layout, model, script)
 
     try:
         if answer.serves(hf_dir):
-            ended = _qwenvl(asked, hf_dir, data, plan)
+            ended = _qwenvl(asked, hf_dir, data, plan, screen)
         else:
             check_only_qwenvl(asked.vocab_file, asked.like)
             begin = asked.mm_dir or asked.load or asked.load_base_model
             needed(begin, "--mm_dir (or --load)", "finetune")
             start, load = _beginning(asked)
             ended = commands.finetune(
-                start, hf_dir, data, plan, asked.dtype, asked.resume, tell,
+                start, hf_dir, data, plan, asked.dtype, asked.resume, screen.tell,
                 expected if script.given else None, load,
             )  # fmt: skip
     except KeyboardInterrupt:
-        return _interrupted(asked, "interrupted") if leads() else INTERRUPTED
-    code = INTERRUPTED if ended.stopped else 0
+        return screen.interrupted("interrupted") if leads() else INTERRUPTED
     if not leads():
-        return code
-    if ended.stopped:
-        return _interrupted(asked, f"stopped after iteration {ended.iteration}")
-    last = {"iteration": ended.iteration, "loss": ended.loss, "save": str(save)}
-    print(json.dumps(last) if asked.json else f"done: loss {ended.loss:.6f}, {save}")
-    return code
+        return INTERRUPTED if ended.stopped else 0
+    return screen.end(ended)
 
 
-def _qwenvl(asked: Finetuned, hf_dir: Path, data: Data, plan: TrainingPlan) -> TrainingOutcome:
+def _qwenvl(
+    asked: Finetuned, hf_dir: Path, data: Data, plan: TrainingPlan, screen: Screen
+) -> TrainingOutcome:
     """Trains a Qwen-VL, in this process."""
     from mmconvert.runtime.qwenvl import answer, training
 
@@ -262,22 +255,7 @@ def _qwenvl(asked: Finetuned, hf_dir: Path, data: Data, plan: TrainingPlan) -> T
         hf_dir, asked.mm_dir or hf_dir, asked.vocab_file or hf_dir / answer.RANKS, asked.like,
         data.prepare.length, data.strict,
     )  # fmt: skip
-    return training.finetune(
-        source, data, plan, asked.dtype, lambda event: _tell(event, asked), resume=asked.resume
-    )
-
-
-def _tell(event: object, asked: Finetuned) -> None:
-    """Lines of the log to stdout, notes to stderr."""
-    from mmconvert.runtime.journal import Line
-
-    if not isinstance(event, Line):
-        if not asked.quiet:
-            print(event, file=sys.stderr)
-    elif asked.json:
-        print(json.dumps(event.as_dict()), flush=True)
-    elif not asked.quiet:
-        print(words_of(event, asked), flush=True)
+    return training.finetune(source, data, plan, asked.dtype, screen.tell, resume=asked.resume)
 
 
 def _beginning(asked: Finetuned) -> tuple[Path | None, Load | None]:
@@ -290,34 +268,3 @@ def _beginning(asked: Finetuned) -> tuple[Path | None, Load | None]:
         return asked.load, None
     base = asked.mm_dir or asked.load_base_model
     return base, Load(asked.load, asked.ckpt_step, not asked.no_load_optim)
-
-
-def _interrupted(asked: Finetuned, how: str) -> int:
-    from mmconvert.runtime.mmfiles import last_saved
-
-    last = None if asked.save is None else last_saved(asked.save)
-    if last is None:
-        what, fix = f"{how}: no checkpoint was saved yet", ""
-    else:
-        what = f"{how}: the newest checkpoint in {asked.save} is that of iteration {last}"
-        fix = "--resume goes on from it"
-    if asked.json:
-        told = {"error": "Interrupted", "what": what, "expected": "", "fix": fix}
-        print(json.dumps(told | {"exit_code": INTERRUPTED}))
-    print(f"{what}; {fix}" if fix else what, file=sys.stderr)
-    return INTERRUPTED
-
-
-def words_of(line: object, asked: Finetuned) -> str:
-    """A line of the log."""
-    from mmconvert.runtime.journal import Line
-
-    assert isinstance(line, Line)  # noqa: S101 - the caller has looked
-    head = f"iteration {line.iteration:>6}/{asked.train_iters}"
-    if line.loss is None:
-        return f"{head} | validation loss {line.evaluation:.6f}"
-    tail = f" | {line.tokens:.0f} tokens/s" if asked.log_tps else ""
-    return (
-        f"{head} | loss {line.loss:.6f} | lr {line.rate:.3e} | grad norm {line.norm:.3f} | "
-        f"{line.seconds:.3f} s{tail}"
-    )

@@ -22,7 +22,7 @@ from mmconvert.names import number
 from mmconvert.runtime import losses, mmfiles
 from mmconvert.runtime.dataset import Data
 from mmconvert.runtime.device import device
-from mmconvert.runtime.journal import Line, TrainingLog
+from mmconvert.runtime.journal import Interval, Line, TrainingLog
 from mmconvert.runtime.qwenvl import saving, weights
 from mmconvert.runtime.qwenvl.learning import Encoded, Lesson, Teacher
 from mmconvert.runtime.qwenvl.model import QwenVLModel
@@ -116,7 +116,7 @@ class QwenVLTrainingRun:
         state = saving.restored(folder, self._settings) if folder is not None else {}
         start = source.checkpoint if folder is None else folder
         self._model = weights.load(sizes, start, torch.float32, self._where, emit)
-        self._model.recompute = plan.recompute
+        self._model.recompute = bool(plan.recompute)
         learning = freeze(self._model, plan.frozen)
         self._adam = self._optimizer()
         if state:
@@ -144,6 +144,7 @@ class QwenVLTrainingRun:
     def train(self) -> TrainingOutcome:
         """All steps, or as many as there is time for."""
         plan, loss, clock, rolling = self._plan, float("nan"), time.monotonic(), 0
+        interval = Interval(plan.log_every)
         with self._stop.listening():
             for step in range(self._first, plan.steps):
                 number = step + 1
@@ -155,9 +156,9 @@ class QwenVLTrainingRun:
                     raise
                 loss = line.loss or 0.0
                 self._journal.add(line)
-                if plan.log_every and number % plan.log_every == 0:
-                    self._emit(line)
-                if self._check and plan.evaluate_every and number % plan.evaluate_every == 0:
+                if (mean := interval.add(line)) is not None:
+                    self._emit(mean)
+                if self._check and plan.evaluates(number):
                     line = Line(number, evaluation=self._evaluate())
                     self._emit(line)
                     self._journal.add(line)
@@ -202,7 +203,8 @@ class QwenVLTrainingRun:
         self._adam.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
         tokens = sum(int(lesson.keep.sum()) for lesson in lessons)
-        return Line(step + 1, whole, None, rate, norm, seconds, tokens / seconds)
+        samples = self._count * plan.size
+        return Line(step + 1, whole, None, rate, norm, seconds, tokens / seconds, samples)
 
     @torch.no_grad()
     def _evaluate(self) -> float:

@@ -8,6 +8,7 @@ from mmconvert.errors import MMConvertError
 from mmconvert.formats.hf.folder import read_config
 from mmconvert.modeljson.compare import against_config, against_layout
 from mmconvert.modeljson.file import read_model_json
+from mmconvert.modeljson.keys import derivable
 from mmconvert.sharding.layout import Layout
 from mmconvert.tools.doctor.asked import DoctorRequest
 from mmconvert.tools.doctor.report import DoctorReport
@@ -32,11 +33,13 @@ def look_at_model_json(
     try:
         model = read_model_json(file)
         apart = against_layout(model, layout) if layout is not None else []
-        sizes = against_config(model, read_config(hf_dir)) if hf_dir is not None else []
+        config = read_config(hf_dir) if hf_dir is not None else {}
+        known = derivable(config)
+        sizes = against_config(model, config) if known else []
     except MMConvertError as error:
         report.add_error("model-json", error, path=file)
         return
-    words = [*MAKE, operand(hf_dir), "--output", "NEW.json"] if hf_dir is not None else []
+    words = [*MAKE, operand(hf_dir), "--output", "NEW.json"] if hf_dir and known else []
     if words and layout is not None:
         words += ["--mm_dir", operand(path)]
     command = line(words) if words else ""
@@ -50,3 +53,5 @@ def look_at_model_json(
     report.checked.append(f"{file}: layer lists and tp sizes" if layout else f"{file}: sizes")
     if hf_dir is None:
         report.skipped.append(f"sizes in {file}: no hf_dir")
+    elif not known:
+        report.skipped.append(f"sizes in {file}: not compared for {config.get('model_type')}")
