@@ -1,73 +1,14 @@
-"""A command line, read into dataclasses by tyro."""
+"""A command line, read into dataclasses: here where it is plain, else by tyro."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
-import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
-
-from mmconvert.cli.parsing import parse
+from mmconvert.cli import plain
 from mmconvert.cli.spelling import configured, normalise, repeated_joined, underscored
-from mmconvert.config import Folders, Options, Patterns
-from mmconvert.errors import LayoutError
-from mmconvert.sharding.stages import StageGrid, parse_grid, show
-
-REGISTRY = ConstructorRegistry()
-
-
-@REGISTRY.primitive_rule  # pyright: ignore[reportUnknownMemberType] - open in tyro
-def _grid(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """A stage grid is one word: ``[1,10,10,7]`` or ``[[0,1],[4,4]]``."""
-    if info.type != StageGrid:  # pyright: ignore[reportUnknownMemberType] - as above
-        return None
-
-    def read(words: list[str]) -> StageGrid:
-        try:
-            return parse_grid(json.loads(words[0]), words[0])
-        except (LayoutError, ValueError, RecursionError):
-            raise ValueError(
-                f"{words[0]} is no list of layer counts such as [1,10,10,7] or [[0,1],[4,4]]"
-            ) from None
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="[INT,...]",
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda grid: [show(grid)],
-    )
-
-
-@REGISTRY.primitive_rule  # pyright: ignore[reportUnknownMemberType] - open in tyro
-def _patterns(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """The --drop patterns: one word, which ``repeated_joined`` has made of them all."""
-    if info.type != Patterns:  # pyright: ignore[reportUnknownMemberType] - as above
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATTERN",
-        instance_from_str=lambda words: Patterns(json.loads(words[0])),
-        is_instance=lambda value: isinstance(value, Patterns),
-        str_from_instance=lambda patterns: [" ".join(patterns) or "none"],
-    )
-
-
-@REGISTRY.primitive_rule  # pyright: ignore[reportUnknownMemberType] - open in tyro
-def _folders(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """The folders of a repeated flag: one word, as of the patterns."""
-    if info.type != Folders:  # pyright: ignore[reportUnknownMemberType] - as above
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=lambda words: Folders(json.loads(words[0])),
-        is_instance=lambda value: isinstance(value, Folders),
-        str_from_instance=lambda folders: [" ".join(folders) or "none"],
-    )
+from mmconvert.config import Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,14 +44,9 @@ def read_plain(form: type[Plain], words: Sequence[str], prog: str, description: 
     given = [underscored(word) for word in words]
     if "config" not in get_type_hints(form):  # of MindFormers' own scripts
         given = configured(given)
-    return parse(
-        tyro.conf.FlagCreatePairsOff[form],
-        repeated_joined(given),
-        prog,
-        description,
-        use_underscores=True,
-        registry=REGISTRY,
-    )
+    from mmconvert.cli import parsing  # not at the top: it costs a tenth of a second
+
+    return parsing.tool(form, repeated_joined(given), prog, description)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,23 +75,14 @@ def read(
         SystemExit: 0, help was printed.
         RequestError: flags that make no sense, an unusable --config.
     """
-    flat, flags = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
-    form = dataclasses.make_dataclass(
-        "Form",
-        [
-            ("cfg", Annotated[(config, tyro.conf.FlagConversionOff, *([flat] if bare else []))]),
-            ("conversion", Annotated[Options, flat, flags]),
-            ("screen", Annotated[Screen, flat, flags]),
-        ],
+    given = normalise(words, config, "-" if bare else "--cfg")
+    parts = (
+        plain.Part(config, "--" if bare else "--cfg.", switches=False),
+        plain.Part(Options, "--", switches=True),
+        plain.Part(Screen, "--", switches=True),
     )
-    made = parse(  # pyright: ignore[reportUnknownVariableType] - a class made here
-        form,
-        normalise(words, config, "-" if bare else "--cfg"),
-        prog,
-        description,
-        use_underscores=True,
-        registry=REGISTRY,
-        config=(tyro.conf.DisallowNone,),
-    )
-    found = cast("Any", made)
-    return Command(found.cfg, found.conversion, found.screen)
+    if (found := plain.read(parts, given)) is not None:
+        return Command(*found)
+    from mmconvert.cli import parsing  # not at the top: it costs a tenth of a second
+
+    return Command(*parsing.command([part.form for part in parts], given, prog, description, bare))

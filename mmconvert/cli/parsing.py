@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import os
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from difflib import get_close_matches
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from mmconvert.errors import RequestError
+from mmconvert.config import Folders, Patterns
+from mmconvert.errors import LayoutError, RequestError
+from mmconvert.sharding.stages import StageGrid, parse_grid, show
 
 Form = TypeVar("Form")
 HELP = ("-h", "--help")
@@ -22,6 +27,89 @@ FLAG = re.compile(r"^ *(--\w[\w.-]*)", re.MULTILINE)
 # A value that stands for "not given" is told by what the flag says of it.
 NOTHING = re.compile(r"\s*\(default:\s+(None|none)\)")
 OPTIONAL = re.compile(r"\{None\}\|(\S+)( ?)")
+
+
+REGISTRY = ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule  # pyright: ignore[reportUnknownMemberType] - open in tyro
+def _grid(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """A stage grid is one word: ``[1,10,10,7]`` or ``[[0,1],[4,4]]``."""
+    if info.type != StageGrid:  # pyright: ignore[reportUnknownMemberType] - as above
+        return None
+
+    def read(words: list[str]) -> StageGrid:
+        try:
+            return parse_grid(json.loads(words[0]), words[0])
+        except (LayoutError, ValueError, RecursionError):
+            raise ValueError(
+                f"{words[0]} is no list of layer counts such as [1,10,10,7] or [[0,1],[4,4]]"
+            ) from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="[INT,...]",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda grid: [show(grid)],
+    )
+
+
+@REGISTRY.primitive_rule  # pyright: ignore[reportUnknownMemberType] - open in tyro
+def _patterns(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """The --drop patterns: one word, which ``repeated_joined`` has made of them all."""
+    if info.type != Patterns:  # pyright: ignore[reportUnknownMemberType] - as above
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATTERN",
+        instance_from_str=lambda words: Patterns(json.loads(words[0])),
+        is_instance=lambda value: isinstance(value, Patterns),
+        str_from_instance=lambda patterns: [" ".join(patterns) or "none"],
+    )
+
+
+@REGISTRY.primitive_rule  # pyright: ignore[reportUnknownMemberType] - open in tyro
+def _folders(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """The folders of a repeated flag: one word, as of the patterns."""
+    if info.type != Folders:  # pyright: ignore[reportUnknownMemberType] - as above
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: Folders(json.loads(words[0])),
+        is_instance=lambda value: isinstance(value, Folders),
+        str_from_instance=lambda folders: [" ".join(folders) or "none"],
+    )
+
+
+def tool(form: type[Form], words: Sequence[str], prog: str, description: str) -> Form:
+    """Reads the words of a tool: see :func:`parse`."""
+    return parse(tyro.conf.FlagCreatePairsOff[form], words, prog, description)
+
+
+def command(
+    forms: Sequence[type], words: Sequence[str], prog: str, description: str, bare: bool
+) -> tuple[Any, Any, Any]:
+    """Reads the words of a conversion: see :func:`parse`.
+
+    Args:
+        forms: the classes of its request, of the options, and of what is shown.
+        bare: the flags of the first one have no ``cfg.`` before them.
+    """
+    flat, flags = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
+    config, options, screen = forms
+    form = dataclasses.make_dataclass(
+        "Form",
+        [
+            ("cfg", Annotated[(config, tyro.conf.FlagConversionOff, *([flat] if bare else []))]),
+            ("conversion", Annotated[options, flat, flags]),
+            ("screen", Annotated[screen, flat, flags]),
+        ],
+    )
+    made = parse(form, words, prog, description, config=(tyro.conf.DisallowNone,))  # pyright: ignore[reportUnknownVariableType] - a class made here
+    found = cast("Any", made)
+    return found.cfg, found.conversion, found.screen
 
 
 def parse(
@@ -43,7 +131,7 @@ def parse(
 
     def read(words: Sequence[str]) -> Form:
         told: Any = {"prog": prog, "description": description, "args": words, **more}
-        return cast("Form", tyro.cli(form, **told))
+        return cast("Form", tyro.cli(form, use_underscores=True, registry=REGISTRY, **told))
 
     if any(word in HELP for word in words):
         print(_help(read, [HELP[0]]))
