@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         verify,
     )
     from mmconvert.config import Options, ParallelConfig, Patterns
-    from mmconvert.msconfig import RankFolders
+    from mmconvert.config.mindspore import RankFolders
 
 __version__ = version.VERSION
 
@@ -75,10 +75,10 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module attribute can be a
     """Loads a public function when it is first asked for: ``import mmconvert`` stays cheap."""
     from importlib import import_module
 
+    if name == "RankFolders":
+        return getattr(import_module("mmconvert.config.mindspore"), name)
     if name in ("Options", "ParallelConfig", "Patterns"):
         return getattr(import_module("mmconvert.config"), name)
-    if name == "RankFolders":
-        return getattr(import_module("mmconvert.msconfig"), name)
     if name in __all__:
         return getattr(import_module("mmconvert.api"), name)
     raise AttributeError(f"module 'mmconvert' has no attribute {name!r}")

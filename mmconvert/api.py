@@ -18,14 +18,15 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from mmconvert import convert, converters, directions, lazy
+from mmconvert import convert, converters, lazy
 from mmconvert.config import CommonModelConfig, HFConfig, HFToMM, MMToHF, Options, ParallelConfig
+from mmconvert.config.mindspore import RankFolders
 from mmconvert.converters.family import Family
+from mmconvert.directions import mm
 from mmconvert.errors import LayoutError
 from mmconvert.events import Events
 from mmconvert.formats import recognise, registry
 from mmconvert.lazy import Tensors
-from mmconvert.msconfig import RankFolders
 from mmconvert.result import Result
 from mmconvert.sharding.stages import parse_grid
 from mmconvert.tools import inspection
@@ -98,7 +99,7 @@ def hf_to_mm(
         common_model_config=CommonModelConfig(enable_canonical_hf_struct=canonical),
         save_vit_only=save_vit_only,
     )
-    return directions.hf_to_mm(_family(converter, Path(hf_dir)), cfg, options, events)
+    return mm.hf_to_mm(_family(converter, Path(hf_dir)), cfg, options, events)
 
 
 def mm_to_hf(
@@ -122,7 +123,7 @@ def mm_to_hf(
         hf_config=HFConfig(Path(hf_dir)),
         parallel_config=parallel_config(layout),
     )
-    return directions.mm_to_hf(_family(converter, Path(hf_dir)), cfg, options, events)
+    return mm.mm_to_hf(_family(converter, Path(hf_dir)), cfg, options, events)
 
 
 def hf_to_ms(

@@ -10,10 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmconvert.config import (
-    Options,
-    ParallelConfig,
-)
+from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import Family
 from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.events import Events

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mmconvert.causes.quantised import is_mark
 from mmconvert.causes.tensors import unusable
-from mmconvert.config import MoEExpert, Options
+from mmconvert.config import Options
+from mmconvert.config.experts import MoEExpert
 from mmconvert.converters.configs import Dims
 from mmconvert.converters.rows import Module, hf_templates
 from mmconvert.converters.stacks import (

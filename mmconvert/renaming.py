@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from mmconvert.adapters import CONFIG, PREFIX, WEIGHT, parse_key
 from mmconvert.config import Options
+from mmconvert.config.lora import RenameLora
 from mmconvert.converters.family import Family
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.events import Events
@@ -19,7 +20,6 @@ from mmconvert.formats.peft.format import variant_of_keys
 from mmconvert.formats.peft.target import spelled
 from mmconvert.formats.reading import watched
 from mmconvert.formats.recognise import family_by_hf_names
-from mmconvert.loraconfig import RenameLora
 from mmconvert.narrow import is_array
 from mmconvert.plan.plan import Block, Key, Side, Whole, build, matrix
 from mmconvert.result import Result

@@ -18,7 +18,7 @@ from mmconvert.config import (
     Resplit,
 )
 from mmconvert.converters.checks import faults
-from mmconvert.directions import hf_to_mm, mm_to_hf, resplit
+from mmconvert.directions.mm import hf_to_mm, mm_to_hf, resplit
 from mmconvert.errors import LayoutError
 from mmconvert.formats.hf.model import hf_model
 from mmconvert.formats.mm.instances import experts_of

@@ -18,7 +18,7 @@ from mmconvert.config import (
     Resplit,
 )
 from mmconvert.convert import Result
-from mmconvert.directions import hf_to_mm, mm_to_hf, resplit
+from mmconvert.directions.mm import hf_to_mm, mm_to_hf, resplit
 
 Grid = Sequence[Sequence[int]]
 

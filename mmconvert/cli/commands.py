@@ -38,20 +38,22 @@ SCRIPTS = {
 }
 # These bring torch's process groups themselves, one process for each rank of the checkpoint.
 RUNTIME = ("validate", "generate", "finetune", "predict", "run_qwenvl")
+# Verb -> class of its flags, by its module in ``config``; what the verb does; an example. The
+# function of its name in the module of ``directions`` of the same name runs it.
 VERBS = {
     "hf_to_mm": (
-        "HFToMM",
+        "mm.HFToMM",
         "Hugging Face -> MM: before training",
         "--cfg.hf_config.hf_dir HF_DIR --cfg.mm_dir MM_DIR "
         f"{LAYOUT} --cfg.parallel_config.tp_size 2",
     ),
     "mm_to_hf": (
-        "MMToHF",
+        "mm.MMToHF",
         "MM -> Hugging Face: after training; the layout is read off the folder",
         "--cfg.mm_dir MM_DIR --cfg.hf_config.hf_dir HF_DIR --cfg.save_hf_dir NEW_HF_DIR",
     ),
     "resplit": (
-        "Resplit",
+        "mm.Resplit",
         "MM -> MM in another parallel layout",
         "--cfg.source_dir MM_DIR --cfg.target_dir NEW_MM_DIR "
         "--cfg.target_parallel_config.llm_pp_layers [28] "
@@ -61,23 +63,23 @@ VERBS = {
 # Of the same converters, for adapters.
 LORA_VERBS = {
     "lora_hf_to_mm": (
-        "LoraHFToMM",
+        "lora.LoraHFToMM",
         "PEFT adapter -> MM: to train on, or to merge there",
         "--cfg.hf_config.hf_dir ADAPTER --cfg.mm_dir MM_DIR "
         "--cfg.base_mm_dir BASE_MM_DIR --cfg.base_hf_dir BASE_HF_DIR",
     ),
     "lora_mm_to_hf": (
-        "LoraMMToHF",
+        "lora.LoraMMToHF",
         "adapter of LoRA training -> PEFT, with adapter_config.json",
         "--cfg.mm_dir MM_DIR --cfg.hf_config.hf_dir BASE_HF_DIR --cfg.save_hf_dir ADAPTER",
     ),
     "lora_merge": (
-        "LoraMerge",
+        "lora.LoraMerge",
         "base model + adapters -> model, each of them Hugging Face or MM",
         "--cfg.base_dir BASE --cfg.lora_dir ADAPTER --cfg.save_dir MERGED",
     ),
     "lora_resplit": (
-        "LoraResplit",
+        "lora.LoraResplit",
         "MM adapter -> MM adapter in another parallel layout",
         "--cfg.source_dir MM_DIR --cfg.target_dir NEW_MM_DIR "
         "--cfg.target_parallel_config.llm_pp_layers [28] "
@@ -86,27 +88,27 @@ LORA_VERBS = {
 }
 DCP_VERBS = {
     "hf_to_dcp": (
-        "HFToDCP",
+        "dcp.HFToDCP",
         "Hugging Face -> DCP: before training with FSDP2",
         "--cfg.hf_config.hf_dir HF_DIR --cfg.dcp_dir DCP_DIR",
     ),
     "dcp_to_hf": (
-        "DCPToHF",
+        "dcp.DCPToHF",
         "DCP -> Hugging Face: after training with FSDP2",
         "--cfg.dcp_dir DCP_DIR --cfg.hf_config.hf_dir HF_DIR --cfg.save_hf_dir NEW_HF_DIR",
     ),
     "mm_to_dcp": (
-        "MMToDCP",
+        "dcp.MMToDCP",
         "MM -> DCP, straight",
         "--cfg.mm_dir MM_DIR --cfg.hf_config.hf_dir HF_DIR --cfg.dcp_dir DCP_DIR",
     ),
     "dcp_to_mm": (
-        "DCPToMM",
+        "dcp.DCPToMM",
         "DCP -> MM, straight",
         f"--cfg.dcp_dir DCP_DIR --cfg.hf_config.hf_dir HF_DIR --cfg.mm_dir MM_DIR {LAYOUT}",
     ),
     "hf_to_mm_dcp": (
-        "HFToMM",
+        "dcp.HFToMMDCP",
         "Hugging Face -> DCP with whole MM tensors",
         "--cfg.hf_config.hf_dir HF_DIR --cfg.mm_dir DCP_DIR",
     ),
@@ -122,17 +124,17 @@ DCP_CONVERTERS = {
 # Of the converters whose other side is MindSpore (converters.MINDSPORE).
 MS_VERBS = {
     "hf_to_ms": (
-        "HFToMS",
+        "mindspore.HFToMS",
         "Hugging Face -> MindSpore: before training or serving with MindFormers",
         "--cfg.hf_config.hf_dir HF_DIR --cfg.ms_path X.ckpt --cfg.dtype fp16",
     ),
     "ms_to_hf": (
-        "MSToHF",
+        "mindspore.MSToHF",
         "MindSpore -> Hugging Face: a .ckpt, or rank folders with their strategy files",
         "--cfg.ms_path X.ckpt --cfg.hf_config.hf_dir HF_DIR --cfg.save_hf_dir NEW_HF_DIR",
     ),
     "resplit": (
-        "MSResplit",
+        "mindspore.MSResplit",
         "MindSpore -> MindSpore: a complete file, or sliced over any devices",
         "--cfg.source_dir X.ckpt --cfg.target_dir RANKS_DIR "
         "--cfg.target_parallel_config.data_parallel 2 "
@@ -142,7 +144,7 @@ MS_VERBS = {
 
 
 def verbs_of(converter: str) -> dict[str, tuple[str, str, str]]:
-    """The verbs of a converter: the class of their flags, what they do, an example."""
+    """The verbs of a converter, as :data:`VERBS`."""
     from mmconvert.converters import BUILT_IN, MINDSPORE, load
 
     if converter == AUTO:

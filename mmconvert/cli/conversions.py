@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import field, make_dataclass
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from mmconvert import config, msconfig
 from mmconvert.cli.arguments import Command, Screen, read
-from mmconvert.cli.commands import AUTO, DCP_VERBS, MS_VERBS, VERBS, verbs_of
+from mmconvert.cli.commands import AUTO, MS_VERBS, VERBS, verbs_of
 from mmconvert.cli.screen import print_lines, screen_events
 from mmconvert.cli.spelling import normalise
 from mmconvert.config import OptionalHFConfig
@@ -18,24 +18,30 @@ from mmconvert.names import number
 from mmconvert.words import amount
 
 if TYPE_CHECKING:
+    from mmconvert.config import Options
+    from mmconvert.converters.family import Family
+    from mmconvert.events import Events
     from mmconvert.result import Result
+
+
+class Conversion(Protocol):
+    """One of ``directions``."""
+
+    def __call__(self, family: Family, cfg: Any, options: Options, events: Events) -> Result:  # noqa: ANN401 - of the verb's class
+        """Runs it."""
+        ...
 
 
 def convert(converter: str, verb: str, flags: list[str]) -> int:
     """Runs one conversion."""
     form, text, example = _form(converter, verb, flags)
+    module, _, name = form.partition(".")
+    at = "mmconvert.config" if module == "mm" else f"mmconvert.config.{module}"
     prog = f"mm-convert {converter} {verb}"
-    command = read(_class(form), flags, prog, f"{text}.\n\nexample:\n  {prog} {example}")
-    run(converter, verb, command)
+    about = f"{text}.\n\nexample:\n  {prog} {example}"
+    command = read(getattr(import_module(at), name), flags, prog, about)
+    run(converter, module, verb, command)
     return 0
-
-
-def _class(form: str) -> type:
-    if form.startswith("Lora"):
-        from mmconvert import loraconfig
-
-        return getattr(loraconfig, form)
-    return getattr(msconfig if hasattr(msconfig, form) else config, form)
 
 
 def _form(converter: str, verb: str, flags: list[str]) -> tuple[str, str, str]:
@@ -43,9 +49,10 @@ def _form(converter: str, verb: str, flags: list[str]) -> tuple[str, str, str]:
     checkpoints have, AutoConverter takes the one that fits the source.
     """
     if (converter, verb) == (AUTO, "resplit"):
+        from mmconvert.config.mindspore import MSResplit
         from mmconvert.formats.registry import recognise
 
-        words = normalise(flags, msconfig.MSResplit)
+        words = normalise(flags, MSResplit)
         given = dict(pairwise(words))
         given |= {
             flag: value for flag, _, value in (word.partition("=") for word in words) if value
@@ -76,13 +83,39 @@ def between(converter: str, verb: str, formats: tuple[str, str], flags: list[str
     )
     prog = f"mm-convert {converter} {verb}"
     command = read(form, flags, prog, f"{reader.title} -> {writer.title}.")
-    run(converter, verb, command)
+    from mmconvert import convert, directions
+
+    def conversion(family: Family, cfg: object, options: Options, events: Events) -> Result:
+        return convert.convert(family, directions.between(verb, cfg), options, events)
+
+    _run(converter, verb, command, conversion)
     return 0
 
 
-def run(converter: str, verb: str, command: Command) -> None:
-    """Runs a conversion that has been read, and shows what came of it."""
-    show(verb, _converted(converter, verb, command), command.screen)
+def run(converter: str, module: str, verb: str, command: Command) -> None:
+    """Runs a verb of a module of ``directions``, and shows what came of it."""
+    # Not before the flags are understood: help need not pay for it.
+    directions = import_module(f"mmconvert.directions.{module}")
+    _run(converter, verb, command, getattr(directions, verb))
+
+
+def _run(converter: str, verb: str, command: Command, conversion: Conversion) -> None:
+    from mmconvert import converters
+    from mmconvert.executor import group
+
+    if converter != AUTO:
+        family = converters.load(converter)
+    else:
+        from mmconvert.formats.recognise import family_of
+
+        family = family_of(*_inputs(verb, command.cfg), naming="mm" if _lora(verb) else "")
+    with screen_events(quiet=command.screen.quiet or not group.current().leads) as events:
+        result = conversion(family, command.cfg, command.options, events)
+    show(verb, result, command.screen)
+
+
+def _lora(verb: str) -> bool:
+    return verb.startswith("lora_")
 
 
 def show(verb: str, result: Result, screen: Screen) -> None:
@@ -97,52 +130,15 @@ def show(verb: str, result: Result, screen: Screen) -> None:
         print_lines(_summary(verb, result))
 
 
-def _converted(converter: str, verb: str, command: Command) -> Result:
-    # Not before the flags are understood: help need not pay for it.
-    from mmconvert import convert, converters, directions
-    from mmconvert.executor import group
-    from mmconvert.formats.recognise import family_of
-
-    if verb.startswith("lora_"):
-        return _of_adapter(converter, verb, command)
-    directions_of = {
-        "hf_to_mm": directions.hf_to_mm,
-        "mm_to_hf": directions.mm_to_hf,
-        "hf_to_ms": directions.hf_to_ms,
-        "ms_to_hf": directions.ms_to_hf,
-        "resplit": directions.resplit,
-        "hf_to_mm_dcp": directions.hf_to_mm_dcp,
-    }
-    inputs = _inputs(command.cfg)
-    family = family_of(*inputs, naming="") if converter == AUTO else converters.load(converter)
-    with screen_events(quiet=command.screen.quiet or not group.current().leads) as events:
-        if verb in directions_of:
-            return directions_of[verb](family, command.cfg, command.options, events)
-        if verb in DCP_VERBS:
-            return directions.with_dcp(family, verb, command.cfg, command.options, events)
-        asked = directions.between(verb, command.cfg)
-        return convert.convert(family, asked, command.options, events)
-
-
-def _of_adapter(converter: str, verb: str, command: Command) -> Result:
-    """Runs a conversion or a merge of adapters."""
-    from mmconvert import converters, lora
-    from mmconvert.executor import group
-    from mmconvert.formats.recognise import family_of
-
-    inputs = lora.inputs(command.cfg)
-    family = family_of(*inputs) if converter == AUTO else converters.load(converter)
-    with screen_events(quiet=command.screen.quiet or not group.current().leads) as events:
-        return getattr(lora, verb)(family, command.cfg, command.options, events)
-
-
-def _inputs(cfg: Any) -> list[Path]:  # noqa: ANN401 - one of many dataclasses
+def _inputs(verb: str, cfg: Any) -> list[Path]:  # noqa: ANN401 - one of many dataclasses
     """The input folders of a request, that of the original model first."""
-    names = ("mm_dir", "ms_path", "source_dir", "source")
-    if isinstance(cfg, (config.HFToMM, msconfig.HFToMS, config.HFToDCP)):
-        names = ()
-    elif isinstance(cfg, (config.DCPToMM, config.DCPToHF)):
-        names = ("dcp_dir",)
+    if _lora(verb):
+        from mmconvert.directions import lora
+
+        return lora.inputs(cfg)
+    names = {"hf": ("source",), "dcp": ("source", "dcp_dir")}.get(
+        verb.partition("_to_")[0], ("mm_dir", "ms_path", "source_dir", "source")
+    )
     paths = [cfg.hf_config.hf_dir, *(getattr(cfg, name, None) for name in names)]
     return [path for path in paths if path is not None]
 

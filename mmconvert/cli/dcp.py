@@ -15,7 +15,7 @@ from mmconvert.cli.arguments import Command, read
 from mmconvert.cli.commands import DCP_CONVERTERS
 from mmconvert.cli.conversions import show
 from mmconvert.cli.screen import screen_events
-from mmconvert.config import DCPLayout
+from mmconvert.config.dcp import DCPLayout
 from mmconvert.errors import RequestError
 from mmconvert.narrow import is_array, is_texts
 

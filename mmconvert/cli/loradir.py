@@ -36,10 +36,10 @@ def adapters(
             raise RequestError("--lora_alpha is given without --lora_dir", "both, or none")
         yield None
         return
-    from mmconvert import lora
+    from mmconvert.config.lora import AdapterConfig, LoraHFToMM, LoraMMToHF
+    from mmconvert.directions import lora
     from mmconvert.formats.mm.folder import is_mm
     from mmconvert.formats.recognise import family_of
-    from mmconvert.loraconfig import AdapterConfig, LoraHFToMM, LoraMMToHF
     from mmconvert.runtime.lora import LoraFolders
 
     if is_mm(lora_dir) and not judged:

@@ -11,10 +11,11 @@ import pytest
 from commands import QWEN2VL, copied, rank_files, untouched
 from mmconvert import converters
 from mmconvert.config import HFConfig, HFToMM, MMToHF, Options, ParallelConfig, Resplit
-from mmconvert.directions import hf_to_mm, hf_to_ms, mm_to_hf, resplit
+from mmconvert.config.mindspore import DeviceConfig, HFToMS, MSResplit
+from mmconvert.directions import mindspore
+from mmconvert.directions.mm import hf_to_mm, mm_to_hf, resplit
 from mmconvert.errors import CheckpointError, ReplicaError
 from mmconvert.events import Events
-from mmconvert.msconfig import DeviceConfig, HFToMS, MSResplit
 from mmconvert.tools.comparison.diff import diff
 from mmconvert.tools.comparison.verification import verify
 from qwenvl import make_qwenvl
@@ -137,11 +138,13 @@ def test_mindspore(name: str, tmp_path: Path, out: Path) -> None:
     """Weights of ranks, and their strategy files."""
     family = converters.load("QwenVLConverter")
     hf, ranks = make_qwenvl(tmp_path / "hf"), tmp_path / "ranks"
-    hf_to_ms(family, HFToMS(ranks, HFConfig(hf), parallel_config=DeviceConfig(model_parallel=2)))
+    mindspore.hf_to_ms(
+        family, HFToMS(ranks, HFConfig(hf), parallel_config=DeviceConfig(model_parallel=2))
+    )
     events = At("converting", lambda: written(ranks / name))
     file = out.with_suffix(".ckpt")
     cfg = MSResplit(ranks, file)
-    refused(ranks / name, file, events, lambda: resplit(family, cfg, None, events))
+    refused(ranks / name, file, events, lambda: mindspore.resplit(family, cfg, None, events))
 
 
 def test_what_is_not_read_may_change(tied_mm22: Path, tmp_path: Path, out: Path) -> None:

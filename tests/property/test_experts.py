@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from experts import FAMILY, KINDS, Shape, Sizes, differences, mm_of, read_mm, write_hf
 from mmconvert.config import HFConfig, HFToMM, MMToHF, OptionalHFConfig, ParallelConfig, Resplit
-from mmconvert.directions import hf_to_mm, mm_to_hf, resplit
+from mmconvert.directions.mm import hf_to_mm, mm_to_hf, resplit
 from mmconvert.errors import CheckpointError, LayoutError, MMConvertError, ReplicaError, TensorError
 from mmread import MANIFEST, compare_hf
 from painting import DRY, NORMAL, assert_none, folder, painted, tries

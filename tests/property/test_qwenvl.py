@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmconvert.config import HFConfig, Options
+from mmconvert.config.mindspore import DeviceConfig, HFToMS, MSResplit, MSToHF
 from mmconvert.converters.qwenvl import FAMILY
-from mmconvert.directions import hf_to_ms, ms_to_hf, resplit
-from mmconvert.msconfig import DeviceConfig, HFToMS, MSResplit, MSToHF
+from mmconvert.directions.mindspore import hf_to_ms, ms_to_hf, resplit
 from mmconvert.playground.qwenvl import PlaygroundSizes
 from mmconvert.tools.comparison.verification import verify
 from mmread import compare_hf

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mmconvert import converters
 from mmconvert.config import HFConfig, HFToMM, MMToHF, ParallelConfig, Resplit
-from mmconvert.directions import hf_to_mm, mm_to_hf, resplit
+from mmconvert.directions.mm import hf_to_mm, mm_to_hf, resplit
 from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_hf, compare_mm
 from painting import NORMAL, assert_none, folder, tries

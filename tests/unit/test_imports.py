@@ -44,7 +44,6 @@ FILES_ROOM = {
     "converters",
     "sharding",
     "config",
-    "msconfig",
 }
 STORY = {*FILES_ROOM, "result", "estimate", "convert", "run"}
 ALLOWED: dict[str, set[str]] = {
@@ -55,20 +54,15 @@ ALLOWED: dict[str, set[str]] = {
     "converters": {"sharding"},
     "plan": {"converters", "sharding", "stored"},
     "config": {"sharding"},
-    "loraconfig": {"config"},
-    "msconfig": {"config"},
     "modeljson": {"config", "sharding"},
     "executor": {"formats", "plan", "sharding", "stored"},
-    "formats": {
-        *("causes", "config", "converters", "executor", "msconfig", "plan", "sharding", "stored"),
-    },
+    "formats": {"causes", "config", "converters", "executor", "plan", "sharding", "stored"},
     "estimate": {"executor", "plan", "stored"},
     "result": {"estimate", "executor", "formats", "plan"},
     "run": STORY - {"convert"},
     "convert": STORY,
     "directions": STORY,
-    "lora": {*STORY, "loraconfig"},
-    "renaming": {*STORY, "loraconfig"},
+    "renaming": {*STORY, "directions"},
     "regroup": STORY - {"convert"},
     "loading": FILES_ROOM,
     "lazy": {*FILES_ROOM, "loading"},
@@ -76,15 +70,15 @@ ALLOWED: dict[str, set[str]] = {
     "playground": {*STORY, "api"},
     "tools": STORY,
     "api": {*STORY, "directions", "lazy", "loading", "tools"},
-    "testing": {*STORY, "directions", "lora", "loraconfig"},
+    "testing": {*STORY, "directions"},
     "report": {"executor", "formats", "sharding", "stored", "tools"},
     "runtime": {*FILES_ROOM, "loading"},
     "cli": {
         *STORY,
-        *("api", "datasets", "directions", "lora", "loraconfig", "playground", "regroup"),
+        *("api", "datasets", "directions", "playground", "regroup"),
         *("renaming", "report", "runtime", "tools"),
     },
-    "__init__": {"api", "config", "msconfig"},
+    "__init__": {"api", "config"},
     "__main__": {"cli"},
 }
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mmconvert import converters
 from mmconvert.config import HFConfig, HFToMM, MMToHF, Options
-from mmconvert.directions import hf_to_mm, mm_to_hf
+from mmconvert.directions.mm import hf_to_mm, mm_to_hf
 from mmconvert.playground.checkpoints import make_hf
 
 BIAS = "language.model.layers.1.mlp.gate.e_score_correction_bias"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import is_dataclass
+from importlib import import_module
 from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmconvert import config, loraconfig
-from mmconvert.cli import DCP_VERBS, LORA_VERBS, MS_VERBS, VERBS, parsing, plain
+from mmconvert.cli import parsing, plain
 from mmconvert.cli.arguments import Screen
+from mmconvert.cli.commands import DCP_VERBS, LORA_VERBS, MS_VERBS, VERBS
 from mmconvert.cli.spelling import flag_paths, normalise
 from mmconvert.config import Options
 from mmconvert.errors import RequestError
@@ -26,7 +27,10 @@ WORDS = [
 
 
 def class_of(form: str) -> type:
-    return getattr(loraconfig if form.startswith("Lora") else config, form)
+    module, _, name = form.partition(".")
+    return getattr(
+        import_module(f"mmconvert.config.{module}" if module != "mm" else "mmconvert.config"), name
+    )
 
 
 def parts_of(form: str) -> list[plain.Part]:
@@ -96,4 +100,4 @@ def test_the_examples_of_help_are_plain(form: str, example: str) -> None:
     ],
 )
 def test_mistakes_and_questions_are_left_to_tyro(words: list[str]) -> None:
-    assert plain.read(parts_of("HFToMM"), words) is None
+    assert plain.read(parts_of("mm.HFToMM"), words) is None

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mmconvert import converters
 from mmconvert.config import HFConfig, HFToMM, MMToHF, Options, ParallelConfig
-from mmconvert.directions import hf_to_mm, mm_to_hf
+from mmconvert.directions.mm import hf_to_mm, mm_to_hf
 from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_hf, compare_mm

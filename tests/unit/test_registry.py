@@ -14,18 +14,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from mmconvert import converters
-from mmconvert.config import (
-    CommonModelConfig,
-    HFConfig,
-    HFToMM,
-    MMToHF,
-    Options,
-    ParallelConfig,
-)
+from mmconvert.config import CommonModelConfig, HFConfig, HFToMM, MMToHF, Options, ParallelConfig
 from mmconvert.converters.checks import check_family
 from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.rows import ZEROS, Module, Row, hf_templates
-from mmconvert.directions import hf_to_mm, mm_to_hf
+from mmconvert.directions.mm import hf_to_mm, mm_to_hf
 from mmconvert.errors import RequestError
 from mmconvert.names import NO_LAYER
 from mmconvert.playground.checkpoints import MODELS as CATALOGUE

@@ -10,8 +10,8 @@ import tyro
 
 from mmconvert.cli.arguments import Command, Screen, read_plain
 from mmconvert.config import HFConfig, MaybePath, Options
+from mmconvert.config.mindspore import HFToMS, MSToHF
 from mmconvert.errors import RequestError
-from mmconvert.msconfig import HFToMS, MSToHF
 
 PROG = "mm-convert convert_weight"
 MODELS = {"qwenvl": "QwenVLConverter"}  # MindFormers' name of a model -> our converter
@@ -56,7 +56,9 @@ def run(words: list[str]) -> int:
     from mmconvert.cli import conversions
 
     verb = "ms_to_hf" if asked.reversed else "hf_to_ms"
-    conversions.run(MODELS[asked.model], verb, Command(cfg, asked.options, asked.screen))
+    conversions.run(
+        MODELS[asked.model], "mindspore", verb, Command(cfg, asked.options, asked.screen)
+    )
     return 0
 
 

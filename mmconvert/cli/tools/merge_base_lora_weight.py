@@ -10,7 +10,7 @@ import tyro
 
 from mmconvert.cli.arguments import Command, Screen, read_plain
 from mmconvert.config import Folders, MaybeFloat, MaybeInt, Options, ParallelConfig
-from mmconvert.loraconfig import LoraMerge
+from mmconvert.config.lora import LoraMerge
 
 PROG = "mm-convert merge_base_lora_weight"
 TEXT = f"""Base model + adapter, both in MM format, with the flags of MindSpeed-MM's script.
@@ -59,5 +59,5 @@ def run(words: list[str]) -> int:
     from mmconvert.cli import conversions
     from mmconvert.cli.commands import AUTO
 
-    conversions.run(AUTO, "lora_merge", Command(cfg, asked.options, asked.screen))
+    conversions.run(AUTO, "lora", "lora_merge", Command(cfg, asked.options, asked.screen))
     return 0

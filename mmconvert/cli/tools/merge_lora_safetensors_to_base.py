@@ -10,7 +10,7 @@ import tyro
 
 from mmconvert.cli.arguments import Command, Screen, read_plain
 from mmconvert.config import Folders, MaybeFloat, MaybeInt, Options
-from mmconvert.loraconfig import LoraMerge
+from mmconvert.config.lora import LoraMerge
 
 PROG = "mm-convert merge_lora_safetensors_to_base"
 TEXT = f"""Hugging Face model + adapter, with the flags of MindSpeed-MM's script.
@@ -56,5 +56,5 @@ def run(words: list[str]) -> int:
     from mmconvert.cli import conversions
     from mmconvert.cli.commands import AUTO
 
-    conversions.run(AUTO, "lora_merge", Command(cfg, asked.options, asked.screen))
+    conversions.run(AUTO, "lora", "lora_merge", Command(cfg, asked.options, asked.screen))
     return 0

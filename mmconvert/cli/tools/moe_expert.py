@@ -10,7 +10,8 @@ import tyro
 from mmconvert.cli import conversions
 from mmconvert.cli.arguments import Screen, read_plain
 from mmconvert.cli.screen import screen_events
-from mmconvert.config import MoEExpert, Options
+from mmconvert.config import Options
+from mmconvert.config.experts import MoEExpert
 
 PROG = "mm-convert moe_expert"
 TEXT = f"""Hugging Face to Hugging Face, with experts in another form: InternVL3.5-MoE, GLM-4.5V,

@@ -12,7 +12,7 @@ import tyro
 from mmconvert.cli.arguments import Screen, read_plain
 from mmconvert.cli.screen import screen_events
 from mmconvert.config import Options
-from mmconvert.loraconfig import RenameLora
+from mmconvert.config.lora import RenameLora
 
 PROG = "mm-convert rename_lora"
 TEXT = f"""An adapter under other names. PEFT loads one in the wrong spelling without any effect.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mmconvert import converters
-from mmconvert.config import DCPLayout
+from mmconvert.config.dcp import DCPLayout
 from mmconvert.converters.family import Family
 from mmconvert.converters.rows import Module
 from mmconvert.errors import CheckpointError, LayoutError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mmconvert.config import DCPLayout
+from mmconvert.config.dcp import DCPLayout
 from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.rows import mm_index
 from mmconvert.errors import CheckpointError, TensorError

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mmconvert.config import Options
+from mmconvert.config.mindspore import DeviceConfig, RankFolders
 from mmconvert.converters import ms_registry
 from mmconvert.converters.family import Family
 from mmconvert.converters.mindspore import MSFamily
@@ -51,7 +52,6 @@ from mmconvert.formats.mindspore.side import (
 )
 from mmconvert.formats.model import Model
 from mmconvert.formats.recognise import ms_family
-from mmconvert.msconfig import DeviceConfig, RankFolders
 from mmconvert.plan.plan import Side
 from mmconvert.plan.sizes import check_agreement
 from mmconvert.sharding.devices import DeviceLayout

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmconvert.config.mindspore import DeviceConfig
 from mmconvert.converters.configs import Dims
 from mmconvert.converters.mindspore import MSFamily
 from mmconvert.errors import LayoutError
 from mmconvert.formats.mindspore.side import Spread
 from mmconvert.formats.mindspore.strategy import Strategy
-from mmconvert.msconfig import DeviceConfig
 from mmconvert.plan.plan import Key, Whole
 from mmconvert.sharding.devices import DeviceLayout
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmconvert.config.mindspore import FileForm
 from mmconvert.errors import RequestError
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.mindspore.side import Spread
 from mmconvert.formats.mindspore.strategy import Strategy
 from mmconvert.formats.mindspore.strategy_writer import encode_strategy
-from mmconvert.msconfig import FileForm
 
 METADATA = {"format": "ms"}  # what MindSpore's own save_checkpoint writes into safetensors
 STRATEGIES = "strategy"  # folder, as in MindFormers' output

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mmconvert.adapters import CONFIG, parse_key
-from mmconvert.config import PEFTChoices
+from mmconvert.config.lora import PEFTChoices
 from mmconvert.converters.adapters import derived, restricted
 from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.rows import Module

@@ -1,4 +1,4 @@
-"""What can be asked for where one side is MindSpore, see :mod:`mmconvert.config`."""
+"""What can be asked of MindSpore checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What can be asked for. Attribute docstrings are the help text of the command line."""
+"""What can be asked for. Attribute docstrings are the help text of the command line.
+
+What formats other than Hugging Face's and MM are asked stands in modules of its own: none is
+imported for a request that does not need it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,6 @@ MaybeBool = Union[None, bool]  # noqa: UP007 - see above
 
 
 DType = Literal["keep", "bf16", "fp16", "fp32"]
-ExpertStyle = Literal["merge", "split", "transformers4", "transformers5"]
 
 
 class Patterns(tuple[str, ...]):
@@ -160,98 +163,6 @@ class Resplit:
     """MindSpeed-MM's model.json in place of the lists and sizes that are written."""
     trust_remote_code: bool = False
     """Accepted for compatibility; nothing is ever run."""
-
-
-@dataclass(frozen=True)
-class PEFTChoices:
-    """What can be chosen of an adapter of PEFT."""
-
-    lora_alpha: MaybeFloat = None
-    """lora_alpha of training, where nothing else tells it."""
-    structure: Literal["", "canonical", "fused"] = ""
-    """q, k, v and gate, up apart or packed, in MM format."""
-    exact_rank: bool = False
-    """Refuse where packing q, k, v or gate, up needs a larger rank."""
-    fold_scaling: bool = False
-    """Bring layers of several ranks or scalings to one: pad ranks, multiply B."""
-    names: Literal["new", "old"] = "new"
-    """Names of transformers since 4.52, or before."""
-    base_model: str = ""
-    """base_model_name_or_path of the adapter_config.json that is written."""
-
-
-@dataclass(frozen=True)
-class MoEExpert:
-    """Hugging Face -> Hugging Face with experts in another form, as MindSpeed-MM spells it."""
-
-    style: ExpertStyle
-    """merge: one stack for the experts of a layer, as MindSpeed-MM trains them. split: a tensor for
-    each expert again. transformers4, transformers5: stacks in the order of those versions."""
-    hf_dir: Path
-    """Folder of the Hugging Face checkpoint."""
-    save_dir: Path
-    """Folder to write."""
-
-
-@dataclass(frozen=True)
-class DCPLayout:
-    """What a DCP folder is like."""
-
-    ranks: int = 1
-    """Divide every tensor over so many ranks, as FSDP2 does; 1 leaves tensors whole."""
-    dcp_prefix: str = "auto"
-    """What stands between model. and each Hugging Face name; auto: as the family's trainer has it,
-    or as the folder shows."""
-    names: Literal["hf", "mm"] = "hf"
-    """Tensors of Hugging Face, or whole tensors of MM format under their MM names."""
-
-
-@dataclass(frozen=True)
-class MMToDCP:
-    """MM -> DCP."""
-
-    dcp_dir: Path
-    """Folder to write: release/ with .metadata and *.distcp, and a tracker file."""
-    mm_dir: Path
-    """MM checkpoint."""
-    hf_config: HFConfig
-    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
-    dcp_config: DCPLayout = field(default_factory=DCPLayout)
-
-
-@dataclass(frozen=True)
-class DCPToMM:
-    """DCP -> MM."""
-
-    mm_dir: Path
-    """Folder to write."""
-    dcp_dir: Path
-    """DCP folder, or the folder with its tracker file."""
-    hf_config: OptionalHFConfig = field(default_factory=OptionalHFConfig)
-    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
-    dcp_config: DCPLayout = field(default_factory=DCPLayout)
-
-
-@dataclass(frozen=True)
-class HFToDCP:
-    """Hugging Face -> DCP."""
-
-    dcp_dir: Path
-    """Folder to write: release/ with .metadata and *.distcp, and a tracker file."""
-    hf_config: HFConfig
-    dcp_config: DCPLayout = field(default_factory=DCPLayout)
-
-
-@dataclass(frozen=True)
-class DCPToHF:
-    """DCP -> Hugging Face."""
-
-    save_hf_dir: Path
-    """Folder to write."""
-    dcp_dir: Path
-    """DCP folder, or the folder with its tracker file."""
-    hf_config: HFConfig
-    dcp_config: DCPLayout = field(default_factory=DCPLayout)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,24 @@ from mmconvert.config import (
 
 
 @dataclass(frozen=True)
+class PEFTChoices:
+    """What can be chosen of an adapter of PEFT."""
+
+    lora_alpha: MaybeFloat = None
+    """lora_alpha of training, where nothing else tells it."""
+    structure: Literal["", "canonical", "fused"] = ""
+    """q, k, v and gate, up apart or packed, in MM format."""
+    exact_rank: bool = False
+    """Refuse where packing q, k, v or gate, up needs a larger rank."""
+    fold_scaling: bool = False
+    """Bring layers of several ranks or scalings to one: pad ranks, multiply B."""
+    names: Literal["new", "old"] = "new"
+    """Names of transformers since 4.52, or before."""
+    base_model: str = ""
+    """base_model_name_or_path of the adapter_config.json that is written."""
+
+
+@dataclass(frozen=True)
 class AdapterConfig:
     """The adapter, as PEFT saves it."""
 

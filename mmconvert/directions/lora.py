@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from mmconvert.adapters import PREFIX
-from mmconvert.config import Options, ParallelConfig, PEFTChoices
+from mmconvert.config import Options, ParallelConfig
+from mmconvert.config.lora import (
+    LoraCommonConfig,
+    LoraHFToMM,
+    LoraMerge,
+    LoraMMToHF,
+    LoraResplit,
+    PEFTChoices,
+)
 from mmconvert.convert import PARALLEL, End, Request, convert
 from mmconvert.converters.family import Family
 from mmconvert.errors import CheckpointError, RequestError
@@ -21,7 +29,6 @@ from mmconvert.formats.model import Model
 from mmconvert.formats.peft.folder import named_base, read_file
 from mmconvert.formats.reading import watched
 from mmconvert.formats.registry import load, recognise
-from mmconvert.loraconfig import LoraCommonConfig, LoraHFToMM, LoraMerge, LoraMMToHF, LoraResplit
 from mmconvert.plan.products import Adapter
 from mmconvert.result import Result
 from mmconvert.sharding.layout import Layout, grid_flag
