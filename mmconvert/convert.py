@@ -119,7 +119,7 @@ def convert(
         layout=asked.source.layout,
         flags=asked.source.flags,
         like=like,
-        claims=writer.claims(asked.target.layout),
+        claims=reader.name != writer.name or writer.claims(asked.target.layout),
         encoders_only=asked.encoders_only,
         canonical=asked.canonical,
         text_dir=asked.text_dir,

@@ -102,7 +102,7 @@ def _distributed(folder: Path, names: Sequence[str]) -> FormError | None:
         return FormError(
             "distributed-checkpoint",
             f"{place} is a distributed checkpoint ({kind}: {summarise(parts or inside, 2)}), "
-            "which is not read here",
+            "which this command does not read",
             "rank folders mp_rank_*, or Hugging Face weights",
             f"mm-convert AutoConverter torch_dist_to_hf --cfg.source {place}, or torch_dist_to_mm; "
             "of another family: save it with --ckpt-format torch"

@@ -142,12 +142,12 @@ def _formats_of(verb: str) -> tuple[str, str] | None:
     """The formats that a verb such as hf_to_npy goes between; None if it is no such verb, or one
     between our own, which have verbs of their own.
     """
-    from mmconvert.formats.registry import BUILT_IN, names
+    from mmconvert.formats.registry import names
 
     first, _, second = verb.partition("_to_")
     known = names()
-    ours = {first, second} <= BUILT_IN.keys() and "torch_dist" not in (first, second)
-    if first in known and second in known and not ours and first != second:
+    own = verb in commands.NAMED or "peft" in (first, second)
+    if first in known and second in known and not own and (first != second or first == "dcp"):
         return first, second
     return None
 

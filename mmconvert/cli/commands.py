@@ -6,12 +6,12 @@ AUTO = "AutoConverter"  # the family is told by the checkpoint
 LAYOUT = "--cfg.parallel_config.llm_pp_layers [12,16] --cfg.parallel_config.vit_pp_layers [32,0]"
 TOOLS = {
     "inspect": "PATH says what a checkpoint is, with a picture of its layout",
-    "verify": "A B compares two checkpoints, Hugging Face or MM, in any two layouts",
+    "verify": "A B compares two checkpoints of any formats, in any two layouts",
     "diff": "A B measures how far apart two checkpoints are, by tensor, layer and module",
     "suggest": "HF_DIR --pp N balances the layers over the pipeline and prints the command",
     "model_json": "HF_DIR --output FILE writes MindSpeed-MM's model.json for a model and layout",
     "doctor": "PATH says what is wrong with a checkpoint, and prints the commands that mend it",
-    "roundtrip": "HF_DIR proves for CI that what comes back from MM format is what went in",
+    "roundtrip": "HF_DIR proves for CI that what comes back from another format is what went in",
     "validate": "--mm_dir D --hf_dir H runs both and compares what they compute",
     "generate": "--mm_dir D --hf_dir H --prompt P answers, from pictures, videos and sounds too",
     "finetune": "--mm_dir D --hf_dir H --data F --save S trains on conversations",
@@ -113,6 +113,7 @@ DCP_VERBS = {
         "--cfg.hf_config.hf_dir HF_DIR --cfg.mm_dir DCP_DIR",
     ),
 }
+ANY_VERB = "A_to_B        any two of hf, mm, dcp, torch_dist: --cfg.source PATH --cfg.target PATH"
 # Converters of MindSpeed-MM for its FSDP2 trainers, which take models of any kind.
 DCP_CONVERTERS = {
     "Qwen3VLConverter": "Qwen3-VL",
@@ -141,6 +142,7 @@ MS_VERBS = {
         "--cfg.target_parallel_config.model_parallel 4",
     ),
 }
+NAMED = VERBS | DCP_VERBS | MS_VERBS  # between two formats, with flags of their own
 
 
 def verbs_of(converter: str) -> dict[str, tuple[str, str, str]]:
@@ -162,18 +164,27 @@ def top_help(names: list[str], ms_names: list[str]) -> str:
     ms_verbs = "\n".join(f"  {verb:<10} {text}" for verb, (_, text, _) in MS_VERBS.items())
     about = {AUTO: "   the family that config.json or the MM checkpoint tells"}
     converters = "\n".join(f"  {name}{about.get(name, '')}" for name in names)
+    dcp_verbs = "\n".join(f"  {verb:<13} {text}" for verb, (_, text, _) in DCP_VERBS.items())
+    fsdp = "\n".join(f"  {name:<24} {text}" for name, text in DCP_CONVERTERS.items())
     tools = "\n".join(f"  {name:<14} {text}" for name, text in TOOLS.items())
     return f"""usage: mm-convert CONVERTER VERB [flags]
        mm-convert TOOL WORDS ... [flags]
 
-Moves multimodal checkpoints between Hugging Face and MM format, and from any parallel
-layout to any other: complete or not at all, in bounded memory, without torch or an NPU.
+Moves multimodal checkpoints between Hugging Face, MM, DCP and torch_dist, and from any
+parallel layout to any other: complete or not at all, in bounded memory, without torch or an NPU.
 
 converters:
 {converters}
 
 verbs:
 {verbs}
+
+of the same converters, for DCP folders:
+{dcp_verbs}
+  {ANY_VERB}
+
+as MindSpeed-MM has them for FSDP2, with hf_to_dcp and dcp_to_hf:
+{fsdp}
 
 for MindSpore (MindFormers) instead of MM format: {", ".join(ms_names)}, with the verbs
 {ms_verbs}
@@ -199,4 +210,5 @@ def converter_help(converter: str) -> str:
             f"  {verb:<13} {text}",
             f"                mm-convert {converter} {verb} {example}",
         ]
+    lines += [] if verbs_of(converter) is MS_VERBS else [f"  {ANY_VERB}"]
     return "\n".join([*lines, "", f"mm-convert {converter} VERB -h shows the flags."])

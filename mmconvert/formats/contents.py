@@ -193,11 +193,17 @@ def _placed(hit: tuple[tuple[str, int], int, int] | None) -> tuple[str, int]:
     return module, section if number == NO_LAYER else number
 
 
-def of_hf(checkpoint: HFCheckpoint, family: Family | None) -> list[Box]:
-    """Every weight file of an HF checkpoint; without a family, by the first word of names."""
+def of_hf(
+    checkpoint: HFCheckpoint, family: Family | None, variant: Variant | None = None
+) -> list[Box]:
+    """Every weight file of an HF checkpoint; without a family, by the first word of names.
+
+    Args:
+        variant: of the model; None: what config.json says of it.
+    """
     if family is None:
         return _by_first_word(checkpoint)
-    modules = family.modules(Variant(traits=family.traits(checkpoint.config)))
+    modules = family.modules(variant or Variant(traits=family.traits(checkpoint.config)))
     table: dict[str, tuple[str, int]] = {}
     for module, section, row in _sections(modules):
         for name in row.hf:

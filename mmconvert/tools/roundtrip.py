@@ -1,6 +1,6 @@
-"""Hugging Face -> MM or MindSpore, and back, without writing anything: what would come back.
+"""A checkpoint in another format and back, without writing anything: what would come back.
 
-Both plans are made and proven as a conversion makes them. Joined in the tensors of the rank files,
+Both plans are made and proven as a conversion makes them. Joined in the tensors between them,
 which never exist, they say of every byte that would come back where it was read; those bytes are
 digested, and the digests compared with those of the original tensors.
 """
@@ -28,20 +28,18 @@ from mmconvert.formats.peft.folder import named_base
 from mmconvert.formats.reading import steady
 from mmconvert.formats.registry import load, of_naming, recognise
 from mmconvert.names import NO_LAYER
+from mmconvert.plan.joined import join_plans
 from mmconvert.plan.plan import (
     Block,
-    Comparison,
-    Copy,
     Key,
     Plan,
-    Side,
     Whole,
     build,
     in_dtype,
     matrix,
 )
-from mmconvert.plan.proof import Rect, covers, prove
-from mmconvert.stored import StoredTensor
+from mmconvert.plan.proof import prove
+from mmconvert.stored import StoredTensor, Target
 
 NOWHERE = Path("not written")
 
@@ -76,27 +74,32 @@ def roundtrip(
     options: Options | None = None,
     events: Events | None = None,
     base: Path | None = None,
+    through: str = "",
 ) -> list[LayoutOutcome]:
-    """Sends a checkpoint, or an adapter of PEFT, through layouts and back.
+    """Sends a checkpoint of any format through layouts of another and back.
 
     Args:
-        base: the model that an adapter is of; else that which adapter_config.json names.
+        hf_dir: the checkpoint; an adapter of PEFT too.
+        base: the original Hugging Face model, where the checkpoint is another; of an adapter else
+            that which adapter_config.json names.
         layouts: names and layouts; none takes a few representative ones, as far as the model
             allows them.
+        through: the name of the format; "" is that of the family's table.
 
     Raises:
         LayoutError: a given layout that is impossible.
         MMConvertError: a checkpoint that cannot be read.
     """
     options, events = options or Options(), events or Events()
-    hf = _open(family, hf_dir, options, base)
-    kind, side = load(of_naming(family.naming)), hf.side()
+    kind = load(through or of_naming(family.naming))
+    source, original = _open(family, hf_dir, options, base, kind)
     planned = [
-        _plan(hf, side, kind, name, given, must=bool(layouts))
-        for name, given in layouts or kind.samples(hf.model)
+        _plan(source, original, kind, name, given, must=bool(layouts))
+        for name, given in layouts or kind.samples(source.model)
     ]
     workers = options.workers or default_workers()
-    original = digests(_straight(side.stored), side.stored, workers, events)
+    stored = source.side(as_hf=kind.as_hf(family, None)).stored
+    before = digests(_straight(stored), stored, workers, events)
     outcomes: list[LayoutOutcome] = []
     for name, found in planned:
         began = time.monotonic()
@@ -106,7 +109,7 @@ def roundtrip(
         layout, plan = found
         differing = compare.compare(plan.replicas, plan.sources, plan.sources, workers)
         back = digests(_gathered(plan), plan.sources, workers, events)
-        unequal = {n for n, digest in original.items() if back.get(n) != digest}
+        unequal = {n for n, digest in before.items() if back.get(n) != digest}
         unequal |= {d.a.name for d in differing}
         seconds = time.monotonic() - began
         outcomes.append(
@@ -115,20 +118,46 @@ def roundtrip(
     return outcomes
 
 
-def _open(family: Family, path: Path, options: Options, base: Path | None) -> StoredCheckpoint:
-    """A Hugging Face checkpoint, or an adapter.
+def _open(
+    family: Family, path: Path, options: Options, base: Path | None, kind: Format
+) -> tuple[StoredCheckpoint, StoredCheckpoint | None]:
+    """The checkpoint, and the Hugging Face checkpoint of its model where that is needed.
 
     Raises:
-        RequestError: an adapter without its base model, or one whose rank would grow.
+        RequestError: a format that the checkpoint has already, or no original where one is needed.
     """
-    if recognise(path) != "peft":
+    form = recognise(path) or "hf"
+    if kind.naming and kind.naming not in family.namings:
+        raise RequestError(f"{family.name} has no form in the format {kind.name}", "another format")
+    if form == "peft":
+        return _adapter(family, path, options, base), None
+    if form == kind.name:
+        raise RequestError(
+            f"{path} is in the format {form} itself", "another format", "name it with --through"
+        )
+    if form == "hf":
         if base is not None:
             raise RequestError(
-                f"--hf_dir is the base model of an adapter; {path} is none",
-                "an adapter of PEFT",
+                f"--hf_dir is the original of a checkpoint in another format; {path} is none",
+                "an adapter, or a DCP or torch_dist folder",
                 "leave --hf_dir out",
             )
-        return load("hf").open(path, Opening(family, options))
+        found = load("hf").open(path, Opening(family, options))
+        return found, found
+    if base is None:
+        raise RequestError(
+            f"{path} does not tell all sizes of its model", "the original model", "give --hf_dir"
+        )
+    original = load("hf").open(base, Opening(family, options))
+    return load(form).open(path, Opening(family, options, like=original.model)), original
+
+
+def _adapter(family: Family, path: Path, options: Options, base: Path | None) -> StoredCheckpoint:
+    """An adapter of PEFT.
+
+    Raises:
+        RequestError: one without its base model, or whose rank would grow.
+    """
     folder = base or named_base(path)
     if folder is None:
         raise RequestError(
@@ -150,11 +179,21 @@ def _open(family: Family, path: Path, options: Options, base: Path | None) -> St
 
 
 def _plan(
-    hf: StoredCheckpoint, side: Side, kind: Format, name: str, given: object, *, must: bool
+    source: StoredCheckpoint,
+    original: StoredCheckpoint | None,
+    kind: Format,
+    name: str,
+    given: object,
+    *,
+    must: bool,
 ) -> tuple[str, tuple[Described, Plan] | MMConvertError]:
     """The joined plan of one layout, or why there is none."""
-    path = Path(kind.file_name(given))
-    asked = Placing(hf, in_dtype(side.wholes, ""), path, given, "", Options())
+    path, side = (
+        Path(kind.file_name(given)),
+        source.side(as_hf=kind.as_hf(source.model.family, None)),
+    )
+    wholes = in_dtype(side.wholes, "")
+    asked = Placing(source, wholes, path, given, "", Options(), original=original)
     try:
         placed = kind.place(asked)
         there = build(side, placed.side)
@@ -173,89 +212,11 @@ def _plan(
     return name, (placed.layout or NoLayout(), join_plans(there, back, number))
 
 
-def join_plans(there: Plan, back: Plan, number: Sequence[int]) -> Plan:
-    """What two plans do one after the other, as one plan.
-
-    Args:
-        number: for each source of ``back``, which target of ``there`` it is.
-
-    Raises:
-        MMConvertError: bytes that ``back`` reads and ``there`` does not write.
-    """
-    written: dict[int, list[Copy]] = defaultdict(list)
-    for c in there.copies:
-        written[c.dst].append(c)
-    filled: dict[int, list[Rect]] = defaultdict(list)
-    for fill in there.fills:
-        filled[fill.tensor].append(Rect(*fill[2:]))
-    for zero in back.zeros:
-        inside = [_cut(r, Rect(*zero[2:])) for r in filled[number[zero.tensor]]]
-        if not covers([r for r in inside if r], zero.rows, zero.cols, once=False):
-            raise MMConvertError(f"{zero.key.name()} holds values where zeros are expected")
-    copies = [
-        found
-        for c in back.copies
-        for found in _through(written[number[c.src]], c._replace(src=number[c.src]))
-    ]
-    replicas = [*there.replicas, *_replicas(written, back, number)]
-    plan = Plan(there.sources, back.targets, copies, replicas)
-    prove(plan)
-    return plan
-
-
-def _through(written: Iterable[Copy], read: Copy) -> Iterator[Copy]:
-    """What a read of a written tensor reads in truth."""
-    for w in written:
-        row, col = max(w.dst_row, read.src_row), max(w.dst_col, read.src_col)
-        rows = min(w.dst_row + w.rows, read.src_row + read.rows) - row
-        cols = min(w.dst_col + w.cols, read.src_col + read.cols) - col
-        if rows > 0 and cols > 0:
-            yield Copy(
-                w.src,
-                w.src_row + row - w.dst_row,
-                w.src_col + col - w.dst_col,
-                read.dst,
-                read.dst_row + row - read.src_row,
-                read.dst_col + col - read.src_col,
-                rows,
-                cols,
-            )
-
-
-def _replicas(
-    written: dict[int, list[Copy]], back: Plan, number: Sequence[int]
-) -> Iterator[Comparison]:
-    """The comparisons of replicas that are not of one and the same bytes."""
-    for key, c in back.replicas:
-        for one in _through(written[number[c.src]], c._replace(src=number[c.src])):
-            other = Copy(
-                number[c.dst],
-                one.dst_row,
-                one.dst_col,
-                one.src,
-                one.src_row,
-                one.src_col,
-                one.rows,
-                one.cols,
-            )
-            for both in _through(written[number[c.dst]], other):
-                if both[:3] != both[3:6]:
-                    yield Comparison(key, both)
-
-
-def _cut(rect: Rect, frame: Rect) -> Rect | None:
-    """The part of a rectangle inside a frame, seen from the frame's corner."""
-    row, col = max(rect.row, frame.row), max(rect.col, frame.col)
-    rows = min(rect.row + rect.rows, frame.row + frame.rows) - row
-    cols = min(rect.col + rect.cols, frame.col + frame.cols) - col
-    return Rect(row - frame.row, col - frame.col, rows, cols) if rows > 0 and cols > 0 else None
-
-
 def _straight(stored: Sequence[StoredTensor]) -> dict[Key, Whole]:
     """Every tensor as it stands."""
     return {
-        Key(t.name, NO_LAYER): Whole(t.shape, t.dtype, [[Block(i, 0, 0, 0, 0, *matrix(t.shape))]])
-        for i, t in enumerate(stored)
+        key: Whole(t.shape, t.dtype, [[Block(i, 0, 0, 0, 0, *matrix(t.shape))]])
+        for i, (key, t) in enumerate(zip(_keys(stored), stored, strict=True))
     }
 
 
@@ -267,6 +228,15 @@ def _gathered(plan: Plan) -> dict[Key, Whole]:
             Block(c.src, c.src_row, c.src_col, c.dst_row, c.dst_col, c.rows, c.cols)
         )
     return {
-        Key(t.name, NO_LAYER): Whole(t.shape, t.dtype, [blocks[i]])
-        for i, t in enumerate(plan.targets)
+        key: Whole(t.shape, t.dtype, [blocks[i]])
+        for i, (key, t) in enumerate(zip(_keys(plan.targets), plan.targets, strict=True))
     }
+
+
+def _keys(tensors: Iterable[StoredTensor | Target]) -> Iterator[Key]:
+    """A name for each; the pieces of a divided tensor, which share one, are counted."""
+    seen: dict[str, int] = defaultdict(int)
+    for tensor in tensors:
+        seen[tensor.name] += 1
+        count = seen[tensor.name]
+        yield Key(tensor.name if count == 1 else f"{tensor.name} (piece {count})", NO_LAYER)

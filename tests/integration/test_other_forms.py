@@ -551,7 +551,7 @@ def test_torch_dist(plain: Path, tmp_path: Path, where: str, tracker: bool) -> N
     if tracker and where != ".":
         word = "500" if where.startswith("iter") else where
         (root / "latest_checkpointed_iteration.txt").write_text(word)
-    words = ("torch_dist", "__0_0.distcp", "not read here", "--ckpt-format torch")
+    words = ("torch_dist", "__0_0.distcp", "does not read", "--ckpt-format torch")
     words += ("torch_dist_to_hf", "torch_dist_to_mm")
     tells(going_back(root, plain), "distributed-checkpoint", *words)
     inspected = error_of(call("inspect", root / where, "--json", check=None))

@@ -15,10 +15,10 @@ from mmconvert.converters import load
 from mmconvert.errors import MMConvertError
 from mmconvert.formats.hf.model import hf_model
 from mmconvert.formats.mm.samples import representative
+from mmconvert.plan.joined import join_plans
 from mmconvert.plan.plan import Copy, Plan
 from mmconvert.playground.checkpoints import make_hf
 from mmconvert.stored import StoredTensor, Target
-from mmconvert.tools.roundtrip import join_plans
 
 MODELS = {
     "qwen2vl-2b": "Qwen2VLConverter",

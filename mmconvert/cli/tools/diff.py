@@ -28,7 +28,7 @@ class DiffFlags:
     """Two checkpoints."""
 
     a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
-    """A checkpoint folder, Hugging Face or MM: what is measured against, such as the base model."""
+    """A checkpoint folder of any format: what is measured against, such as the base model."""
     b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
     """Another one, such as the trained model."""
     lora: MaybePath = None

@@ -22,6 +22,8 @@ KINDS = {
     "mm": "MM checkpoint",
     "mm_rank_file": "MM rank file",
     "ms": "MindSpore checkpoint",
+    "dcp": "DCP folder",
+    "torch_dist": "torch_dist folder",
     "hf_weight_file": "safetensors file",
 }
 
@@ -33,7 +35,8 @@ class Patient:
     path: tyro.conf.Positional[Path]
     """A checkpoint of any format, or one of its weight files."""
     hf_dir: MaybePath = None
-    """For MM: the original checkpoint. Gives sizes, ties, and the order of vision q, k, v."""
+    """For MM, DCP, torch_dist: the original checkpoint. Gives sizes, ties, and the order of vision
+    q, k, v."""
     model_json: MaybePath = None
     """MindSpeed-MM's model.json: its layer lists and sizes are to be the checkpoint's."""
     quick: bool = False

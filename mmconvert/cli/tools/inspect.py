@@ -27,7 +27,7 @@ class Inspected:
     """What to look at."""
 
     path: tyro.conf.Positional[Path]
-    """A checkpoint: a folder, Hugging Face, MM or MindSpore, or one file."""
+    """A checkpoint: a folder of any format, or one file."""
     tensors: bool = False
     """List every tensor."""
     html: MaybePath = None

@@ -1,11 +1,11 @@
-"""The command ``roundtrip``: does a checkpoint come back from MM format as it was?"""
+"""The command ``roundtrip``: does a checkpoint come back from another format as it was?"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -24,15 +24,18 @@ DIFFERENT = 1
 
 @dataclass(frozen=True)
 class Trip:
-    """What to send through MM format."""
+    """What to send through which format."""
 
     hf_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="HF_DIR")]
-    """A Hugging Face checkpoint, or an adapter of PEFT."""
+    """A Hugging Face checkpoint, an adapter of PEFT, or a folder of DCP or torch_dist."""
     base_dir: Annotated[MaybePath, tyro.conf.arg(name="hf_dir")] = None
-    """The base model of an adapter, for its config.json; not given: the one that
-    adapter_config.json names."""
+    """The original model of a DCP or torch_dist folder, or the base model of an adapter; of an
+    adapter not given: the one that adapter_config.json names."""
+    through: Literal["", "mm", "ms", "dcp", "torch_dist"] = ""
+    """The format to send it through; not given: MM, or MindSpore for its families."""
     layout: Annotated[Patterns, tyro.conf.arg(metavar="FILE.yaml")] = NO_PATTERNS
-    """YAML, keys of --cfg.parallel_config; may be repeated. Not given: three usual layouts."""
+    """YAML, keys of --cfg.parallel_config (of DCP: ranks); may be repeated. Not given: a few usual
+    layouts."""
     junit: Annotated[MaybePath, tyro.conf.arg(metavar="FILE.xml")] = None
     """Also write the result as a JUnit file, which CI systems show."""
     drop: Patterns = NO_PATTERNS
@@ -50,8 +53,9 @@ class Trip:
 def run(words: list[str]) -> int:
     """Sends it there and back; exit code 1 if anything came back changed."""
     text = (
-        "Streams a checkpoint HF -> MM (or MindSpore) -> HF through the plans of a conversion, "
-        "writes nothing, and compares digests. Exit code 0 if every byte would come back, 1 if not."
+        "Streams a checkpoint HF -> MM (or MindSpore, DCP, torch_dist) -> HF through the plans of "
+        "a conversion, writes nothing, and compares digests. Exit code 0 if every byte would come "
+        "back, 1 if not."
     )
     prog = "mm-convert roundtrip"
     asked = read_plain(Trip, words, prog, f"{text}\n\nexample:\n  {prog} HF_DIR --junit trip.xml")
@@ -60,11 +64,12 @@ def run(words: list[str]) -> int:
     from mmconvert.tools.roundtrip import roundtrip
 
     family = family_of(asked.base_dir or asked.hf_dir, naming="")
-    form = load(of_naming(family.naming)).Layout
+    form = load(asked.through or of_naming(family.naming)).Layout
     layouts = [(Path(name).stem, _layout(Path(name), form)) for name in asked.layout]
     with screen_events(quiet=asked.quiet) as events:
         options = Options(workers=asked.workers, drop=asked.drop)
-        found = roundtrip(family, asked.hf_dir, layouts, options, events, asked.base_dir)
+        given = (asked.base_dir, asked.through)
+        found = roundtrip(family, asked.hf_dir, layouts, options, events, *given)
     if asked.junit is not None:
         cases = [
             Case(o.name, o.seconds, "\n".join(f"changed: {n}" for n in o.unequal), o.skipped)

@@ -24,7 +24,8 @@ class VerifyFlags:
     """Two checkpoints."""
 
     a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
-    """A checkpoint: a folder, Hugging Face, MM or MindSpore, or a MindSpore file."""
+    """A checkpoint: a folder of any format (Hugging Face, MM, DCP, torch_dist, MindSpore), or a
+    MindSpore file."""
     b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
     """Another one."""
     drop: Patterns = NO_PATTERNS

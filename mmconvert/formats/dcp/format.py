@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from mmconvert import converters
 from mmconvert.config.dcp import DCPLayout
-from mmconvert.converters.family import Family
+from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.rows import Module
 from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.formats import contents, manifest
@@ -35,7 +35,13 @@ from mmconvert.formats.dcp.output import (
     sharded,
     whole_pieces,
 )
-from mmconvert.formats.dcp.reader import as_hf, default_naming, family_of_names, known_names
+from mmconvert.formats.dcp.reader import (
+    as_hf,
+    closest_variant,
+    default_naming,
+    family_of_names,
+    known_names,
+)
 from mmconvert.formats.dcp.rules import place_by_rules
 from mmconvert.formats.faults import STRICT
 from mmconvert.formats.hf.folder import HFCheckpoint
@@ -115,7 +121,7 @@ class DCP(Format):
     def family(self, path: Path) -> Family | None:
         """By mmconvert.json, else by the tensors' names. Other models' names alone will do."""
         said = (manifest.read(path)[0] or {}).get("converter")
-        families = converters.registry()
+        families = {**converters.ms_registry(), **converters.registry()}
         if isinstance(said, str) and said in families:
             return families[said]
         found = find_dcp(path)
@@ -130,7 +136,10 @@ class DCP(Format):
         for name, tensor in checkpoint.tensors.items():
             wholes[name] = whole_of(tensor, len(stored))
             stored += [part.tensor for part in tensor.parts] or [tensor]
-        prefix = known_names(family, list(checkpoint.tensors)) if family else None
+        names, variant = list(checkpoint.tensors), _variant(path, family)
+        prefix = known_names(family, names, variant) if family else None
+        if family and prefix is not None and variant is None:
+            variant = closest_variant(family, [name[len(prefix) :] for name in names])
         files: dict[Path, list[StoredTensor]] = {}
         for tensor in stored:
             inner = tensor.name.removeprefix(MODEL if prefix is None else prefix)
@@ -144,7 +153,7 @@ class DCP(Format):
             listing=stored,
             wholes=wholes,
             stored=stored,
-            boxes=contents.of_hf(as_checkpoint, family if prefix is not None else None),
+            boxes=contents.of_hf(as_checkpoint, family if prefix is not None else None, variant),
             unit="data file",
             iteration=checkpoint.iteration,
             notes=checkpoint.notes,
@@ -158,7 +167,7 @@ class DCP(Format):
         model = model_of(path, told)
         naming: Naming | None = None
         if model.modules:
-            naming = naming_of(told, list(kept), path)
+            naming = naming_of(told, list(kept), path, model.variant)
             if naming is None:
                 kept = {name.removeprefix(MODEL): tensor for name, tensor in kept.items()}
             else:
@@ -191,6 +200,7 @@ class DCP(Format):
             raise LayoutError(f"{asked.flags}ranks is {layout.ranks}", "a number of at least 1")
         family, naming = asked.source.model.family, Naming()
         files: Mapping[str, str] = {}
+        transposed: frozenset[str] = frozenset()
         if layout.names == "mm":
             side = one_each(asked.wholes)
             side.targets = [t._replace(name=MODEL + t.name) for t in side.targets]
@@ -202,11 +212,14 @@ class DCP(Format):
             if layout.dcp_prefix != "auto":
                 naming = Naming(MODEL + layout.dcp_prefix)
             side, files = _place_by_table(asked, naming)
+            rows = [row for module in asked.source.model.plain_modules for row in module.all_rows()]
+            transposed = frozenset(row.mm for row in rows if row.transposed)
         if layout.ranks == 1:
             written = whole_pieces(side.targets, files)
         else:
             side, written = sharded(side, layout.ranks)
         return DCPPlaced(
+            transposed=transposed,
             side=side,
             layout=Shards(ranks=layout.ranks),
             about=lists_of(asked.source.model),
@@ -231,6 +244,13 @@ class DCP(Format):
         """Whole, and divided over three ranks."""
         del model
         return [("complete", DCPLayout()), ("fsdp3", DCPLayout(ranks=3))]
+
+
+def _variant(path: Path, family: Family | None) -> Variant | None:
+    """What our own manifest says of the model."""
+    content = manifest.read(path)[0] or {}
+    known = family is not None and content.get("converter") == family.converter
+    return manifest.variant(content) if known else None
 
 
 def lists_of(model: Model) -> dict[str, object]:

@@ -61,17 +61,20 @@ def model_of(path: Path, told: Opening) -> Model:
     dims = manifest.sizes(content)
     if dims and content.get("converter") == family.converter:
         variant = manifest.variant(content)
-        return Model(family, variant, family.table(variant), dims)
+        table = family.table(variant)
+        none = {f"{module.key}.layers": 0 for module in table}  # a manifest leaves these out
+        return Model(family, variant, table, none | dims)
     if told.faults is not STRICT:  # an examination goes on without
         return Model(family, Variant(), (), {})
     raise CheckpointError(
         f"{path} does not tell the sizes of its model",
         "config.json of the original model",
-        "give --cfg.hf_config.hf_dir, the folder of the original model",
+        "give --cfg.hf_config.hf_dir, the folder of the original model; with verify and diff, "
+        "compare it with that folder",
     )
 
 
-def naming_of(told: Opening, names: list[str], path: Path) -> Naming | None:
+def naming_of(told: Opening, names: list[str], path: Path, variant: Variant) -> Naming | None:
     """How the tensors are named; None where they have MM names.
 
     Raises:
@@ -82,10 +85,10 @@ def naming_of(told: Opening, names: list[str], path: Path) -> Naming | None:
         return family.rules.naming
     if isinstance(told.layout, DCPLayout) and told.layout.dcp_prefix != "auto":
         return Naming(MODEL + told.layout.dcp_prefix)
-    prefix = known_names(family, names)
+    prefix = known_names(family, names, variant)
     if prefix is not None:
         return Naming(prefix)
-    tables = [mm_index(family.modules(variant)) for variant in family.variants]
+    tables = [mm_index(family.modules(one)) for one in (variant, *family.variants)]
     inner = [name.removeprefix(MODEL) for name in names]
     if any(all(table.find(name) for name in inner) for table in tables):
         return None

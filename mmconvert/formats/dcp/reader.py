@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from mmconvert import converters
 from mmconvert.converters.configs import Dims
-from mmconvert.converters.family import Family
+from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.rows import Module, hf_templates
 from mmconvert.errors import TensorError
 from mmconvert.formats.dcp.generic import GenericFamily
@@ -18,11 +18,14 @@ from mmconvert.stored import StoredTensor, expert_of, rows_of, stacked, transpos
 Tensors = Mapping[str, StoredTensor]
 
 
-def known_names(family: Family, names: Sequence[str]) -> str | None:
+def known_names(family: Family, names: Sequence[str], variant: Variant | None = None) -> str | None:
     """The prefix under which a family's Hugging Face names stand; None if they do not, all of
     them.
+
+    Args:
+        variant: of the model, where it is known.
     """
-    tables = [hf_templates(family.modules(variant)) for variant in family.variants]
+    tables = [hf_templates(family.modules(one)) for one in _variants(family, variant)]
 
     def knows(name: str) -> bool:
         hub = family.hub_name(name)
@@ -39,9 +42,21 @@ def known_names(family: Family, names: Sequence[str]) -> str | None:
     return None
 
 
+def closest_variant(family: Family, names: Sequence[str]) -> Variant:
+    """The variant whose table knows most of the names."""
+    tables = {one: hf_templates(family.modules(one)) for one in family.variants}
+    hub = [family.hub_name(name) for name in names]
+    return max(tables, key=lambda one: sum(tables[one].find(name) is not None for name in hub))
+
+
+def _variants(family: Family, variant: Variant | None) -> Sequence[Variant]:
+    return family.variants if variant is None else (variant,)
+
+
 def family_of_names(names: Sequence[str]) -> Family | None:
-    """The one family of MM format that knows all names; None if there is none, or several."""
-    found = [f for f in converters.registry().values() if known_names(f, names) is not None]
+    """The one family that knows all names; None if there is none, or several."""
+    families = {**converters.ms_registry(), **converters.registry()}
+    found = [f for f in families.values() if known_names(f, names) is not None]
     return found[0] if len(found) == 1 else None
 
 

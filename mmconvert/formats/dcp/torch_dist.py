@@ -156,7 +156,8 @@ class TorchDist(DCP):
             for t in side.targets
             for shape in (shapes.get(t.name, t.stack or t.shape),)
         ]
-        return TorchDistPlaced(side=side, about=lists_of(model), written=written)
+        about = lists_of(model)
+        return TorchDistPlaced(side=side, layout=NoLayout(), about=about, written=written)
 
     def lay_out(
         self, targets: Sequence[Target], placed: Placed, asked: Placing

@@ -31,7 +31,8 @@ def open_pair(a: Path, b: Path, options: Options) -> tuple[Opened, Opened]:
     for number in order:
         kind, path = load(kinds[number]), (a, b)[number]
         hints = [s.model for s in found.values() if s.format == "hf" or kind.needs_sizes]
-        like = hints[0] if hints and hints[0].modules and kind.name != "hf" else None
+        knows = bool(hints and hints[0].modules and hints[0].dims)
+        like = hints[0] if knows and kind.name != "hf" else None
         found[number] = kind.open(path, replace(told, like=like))
     canonical = any(s.model.variant.canonical for s in found.values())
     left, right = (_opened(found[number], canonical=canonical) for number in (0, 1))
