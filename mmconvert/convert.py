@@ -35,7 +35,11 @@ ONLY_READ = {
     "vit_qkv": (
         "--vit-qkv says how an MM checkpoint that is read is ordered; {verb} reads none",
         "--vit-qkv with mm_to_hf or resplit",
-    )
+    ),
+    "experts": (
+        "--experts says how the experts of an MM checkpoint that is read stand; {verb} reads none",
+        "--experts with mm_to_hf or resplit",
+    ),
 }
 ONLY_WRITTEN = {
     "max_shard_size": (

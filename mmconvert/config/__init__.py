@@ -194,6 +194,8 @@ class Options:
     """Note a digest of every tensor, for verify --quick; reads the output once more."""
     vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"
     """Order of the vision q, k, v that are read; reference 2.2.0 to 2.3.0: concatenated."""
+    experts: Literal["megatron", "transposed"] = "megatron"
+    """How stacked experts that are read stand; the reference transposes them without looking."""
     crc: bool = False
     """Add the checksum to each .ckpt that save_checkpoint adds with crc_check=True; MindSpore
     before 2.1 cannot read such files."""

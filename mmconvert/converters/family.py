@@ -19,7 +19,16 @@ from mmconvert.converters.configs import (
     section,
     section_or_defaults,
 )
-from mmconvert.converters.rows import ZEROS, Module, Row, bound, decoder_of, row, vocabulary_of
+from mmconvert.converters.rows import (
+    ZEROS,
+    Module,
+    Row,
+    bound,
+    decoder_of,
+    row,
+    vocabulary_of,
+    with_experts_transposed,
+)
 from mmconvert.names import NameTemplate
 
 __all__ = [
@@ -55,6 +64,8 @@ class Variant:
         canonical: q/k/v and gate/up stay apart (``enable_canonical_hf_struct``).
         encoder_qkv: ``interleaved`` per head, or ``concatenated`` as the reference 2.2.0 to 2.3.0
             wrote it.
+        experts_transposed: the experts of stacks stand the other way round, as the reference's
+            converter makes them of stacks that it takes for others.
         traits: what else of config.json changes the table; each family has its own words.
         lists: the layers that have rows of their own, by name, as far as they are known.
     """
@@ -62,6 +73,7 @@ class Variant:
     tied: bool = False
     canonical: bool = False
     encoder_qkv: str = "interleaved"
+    experts_transposed: bool = False
     traits: frozenset[str] = frozenset()
     lists: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
@@ -181,7 +193,8 @@ class Family:
 
     def table(self, variant: Variant) -> tuple[Module, ...]:
         """The table, whose rows know the layers that have them as far as ``variant`` does."""
-        return bound(self.modules(variant), dict(variant.lists))
+        modules = bound(self.modules(variant), dict(variant.lists))
+        return with_experts_transposed(modules) if variant.experts_transposed else modules
 
     def hub_name(self, name: str) -> str:
         """The hub's spelling of an HF tensor name."""

@@ -84,6 +84,11 @@ class Row:
         """Whether there is one such tensor for each expert."""
         return EXPERT in self.mm
 
+    @property
+    def of_stack(self) -> bool:
+        """Whether it is an expert's and HF has one tensor for all experts."""
+        return self.of_expert and not any(EXPERT in name for name in self.hf)
+
     def hf_names(self, layer: int, expert: int = NO_EXPERT) -> list[str]:
         """The HF tensors that make it, in hub spelling; of stacked experts that of all."""
         index = self.layers.index(layer) if self.layers and layer in self.layers else layer
@@ -183,6 +188,17 @@ def bound(modules: tuple[Module, ...], lists: Mapping[str, tuple[int, ...]]) -> 
         )
         for m in modules
     )
+
+
+def with_experts_transposed(modules: tuple[Module, ...]) -> tuple[Module, ...]:
+    """The table whose experts of stacks have their rows where others have columns."""
+
+    def changed(r: Row) -> Row:
+        if not r.of_stack:
+            return r
+        return replace(r, rows=(r.cols,), cols=r.rows[0], transposed=not r.transposed)
+
+    return tuple(replace(m, layer=tuple(map(changed, m.layer))) for m in modules)
 
 
 def decoder_of(modules: Sequence[Module]) -> str:

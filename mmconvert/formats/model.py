@@ -81,7 +81,9 @@ class Model:
     @property
     def plain_modules(self) -> tuple[Module, ...]:
         """The table of what we write: vision q, k and v interleaved."""
-        plain = self.family.table(replace(self.variant, encoder_qkv="interleaved"))
+        plain = self.family.table(
+            replace(self.variant, encoder_qkv="interleaved", experts_transposed=False)
+        )
         if self.adapter is not None:
             return derived(like(plain, self.adapter.base))
         keys = {m.key for m in self.modules}

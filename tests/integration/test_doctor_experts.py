@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from commands import copied, edit_rank
-from inprocess import call
+from commands import copied, edit_rank, rank_files
+from inprocess import BACK, HF, MM, SOURCE, TARGET, call
 from mmconvert.playground.checkpoints import make_hf
+from mmread import compare_hf, compare_mm
 
 Json = dict[str, Any]
+NAME = "Qwen3VLMegatronConverter"
 LAYERS = "text_decoder.decoder.layers"
 EP = ("--cfg.parallel_config.ep_size", "2")
 RANKS = ("mp_rank_00_000", "mp_rank_00_001")
@@ -126,18 +131,73 @@ def test_experts_that_are_all_there(sound: Path, hf: Path) -> None:
     assert findings(sound, "--hf_dir", hf, "--values") == []
 
 
-def test_experts_that_stand_blindly_transposed(sound: Path, hf: Path, tmp_path: Path) -> None:
-    """As the reference makes them of stacks that are stored the other way round."""
-    mm = copied(sound, tmp_path / "mm")
+def blindly(hf: Path, mm: Path, tp: int) -> None:
+    """Replaces all experts by what the reference's converter makes of the stacks of ``hf``."""
+    stacks = {n: t for path in hf.glob("*.safetensors") for n, t in load_file(path).items()}
+    for rank in rank_files(mm):
+        numbers = [int(n) for n in rank.split("_")[2:]]
+        local = range(numbers[1] * 8, numbers[1] * 8 + 8)  # 16 experts, ep 2
 
-    def edit(tensors: Json) -> None:
-        for name in [*of_experts(tensors), *of_experts(tensors, layer=1)]:
-            tensors[name] = tensors[name].T.contiguous()
+        def edit(content: Json, t: int = numbers[0], local: range = local) -> None:
+            for layer in (0, 1):
+                of = f"model.language_model.layers.{layer}.mlp.experts"
+                for number, expert in enumerate(local):
+                    name = f"{LAYERS}.{layer}.mlp.experts.local_experts.{number}"
+                    halves = stacks[f"{of}.gate_up_proj"][expert].T.chunk(2)
+                    one = torch.cat([half.chunk(tp)[t] for half in halves])
+                    two = stacks[f"{of}.down_proj"][expert].T.chunk(tp, dim=1)[t]
+                    content["model"][f"{name}.linear_fc1.weight"] = one.clone()
+                    content["model"][f"{name}.linear_fc2.weight"] = two.contiguous()
 
-    edit_all(mm, edit)
-    (found,) = findings(mm, "--hf_dir", hf)
-    assert found["id"] == "experts-transposed"
-    assert "hf_to_mm" in found["fix"]
+        edit_rank(mm, rank, edit)
+
+
+def later(hf: Path, out: Path) -> Path:
+    """The model as transformers 5 saves it."""
+    call("moe_expert", "--style", "transformers5", "--hf_dir", hf, "--save_dir", out, check=0)
+    return out
+
+
+@pytest.mark.parametrize("sizes", [{}, {"moe_inter": 24}], ids=["", "2x = h"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_experts_that_stand_blindly_transposed(tp: int, sizes: Json, tmp_path: Path) -> None:
+    """As the reference makes them of stacks that are stored the other way round: told with and
+    without hf_dir, refused by conversions, mended by the command that doctor prints.
+    """
+    small = {"layers": 2, "vit_layers": 2, "deepstack": [0], **sizes}
+    hf = later(make_hf("qwen3vl-30b-a3b", tmp_path / "hub", **small), tmp_path / "hf")
+    good, mm, back = tmp_path / "good", tmp_path / "mm", tmp_path / "back"
+    flags = (*EP, "--cfg.parallel_config.tp_size", str(tp))
+    call(NAME, "hf_to_mm", HF, hf, MM, good, *flags, check=0)
+    copied(good, mm)
+    (mm / "mmconvert.json").unlink()
+    blindly(hf, mm, tp)
+    words = (MM, mm, HF, hf, BACK, back)
+    assert "--experts transposed" in call(NAME, "mm_to_hf", *words, check=3).stderr
+    for more in ((), ("--hf_dir", hf)):
+        (found,) = findings(mm, *more)
+        assert found["id"] == "experts-transposed", found
+        command = found["command"]
+    call(*shlex.split(command)[1:], check=0)
+    assert compare_mm(good, tmp_path / "mm_mended") == []
+    call(NAME, "mm_to_hf", *words, "--experts", "transposed", check=0)
+    assert compare_hf(hf, back) == []
+
+
+def test_what_is_not_transposed_is_not_read_so(sound: Path, hf: Path, tmp_path: Path) -> None:
+    said = ("--experts", "transposed")
+    for more in ((), (HF, hf)):
+        out = tmp_path / "out"
+        done = call(NAME, "resplit", SOURCE, sound, TARGET, out, *more, *said, check=3)
+        assert "linear_fc" in done.stderr or "shapes" in done.stderr
+    done = call(NAME, "hf_to_mm", HF, hf, MM, tmp_path / "mm", *said, check=2)
+    assert "--experts" in done.stderr
+    dense = make_hf("qwen2vl-2b", tmp_path / "dense", layers=1, vit_layers=1)
+    call("Qwen2VLConverter", "hf_to_mm", HF, dense, MM, tmp_path / "mm", check=0)
+    words = (SOURCE, tmp_path / "mm", TARGET, tmp_path / "out")
+    assert (
+        "leave the flag out" in call("Qwen2VLConverter", "resplit", *words, *said, check=2).stderr
+    )
 
 
 def test_inspect_draws_ep_ranks_side_by_side(sound: Path, tmp_path: Path) -> None:

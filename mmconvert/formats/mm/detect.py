@@ -8,13 +8,13 @@ from itertools import islice
 from pathlib import Path
 
 from mmconvert.converters.configs import MAX_SIZE, Dims, LayerLists
-from mmconvert.converters.rows import Module, Row, decoder_of
+from mmconvert.converters.rows import Module, Row, decoder_of, with_experts_transposed
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.mm.chart import Chart
 from mmconvert.formats.mm.folder import MMCheckpoint
 from mmconvert.formats.mm.ranks import COPY
-from mmconvert.formats.mm.source import mm_source
+from mmconvert.formats.mm.source import mm_source, transposed_experts
 from mmconvert.names import NO_EXPERT, fill, number
 from mmconvert.plan.plan import matrix
 from mmconvert.sharding.layout import Chunk, Layout, Rank, grid_flag
@@ -52,7 +52,7 @@ def detect_layout(chart: Chart, dims: Dims, same: SameBytes, faults: Faults = ST
         faults.add(fault)
         faults.stop()
     sizes: dict[str, int] = {}
-    doubts: list[CheckpointError] = []
+    doubts: list[CheckpointError | TensorError] = []
     for module in chart.modules:
         try:
             size = tp_size(module, checkpoint, dims, same)
@@ -61,6 +61,8 @@ def detect_layout(chart: Chart, dims: Dims, same: SameBytes, faults: Faults = ST
         except CheckpointError as error:
             size = likely_tp_size(module, checkpoint, dims)
             doubts.append(error)
+        if doubts and (fault := _transposed(module, checkpoint, dims, same)) is not None:
+            doubts = [fault]
         sizes[module.key] = size
     decoder = decoder_of(chart.modules)
     layout = Layout(sizes, chart.grids, checkpoint.ep_size, decoder=decoder)
@@ -70,6 +72,23 @@ def detect_layout(chart: Chart, dims: Dims, same: SameBytes, faults: Faults = ST
         if faults.found == before:
             faults.add(doubts[0])
     return layout
+
+
+def _transposed(
+    module: Module, checkpoint: MMCheckpoint, dims: Dims, same: SameBytes
+) -> TensorError | None:
+    """The fault of experts that stand the other way round, if that explains the shapes."""
+    (other,) = with_experts_transposed((module,))
+    if other == module:
+        return None
+    try:
+        size = tp_size(other, checkpoint, dims, same)
+    except CheckpointError:
+        return None
+    rows = _first_layer(other, checkpoint)
+    if not _explains(rows, size, dims):
+        return None
+    return transposed_experts(next(shards[0] for r, shards in rows if r.of_stack))
 
 
 def _contradiction(module: Module, checkpoint: MMCheckpoint) -> CheckpointError:

@@ -20,7 +20,7 @@ from mmconvert.formats.mm.folder import TRACKER, is_mm
 from mmconvert.formats.mm.model import OpenedMM, mm_model
 from mmconvert.formats.mm.output import rank_images
 from mmconvert.formats.mm.samples import representative
-from mmconvert.formats.mm.source import Parts, claim_mm, mm_source
+from mmconvert.formats.mm.source import Parts, claim_mm, exchanged, mm_source
 from mmconvert.formats.mm.target import mm_target
 from mmconvert.formats.model import Model, target_layout, unchecked_units
 from mmconvert.formats.recognise import mm_family
@@ -60,6 +60,8 @@ class MMStored(StoredCheckpoint):
         del modules
         model = self.model
         side = self.opened.side(as_hf=as_hf)
+        if model.variant.experts_transposed and not as_hf:
+            side = exchanged(side, {r.mm for m in model.modules for r in m.layer if r.of_stack})
         side = reorder(side, model.modules, model.plain_modules, model.dims)
         return untied_side(side, self.heads)
 
@@ -74,7 +76,7 @@ class MM(Format):
     name: ClassVar = "mm"
     title: ClassVar = "MM"
     naming: ClassVar = "mm"
-    reads: ClassVar = frozenset({"vit_qkv"})
+    reads: ClassVar = frozenset({"vit_qkv", "experts"})
     own_names: ClassVar = rf"{re.escape(TRACKER)}|release|iter_\d+|{RANK_FOLDER.pattern}"
     Layout: ClassVar = ParallelConfig
 

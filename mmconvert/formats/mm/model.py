@@ -10,6 +10,7 @@ from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.configs import Dims
 from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.rows import OUTPUT_LAYER, Module, bound, encoders, mm_index
+from mmconvert.errors import RequestError
 from mmconvert.executor.compare import same_bytes
 from mmconvert.formats import manifest
 from mmconvert.formats.faults import STRICT, Faults
@@ -119,6 +120,8 @@ def mm_model(
     else:
         tied = encoders_only or _looks_tied(family, variant, parts, content)
     variant = replace(variant, tied=tied is not False, encoder_qkv=options.vit_qkv)
+    if options.experts == "transposed":
+        variant = replace(variant, experts_transposed=_has_stacks(family, variant))
     modules = family.table(variant)
     check_known(family, parts, mm_index(modules), checkpoint, faults)
     if encoders_only:
@@ -152,6 +155,17 @@ def mm_model(
         words=words,
     )
     return OpenedMM(found, layout, replace(chart, modules=modules), tied, complete, faults)
+
+
+def _has_stacks(family: Family, variant: Variant) -> bool:
+    """True; raises RequestError for models whose experts are not of stacks."""
+    if any(r.of_stack for m in family.modules(variant) for r in m.layer):
+        return True
+    raise RequestError(
+        f"--experts transposed: {family.name} has no experts that Hugging Face stacks",
+        "Qwen3-VL with experts",
+        "leave the flag out",
+    )
 
 
 def _unpadded(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from mmconvert.converters.configs import Dims
 from mmconvert.converters.rows import Module, mm_index
@@ -12,11 +12,13 @@ from mmconvert.formats.mm.instances import Instance, placements
 from mmconvert.formats.mm.target import shard_blocks, shard_spans
 from mmconvert.names import number, summarise
 from mmconvert.plan.dtypes import joint_dtype
-from mmconvert.plan.plan import Side, Whole, exchanged, matrix
+from mmconvert.plan.plan import Side, Whole, matrix
+from mmconvert.plan.plan import exchanged as exchanged_block
 from mmconvert.sharding.layout import Chunk, Layout, Rank
 from mmconvert.sharding.spans import Span
 from mmconvert.stored import StoredTensor, transpose
 
+TRANSPOSED = "experts-transposed"
 Parts = Mapping[Chunk, Mapping[str, StoredTensor]]
 
 
@@ -84,12 +86,16 @@ def _places(
 
 def as_stored_in_hf(side: Side, modules: Sequence[Module]) -> Side:
     """The side with the wholes of transposed rows in the orientation of Hugging Face."""
-    rows = {r.mm for m in modules for r in m.all_rows() if r.transposed}
+    return exchanged(side, {r.mm for m in modules for r in m.all_rows() if r.transposed})
+
+
+def exchanged(side: Side, rows: Collection[str]) -> Side:
+    """The side with the wholes of these rows transposed."""
     for key, whole in side.wholes.items():
         if key.mm not in rows:
             continue
         whole.shape = whole.shape[::-1]
-        whole.copies = [[exchanged(block) for block in blocks] for blocks in whole.copies]
+        whole.copies = [[exchanged_block(block) for block in blocks] for blocks in whole.copies]
         for tensor in {block.tensor for blocks in whole.copies for block in blocks}:
             side.stored[tensor] = transpose(side.stored[tensor])
     return side
@@ -180,6 +186,8 @@ def _check_whole(item: Instance, shape: tuple[int, ...], dims: Dims, tensor: Sto
     rows, cols = matrix(shape)
     want_rows = [dims.get(dim, -1) for dim in item.row.rows]
     want_cols = dims.get(item.row.cols, -1)
+    if item.row.of_stack and (rows, cols) == (want_cols, sum(want_rows)) != (cols, rows):
+        raise transposed_experts(tensor)
     bad_rows = want_rows and -1 not in want_rows and sum(want_rows) != rows
     if bad_rows or (want_cols not in (-1, cols)):
         raise TensorError(
@@ -188,6 +196,19 @@ def _check_whole(item: Instance, shape: tuple[int, ...], dims: Dims, tensor: Sto
             "a checkpoint and a config.json of one model",
             "give the hf_dir of the model that this checkpoint was made from",
         )
+
+
+def transposed_experts(tensor: StoredTensor) -> TensorError:
+    """The fault of an expert of a stack that stands the other way round."""
+    return TensorError(
+        f"{tensor.name} in {tensor.path} is {list(tensor.shape)}: transposed, as the reference's "
+        "converter writes experts that transformers 5 stacked",
+        "the outputs of each expert's matrices in rows, as Megatron has them",
+        "resplit with --experts transposed writes them so; mm_to_hf takes the flag too",
+        cause=TRANSPOSED,
+        path=tensor.path,
+        tensors=(tensor.name,),
+    )
 
 
 def claim_mm(modules: Sequence[Module], dims: Dims, layout: Layout, parts: Parts) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from mmconvert.errors import FormError, MMConvertError
 from mmconvert.formats.faults import Collected
 from mmconvert.formats.mm.folder import TRACKER, newest, tracker_word
+from mmconvert.formats.mm.source import TRANSPOSED
 from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.shell import (
     drop_flags,
@@ -71,4 +72,6 @@ def _flags(error: MMConvertError) -> tuple[str, ...] | None:
     """What resplit needs for it; None if that does not mend it."""
     if error.cause == "unknown-tensor" and len(error.tensors) <= DROPPED:
         return drop_flags(error.tensors)
+    if error.cause == TRANSPOSED:
+        return ("--experts", "transposed")
     return () if error.cause in HEADS else None

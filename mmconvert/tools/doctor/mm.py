@@ -61,7 +61,7 @@ def examine_mm(root: Path, asked: DoctorRequest, events: Events, report: DoctorR
         report.files = len({chunk.rank for chunk in checkpoint.parts})
         report.tensors = sum(map(len, checkpoint.parts.values()))
     if opened is not None:
-        told_as_one(found, opened)
+        told_as_one(found)
     report_faults(found, root, report)
     report.kind = "" if report.has(["no-checkpoint"]) else "mm"
     if opened is not None:

@@ -69,7 +69,7 @@ def layout_words(layout: Layout) -> list[str]:
             TARGET + layout.tp_flag(key),
             str(layout.tp[key]),
         ]
-    return words
+    return words + ([f"{TARGET}ep_size", str(layout.ep)] if layout.ep > 1 else [])
 
 
 def resplit(
