@@ -200,6 +200,33 @@ def test_what_is_not_transposed_is_not_read_so(sound: Path, hf: Path, tmp_path: 
     )
 
 
+def test_a_rank_that_stands_under_two_names(sound: Path, hf: Path, tmp_path: Path) -> None:
+    """All of its experts stand twice. Those that are alike in hf_dir too are meant so."""
+    mm = copied(sound, tmp_path / "mm")
+    shutil.copy(rank_files(mm)[RANKS[0]], rank_files(mm)[RANKS[1]])
+    for more, sure in (((), False), (("--hf_dir", hf), True)):
+        (found,) = findings(mm, *more)
+        assert found["id"] == "expert-twice" and "16 of 32 experts" in found["what"]
+        assert all(f"{rank}" in found["what"] for rank in RANKS)
+        assert ("--hf_dir" in found["fix"]) is not sure
+    assert findings(mm, "--quick") == []
+    back = tmp_path / "back"
+    call(NAME, "mm_to_hf", MM, mm, HF, hf, BACK, back, check=0)  # of experts that are alike
+    assert findings(mm, "--hf_dir", back) == []
+
+
+def test_experts_that_are_all_one_mlp_are_meant_so(sound: Path, tmp_path: Path) -> None:
+    """As where a dense model becomes one with experts."""
+    mm = copied(sound, tmp_path / "mm")
+
+    def alike(tensors: Json) -> None:
+        for name in [*of_experts(tensors), *of_experts(tensors, layer=1)]:
+            tensors[name] = torch.arange(tensors[name].numel()).view(tensors[name].shape).bfloat16()
+
+    edit_all(mm, alike)
+    assert findings(mm) == []
+
+
 def test_inspect_draws_ep_ranks_side_by_side(sound: Path, tmp_path: Path) -> None:
     """Each with the bytes of its own file."""
     picture = tmp_path / "layout.svg"

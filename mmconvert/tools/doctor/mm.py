@@ -18,7 +18,7 @@ from mmconvert.formats.recognise import family_of_parts
 from mmconvert.plan.plan import Side
 from mmconvert.plan.training import cautions
 from mmconvert.tools.doctor.asked import DoctorRequest, Original
-from mmconvert.tools.doctor.experts import told_as_one
+from mmconvert.tools.doctor.experts import look_at_twins, told_as_one
 from mmconvert.tools.doctor.faults import report_faults
 from mmconvert.tools.doctor.modelfile import look_at_model_json
 from mmconvert.tools.doctor.report import DoctorReport
@@ -105,16 +105,25 @@ def _look_at_whole(
         report.skipped.append("copies of tensors (--quick)")
     else:
         look_at_replicas(side, True, asked.workers, events, report)
-    encoders_only = not opened.layout.decoder
+    hf = _side_of(original, opened, report)
+    if not asked.quick:
+        look_at_twins(opened, side, hf, asked.workers, events, report)
     if original is None or report.has(["other-family"]):
         why = "no hf_dir" if original is None else "hf_dir is of another model"
         report.skipped.append(f"sizes of config.json, order of vision q, k, v: {why}")
-    elif (hf := original.side(opened.model.variant.canonical, encoders_only)) is not None:
+    elif hf is not None:
         look_at_zeros(side, hf, report)
         look_at_encoder_qkv(opened, side, hf, asked.workers, events, report)
     else:
         report.skipped.append("the order of vision q, k, v: hf_dir has no readable weights")
     _commands(root, opened, asked, report)
+
+
+def _side_of(original: Original | None, opened: OpenedMM, report: DoctorReport) -> Side | None:
+    """The weights of the HF checkpoint, if they are of this model and can be read."""
+    if original is None or report.has(["other-family"]):
+        return None
+    return original.side(opened.model.variant.canonical, not opened.layout.decoder)
 
 
 def _look_at_use(opened: OpenedMM, side: Side, report: DoctorReport) -> None:

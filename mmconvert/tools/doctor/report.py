@@ -73,6 +73,7 @@ SEVERITY: dict[str, str] = {
     "expert-hole": ERROR,
     "expert-count": ERROR,
     "experts-transposed": ERROR,
+    "expert-twice": ERROR,
     "misplaced-tensor": ERROR,
     "tied-head-missing": ERROR,
     "tied-head-superfluous": WARNING,
