@@ -13,7 +13,7 @@ from mmconvert.converters.rows import Module
 from mmconvert.errors import LayoutError
 from mmconvert.names import INDEX
 from mmconvert.sharding.layout import Layout, grid_flag
-from mmconvert.sharding.stages import first_stage, flat, show, total
+from mmconvert.sharding.stages import StageGrid, first_stage, flat, locate, show, total
 
 LARGEST = 64  # tp sizes that are named as a way out
 
@@ -56,12 +56,39 @@ def _deepstack(modules: Sequence[Module], layout: Layout) -> Iterator[str]:
     """
     for module in modules:
         grid = layout.grids.get(module.key, ())
-        if has_mergers(module) and sum(map(bool, flat(grid))) > 1:
-            yield (
-                f"{grid_flag(module.key)} {show(grid)} has {module.label} on several stages: "
-                "training looks for its mergers by the layer's number within a stage, and hands "
-                "their features on within a stage only"
-            )
+        if not has_mergers(module) or sum(map(bool, flat(grid))) < 2:
+            continue
+        yield (
+            f"{grid_flag(module.key)} {show(grid)} has {module.label} on several stages: training "
+            "looks for its mergers by the layer's number within a stage"
+            f"{_other_numbers(module, grid)}, and hands their features on within a stage only"
+            f"{_all_where_text_begins(module.key, layout)}"
+        )
+
+
+def _other_numbers(module: Module, grid: StageGrid) -> str:
+    """The mergers that training looks for at another layer of their stage, in words."""
+    layers = next(
+        (r.layers for r in module.layer if r.layers and any(INDEX in n for n in r.hf)), None
+    )
+    places = locate(grid)
+    found = [f"{n} is {places[n][1]} of stage {places[n][0]}" for n in layers or ()]
+    return f" (it expects {list(layers)}; {', '.join(found)})" if layers else ""
+
+
+def _all_where_text_begins(key: str, layout: Layout) -> str:
+    """A way out: all layers of an encoder on the stage of the first text layer, in words."""
+    grid = layout.grids[key]
+    if not layout.decoder:
+        return ""
+    good = [0] * len(flat(grid))
+    good[first_stage(layout.grids[layout.decoder])] = total(grid)
+    width = len(grid[0])
+    better = tuple(tuple(good[i : i + width]) for i in range(0, len(good), width))
+    return (
+        f". Training can use {grid_flag(key)} {show(better)}: all its layers on the stage where "
+        "the text begins"
+    )
 
 
 def _encoders_beside_text(modules: Sequence[Module], layout: Layout) -> Iterator[str]:
@@ -79,14 +106,9 @@ def _encoders_beside_text(modules: Sequence[Module], layout: Layout) -> Iterator
             "training builds its first and last parts on each of them and fails to load (missing "
             "keys), or crashes in its first step"
         )
-        good = [0] * len(flat(grid))
-        good[text] = total(grid)
-        width = len(grid[0])
-        better = tuple(tuple(good[i : i + width]) for i in range(0, len(good), width))
         yield (
-            f"{grid_flag(module.key)} {show(grid)} has {module.label} {where}: {then}. "
-            f"Training can use {grid_flag(module.key)} {show(better)}: all its layers on the stage "
-            "where the text begins"
+            f"{grid_flag(module.key)} {show(grid)} has {module.label} {where}: {then}"
+            f"{_all_where_text_begins(module.key, layout)}"
         )
 
 

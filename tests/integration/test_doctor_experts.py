@@ -61,6 +61,12 @@ def a_folder_less(mm: Path) -> None:
     shutil.copytree(mm / "release" / "mp_rank_00_001", edited)
 
 
+def the_last_folder_less(mm: Path) -> None:
+    """Nothing but the number of experts tells."""
+    (mm / "mmconvert.json").unlink()
+    shutil.rmtree(mm / "release" / RANKS[1])
+
+
 def an_expert_less(mm: Path) -> None:
     """In one layer, on all ranks: as where ep does not divide the experts."""
     edit_all(mm, lambda x: [x.pop(n) for n in of_experts(x, "0.")])
@@ -95,6 +101,9 @@ class Case(NamedTuple):
 
 CASES = {
     "a folder": Case(a_folder_less, ("missing-rank-folder",), ("3 of 4", "mp_rank_00_002")),
+    "the last folder": Case(
+        the_last_folder_less, ("missing-rank-folder",), ("1 ep rank", "has 16", "mp_rank_00_001")
+    ),
     "an expert of a layer": Case(an_expert_less, ("expert-hole",), ("layer 0", "on each ep rank")),
     "half an expert": Case(half_an_expert, ("missing-tensor",), ("local_experts.1.linear_fc2",)),
     "an expert on one rank": Case(
@@ -109,6 +118,7 @@ def test_what_is_missing(case: Case, sound: Path, hf: Path, tmp_path: Path) -> N
     mm = copied(sound, tmp_path / "mm")
     case.damage(mm)
     found = findings(mm, "--hf_dir", hf)
+    assert {f["id"] for f in findings(mm)} >= set(case.found)  # the routers count them too
     assert tuple(f["id"] for f in found) == case.found
     for word in case.words:
         assert word in found[0]["what"]

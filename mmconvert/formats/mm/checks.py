@@ -17,6 +17,7 @@ from mmconvert.formats.mm.detect import (
 )
 from mmconvert.formats.mm.folder import MMCheckpoint
 from mmconvert.formats.mm.names import check_names
+from mmconvert.formats.mm.ranks import COPY
 from mmconvert.formats.mm.source import Parts, claim_mm
 from mmconvert.formats.recognise import by_names
 from mmconvert.names import TemplateIndex, number, summarise
@@ -124,23 +125,60 @@ def _check_experts(
     """
     checkpoint = chart.checkpoint
     ep = checkpoint.ep_size
+    for key, count in count_experts(chart, faults).items():
+        chosen = _by_routers(chart, key)
+        if dims.setdefault(key, chosen or count) != count:
+            faults.add(_other_count(checkpoint, count, dims[key], whole=chosen == count))
     if given.ep_size not in (0, ep):
         raise CheckpointError(
             f"{prefix}ep_size says {given.ep_size}, the checkpoint holds {ep}",
             "the layout that the checkpoint has",
             "leave the flag out: the layout is read off the checkpoint",
         )
-    for key, count in count_experts(chart, faults).items():
-        if dims.setdefault(key, count) != count:
-            fault = CheckpointError(
-                f"{checkpoint.folder} holds {count} experts in a layer ({ep} ep ranks); the model "
-                f"has {dims[key]}",
-                "all experts, and the hf_dir of the checkpoint's own model",
-                "copy all rank folders again, or give the hf_dir that the checkpoint came from",
-                cause="expert-count",
-                path=checkpoint.folder,
-            )
-            faults.add(fault)
+
+
+def _by_routers(chart: Chart, dim: str) -> int:
+    """The number of experts that a router chooses from; 0 if none tells."""
+    for part in chart.checkpoint.parts.values():
+        for name, tensor in part.items():
+            hit = chart.index.find(name)
+            if hit and hit[0][1].rows == (dim,) and hit[0][1].shard is None and tensor.shape:
+                return tensor.shape[0]
+    return 0
+
+
+def _other_count(
+    checkpoint: MMCheckpoint, count: int, expected: int, *, whole: bool
+) -> CheckpointError:
+    """The fault of too many or too few experts; of missing ranks, if these would explain it.
+
+    Args:
+        whole: the routers choose from as many as there are.
+    """
+    ep, each = checkpoint.ep_size, count // checkpoint.ep_size
+    what = (
+        f"{checkpoint.folder} holds {count} experts in a layer ({number(range(ep), 'ep rank')}); "
+        f"the model has {expected}"
+    )
+    if not whole and count < expected and expected % each == 0:
+        lost = range(ep, expected // each)
+        pp = "_000" if checkpoint.pp_size > 1 else ""
+        names = [f"mp_rank_00{pp}_{rank:03d}" for rank in lost]
+        return CheckpointError(
+            f"{what}: the folders of {number(lost, 'ep rank')} are missing, such as "
+            f"{summarise(names)}",
+            "every rank folder of the checkpoint",
+            COPY,
+            cause="missing-rank-folder",
+            path=checkpoint.folder,
+        )
+    return CheckpointError(
+        what,
+        "all experts, and the hf_dir of the checkpoint's own model",
+        "copy all rank folders again, or give the hf_dir that the checkpoint came from",
+        cause="expert-count",
+        path=checkpoint.folder,
+    )
 
 
 def check_known(

@@ -62,6 +62,7 @@ def mm_source(
             f"{number(missing, 'tensor')} missing: {summarise(missing)}",
             "every tensor of the model on its rank",
             "copy the checkpoint again, with all its rank folders",
+            cause="missing-tensor",
         )
     return as_stored_in_hf(side, modules) if transposed else side
 

@@ -62,6 +62,9 @@ def examine_mm(root: Path, asked: DoctorRequest, events: Events, report: DoctorR
         report.tensors = sum(map(len, checkpoint.parts.values()))
     if opened is not None:
         told_as_one(found)
+    if any(error.cause == "missing-rank-folder" for error in found.errors):
+        # Names that count several ranks are right where some of them are missing.
+        found.remarks[:] = [e for e in found.remarks if e.cause != "pp-suffix-without-pp"]
     report_faults(found, root, report)
     report.kind = "" if report.has(["no-checkpoint"]) else "mm"
     if opened is not None:
@@ -140,7 +143,9 @@ def _look_at_use(opened: OpenedMM, side: Side, report: DoctorReport) -> None:
         if lengths:
             dims.setdefault(row.rows[0], lengths[0])
     for words in cautions(model.modules, dims, layout):
-        report.add("not-for-training", words, "resplit it into that layout", path=folder)
+        report.add(
+            "not-for-training", words, "resplit it into a layout that training can use", path=folder
+        )
 
 
 def _commands(root: Path, opened: OpenedMM, asked: DoctorRequest, report: DoctorReport) -> None:
