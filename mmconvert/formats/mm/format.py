@@ -20,7 +20,7 @@ from mmconvert.formats.mm.folder import TRACKER, is_mm
 from mmconvert.formats.mm.model import OpenedMM, mm_model
 from mmconvert.formats.mm.output import rank_images
 from mmconvert.formats.mm.samples import representative
-from mmconvert.formats.mm.source import Parts, claim_mm, exchanged, mm_source
+from mmconvert.formats.mm.source import Parts, claim_mm, mm_source, transposed_wholes
 from mmconvert.formats.mm.target import mm_target
 from mmconvert.formats.model import Model, target_layout, unchecked_units
 from mmconvert.formats.recognise import mm_family
@@ -61,7 +61,9 @@ class MMStored(StoredCheckpoint):
         model = self.model
         side = self.opened.side(as_hf=as_hf)
         if model.variant.experts_transposed and not as_hf:
-            side = exchanged(side, {r.mm for m in model.modules for r in m.layer if r.of_stack})
+            side = transposed_wholes(
+                side, {r.mm for m in model.modules for r in m.layer if r.of_stack}
+            )
         side = reorder(side, model.modules, model.plain_modules, model.dims)
         return untied_side(side, self.heads)
 

@@ -12,8 +12,7 @@ from mmconvert.formats.mm.instances import Instance, placements
 from mmconvert.formats.mm.target import shard_blocks, shard_spans
 from mmconvert.names import number, summarise
 from mmconvert.plan.dtypes import joint_dtype
-from mmconvert.plan.plan import Side, Whole, matrix
-from mmconvert.plan.plan import exchanged as exchanged_block
+from mmconvert.plan.plan import Side, Whole, exchanged, matrix
 from mmconvert.sharding.layout import Chunk, Layout, Rank
 from mmconvert.sharding.spans import Span
 from mmconvert.stored import StoredTensor, transpose
@@ -87,16 +86,16 @@ def _places(
 
 def as_stored_in_hf(side: Side, modules: Sequence[Module]) -> Side:
     """The side with the wholes of transposed rows in the orientation of Hugging Face."""
-    return exchanged(side, {r.mm for m in modules for r in m.all_rows() if r.transposed})
+    return transposed_wholes(side, {r.mm for m in modules for r in m.all_rows() if r.transposed})
 
 
-def exchanged(side: Side, rows: Collection[str]) -> Side:
+def transposed_wholes(side: Side, rows: Collection[str]) -> Side:
     """The side with the wholes of these rows transposed."""
     for key, whole in side.wholes.items():
         if key.mm not in rows:
             continue
         whole.shape = whole.shape[::-1]
-        whole.copies = [[exchanged_block(block) for block in blocks] for blocks in whole.copies]
+        whole.copies = [[exchanged(block) for block in blocks] for blocks in whole.copies]
         for tensor in {block.tensor for blocks in whole.copies for block in blocks}:
             side.stored[tensor] = transpose(side.stored[tensor])
     return side
