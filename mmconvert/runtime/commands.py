@@ -18,6 +18,7 @@ from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.families import Architecture, read_config
 from mmconvert.runtime.launch import launch, leads
 from mmconvert.runtime.lora import LoraFolders
+from mmconvert.runtime.media import Media
 from mmconvert.runtime.mmfiles import with_adapters
 from mmconvert.runtime.pictures import drawn_picture
 from mmconvert.runtime.samples import Sample
@@ -190,7 +191,8 @@ def finetune(
     arch, stored, start = beginning(mm_dir, hf_dir, plan, resume, load)
     if expected is not None:
         expected(stored.layout)
-    samples, kept = data.read(plan.seed, on_event if leads() else _unheard)
+    look = Media(arch, hf_dir, data.prepare).look
+    samples, kept = data.read(plan.seed, on_event if leads() else _unheard, look)
     plan = fitted(plan, stored)
     job = Training(
         arch, stored, hf_dir, samples, kept, plan, dtype, start, data.prepare, data.strict

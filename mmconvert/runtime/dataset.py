@@ -17,7 +17,7 @@ import torch
 
 from mmconvert.errors import DatasetError, RequestError
 from mmconvert.runtime.batch import IGNORED, Batch, alike
-from mmconvert.runtime.checking import checked
+from mmconvert.runtime.checking import Checks, Look, look_at_pictures
 from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.dialects import read_source
 from mmconvert.runtime.encoding import Encoder
@@ -46,23 +46,31 @@ class Data:
     prepare: Prepare = field(default_factory=Prepare)
     strict: bool = False
 
-    def read(self, seed: int, say: Callable[[str], None]) -> tuple[list[Sample], list[Sample]]:
+    def read(
+        self, seed: int, say: Callable[[str], None], look: Look = look_at_pictures
+    ) -> tuple[list[Sample], list[Sample]]:
         """(samples for training, samples for evaluations).
+
+        Args:
+            look: decodes the files of a sample.
 
         Raises:
             DatasetError, RequestError: as :func:`read_source` and :func:`split`.
         """
-        samples, kept = (self._all(sources, say) for sources in (self.train, self.check))
+        checks = Checks(look, self.strict)
+        samples, kept = (self._all(sources, say, checks) for sources in (self.train, self.check))
         return split(samples, self.rate, seed) if self.rate else (samples, kept)
 
-    def _all(self, sources: Sequence[SampleSource], say: Callable[[str], None]) -> list[Sample]:
+    def _all(
+        self, sources: Sequence[SampleSource], say: Callable[[str], None], checks: Checks
+    ) -> list[Sample]:
         samples: list[Sample] = []
         for source in sources:
             found = read_source(source, strict=self.strict)
             samples += found.samples
             for note in found.notes():
                 say(note)
-        return checked(samples, say, strict=self.strict)
+        return checks.checked(samples, say) if samples else samples
 
 
 def read_samples(files: Sequence[Path], most: int) -> list[Sample]:
@@ -189,6 +197,10 @@ class Feed:
             self.bad[index] = fault.what
             if self._say is not None and not self._samples[index].fault:
                 self._say(f"warning: left out, {len(self.bad)} so far: {fault.what}")
+
+    def first_pass(self) -> list[int]:
+        """The samples in the order of their first turns."""
+        return [self._index(place) for place in range(self._total)]
 
     def tokens(self, number: int) -> int:
         """Tokens of this replica's part of a step, padding not counted."""

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from mmconvert.errors import RequestError
 from mmconvert.runtime import films
+from mmconvert.runtime.checking import look_at_pictures
 from mmconvert.runtime.families import Architecture, read_config
 from mmconvert.runtime.pictures import frames_of, scaled
 from mmconvert.runtime.prepare import Prepare, Tiling
-from mmconvert.runtime.samples import Clip
+from mmconvert.runtime.samples import Clip, Sample
 from mmconvert.runtime.sounds import RATE, read_sound
 from mmconvert.runtime.tiles import IMAGENET, tiles
 
@@ -50,6 +51,19 @@ class Media:
         self._tiling = (prepare.tiling or _tiling(hf_dir)) if arch.intern else Tiling()
         self._images: Any = None
         self._sounds: Any = None
+
+    def look(self, sample: Sample) -> None:
+        """Decodes the files of a sample, as its turn will.
+
+        Raises:
+            RequestError: one cannot be decoded.
+        """
+        look_at_pictures(sample)
+        for video in sample.videos:
+            self.frames(video)
+        for sound in sample.audios:
+            if isinstance(sound, Path):
+                read_sound(sound)
 
     def images(self, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor, list[int]]:
         """(pixels, grid, tokens of each picture); shapes as in :class:`Batch`."""

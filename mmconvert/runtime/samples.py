@@ -31,6 +31,7 @@ class Sample:
         images, videos, audios: files, in the order of their places; pictures and sounds
             may be objects.
         fault: what makes it useless, if that is known; its turn goes to another then.
+        looked: its files have been decoded.
     """
 
     messages: Sequence[tuple[str, str]]
@@ -39,6 +40,7 @@ class Sample:
     audios: Sequence[Any] = ()
     name: str = "the prompt"
     fault: str = ""
+    looked: bool = False
 
     def files(self) -> list[Path]:
         """All its files."""

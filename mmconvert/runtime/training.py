@@ -31,6 +31,7 @@ from mmconvert.runtime import engine as engines
 from mmconvert.runtime import mmfiles
 from mmconvert.runtime.agreement import agree
 from mmconvert.runtime.batch import Batch
+from mmconvert.runtime.checking import Inspection
 from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.dataset import Feed, Order, Share
 from mmconvert.runtime.experts import about_routers
@@ -39,6 +40,7 @@ from mmconvert.runtime.journal import Interval, Line, TrainingLog
 from mmconvert.runtime.launch import Emit
 from mmconvert.runtime.lora import LoraPlan, arguments, kept
 from mmconvert.runtime.losses import LossType
+from mmconvert.runtime.media import Media
 from mmconvert.runtime.mmfiles import LoadableCheckpoint
 from mmconvert.runtime.optimizer import Optimizer, Recipe, freeze, freeze_base
 from mmconvert.runtime.parameters import gather
@@ -257,9 +259,19 @@ class TrainingRun:
         self._check = feed(job.check, "once", 0, emit) if job.check else None
         self._journal = TrainingLog(plan.save, self._first, plan.log_axis) if mesh.lead else None
         self._saved, self._clock = self._first, time.monotonic()
+        media = Media(job.arch, job.hf_dir, job.prepare)
+        self._inspection = Inspection(job.train, self._feed.first_pass(), media.look)
+        if mesh.lead:
+            self._inspection.start()
 
     def train(self) -> TrainingOutcome:
         """All steps, or as many as there is time for."""
+        try:
+            return self._steps()
+        finally:
+            self._inspection.end()
+
+    def _steps(self) -> TrainingOutcome:
         plan, loss = self._plan, float("nan")
         interval = Interval(plan.log_every)
         self._ahead = self._read(self._first)
@@ -308,6 +320,7 @@ class TrainingRun:
             MMConvertError: one of them could not read the samples of the next step; what has been
                 learnt is saved.
         """
+        self._hear()
         mesh, every = self._run.mesh, self._plan.save_every
         late = every is None and mesh.lead and time.monotonic() - self._clock > SAVE_EVERY
         wrong = isinstance(self._ahead, MMConvertError)
@@ -337,6 +350,15 @@ class TrainingRun:
             raise found[0]
         self._tokens, self._next_tokens = self._next_tokens, tokens
         return Agreed(bool(stop), bool(late), bool(late or (every and number % every == 0)))
+
+    def _hear(self) -> None:
+        """Names samples that were found useless in the background, before their turn."""
+        for sample, what in self._inspection.news().items():
+            if self._job.strict:
+                self._ahead = DatasetError(what, "files that can be decoded")
+            elif sample not in self._told:
+                self._told.add(sample)
+                self._emit(f"warning: left out, {len(self._told)} so far: {what}")
 
     def _tell_left_out(self) -> None:
         """Names the samples that turned out to be useless, on whichever process."""

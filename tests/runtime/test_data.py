@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ import talking
 import tinyfamilies
 from cli import run_cli
 from mmconvert.errors import DatasetError, RequestError
+from mmconvert.runtime import dataset
 from mmconvert.runtime.batch import IGNORED, Batch
-from mmconvert.runtime.checking import checked
+from mmconvert.runtime.checking import Checks, Inspection, look_at_pictures
 from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.dataset import Data, Feed, Order, Share, read_samples, split
 from mmconvert.runtime.dialects import read_source
@@ -325,8 +328,16 @@ def spoiled(folder: Path) -> Path:
     return path
 
 
-def test_bad_samples_are_counted_named_and_left_out(speaker: Speaker, tmp_path: Path) -> None:
+def later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there are too many files to decode before the first step."""
+    monkeypatch.setattr(dataset, "Checks", partial(Checks, decoding=-1))
+
+
+def test_bad_samples_are_counted_named_and_left_out(
+    speaker: Speaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
+    later(monkeypatch)
     samples, _ = Data((SampleSource((spoiled(tmp_path),)),)).read(0, said.append)
     text = "\n".join(said)
     assert "2 of 8 samples are left out" in text  # before the first step: missing, and places
@@ -346,7 +357,17 @@ def test_bad_samples_are_counted_named_and_left_out(speaker: Speaker, tmp_path: 
     assert len(feed.bad) == 2
 
 
-def test_with_strict_the_first_bad_sample_is_an_error(speaker: Speaker, tmp_path: Path) -> None:
+def test_what_is_damaged_inside_is_found_before_the_first_step(tmp_path: Path) -> None:
+    said: list[str] = []
+    samples, _ = Data((SampleSource((spoiled(tmp_path),)),)).read(0, said.append)
+    assert "warning: 2 of 6 samples are left out:" in said
+    assert [s.fault != "" for s in samples] == [False, True, False, True, False, False]
+    assert all(s.looked for s in samples)
+
+
+def test_with_strict_the_first_bad_sample_is_an_error(
+    speaker: Speaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = spoiled(tmp_path)
     with pytest.raises(DatasetError, match=r"entry 5: .*gone\.png is missing"):
         Data((SampleSource((path,)),), strict=True).read(0, print)
@@ -355,9 +376,46 @@ def test_with_strict_the_first_bad_sample_is_an_error(speaker: Speaker, tmp_path
     with pytest.raises(DatasetError, match=r"entry 1: .*cut\.jpg"):
         Data((SampleSource((path,)),), strict=True).read(0, print)
     path.write_text(json.dumps([items[0], items[3]]))
+    with pytest.raises(DatasetError, match=r"entry 1: .*torn\.png"):
+        Data((SampleSource((path,)),), strict=True).read(0, print)
+    later(monkeypatch)
     samples, _ = Data((SampleSource((path,)),), strict=True).read(0, print)
     with pytest.raises(DatasetError, match=r"entry 1: .*torn\.png"):
         Feed(speaker, samples, 1, 2, "file", strict=True).step(0)
+
+
+def test_files_are_decoded_in_the_background_in_the_order_of_their_turns(
+    tmp_path: Path,
+) -> None:
+    found = read_source(SampleSource((spoiled(tmp_path),))).samples
+    inspection = Inspection(found, [5, 4, 3, 2, 1, 0], look_at_pictures)
+    inspection.start()
+    told: dict[int, str] = {}
+    until = time.monotonic() + 60
+    while len(told) < 2 and time.monotonic() < until:
+        told |= inspection.news()
+        time.sleep(0.01)
+    assert list(told) == [3, 1]
+    assert "spoiled.json, entry 3: " in told[3]
+    assert "torn.png: " in told[3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_sample_is_named_once_however_it_is_found(
+    strict: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the background or at its turn, whichever comes first."""
+    later(monkeypatch)
+    hf = talking.make("qwen2_vl", tmp_path / "hf")
+    mm = tinyfamilies.convert("qwen2_vl", hf, tmp_path / "mm", "[4]", "[3]")
+    items = json.loads(spoiled(tmp_path).read_text())
+    (tmp_path / "late.json").write_text(json.dumps([*[items[0]] * 8, items[3]]))
+    words = ("--mm_dir", mm, "--hf_dir", hf, "--data", tmp_path / "late.json", "--order", "file")
+    more = ("--save", tmp_path / "save", "--train_iters", "10", *(["--strict"] if strict else []))
+    done = run_cli("finetune", *words, *more, check=3 if strict else 0)
+    assert "the others are while it trains" in done.stderr
+    assert done.stderr.count("torn.png: ") == 1
 
 
 def test_an_evaluation_counts_no_sample_twice(speaker: Speaker, tmp_path: Path) -> None:
@@ -370,8 +428,11 @@ def test_an_evaluation_counts_no_sample_twice(speaker: Speaker, tmp_path: Path) 
 def test_looking_at_files_has_an_end(tmp_path: Path) -> None:
     said: list[str] = []
     samples = read_samples([talking.write_data(tmp_path)], 0)
-    assert checked(samples, said.append, strict=False, seconds=-1) == samples
-    assert said == ["note: pictures of 0 of 4 samples were looked at beforehand"]
+    assert Checks(ends=-1, decoding=-1).checked(samples, said.append) == samples
+    assert said == [
+        "note: pictures of 0 of 4 samples were looked at so far",
+        "note: the files of 0 samples were decoded so far; the others are while it trains",
+    ]
 
 
 def test_encoded_samples_stay_while_there_is_room(speaker: Speaker, tmp_path: Path) -> None:
