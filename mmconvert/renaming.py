@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from mmconvert.adapters import CONFIG, PREFIX, WEIGHT, parse_key
+from mmconvert.adapters import CONFIG
 from mmconvert.config import Options
 from mmconvert.config.lora import RenameLora
 from mmconvert.converters.family import Family
@@ -15,16 +15,16 @@ from mmconvert.executor.apart import check_apart
 from mmconvert.formats.base import NoLayout, Placed
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.containers.safetensors import safetensors_image
-from mmconvert.formats.peft.folder import SAFETENSORS, Names, read_file
+from mmconvert.formats.peft.folder import SAFETENSORS, read_file
 from mmconvert.formats.peft.format import variant_of_keys
-from mmconvert.formats.peft.target import spelled
+from mmconvert.formats.peft.names import Names, renamed
 from mmconvert.formats.reading import watched
 from mmconvert.formats.recognise import family_by_hf_names
 from mmconvert.narrow import is_array
 from mmconvert.plan.plan import Block, Key, Side, Whole, build, matrix
 from mmconvert.result import Result
 from mmconvert.run import Conversion
-from mmconvert.stored import StoredTensor, Target
+from mmconvert.stored import Target
 
 FSDP2_FILE = "lora_adapter.safetensors"
 
@@ -68,36 +68,13 @@ def rename_lora(
     return run.write(result, Placed(side=dst), {"kind": "peft"}, [cfg.lora_dir])
 
 
-def renamed(tensor: StoredTensor, family: Family, names: Names, form: str) -> str:
-    """A tensor's name in another form: ``new``, ``old`` or ``fsdp2``.
-
-    Raises:
-        TensorError: a module that the family does not have.
-    """
-    key = parse_key(tensor.name)
-    module, kind = (key.module, WEIGHT) if key else tensor.name.rsplit(".", 1)
-    hit = names.path(module, kind if key else f".{kind}")
-    if hit is None:
-        raise TensorError(
-            f"{tensor.name} in {tensor.path} is of no module of {family.name}"
-            + names.closest(module),
-            f"an adapter of {family.name}",
-        )
-    path = spelled(family, hit[1], "old" if form == "old" else "new").removesuffix(WEIGHT)
-    if key is None:
-        return PREFIX + path if form != "fsdp2" else path
-    if form == "fsdp2":
-        return f"{path}.{key.kind}.default{key.leaf}"
-    return f"{PREFIX}{path}.{key.kind}{key.leaf}"
-
-
 def _images(dst: Side, config: Mapping[str, object], family: Family, form: str) -> list[FileImage]:
     numbers = sorted(range(len(dst.targets)), key=lambda number: dst.targets[number].name)
     name = FSDP2_FILE if form == "fsdp2" else SAFETENSORS
     images = [safetensors_image(name, dst.targets, numbers, {"format": "pt"})]
     if config:
         content = dict(config)
-        for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        for key in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
             if content.get(key) is not None:
                 content[key] = _words(content[key], family, form)
         images.append(small(CONFIG, (json.dumps(content, indent=2) + "\n").encode()))

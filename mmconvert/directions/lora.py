@@ -133,7 +133,7 @@ def lora_merge(
     like = base_model(family, original)
     if not cfg.lora_dir:
         raise RequestError("no adapter is given", "--cfg.lora_dir FOLDER")
-    traits = noted_traits(manifest.read(cfg.base_dir)[0] or {})
+    noted = manifest.read(cfg.base_dir)[0] or {}
     adapters = tuple(
         open_adapter(
             Path(folder),
@@ -143,7 +143,8 @@ def lora_merge(
             alpha=cfg.lora_alpha,
             factor=cfg.scale,
             base_is_residual=cfg.base_is_residual,
-            traits=traits,
+            traits=noted_traits(noted),
+            sizes=manifest.sizes(noted),
         )
         for folder in cfg.lora_dir
     )

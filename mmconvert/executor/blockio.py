@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,11 +10,13 @@ from math import prod
 from typing import Literal, NamedTuple
 
 from mmconvert.errors import CheckpointError
-from mmconvert.executor.fileio import BUFFERS, Files, read_pieces
+from mmconvert.executor.fileio import BUFFERS, ByteRange, Files, Run, read_pieces
 from mmconvert.plan.plan import matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor, Target
 
 DIRECT_ROW = 64 << 10  # bytes; row pieces at least this long are read on their own
+NARROW_ROW = 64  # bytes; shorter row pieces are picked from the run that holds them
+PICKED = 32 << 20  # bytes of such a run that are in memory at a time
 MOST_SKIPPED = 16  # times the bytes expected that are read along with them rather than seeked over
 # The memoryview format that holds the bits of one element, by its size.
 INTEGER: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
@@ -46,6 +49,11 @@ class Window(NamedTuple):
             return [self.row(0, rows * width)]
         return [self.row(r, width) for r in range(rows)]
 
+    def fill_column(self, bits: memoryview, rows: int, item: int) -> None:
+        """Puts one element into each row."""
+        out, first, step = self.buffer.cast(INTEGER[item]), self.at // item, self.stride // item
+        out[first : first + (rows - 1) * step + 1 : step] = bits.cast(INTEGER[item])
+
 
 def read_compact(files: Files, tensor: StoredTensor, region: Region, use: str) -> memoryview:
     """The region's bits row by row, in this thread's buffer of that ``use``."""
@@ -68,7 +76,10 @@ def read_region(files: Files, tensor: StoredTensor, region: Region, window: Wind
     row_step, col_step = matrix_strides(tensor)
     start = (row * row_step + col * col_step) * item
     width, step = cols * item, row_step * item
-    if col_step != 1 and cols > 1:
+    narrow = width <= NARROW_ROW < step * rows and step != width and step <= DIRECT_ROW
+    if rows > 1 and (narrow or (min(row_step, col_step) > 1 and cols > 1)):
+        _read_picked(files, tensor, start, region, window)
+    elif col_step != 1 and cols > 1:
         _read_columns(files, tensor, start, region, window)
     elif step == width or rows == 1:
         _read_bytes(files, tensor, start, window.pieces(rows, width))
@@ -100,6 +111,62 @@ def _read_bytes(
             number += skip + size == extent.nbytes
 
 
+def _read_picked(
+    files: Files, tensor: StoredTensor, start: int, region: Region, window: Window
+) -> None:
+    """Elements that lie apart, such as an expert's columns among those of all: the run that holds
+    them is read, in parts, and each is picked.
+    """
+    item = ITEM_SIZE[tensor.dtype]
+    steps, counts = matrix_strides(tensor), (region.rows, region.cols)
+    down = steps[0] >= steps[1]  # rows lie further apart than columns
+    (outer, inner), (lines, each) = (steps, counts) if down else (steps[::-1], counts[::-1])
+    between = (each - 1) * inner + 1
+    if between > max(outer, MOST_SKIPPED * each) or between * item > 8 * PICKED:
+        raise CheckpointError(
+            f"{tensor.name} in {tensor.path} is a view with strides {list(tensor.strides or ())}",
+            "a contiguous or a transposed tensor",
+            "save it with .contiguous()",
+        )
+    out = window.buffer.cast(INTEGER[item])
+    at, stride = window.at // item, window.stride // item
+    out_outer, out_inner = (stride, 1) if down else (1, stride)
+    most = max(1, PICKED // (outer * item))
+    for first in range(0, lines, most):
+        count = min(most, lines - first)
+        span = (count - 1) * outer
+        size = (span + between) * item
+        whole = count * outer * item
+        raw = _run(files, tensor, start + first * outer * item, size, whole).cast(INTEGER[item])
+        for i in range(each):
+            to = at + first * out_outer + i * out_inner
+            there = slice(to, to + (count - 1) * out_outer + 1, out_outer)
+            out[there] = raw[i * inner : i * inner + span + 1 : outer]
+
+
+def _run(files: Files, tensor: StoredTensor, start: int, nbytes: int, whole: int) -> memoryview:
+    """A run of a tensor's storage from its byte ``start`` on, kept for the next view into it.
+
+    Args:
+        whole: bytes from there on that other views may ask for.
+    """
+    if tensor.extents:
+        raw = memoryview(bytearray(nbytes))
+        _read_bytes(files, tensor, start, [raw])
+        return raw
+    begin, known = tensor.offset + start, files.run
+    if known is not None and known.where.path == tensor.path:
+        skip = begin - known.where.start
+        if skip >= 0 and skip + nbytes <= known.where.nbytes:
+            return known.data[skip : skip + nbytes]
+    there = os.fstat(files.fd(tensor.path)).st_size - begin
+    where = ByteRange(tensor.path, begin, max(nbytes, min(whole, there)))
+    data = memoryview(bytearray(where.nbytes))
+    read_pieces(files, tensor.path, begin, [data])
+    files.run = Run(where, data)
+    return data[:nbytes]
+
+
 def _read_columns(
     files: Files, tensor: StoredTensor, start: int, region: Region, window: Window
 ) -> None:
@@ -108,12 +175,6 @@ def _read_columns(
     row_step, col_step = matrix_strides(tensor)
     rows = region.rows
     span = (rows - 1) * row_step + 1
-    if span > MOST_SKIPPED * rows:
-        raise CheckpointError(
-            f"{tensor.name} in {tensor.path} is a view with strides {list(tensor.strides or ())}",
-            "a contiguous or a transposed tensor",
-            "save it with .contiguous()",
-        )
     raw = memoryview(bytearray(span * item))
     elements = raw.cast(INTEGER[item])
     out = window.buffer.cast(INTEGER[item])

@@ -288,6 +288,9 @@ def _read_cast(
     else:
         found = cast(data, source.dtype, dtype)
     width = region.cols * ITEM_SIZE[dtype]
+    if region.cols == 1 < region.rows:
+        window.fill_column(found.bits, region.rows, ITEM_SIZE[dtype])
+        return Loss(found.overflowed, found.underflowed)
     for row in range(region.rows):
         window.row(row, width)[:] = found.bits[row * width : (row + 1) * width]
     return Loss(found.overflowed, found.underflowed)

@@ -37,11 +37,23 @@ class ByteRange(NamedTuple):
     nbytes: int
 
 
+class Run(NamedTuple):
+    """Bytes of a file that are in memory."""
+
+    where: ByteRange
+    data: memoryview
+
+
 class Files:
-    """File descriptors of one job, opened when first needed."""
+    """File descriptors of one job, opened when first needed.
+
+    Attributes:
+        run: what was read last for several views that share it.
+    """
 
     def __init__(self) -> None:
         self._open: dict[tuple[Path, int], int] = {}
+        self.run: Run | None = None
 
     def fd(self, path: Path, mode: int = os.O_RDONLY) -> int:
         """A descriptor for ``path``."""
@@ -58,6 +70,7 @@ class Files:
         for fd in self._open.values():
             os.close(fd)
         self._open.clear()
+        self.run = None
 
 
 @contextmanager

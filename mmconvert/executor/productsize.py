@@ -33,6 +33,8 @@ def compare_products(
             if one.shape != other.shape:
                 found.append(_difference(key, one, other, left, right, (0, 0), (0.0, 0.0), 0.0, 0))
                 continue
+            if _same_matrices(files, (left, one), (right, other)):
+                continue
             for top in range(0, one.rows, ROWS):
                 rows = min(ROWS, one.rows - top)
                 x, y = (_rows(files, s, t, top, rows) for s, t in ((left, one), (right, other)))
@@ -50,6 +52,23 @@ def compare_products(
     return found
 
 
+def _same_matrices(
+    files: Files,
+    one: tuple[Sequence[StoredTensor], Term],
+    other: tuple[Sequence[StoredTensor], Term],
+) -> bool:
+    """Whether two products need not be formed, as they are of the same numbers."""
+    (_, mine), (_, theirs) = one, other
+    if (mine.rank, mine.scale) != (theirs.rank, theirs.scale):
+        return False
+    pairs = (
+        [matrix_of(files, stored, term.b, Region(0, 0, term.rows, term.rank)),
+         matrix_of(files, stored, term.a, Region(0, 0, term.rank, term.cols))]
+        for stored, term in (one, other)
+    )  # fmt: skip
+    return all(np.array_equal(x, y) for x, y in zip(*pairs, strict=True))
+
+
 def norm(files: Files, sources: Sequence[StoredTensor], term: Term) -> float:
     """The Frobenius norm of a product, from matrices of its rank alone."""
     a = matrix_of(files, sources, term.a, Region(0, 0, term.rank, term.cols)).astype(np.float64)
@@ -57,6 +76,11 @@ def norm(files: Files, sources: Sequence[StoredTensor], term: Term) -> float:
     gram_b, gram_a = np.einsum("ir,is->rs", b, b), np.einsum("ri,si->rs", a, a)
     square = float(np.einsum("rs,rs->", gram_b, gram_a))
     return abs(term.scale) * max(square, 0.0) ** 0.5
+
+
+def zero(files: Files, sources: Sequence[StoredTensor], term: Term) -> bool:
+    """Whether a term adds nothing, as B is zero."""
+    return not matrix_of(files, sources, term.b, Region(0, 0, term.rows, term.rank)).any()
 
 
 def _rows(files: Files, sources: Sequence[StoredTensor], term: Term, top: int, rows: int) -> Array:

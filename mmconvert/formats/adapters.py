@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmconvert.config import Options
+from mmconvert.converters.configs import Dims
 from mmconvert.converters.family import Family
 from mmconvert.errors import CheckpointError, MMConvertError
 from mmconvert.formats.base import Opening
@@ -14,9 +15,10 @@ from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.mm.deltas import mm_deltas
 from mmconvert.formats.mm.folder import is_adapter, is_mm, open_mm
 from mmconvert.formats.model import Model
-from mmconvert.formats.peft.folder import Names, named_base, open_peft
+from mmconvert.formats.peft.folder import named_base, open_peft
 from mmconvert.formats.peft.format import variant_of_keys
 from mmconvert.formats.peft.merge import peft_adapter
+from mmconvert.formats.peft.names import Names
 from mmconvert.formats.registry import load, recognise
 from mmconvert.plan.products import Adapter
 
@@ -42,6 +44,7 @@ def open_adapter(
     factor: float = 1.0,
     base_is_residual: bool = False,
     traits: Iterable[str] = (),
+    sizes: Dims | None = None,
 ) -> Adapter:
     """An adapter, whose deltas have the names of the hub.
 
@@ -50,7 +53,7 @@ def open_adapter(
         alpha: what the user says of lora_alpha.
         factor: what the scaling is multiplied with.
         base_is_residual: see :func:`mmconvert.formats.peft.merge.peft_adapter`.
-        traits: of the base model's config.json, where ``like`` does not tell them.
+        traits, sizes: of the base model's config.json, where ``like`` does not tell them.
 
     Raises:
         CheckpointError: no adapter, or nothing tells its alpha.
@@ -69,5 +72,5 @@ def open_adapter(
     if like is None:
         variant = replace(variant, traits=variant.traits | frozenset(traits))
     names = Names(family, family.table(replace(variant, canonical=False)))
-    found = open_peft(path, names, alpha)
+    found = open_peft(path, names, like.dims if like else sizes or {}, alpha)
     return peft_adapter(found, factor, base_is_residual=base_is_residual)

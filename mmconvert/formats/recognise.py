@@ -6,15 +6,16 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from mmconvert import converters
-from mmconvert.adapters import WEIGHT, parse_key, paths, weight_name
+from mmconvert.adapters import parse_key, weight_name
 from mmconvert.causes.folders import other_form
 from mmconvert.causes.tensors import unusable
 from mmconvert.converters.family import Family
-from mmconvert.converters.rows import hf_templates, mm_index
+from mmconvert.converters.rows import mm_index
 from mmconvert.errors import CheckpointError, FormError
 from mmconvert.formats import manifest
 from mmconvert.formats.hf.folder import has_weights, read_config
 from mmconvert.formats.mm.folder import is_adapter, is_mm, open_mm
+from mmconvert.formats.peft.names import Names
 from mmconvert.formats.registry import load, recognise
 from mmconvert.names import TemplateIndex
 from mmconvert.stored import FLOATS, StoredTensor
@@ -126,11 +127,7 @@ def family_by_hf_names(names: Iterable[str]) -> Family | None:
     found: Family | None = None
     for family in converters.registry().values():
         for variant in family.variants:
-            index = hf_templates(family.modules(variant))
-            known = sum(
-                any(index.find(family.hub_name(path + WEIGHT)) for path in paths(module))
-                for module in modules
-            )
+            known = sum(map(Names(family, family.modules(variant)).has, modules))
             fit = (known, -sum(len(m.all_rows()) for m in family.modules(variant)))
             if known and fit > best:
                 best, found = fit, family

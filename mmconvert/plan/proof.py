@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from mmconvert.errors import MMConvertError
@@ -132,13 +131,24 @@ def covers(rects: Iterable[Rect], rows: int, cols: int, *, once: bool) -> bool:
     cuts = sorted({0, cols, *(r.col for r in found), *(r.col + r.cols for r in found)})
     if cuts[-1] > cols:
         return False
-    # Between two neighbouring cuts each rectangle is as wide as the strip: a problem of rows.
-    for left, right in pairwise(cuts):
+    for strip in _strips(found, cuts):
         end = 0
-        for r in sorted(r for r in found if r.col <= left and r.col + r.cols >= right):
+        for r in sorted(strip):
             if r.row > end or (once and r.row < end):
                 return False
             end = max(end, r.row + r.rows)
         if end != rows:
             return False
     return True
+
+
+def _strips(rects: Sequence[Rect], cuts: Sequence[int]) -> list[list[Rect]]:
+    """The rectangles between each two neighbouring cuts, where each is as wide as the strip: a
+    problem of rows.
+    """
+    places = {cut: number for number, cut in enumerate(cuts)}
+    strips: list[list[Rect]] = [[] for _ in cuts[1:]]
+    for r in rects:
+        for strip in strips[places[r.col] : places[r.col + r.cols]]:
+            strip.append(r)
+    return strips

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import transformers
 from torch import Tensor
 
 from mmconvert.causes.quantised import quantised
-from mmconvert.converters.family import Variant
 from mmconvert.errors import TensorError
 from mmconvert.formats.hf.folder import open_hf
-from mmconvert.formats.peft.folder import LoraPair, Names, open_peft
+from mmconvert.formats.hf.model import config_model
+from mmconvert.formats.peft.folder import LoraPair, open_peft
+from mmconvert.formats.peft.names import Names
 from mmconvert.formats.recognise import family_of
+from mmconvert.names import NO_EXPERT
 from mmconvert.runtime.batch import Batch, appended
 from mmconvert.runtime.families import ORIGINAL, Architecture
 from mmconvert.runtime.hfweights import (
@@ -71,29 +74,45 @@ def load_reference(
         return [(own_name(name), tensor)]
 
     naming = intern if arch.kind == ORIGINAL else own if arch.intern else qwen
-    changes = {} if adapter is None else _changes(adapter, hf_dir, list(tensors))
+    changes = {} if adapter is None else _changes(adapter, hf_dir, list(tensors), transposed)
     return model, Weights(arch, model, tensors, naming, dtype, device, changes)
 
 
-def _changes(adapter: Path, hf_dir: Path, names: Sequence[str]) -> dict[str, Change]:
+def _changes(
+    adapter: Path, hf_dir: Path, names: Sequence[str], transposed: bool
+) -> dict[str, Change]:
     """What an adapter adds to each weight of a folder: scale * B @ A in float32, as PEFT merges.
+
+    Args:
+        transposed: the folder's stacks of experts have their inputs first.
 
     Raises:
         TensorError: it changes a weight that the folder has not.
     """
-    family = family_of(hf_dir)
-    found = open_peft(adapter, Names(family, family.table(Variant())))
+    model = config_model(family_of(hf_dir), hf_dir)
+    family = model.family
+    found = open_peft(adapter, Names(family, family.table(model.variant)), model.dims)
     hubs = {family.hub_name(name): name for name in names}
+    parts: dict[str, list[LoraPair]] = {}
+    for (hub, _), part in found.parts.items():
+        parts.setdefault(hub, []).append(part)
+    stacks = {hub for hub, expert in found.parts if expert != NO_EXPERT}
 
-    def change(part: LoraPair) -> Change:
+    def product(part: LoraPair) -> Tensor:
         scale = part.scale
         if scale is None:
             scale = found.settings.scale(part.path, part.rank)  # an error that says what is missing
-        return lambda: (mapped(part.b).float() @ mapped(part.a).float()) * scale
+        return (mapped(part.b).float() @ mapped(part.a).float()) * scale
 
-    if lost := sorted(found.parts.keys() - hubs.keys()):
+    def change(hub: str) -> Tensor:
+        if hub not in stacks:
+            return product(parts[hub][0])
+        stack = torch.stack(list(map(product, parts[hub])))
+        return stack.transpose(1, 2) if transposed else stack
+
+    if lost := sorted(parts.keys() - hubs.keys()):
         raise TensorError(f"{adapter}: {lost[0]} is adapted", "weights of the model")
-    return {hubs[hub]: change(part) for hub, part in found.parts.items()}
+    return {hubs[hub]: partial(change, hub) for hub in parts}
 
 
 def forward(arch: Architecture, model: Any, batch: Batch) -> Tensor:  # noqa: ANN401 - as above

@@ -13,7 +13,6 @@ from mmconvert.errors import CheckpointError
 from mmconvert.formats.base import StoredCheckpoint
 from mmconvert.formats.mm.instances import experts_of, instances
 from mmconvert.formats.mm.means import differing, mean_note
-from mmconvert.names import EXPERT, NO_EXPERT
 from mmconvert.plan.plan import Block, Comparison, Key, Term, Whole, join, matrix
 from mmconvert.plan.products import Adapter, Delta
 from mmconvert.sharding.spans import Span
@@ -56,12 +55,10 @@ def mm_deltas(
         rank, cols = matrix(a.shape)
         name = Key(stem, item.layer, item.expert).name()
         parts = part_spans(item.row, b.shape[0], model.dims, item.key.name())
-        named = [n for n in item.row.hf if n != ZEROS]
         mine = [p for p, name in zip(parts, item.row.hf, strict=True) if name != ZEROS]
-        for hub, template, spans in zip(item.hf_names(), named, mine, strict=True):
+        for (hub, expert), spans in zip(item.hf_places(), mine, strict=True):
             rows = sum(span.length for span in spans)
             pairs = list(product(_counting(a, key_a in means), _counting(b, key_b in means)))
-            expert = NO_EXPERT if EXPERT in template else item.expert
             for one, other in pairs:  # the product of two means is the mean of all products
                 blocks = tuple(part_blocks(other, spans))
                 term = Term(name, tuple(one), blocks, rank, rows, cols, scale / len(pairs))

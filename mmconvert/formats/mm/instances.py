@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from mmconvert.converters.rows import Module, Row
-from mmconvert.names import NO_EXPERT, NO_LAYER, fill
+from mmconvert.converters.rows import ZEROS, Module, Row
+from mmconvert.names import EXPERT, NO_EXPERT, NO_LAYER, fill
 from mmconvert.plan.plan import Key
 from mmconvert.sharding.layout import Layout
 from mmconvert.sharding.stages import first_stage, last_stage, locate, total
@@ -28,6 +28,12 @@ class Instance(NamedTuple):
     def hf_names(self) -> list[str]:
         """The HF tensors that make it, in hub spelling."""
         return self.row.hf_names(self.layer, self.expert)
+
+    def hf_places(self) -> list[tuple[str, int]]:
+        """These, and which expert of each, where it stacks them; else NO_EXPERT."""
+        templates = (template for template in self.row.hf if template != ZEROS)
+        inside = [NO_EXPERT if EXPERT in template else self.expert for template in templates]
+        return list(zip(self.hf_names(), inside, strict=True))
 
 
 def experts_of(modules: Sequence[Module], dims: Mapping[str, int]) -> dict[str, int]:

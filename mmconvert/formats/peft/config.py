@@ -6,33 +6,36 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from mmconvert.adapters import WEIGHT, Settings
 from mmconvert.formats.mm.instances import experts_of, instances
 from mmconvert.formats.model import Model
-from mmconvert.formats.peft.target import spelled
+from mmconvert.formats.peft.target import AdaptedPaths, spelled
+from mmconvert.names import NO_EXPERT
 
 
 def config_text(
-    settings: Settings, model: Model, paths: Collection[str], names: str, base: str
+    settings: Settings, model: Model, adapted: AdaptedPaths, names: str, base: str
 ) -> bytes:
     """The configuration of an adapter of these modules.
 
     Args:
         model: the adapter's, whose table tells which other modules there are.
-        paths: of the modules that are adapted.
+        adapted: the modules and parameters that it changes.
         names: their spelling.
         base: ``base_model_name_or_path``.
     """
     alpha = settings.alpha or 0
-    chosen, excluded = target_modules(paths, _universe(model, names))
+    universe = _universe(model, names)
+    chosen, excluded = target_modules(adapted.modules, universe.modules)
     content: dict[str, object] = {
         "base_model_name_or_path": base or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": settings.dropout,
+        "lora_dropout": 0.0 if adapted.parameters else settings.dropout,  # PEFT refuses it else
         "peft_type": "LORA",
         "r": settings.r,
         "target_modules": chosen,
@@ -40,19 +43,35 @@ def config_text(
     }
     if excluded:
         content["exclude_modules"] = excluded
+    if adapted.parameters:
+        others = universe.parameters - adapted.parameters.keys()
+        content["target_parameters"] = _ends(adapted.parameters, others)
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _universe(model: Model, names: str) -> dict[str, list[str]]:
-    """The paths of all modules that a model has, by the key of their part of the model."""
+class Universe(NamedTuple):
+    """What a model has that could be adapted.
+
+    Attributes:
+        modules: their paths, by the key of their part of the model.
+        parameters: paths of those that stack experts.
+    """
+
+    modules: dict[str, list[str]]
+    parameters: set[str]
+
+
+def _universe(model: Model, names: str) -> Universe:
     table = model.family.table(model.variant)
     layers = {m.key: model.dims.get(f"{m.key}.layers", 1) for m in table}
-    found: dict[str, list[str]] = defaultdict(list)
+    found = Universe(defaultdict(list), set())
     for item in instances(table, layers, experts_of(table, model.dims)):
-        for hub in item.hf_names():
+        for hub, inside in item.hf_places():
+            path = spelled(model.family, hub, names)
             if hub.endswith(WEIGHT):
-                path = spelled(model.family, hub, names).removesuffix(WEIGHT)
-                found[item.module.key].append(path)
+                found.modules[item.module.key].append(path.removesuffix(WEIGHT))
+            elif inside != NO_EXPERT:
+                found.parameters.add(path)
     return found
 
 

@@ -7,21 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from mmconvert.adapters import CONFIG, WEIGHT, AdapterKey, Settings, of_config, parse_key, paths
-from mmconvert.converters.adapters import linear
-from mmconvert.converters.family import Family
-from mmconvert.converters.rows import Module, Row, hf_templates
+from mmconvert.adapters import CONFIG, AdapterKey, Settings, of_config, parse_key
+from mmconvert.converters.configs import Dims
 from mmconvert.errors import CheckpointError, MMConvertError, TensorError
 from mmconvert.formats.containers.safetensors import WeightFile, read_weight_file
 from mmconvert.formats.hf import bin as hf_bin
 from mmconvert.formats.hf.folder import read_json_file
-from mmconvert.names import INDEX, TemplateIndex, number, summarise
+from mmconvert.formats.peft.names import Names, unwrapped
+from mmconvert.formats.peft.stacks import Wrapped, experts, matched
+from mmconvert.names import NO_EXPERT, number, summarise
 from mmconvert.plan.plan import matrix
 from mmconvert.stored import StoredTensor
 
 SAFETENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 FSDP = "lora_adapter*.safetensors"  # of MindSpeed-MM's FSDP2 training
+
+
+PartKey = tuple[str, int]  # the name of a weight; which of the experts in it, or NO_EXPERT
 
 
 class LoraPair(NamedTuple):
@@ -53,7 +56,8 @@ class PEFTFolder:
         file: its weight file.
         config: adapter_config.json; empty where there is none.
         settings: what that says.
-        parts: A and B by the name of the weight, in hub spelling.
+        parts: A and B by the name of the weight, in hub spelling, and its expert, where it
+            stacks them.
         magnitudes: of DoRA, by the name of the weight.
         biases: of B (``lora_bias``), by the name of the weight.
         embeddings: names of the weights that embedding matrices change.
@@ -65,7 +69,7 @@ class PEFTFolder:
     file: WeightFile
     config: Mapping[str, object]
     settings: Settings
-    parts: dict[str, LoraPair] = field(default_factory=dict[str, LoraPair])
+    parts: dict[PartKey, LoraPair] = field(default_factory=dict[PartKey, LoraPair])
     magnitudes: dict[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
     biases: dict[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
     embeddings: dict[str, LoraPair] = field(default_factory=dict[str, LoraPair])
@@ -120,47 +124,11 @@ def named_base(adapter: Path) -> Path | None:
     return Path(base) if (Path(base) / "config.json").is_file() else None
 
 
-class Names:
-    """Finds the weight that a key of an adapter means, in any of the spellings.
-
-    Args:
-        table: of the family, q, k, v apart or not: the Hugging Face names are the same.
-    """
-
-    def __init__(self, family: Family, table: tuple[Module, ...]) -> None:
-        self._family = family
-        self._all: TemplateIndex[Row] = hf_templates(table)
-        self.linear: TemplateIndex[Row] = hf_templates(linear(table))
-
-    def path(self, module: str, kind: str = WEIGHT) -> tuple[str, str] | None:
-        """The path in the wrapped model that the family knows, and the tensor's hub name."""
-        for path in paths(module):
-            hub = self._family.hub_name(path + kind)
-            if self._all.find(hub):
-                return path, hub
-        return None
-
-    def closest(self, module: str) -> str:
-        """The known name that looks most like a module's, in words; "" if none does."""
-        names = [self._family.hub_name(path + WEIGHT) for path in paths(module)]
-        found = next((near for name in names if (near := self.linear.closest(name))), None)
-        return f" (closest known name: {found})" if found else ""
-
-    def layer(self, hub: str) -> tuple[Row, int, int] | None:
-        """The row of a linear layer's weight, its layer and expert."""
-        found = self.linear.find(hub)
-        if found is None:
-            return None
-        row, layer, expert = found
-        if row.layers and any(INDEX in name for name in row.hf):
-            layer = row.layers[layer] if layer < len(row.layers) else layer
-        return row, layer, expert
-
-
-def open_peft(path: Path, names: Names, alpha: float | None = None) -> PEFTFolder:
+def open_peft(path: Path, names: Names, dims: Dims, alpha: float | None = None) -> PEFTFolder:
     """Reads an adapter.
 
     Args:
+        dims: the sizes of the base model, as far as they are known.
         alpha: what the user says of lora_alpha; counts where no configuration says it.
 
     Raises:
@@ -177,17 +145,20 @@ def open_peft(path: Path, names: Names, alpha: float | None = None) -> PEFTFolde
         )
     found = PEFTFolder(path, file, config, settings)
     halves: dict[str, dict[str, StoredTensor]] = {}
+    wrapped: dict[str, dict[str, StoredTensor]] = {}
     unknown: list[str] = []
     for tensor in file.tensors:
         key = parse_key(tensor.name)
         if key is None:
             _other(found, names, tensor, unknown)
             continue
-        hit = names.path(key.module.replace(".base_layer", ""))
-        if hit is None:
+        hit = names.path(unwrapped(key.module))
+        if hit is None and names.parameters(unwrapped(key.module)):
+            _once(found, wrapped.setdefault(key.module, {}), key.kind, tensor)
+        elif hit is None:
             unknown.append(tensor.name + names.closest(key.module))
-            continue
-        _sort(found, halves, key, hit, tensor)
+        else:
+            _sort(found, halves, key, hit, tensor)
     if unknown:
         raise TensorError(
             f"{file.path}: {number(unknown, 'tensor')} for modules that the model does not have: "
@@ -197,6 +168,10 @@ def open_peft(path: Path, names: Names, alpha: float | None = None) -> PEFTFolde
             + (f", {base}" if (base := config.get("base_model_name_or_path")) else ""),
         )
     _pair(found, halves)
+    _unstack(found, names, wrapped, dims)
+    if not found.config and found.parts:
+        ranks = {part.rank for part in found.parts.values()}
+        found.settings = Settings(max(ranks), found.settings.alpha)
     return found
 
 
@@ -226,50 +201,87 @@ def _sort(
         found.magnitudes[hub] = tensor
     else:
         known = halves.setdefault(hub, {})
-        kind = key.kind.replace("embedding_", "")
-        if kind in known:
-            raise TensorError(
-                f"{found.file.path}: {tensor.name} and {known[kind].name} are the same matrix",
-                "one spelling of each name",
-            )
-        known[kind] = tensor
+        _once(found, known, key.kind.replace("embedding_", ""), tensor)
         known["path"] = tensor._replace(name=path)
         if "embedding" in key.kind:
             known["embedding"] = tensor
 
 
+def _once(
+    found: PEFTFolder, known: dict[str, StoredTensor], kind: str, tensor: StoredTensor
+) -> None:
+    if kind in known:
+        raise TensorError(
+            f"{found.file.path}: {tensor.name} and {known[kind].name} are the same matrix",
+            "one spelling of each name",
+        )
+    known[kind] = tensor
+
+
+def _both(file: Path, name: str, known: Mapping[str, StoredTensor]) -> tuple[StoredTensor, ...]:
+    """A and B of one module, which fit each other."""
+    a, b = known.get("lora_A"), known.get("lora_B")
+    if a is None or b is None:
+        there, lacks = (b, "lora_A") if a is None else (a, "lora_B")
+        raise TensorError(
+            f"{file}: {there.name if there else name} stands alone: there is no {lacks} of that "
+            "module",
+            "A and B of every module that is adapted",
+            "copy the adapter again",
+        )
+    rank = matrix(a.shape)[0]
+    if len(b.shape) < 2 or b.shape[1] != rank:
+        raise TensorError(
+            f"{file}: {a.name} has the rank {rank}, {b.name} {list(b.shape)} another",
+            "B with as many columns as A has rows",
+            "copy the adapter again",
+        )
+    return a, b
+
+
+def _unstack(
+    found: PEFTFolder,
+    names: Names,
+    wrapped: Mapping[str, Mapping[str, StoredTensor]],
+    dims: Dims,
+) -> None:
+    """Puts A and B of stacked experts in their places, expert by expert."""
+    modules: dict[str, list[Wrapped]] = {}
+    for name, known in wrapped.items():
+        pair = Wrapped(*_both(found.file.path, name, known))
+        modules.setdefault(unwrapped(name), []).append(pair)
+    for module, pairs in modules.items():
+        for match in matched(names.parameters(module), pairs, dims):
+            parameter = match.parameter
+            for expert, (a, b) in enumerate(experts(match, found.settings, dims)):
+                place = parameter.hub, expert
+                found.parts[place] = _made(found, parameter.path, a, b)
+
+
+def _made(found: PEFTFolder, path: str, a: StoredTensor, b: StoredTensor) -> LoraPair:
+    """A pair with its scaling.
+
+    Raises:
+        TensorError: the configuration gives it another rank.
+    """
+    rank, said = matrix(a.shape)[0], found.settings.rank(path)
+    if found.config and said != rank:
+        config = found.file.path.parent / CONFIG
+        raise TensorError(
+            f"{found.file.path}: {a.name} is {list(a.shape)}; {CONFIG} gives it the rank {said}",
+            "r, or rank_pattern, as the matrices have it",
+            f"correct r or rank_pattern in {config}",
+        )
+    known_alpha = found.settings.alpha is not None
+    return LoraPair(path, a, b, found.settings.scale(path, rank) if known_alpha else None)
+
+
 def _pair(found: PEFTFolder, halves: Mapping[str, Mapping[str, StoredTensor]]) -> None:
     """Puts A and B together."""
-    file = found.file.path
     for hub, known in halves.items():
-        a, b = known.get("lora_A"), known.get("lora_B")
-        if a is None or b is None:
-            there, lacks = (b, "lora_A") if a is None else (a, "lora_B")
-            name = there.name if there else hub
-            raise TensorError(
-                f"{file}: {name} stands alone: there is no {lacks} of that module",
-                "A and B of every module that is adapted",
-                "copy the adapter again",
-            )
-        path = known["path"].name
-        rank = matrix(a.shape)[0]
-        if len(b.shape) < 2 or b.shape[1] != rank:
-            raise TensorError(
-                f"{file}: {a.name} has the rank {rank}, {b.name} {list(b.shape)} another",
-                "B with as many columns as A has rows",
-                "copy the adapter again",
-            )
-        said = found.settings.rank(path)
-        if found.config and said != rank:
-            raise TensorError(
-                f"{file}: {a.name} is {list(a.shape)}; {CONFIG} gives it the rank {said}",
-                "r, or rank_pattern, as the matrices have it",
-                f"correct r or rank_pattern in {file.parent / CONFIG}",
-            )
-        known_alpha = found.settings.alpha is not None
-        scale = found.settings.scale(path, rank) if known_alpha else None
-        part = LoraPair(path, a, b, scale)
-        (found.embeddings if "embedding" in known else found.parts)[hub] = part
-    if not found.config and found.parts:
-        ranks = {part.rank for part in found.parts.values()}
-        found.settings = Settings(max(ranks), found.settings.alpha)
+        a, b = _both(found.file.path, hub, known)
+        part = _made(found, known["path"].name, a, b)
+        if "embedding" in known:
+            found.embeddings[hub] = part
+        else:
+            found.parts[hub, NO_EXPERT] = part

@@ -21,7 +21,6 @@ from mmconvert.formats.model import AdapterModel, Model
 from mmconvert.formats.peft.config import config_text
 from mmconvert.formats.peft.folder import (
     SAFETENSORS,
-    Names,
     PEFTFolder,
     named_base,
     open_peft,
@@ -29,6 +28,7 @@ from mmconvert.formats.peft.folder import (
     weight_path,
 )
 from mmconvert.formats.peft.folding import fold_notes, uniform
+from mmconvert.formats.peft.names import Names
 from mmconvert.formats.peft.side import (
     adapter_side,
     grouped,
@@ -37,7 +37,7 @@ from mmconvert.formats.peft.side import (
     refuse_growth,
     with_rank,
 )
-from mmconvert.formats.peft.target import peft_target, spelling_note
+from mmconvert.formats.peft.target import peft_target, spelling_note, stack_note
 from mmconvert.formats.recognise import family_by_hf_names, hf_family
 from mmconvert.formats.wholes import plain
 from mmconvert.names import NO_LAYER, summarise
@@ -111,9 +111,12 @@ class PEFT(Format):
         family, base = told.family, told.like
         given = told.layout if isinstance(told.layout, PEFTChoices) else PEFTChoices()
         variant = replace(base.variant, canonical=False) if base else variant_of_keys(family, path)
-        folder = open_peft(path, Names(family, family.table(variant)), given.lora_alpha)
-        refuse_others(folder)
         dims = dict(base.dims) if base else {}
+        names = Names(family, family.table(variant))
+        folder = open_peft(path, names, dims, given.lora_alpha)
+        refuse_others(folder)
+        for key, count in _experts(folder, names).items():
+            dims.setdefault(key, count)
         layers = _layers(folder, family, variant, dims)
         variant = replace(variant, canonical=_canonical(folder, variant, given, family, layers))
         base_rows = rows_of(folder, family, variant)
@@ -158,9 +161,9 @@ class PEFT(Format):
                 )
             settings = replace(settings, alpha=given.lora_alpha)
         settings.scale("", settings.r)  # raises where nothing tells alpha
-        side, paths = peft_target(model, asked.wholes, given.names)
-        config = config_text(settings, model, paths, given.names, given.base_model)
-        notes = [spelling_note(model.family, given.names)]
+        side, adapted = peft_target(model, asked.wholes, given.names)
+        config = config_text(settings, model, adapted, given.names, given.base_model)
+        notes = [spelling_note(model.family, given.names), stack_note(adapted)]
         return PEFTPlaced(side=side, notes=tuple(filter(None, notes)), config=config)
 
     def lay_out(
@@ -185,9 +188,7 @@ def variant_of_keys(family: Family, path: Path) -> Variant:
     def fit(variant: Variant) -> tuple[int, int]:
         table = family.table(variant)
         names = Names(family, table)
-        known = sum(
-            hit is not None and names.layer(hit[1]) is not None for hit in map(names.path, keys)
-        )
+        known = sum(names.knows(key) for key in keys)
         return known, -sum(len(m.all_rows()) for m in table)
 
     return max((v for v in family.variants if not v.canonical), key=fit)
@@ -222,7 +223,7 @@ def rows_of(folder: PEFTFolder, family: Family, variant: Variant) -> tuple[Modul
     names = Names(family, table)
     present: dict[str, set[int]] = {}
     odd: list[str] = []
-    for hub, part in folder.parts.items():
+    for (hub, _), part in folder.parts.items():
         hit = names.layer(hub)
         if hit is None or len(part.a.shape) != 2 or len(part.b.shape) != 2:
             odd.append(part.path)
@@ -245,12 +246,23 @@ def _layers(
     """How many layers each module has, as far as the adapter goes."""
     names = Names(family, family.table(variant))
     found: dict[str, int] = dict.fromkeys(family.module_keys, 0)
-    for hub in folder.parts:
+    for hub, _ in folder.parts:
         hit = names.layer(hub)
         if hit is not None:
             for key in found:
                 found[key] = max(found[key], hit[1] + 1)
     return {key: dims.get(f"{key}.layers", count) for key, count in found.items()}
+
+
+def _experts(folder: PEFTFolder, names: Names) -> dict[str, int]:
+    """How many experts each module has, as far as the adapter shows."""
+    found: dict[str, int] = {}
+    for hub, inside in folder.parts:
+        hit = names.layer(hub)
+        if hit is not None and hit[0].of_expert:
+            key = f"{names.keys[hit[0].mm]}.experts"
+            found[key] = max(found.get(key, 0), hit[2] + 1, inside + 1)
+    return found
 
 
 def refuse_others(folder: PEFTFolder) -> None:

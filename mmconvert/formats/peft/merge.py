@@ -29,14 +29,14 @@ def peft_adapter(folder: PEFTFolder, factor: float, *, base_is_residual: bool) -
     found = Adapter(str(folder.file.path.parent), replaced=dict(folder.replaced))
     if folder.config.get("fan_in_fan_out") is True:
         found.notes.append("fan_in_fan_out is set: it means no linear layer here, as for PEFT")
-    for hub, part in folder.parts.items():
+    for (hub, expert), part in folder.parts.items():
         magnitude = folder.magnitudes.get(hub)
-        found.deltas.append(Delta(hub, NO_EXPERT, _term(found, part, factor, magnitude)))
+        found.deltas.append(Delta(hub, expert, _term(found, part, factor, magnitude)))
     for hub, part in folder.embeddings.items():
         term = _term(found, part, factor, None)._replace(transposed=True)
         found.deltas.append(Delta(hub, NO_EXPERT, term))
     for hub, tensor in folder.biases.items():
-        part = folder.parts[hub]
+        part = folder.parts[hub, NO_EXPERT]
         block = Block(len(found.stored), 0, 0, 0, 0, tensor.shape[0], 1)
         found.stored.append(tensor)
         bias = Term(part.path, (), (block,), 1, tensor.shape[0], 1, (part.scale or 0) * factor)

@@ -17,7 +17,7 @@ from mmconvert.converters.rows import Module
 from mmconvert.errors import RequestError, TensorError
 from mmconvert.executor.compare import same_bytes
 from mmconvert.formats.mm.instances import Instance, experts_of, instances
-from mmconvert.formats.peft.folder import LoraPair
+from mmconvert.formats.peft.folder import LoraPair, PartKey
 from mmconvert.names import number, summarise
 from mmconvert.plan.dtypes import joint_dtype
 from mmconvert.plan.plan import Block, Key, Scaled, Side, Term, UnstoredBlock, Whole, matrix
@@ -53,7 +53,7 @@ class Packed(NamedTuple):
 
 
 def packed(
-    base: Sequence[Module], layers: Mapping[str, int], parts: Mapping[str, LoraPair], dims: Dims
+    base: Sequence[Module], layers: Mapping[str, int], parts: Mapping[PartKey, LoraPair], dims: Dims
 ) -> list[Packed]:
     """The linear layers of MM format that an adapter changes.
 
@@ -75,12 +75,12 @@ def packed(
 def grouped(
     base: Sequence[Module],
     layers: Mapping[str, int],
-    parts: Mapping[str, LoraPair],
+    parts: Mapping[PartKey, LoraPair],
     experts: Mapping[str, int] | None = None,
 ) -> Iterator[tuple[Instance, list[LoraPair | None], bool]]:
     """The linear layers of MM format, the parts of each, and whether one A serves them all."""
     for item in instances(base, layers, experts):
-        mine = [parts.get(name) for name in item.hf_names()]
+        mine = [parts.get(place) for place in item.hf_places()]
         there = [part for part in mine if part is not None]
         if not there:
             raise TensorError(
