@@ -20,7 +20,7 @@ from mmconvert.runtime.journal import Line
 from mmconvert.runtime.optimizer import Recipe
 from mmconvert.runtime.samples import SampleSource
 from mmconvert.runtime.schedule import Schedule
-from mmconvert.runtime.training import TrainingPlan
+from mmconvert.runtime.trainplan import TrainingPlan
 
 SIDE = 56  # pixels of a picture: 4 x 4 patches, 4 image tokens
 COLOURS = ("red", "green", "blue", "black")

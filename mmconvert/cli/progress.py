@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mmconvert.runtime.journal import Line
-    from mmconvert.runtime.training import TrainingOutcome
+    from mmconvert.runtime.trainplan import TrainingOutcome
 
 INTERRUPTED = 130
 RULE = "-" * 100
 
 
 @dataclass(frozen=True)
-class Screen:
+class TrainingScreen:
     """Where the lines of a training go.
 
     Attributes:

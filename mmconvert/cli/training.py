@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mmconvert.modeljson.file import ModelJson
     from mmconvert.runtime.dataset import Data
     from mmconvert.runtime.lora import LoraPlan
-    from mmconvert.runtime.training import TrainingPlan
+    from mmconvert.runtime.trainplan import TrainingPlan
 
 # Least values, and ranges.
 LEAST = {
@@ -83,7 +83,7 @@ def plan_of(asked: Finetuned, save: Path, evaluate: int, model: ModelJson | None
     """The flags, and what model.json says of learning, as the runtime takes them."""
     from mmconvert.runtime.optimizer import Recipe
     from mmconvert.runtime.schedule import Schedule
-    from mmconvert.runtime.training import TrainingPlan
+    from mmconvert.runtime.trainplan import TrainingPlan
 
     frozen = (*asked.freeze, *(model.frozen() if model is not None else ()))
     recompute = asked.recompute_granularity == "full"

@@ -11,7 +11,7 @@ from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.launch import replicas_for
 from mmconvert.runtime.mmfiles import LoadableCheckpoint, iteration_folder, with_adapters
-from mmconvert.runtime.training import Start, TrainingPlan
+from mmconvert.runtime.trainplan import Start, TrainingPlan
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def fault_of(look: Look, sample: Sample) -> str:
 
 
 @dataclass
-class Inspection:
+class BackgroundCheck:
     """Decodes the files of samples in the background, one after the other.
 
     Attributes:

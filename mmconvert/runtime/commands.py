@@ -23,7 +23,8 @@ from mmconvert.runtime.mmfiles import with_adapters
 from mmconvert.runtime.pictures import drawn_picture
 from mmconvert.runtime.samples import Sample
 from mmconvert.runtime.sounds import drawn_sound
-from mmconvert.runtime.training import Training, TrainingOutcome, TrainingPlan
+from mmconvert.runtime.training import Training
+from mmconvert.runtime.trainplan import TrainingOutcome, TrainingPlan
 from mmconvert.runtime.validation import Validation
 from mmconvert.runtime.verdict import ValidationReport
 from mmconvert.sharding.layout import Layout

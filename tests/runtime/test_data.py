@@ -19,7 +19,7 @@ from cli import run_cli
 from mmconvert.errors import DatasetError, RequestError
 from mmconvert.runtime import dataset
 from mmconvert.runtime.batch import IGNORED, Batch
-from mmconvert.runtime.checking import Checks, Inspection, look_at_pictures
+from mmconvert.runtime.checking import BackgroundCheck, Checks, look_at_pictures
 from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.dataset import Data, Feed, Order, Share, read_samples, split
 from mmconvert.runtime.dialects import read_source
@@ -388,7 +388,7 @@ def test_files_are_decoded_in_the_background_in_the_order_of_their_turns(
     tmp_path: Path,
 ) -> None:
     found = read_source(SampleSource((spoiled(tmp_path),))).samples
-    inspection = Inspection(found, [5, 4, 3, 2, 1, 0], look_at_pictures)
+    inspection = BackgroundCheck(found, [5, 4, 3, 2, 1, 0], look_at_pictures)
     inspection.start()
     told: dict[int, str] = {}
     until = time.monotonic() + 60

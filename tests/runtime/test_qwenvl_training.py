@@ -24,7 +24,7 @@ from mmconvert.runtime.qwenvl.learning import Lesson, Teacher, template
 from mmconvert.runtime.qwenvl.tokenizer import Tokenizer
 from mmconvert.runtime.samples import Sample, SampleSource
 from mmconvert.runtime.schedule import Schedule
-from mmconvert.runtime.training import TrainingOutcome, TrainingPlan
+from mmconvert.runtime.trainplan import TrainingOutcome, TrainingPlan
 from qwenvl import QWENVL, hf_to_ms
 from qwenvlgolden import recorded
 

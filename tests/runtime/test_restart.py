@@ -17,14 +17,14 @@ import tinyfamilies
 from cli import run_cli
 from commands import mm_to_hf, rank_files
 from mmconvert.errors import CheckpointError, DatasetError, OutputError
-from mmconvert.runtime import commands, training
+from mmconvert.runtime import commands, loop
 from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.beginning import Load
 from mmconvert.runtime.dataset import Data
 from mmconvert.runtime.encoding import Encoder
 from mmconvert.runtime.journal import Line
 from mmconvert.runtime.samples import SampleSource
-from mmconvert.runtime.training import TrainingPlan
+from mmconvert.runtime.trainplan import TrainingPlan
 from nights import nightly
 
 STEPS, HALF = 6, 3
@@ -240,8 +240,8 @@ def test_without_an_interval_the_clock_saves(
     def hear(event: object) -> None:
         seen.append(sorted(path.name for path in save.glob("iter_*")))
 
-    assert training.SAVE_EVERY == 1800
-    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)  # as if each step took half an hour
+    assert loop.SAVE_EVERY == 1800
+    monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)  # as if each step took half an hour
     what = talking.plan(save, 3, save_every=None)
     commands.finetune(mm, hf, Data((SampleSource((data,)),)), what, "fp32", False, hear)
     left = sorted(path.name for path in save.glob("iter_*"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mmconvert.cli.arguments import read_plain
-from mmconvert.cli.progress import INTERRUPTED, Screen
+from mmconvert.cli.progress import INTERRUPTED, TrainingScreen
 from mmconvert.cli.scriptflags import (
     Script,
     check_layout,
@@ -28,7 +28,7 @@ from mmconvert.sharding.layout import Layout
 if TYPE_CHECKING:
     from mmconvert.runtime.beginning import Load
     from mmconvert.runtime.dataset import Data
-    from mmconvert.runtime.training import TrainingOutcome, TrainingPlan
+    from mmconvert.runtime.trainplan import TrainingOutcome, TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _train(asked: Finetuned, script: Script) -> int:
     from mmconvert.runtime.qwenvl import answer
 
     save = needed(asked.save, "--save", "finetune")
-    screen = Screen(
+    screen = TrainingScreen(
         save, asked.train_iters, asked.json, asked.quiet, script.given, asked.log_tps
     )  # fmt: skip
     model = read_model_json(script.model) if script.model is not None else None
@@ -242,7 +242,7 @@ def _train(asked: Finetuned, script: Script) -> int:
 
 
 def _qwenvl(
-    asked: Finetuned, hf_dir: Path, data: Data, plan: TrainingPlan, screen: Screen
+    asked: Finetuned, hf_dir: Path, data: Data, plan: TrainingPlan, screen: TrainingScreen
 ) -> TrainingOutcome:
     """Trains a Qwen-VL, in this process."""
     from mmconvert.runtime.qwenvl import answer, training

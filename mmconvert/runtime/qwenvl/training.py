@@ -29,7 +29,8 @@ from mmconvert.runtime.qwenvl.model import QwenVLModel
 from mmconvert.runtime.qwenvl.sizes import Positions
 from mmconvert.runtime.qwenvl.tokenizer import Tokenizer
 from mmconvert.runtime.samples import Sample
-from mmconvert.runtime.training import SAVE_EVERY, Stop, TrainingOutcome, TrainingPlan
+from mmconvert.runtime.stopping import Stop
+from mmconvert.runtime.trainplan import SAVE_EVERY, TrainingOutcome, TrainingPlan
 
 VISUAL = "transformer.visual."
 # What learns of the vision encoder with MindFormers' freeze_vision True, freeze_resampler False.
