@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
 from mmconvert.executor.bands import cut, steps
@@ -30,7 +29,7 @@ from mmconvert.executor.blockio import (
 from mmconvert.executor.casts import Loss
 from mmconvert.executor.differences import place
 from mmconvert.executor.fileio import BAND, BUFFERS, ByteRange, Files, copy_range, write_pieces
-from mmconvert.executor.jobs import JOB_SIZE, Job, Losses
+from mmconvert.executor.jobs import JOB_SIZE, Job, Losses, load_numpy
 from mmconvert.plan.plan import Copy, Plan, matrix
 from mmconvert.stored import ITEM_SIZE, Scales, StoredTensor
 
@@ -51,7 +50,7 @@ def jobs_of(plan: Plan, targets: Sequence[StoredTensor]) -> list[Job]:
     """
     scaled = any(source.scales for source in plan.sources)
     if plan.cast or plan.products or plan.fitted or scaled:
-        import_module("mmconvert.executor.values")  # numpy, before threads ask for it at once
+        load_numpy()  # before threads ask for it at once
     return list(_jobs(plan, targets))
 
 

@@ -7,6 +7,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from importlib import import_module
 from itertools import islice
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from mmconvert.executor.casts import Loss
 from mmconvert.executor.fileio import ByteRange, Files, expect, open_files
 
 AHEAD = 4  # jobs whose bytes are asked for before their turn
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 JOB_SIZE = 32 << 20  # bytes of one job, about: large enough for speed, small enough to share out
 
 Losses = Mapping[str, Loss]  # by tensor, of the casts of one job
@@ -129,3 +131,16 @@ class _Queue:
         with self._lock:
             for path in job.writes:
                 self._active[path] -= 1
+
+
+def load_numpy() -> None:
+    """Imports numpy, whose matrix products then take one thread: the jobs are the threads here, and
+    with threads of its own below each of them OpenBLAS spends its time waiting. Without effect
+    where numpy is there already.
+    """
+    set_here = BLAS_THREADS not in os.environ
+    if set_here:
+        os.environ[BLAS_THREADS] = "1"
+    import_module("mmconvert.executor.values")
+    if set_here:
+        del os.environ[BLAS_THREADS]

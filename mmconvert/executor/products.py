@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from mmconvert.errors import TensorError
 from mmconvert.executor.bands import cut, steps
 from mmconvert.executor.blockio import Region, read_compact, rect_offset, row_bytes
-from mmconvert.executor.fileio import BAND, Files, write_pieces
+from mmconvert.executor.fileio import BUFFERS, Files, write_pieces
 from mmconvert.executor.jobs import JOB_SIZE, Job
-from mmconvert.executor.values import floats, from_floats
+from mmconvert.executor.values import floats, from_floats, narrow, small, widen
 from mmconvert.plan.plan import Block, Copy, Plan, Term, matrix
 from mmconvert.stored import StoredTensor
 
@@ -31,7 +31,7 @@ Array = NDArray[Any]
 # OpenBLAS multiplies matrices of fewer multiplications than this by other kernels, which sum in
 # another order; they are made larger with rows of zeros.
 SMALL = 1_100_000
-MERGE_BAND = 4 * BAND  # bytes of a weight that are merged at a time
+ELEMENTS = 1 << 19  # of a weight that are merged at a time: its buffers stay in the cache
 
 
 def merges(
@@ -78,12 +78,19 @@ def merged_bands(
         TensorError: NaN or infinity in the sum.
     """
     adapters = Products(plan.sources, plan.terms)
-    top, bottom = within or (0, matrix(target.shape)[0])
-    for begin, end in steps(top, bottom, row_bytes(target), MERGE_BAND):
+    rows, width = matrix(target.shape)
+    top, bottom = within or (0, rows)
+    for begin, end in steps(top, bottom, width, ELEMENTS):
         band = _base(files, plan.sources, target, copies, begin, end)
         with np.errstate(all="ignore"):  # what is not finite is an error below
             adapters.add(files, band, begin, cut(products, begin, end, source=False))
         yield begin, _rounded(band, target, begin)
+
+
+def _scratch(use: str, kind: str, rows: int, cols: int) -> Array:
+    """A matrix in this thread's buffer of that ``use``: fresh memory would cost page faults."""
+    item = np.dtype(kind).itemsize
+    return np.frombuffer(BUFFERS.get(use, rows * cols * item), kind).reshape(rows, cols)
 
 
 def _base(
@@ -95,14 +102,20 @@ def _base(
     bottom: int,
 ) -> Array:
     """A band of the base model's weight, in float32 or wider."""
-    kind = np.float64 if target.dtype == "F64" else np.float32
-    band: Array = np.zeros((bottom - top, matrix(target.shape)[1]), kind)
-    for c in cut(copies, top, bottom, source=False):
+    kind = "<f8" if target.dtype == "F64" else "<f4"
+    band = _scratch("sum", kind, bottom - top, matrix(target.shape)[1])
+    found = cut(copies, top, bottom, source=False)
+    if sum(c.rows * c.cols for c in found) < band.size:
+        band[:] = 0
+    for c in found:
         source = sources[c.src]
-        region = Region(c.src_row, c.src_col, c.rows, c.cols)
-        values = floats(read_compact(files, source, region, "base"), source.dtype)
+        data = read_compact(files, source, Region(c.src_row, c.src_col, c.rows, c.cols), "base")
         at = c.dst_row - top
-        band[at : at + c.rows, c.dst_col : c.dst_col + c.cols] = values.reshape(c.rows, c.cols)
+        part = band[at : at + c.rows, c.dst_col : c.dst_col + c.cols]
+        if source.dtype == "BF16" and kind == "<f4":
+            widen(data, part)
+        else:
+            part[:] = floats(data, source.dtype).reshape(c.rows, c.cols)
     return band
 
 
@@ -134,7 +147,8 @@ class Products:
             product = matrix_of(files, self._sources, term.b, Region(row, 0, rows, term.rank))
             if term.a:
                 product = multiply(product, self._whole_a(files, c.src)[:, col : col + cols])
-            product *= np.float32(term.scale)
+            if term.scale != 1:
+                np.multiply(product, np.float32(term.scale), out=product)
             first, last = c.dst_row - top, c.dst_row - top + c.rows
             band[first:last, c.dst_col : c.dst_col + c.cols] += (
                 product.T if term.transposed else product
@@ -167,7 +181,8 @@ def multiply(b: Array, a: Array) -> Array:
     least = -(-SMALL // max(1, rank * a.shape[1]))
     if rows < least:
         b = np.concatenate([b, np.zeros((least - rows, rank), b.dtype)])
-    return (np.ascontiguousarray(b) @ np.ascontiguousarray(a))[:rows]
+    product = _scratch("product", "<f4", len(b), a.shape[1])
+    return np.matmul(np.ascontiguousarray(b), np.ascontiguousarray(a), out=product)[:rows]
 
 
 def matrix_of(
@@ -199,6 +214,10 @@ def _rounded(band: Array, target: StoredTensor, top: int) -> memoryview:
     Raises:
         TensorError: NaN or infinity among the values.
     """
+    if target.dtype == "BF16" and small(band):
+        return narrow(
+            band, _scratch("rounding", "<u4", *band.shape), BUFFERS.get("rounded", band.size * 2)
+        )
     bits, values = from_floats(band, target.dtype)
     bad = ~np.isfinite(values)
     if bad.any():

@@ -201,6 +201,37 @@ def floats(data: memoryview, dtype: str) -> Array:
     return np.frombuffer(data, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype])
 
 
+def widen(data: memoryview, out: Array) -> None:
+    """Puts bfloat16 values, by their bits, into a float32 matrix."""
+    bits = out.view("<u4")
+    bits[:] = np.frombuffer(data, "<u2").reshape(out.shape)
+    np.left_shift(bits, 16, out=bits)
+
+
+def small(values: Array) -> bool:
+    """Whether float32 values are finite, and surely so in bfloat16: their squares can be summed."""
+    flat = values.reshape(-1)
+    with np.errstate(all="ignore"):
+        return values.dtype.itemsize == 4 and bool(np.isfinite(np.dot(flat, flat)))
+
+
+def narrow(values: Array, scratch: Array, out: memoryview) -> memoryview:
+    """The bits of finite float32 values in bfloat16, each rounded to the nearest, ties to even.
+
+    Args:
+        scratch: integers of the values' shape.
+        out: receives the bits.
+    """
+    bits = values.view("<u4")
+    np.right_shift(bits, 16, out=scratch)
+    np.bitwise_and(scratch, 1, out=scratch)
+    np.add(scratch, 0x7FFF, out=scratch)
+    np.add(scratch, bits, out=scratch)
+    np.right_shift(scratch, 16, out=scratch)
+    np.frombuffer(out, "<u2").reshape(values.shape)[:] = scratch
+    return out
+
+
 def _to_bf16(values: Array) -> Array:
     """The bits of bfloat16 values."""
     wide = values.astype("<f4")

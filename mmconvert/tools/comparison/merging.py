@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmconvert.config import Options
 from mmconvert.executor import compare
-from mmconvert.executor.jobs import default_workers
+from mmconvert.executor.jobs import default_workers, load_numpy
 from mmconvert.formats.adapters import open_adapter
 from mmconvert.plan.plan import Comparison, Key, Side, build
 from mmconvert.plan.products import ProductPlaces, merged, substituted
@@ -21,7 +21,8 @@ def unmerged(base: Path, model: Path, adapters: Sequence[Path], options: Options
     Raises:
         MMConvertError: a checkpoint that cannot be read, or adapters of another model.
     """
-    from mmconvert.executor.productsize import unlike  # numpy
+    load_numpy()
+    from mmconvert.executor.productsize import unlike
 
     left, right = open_pair(base, model, options)
     places = ProductPlaces(left.model.plain_modules, left.side, left.model.dims, as_hf=False)
