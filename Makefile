@@ -13,6 +13,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
+# The tests start hundreds of processes: none of them should compile what another has compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo tutorial test quick nightly lint docs release-check mindspore-env npu-wheel bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
