@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from zlib import crc32
@@ -167,6 +167,7 @@ class Loop:
             loss = line.loss or 0.0
             self._ahead = self._read(number)
             done = self._agree(number)
+            line = replace(line, tokens=self._tokens / line.seconds)
             self._write_down(line)
             if (mean := interval.add(line)) is not None:
                 self._emit(mean)
@@ -183,13 +184,13 @@ class Loop:
         return TrainingOutcome(loss, plan.steps, stopped=False)
 
     def _step(self, step: int) -> Line:
-        """One update."""
+        """One update; its tokens are known when all processes have agreed."""
         began, plan = time.perf_counter(), self._plan
         assert isinstance(self._ahead, list)  # noqa: S101 - else all processes have stopped
         loss, rate, norm = self._trainee.update(step, self._ahead)
         seconds = time.perf_counter() - began
         samples = plan.size * plan.count
-        return Line(step + 1, loss, None, rate, norm, seconds, self._tokens / seconds, samples)
+        return Line(step + 1, loss, None, rate, norm, seconds, samples=samples)
 
     def _write_down(self, line: Line) -> None:
         if self._journal is not None:
