@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
+ANOTHER_PLACE = "choose another folder, or ask for permission to write to this one"
+
 
 class MMConvertError(Exception):
     """What was wrong and where; what was expected; what to do about it.
@@ -181,6 +183,22 @@ def blamed(cause: str, path: Path, tensor: str = "", fix: str = "") -> Generator
         raise
 
 
+def cannot_read(
+    path: str | PathLike[str], error: OSError, expected: str = "a readable file"
+) -> CheckpointError:
+    """What to say when the system refuses to read ``path``."""
+    ways_out = {
+        errno.ENOENT: "check the path",
+        errno.EACCES: "ask its owner for permission to read it",
+        errno.EIO: "the disk fails to read it: copy it again from where it was made",
+    }
+    return CheckpointError(
+        f"{path}: cannot be read: {error.strerror or error}",
+        expected,
+        ways_out.get(error.errno or 0, "check the path, and the disk that it is on"),
+    )
+
+
 def cannot_write(path: str | PathLike[str], error: OSError) -> OutputError:
     """What to say when the system refuses to write ``path``: a full disk, or anything else."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -190,7 +208,9 @@ def cannot_write(path: str | PathLike[str], error: OSError) -> OutputError:
             "free some space, write to another disk or raise the limit, and run the command again",
         )
     reason = error.strerror or error
-    return OutputError(f"{path}: cannot be written: {reason}", "a folder that can be written")
+    return OutputError(
+        f"{path}: cannot be written: {reason}", "a folder that can be written", ANOTHER_PLACE
+    )
 
 
 def disagreement(answers: Sequence[Mapping[str, str]]) -> RequestError | None:

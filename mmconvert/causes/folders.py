@@ -200,11 +200,13 @@ def _below(sought: str, folder: Path, names: Sequence[str]) -> FormError | None:
         return None
     shown = [str(path.relative_to(folder)) for path in found]
     more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
+    numbered = any(_by_number(found[-1])[:2])
     return FormError(
         "one-level-high",
-        f"{folder} holds no checkpoint itself; below it: {', '.join(shown[-5:])}{more}",
+        f"{folder} holds no checkpoint itself; below it: "
+        f"{', '.join(shown[-5:] if numbered else shown[:5])}{more}",
         "the folder of one checkpoint",
-        f"give {found[-1]}",
+        f"give {found[-1]}" if numbered or not more else f"give one of them, such as {found[0]}",
     )
 
 
@@ -230,5 +232,5 @@ def _by_number(path: Path) -> tuple[bool, int, str]:
         main = (path.parent.parent / "refs/main").read_text(encoding="ascii").strip() == path.name
     except (OSError, ValueError):
         main = False
-    number = re.fullmatch(r"\D*(\d{1,12})", path.name)
+    number = re.fullmatch(r"\D*[-_](\d{1,12})", path.name)
     return main, int(number[1]) if number else 0, path.name

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from mmconvert.cli import commands, ending, screen
@@ -100,8 +100,8 @@ def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(commands.top_help([commands.AUTO, *converter_names()], list(MINDSPORE)))
         return 0 if words else 2
-    name, _, ending = words[0].rpartition(".")
-    script = name.rpartition("/")[2] if ending in ("py", "sh") else words[0]
+    name, _, suffix = words[0].rpartition(".")
+    script = name.rpartition("/")[2] if suffix in ("py", "sh") else words[0]
     script_words = commands.SCRIPTS.get(script, words[:1])
     converter, rest = script_words[0], [*script_words[1:], *words[1:]]
     if converter in commands.TOOLS:
@@ -115,15 +115,7 @@ def _dispatch(words: list[str]) -> int:
     if converter not in own and converter not in converter_names():
         if converter in REFUSED:
             raise RequestError(*REFUSED[converter])
-        known = [
-            commands.AUTO,
-            *converter_names(),
-            *MINDSPORE,
-            *commands.DCP_CONVERTERS,
-            *commands.TOOLS,
-        ]
-        kind = "converter" if converter.endswith("Converter") else "command"
-        raise _unknown(kind, converter, known, "mm-convert -h")
+        raise _unknown_command(converter, [*own, *converter_names(), *commands.DCP_CONVERTERS])
     if not rest or rest[0] in ("-h", "--help"):
         print(commands.converter_help(converter))
         return 0 if rest else 2
@@ -134,7 +126,11 @@ def _dispatch(words: list[str]) -> int:
     if verb in verbs:
         return convert(converter, verb, flags)
     if (formats := _formats_of(verb)) is None:
-        raise _unknown("verb", verb, list(verbs), f"mm-convert {converter} -h")
+        raise RequestError(
+            f"there is no verb {verb!r}",
+            f"one of {', '.join(verbs)}",
+            f"{_meant(verb, verbs)}see mm-convert {converter} -h",
+        )
     return between(converter, verb, formats, flags)
 
 
@@ -157,14 +153,31 @@ def _tool(name: str, words: list[str]) -> int:
 
     if group.current().size > 1:
         raise RequestError(
-            f"mm-convert {name} runs in one process", "torchrun with a conversion only"
+            f"mm-convert {name} runs in one process",
+            "torchrun with a conversion only",
+            "run it without torchrun",
         )
     return import_module(f"mmconvert.cli.tools.{name}").run(words)
 
 
-def _unknown(kind: str, word: str, known: list[str], help_command: str) -> RequestError:
-    near = get_close_matches(word, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}? " if near else ""
+def _unknown_command(word: str, converters: list[str]) -> RequestError:
+    """The first word is no converter and no tool: what was probably meant."""
+    if word in commands.VERBS:
+        fix = f"put a converter before it: mm-convert {commands.AUTO} {word} takes any family"
+        return RequestError(f"{word} is a verb of the converters", "a converter or a tool", fix)
+    kind = "converter" if word.endswith("Converter") else "command"
+    expected = f"one of {', '.join(sorted(set(converters)))}"
+    known = [*converters, *commands.TOOLS, "--help", "--version"]
     return RequestError(
-        f"there is no {kind} {word!r}", f"one of {', '.join(known)}", f"{hint}see {help_command}"
+        f"there is no {kind} {word!r}",
+        expected if kind == "converter" else "a converter or a tool",
+        f"{_meant(word, known)}see mm-convert -h",
     )
+
+
+def _meant(word: str, known: Iterable[str]) -> str:
+    """A question after the name that is most like a word, whatever their cases; "" if none is."""
+    plain = {name.lower().strip("-"): name for name in known}
+    plain |= {name.removesuffix("converter"): full for name, full in plain.items()}
+    near = get_close_matches(word.lower().strip("-"), plain, n=1)
+    return f"did you mean {plain[near[0]]}? " if near else ""

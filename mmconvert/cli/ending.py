@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mmconvert.cli import screen
-from mmconvert.errors import Interrupted, MMConvertError, OutputError, RequestError
+from mmconvert.errors import (
+    CheckpointError,
+    DatasetError,
+    DifferenceError,
+    Interrupted,
+    MMConvertError,
+    OutputError,
+    RequestError,
+)
 from mmconvert.words import one_line
 
 INTERRUPTED = 130
@@ -71,6 +79,7 @@ class InternalError(MMConvertError):
 
 def fail(error: MMConvertError, words: Sequence[str]) -> int:
     """Says what went wrong; returns the exit code."""
+    error.fix = error.fix or _way_out(error, words)
     if asked(words, "--debug"):
         traceback.print_exc()
     if asked(words, "--json"):
@@ -79,6 +88,19 @@ def fail(error: MMConvertError, words: Sequence[str]) -> int:
     first, *rest = map(one_line, error.lines())
     screen.say("\n".join([f"error: {first}", *("  " + line for line in rest)]))
     return error.exit_code
+
+
+def _way_out(error: MMConvertError, words: Sequence[str]) -> str:
+    """What can always be done about an error that has no way out of its own."""
+    told = [word for word in words[:2] if not word.startswith("-")]
+    if isinstance(error, CheckpointError) and told[:1] != ["doctor"]:
+        return "mm-convert doctor PATH examines a whole checkpoint"
+    if isinstance(error, DifferenceError):
+        return "mm-convert diff A B shows how far apart they are"
+    if isinstance(error, DatasetError):
+        return "correct the file"
+    verb = told[1:] if told[:1] and told[0].endswith("Converter") else []
+    return f"see {' '.join(['mm-convert', *told[:1], *verb])} -h"
 
 
 def failed_output(error: OSError) -> MMConvertError:

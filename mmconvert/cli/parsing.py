@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from difflib import get_close_matches
@@ -15,18 +16,14 @@ from typing import Annotated, Any, TypeVar, cast
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from mmconvert.cli import helptext
 from mmconvert.config import Folders, Patterns
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.sharding.stages import StageGrid, parse_grid, show
 
 Form = TypeVar("Form")
 HELP = ("-h", "--help")
-FRAME = re.compile(r"^[│╭╰](─ )?|( ─+)?[│╮╯]$")  # where the terminal has such characters
-RULE = re.compile(r" *[-─]{3,} *$")  # below a title, between parts
 FLAG = re.compile(r"^ *(--\w[\w.-]*)", re.MULTILINE)
-# A value that stands for "not given" is told by what the flag says of it.
-NOTHING = re.compile(r"\s*\(default:\s+(None|none)\)")
-OPTIONAL = re.compile(r"\{None\}\|(\S+)( ?)")
 
 
 REGISTRY = ConstructorRegistry()
@@ -134,17 +131,21 @@ def parse(
         return cast("Form", tyro.cli(form, use_underscores=True, registry=REGISTRY, **told))
 
     if any(word in HELP for word in words):
-        print(_help(read, [HELP[0]]))
+        print(
+            helptext.arranged(_help(read), min(helptext.WIDTH, shutil.get_terminal_size().columns))
+        )
         raise SystemExit(0)
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint), _columns(10_000):  # to be read again, so never wrapped
             return read(words)
     except SystemExit:
-        said = "\n".join(line for line in _unframed(complaint.getvalue()) if not RULE.match(line))
-    with _columns(100):
-        text = _help(read, [HELP[0]])
-    raise complaint_of(said, text, prog)
+        said = "\n".join(
+            line
+            for line in helptext.unframed(complaint.getvalue())
+            if not helptext.RULE.match(line)
+        )
+    raise complaint_of(said, _help(read), prog)
 
 
 @contextmanager
@@ -160,30 +161,12 @@ def _columns(width: int) -> Generator[None]:
             os.environ["COLUMNS"] = before
 
 
-def _help(read: Any, words: Sequence[str]) -> str:  # noqa: ANN401 - a closure of parse
+def _help(read: Any) -> str:  # noqa: ANN401 - a closure of parse
+    """The help, as tyro lays it out in helptext.WIDTH columns: one below the other, from there on beside."""
     shown = io.StringIO()
-    with redirect_stdout(shown), suppress(SystemExit):
-        read(words)
-    text = NOTHING.sub("", unboxed(shown.getvalue()))
-    return OPTIONAL.sub(lambda m: m[1] + m[2] * 8, text).rstrip()  # what stands beside it stays
-
-
-def unboxed(text: str) -> str:
-    """A text of tyro's without its frames and rules: the title of each frame begins a paragraph."""
-    lines: list[str] = []
-    given = _unframed(text)
-    for line, below in zip(given, [*given[1:], ""], strict=True):
-        if RULE.match(line):
-            continue
-        if RULE.match(below) and re.match(r" \S", line):
-            lines += ["", f"{line.strip()}:"] if lines and lines[-1] else [f"{line.strip()}:"]
-        else:
-            lines.append(line.rstrip())
-    return "\n".join(lines)
-
-
-def _unframed(text: str) -> list[str]:
-    return [FRAME.sub("", line).rstrip() for line in text.splitlines()]
+    with redirect_stdout(shown), suppress(SystemExit), _columns(helptext.WIDTH):
+        read([HELP[0]])
+    return helptext.unboxed(shown.getvalue()).rstrip()
 
 
 def complaint_of(said: str, text: str, prog: str) -> RequestError:
@@ -200,9 +183,9 @@ def complaint_of(said: str, text: str, prog: str) -> RequestError:
     missing = re.search(r"Missing from [^\n]*:\s+(\S+)[^\n]*\n\s*([^\n]*)", said)
     if missing:
         about = missing[2].removesuffix("(required)").strip()
-        return RequestError(f"{missing[1]} is missing", f"{missing[1]}: {about.rstrip('.')}", see)
+        return RequestError(f"{missing[1]} is missing", about.rstrip("."), see)
     if unknown:
-        return RequestError(f"{unknown[1]} is one word too many", f"the words of {prog}", see)
+        return RequestError(f"{unknown[1]} is one word too many", f"what {prog} takes", see)
     valueless = re.search(r"Missing value for argument '(\S+)'", said)
     if valueless:
         name = valueless[1] if valueless[1].startswith("-") else valueless[1].upper()
@@ -217,8 +200,9 @@ def complaint_of(said: str, text: str, prog: str) -> RequestError:
 
 def _unknown(flag: str, known: list[str], see: str) -> RequestError:
     """A flag that is not there: the one that was probably meant."""
-    inside = [f for f in known if f.endswith(f".{flag.lstrip('-')}")]
-    near = [*inside, *get_close_matches(flag, known, n=1, cutoff=0.6)]
+    last = flag.lstrip("-").rpartition(".")[2]
+    inside = [f for f in known if f.endswith(f".{last}")]
+    near = [*inside, *get_close_matches(flag, known, n=1)]
     hint = f"did you mean {near[0]}? " if near else ""
     return RequestError(f"there is no flag {flag}", "a flag of this command", f"{hint}{see}")
 

@@ -44,7 +44,9 @@ def check_apart(final: Path, inputs: Iterable[Path]) -> None:
         else:
             continue
         raise OutputError(
-            f"the output {final} {relation}", "an output folder apart from the inputs"
+            f"the output {final} {relation}",
+            "an output folder apart from the inputs",
+            "choose another output folder",
         )
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from mmconvert import positioned
 from mmconvert.disks import on_local_disk
-from mmconvert.errors import CheckpointError, MMConvertError, cannot_write
+from mmconvert.errors import CheckpointError, MMConvertError, cannot_read, cannot_write
 
 # Bytes that one buffer holds: what is written while it is still in the processor's cache costs
 # less than a copy inside the kernel, which allocates smaller pieces of page cache.
@@ -215,5 +215,5 @@ def _copied_elsewhere(files: Files, span: ByteRange, target: Path, at: int) -> i
 
 def _failed(path: Path, error: OSError, *, writing: bool) -> MMConvertError:
     if not writing:
-        return CheckpointError(f"{path}: cannot be read: {error.strerror}", "a readable file")
+        return cannot_read(path, error)
     return cannot_write(path, error)

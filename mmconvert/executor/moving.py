@@ -18,6 +18,7 @@ from mmconvert.executor.jobs import Job, run_jobs
 from mmconvert.executor.pieces import in_pieces
 from mmconvert.plan.plan import Plan
 from mmconvert.stored import StoredTensor
+from mmconvert.words import amount
 
 
 @dataclass
@@ -69,8 +70,8 @@ def move(
     if done:
         share = 100 * moved.resumed / max(1, plan.nbytes)
         events.note(
-            f"an interrupted run of the same request left {moved.resumed / 1e9:.2f} GB "
-            f"({share:.0f} %) in place: only the rest is moved"
+            f"an interrupted run of the same request left {amount(moved.resumed)} "
+            f"({share:.0f} %) in place: only the rest is copied"
         )
     left = {id(job) for job in jobs} - {id(job) for job in done}
     mine = group.share(

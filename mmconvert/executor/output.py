@@ -16,11 +16,18 @@ from pathlib import Path
 from types import TracebackType
 
 from mmconvert import durable
-from mmconvert.errors import Interrupted, LostProcessError, OutputError, cannot_write
+from mmconvert.errors import (
+    ANOTHER_PLACE,
+    Interrupted,
+    LostProcessError,
+    OutputError,
+    cannot_write,
+)
 from mmconvert.executor import staging
 from mmconvert.executor.apart import Identity, check_apart, check_survives, identity, is_mount_point
 from mmconvert.formats.registry import strangers
 from mmconvert.names import summarise
+from mmconvert.words import amount
 
 
 class Output:
@@ -122,7 +129,7 @@ class Output:
             free += staging.room_taken(self.folder)
         if free is not None and free < nbytes:
             raise OutputError(
-                f"{self.final}: {nbytes / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free",
+                f"{self.final}: {amount(nbytes)} to write, {amount(free)} free",
                 "room for the whole checkpoint",
                 "free some space, or write to another disk",
             )
@@ -133,7 +140,7 @@ class Output:
             return
         denied = errno.EROFS if _read_only(there) else errno.EACCES
         why = os.strerror(denied if there.is_dir() else errno.ENOTDIR)
-        raise OutputError(f"{there}: {why}", "a folder that can be written")
+        raise OutputError(f"{there}: {why}", "a folder that can be written", ANOTHER_PLACE)
 
     def __enter__(self) -> Output:
         try:
@@ -148,7 +155,9 @@ class Output:
                     self._aside.rename(self.final)
         except OSError as error:
             raise OutputError(
-                f"{self.folder}: {error.strerror or error}", "a folder that can be written"
+                f"{self.folder}: {error.strerror or error}",
+                "a folder that can be written",
+                ANOTHER_PLACE,
             ) from error
         return self
 

@@ -23,6 +23,6 @@ def look(path: Path) -> Look:
         return load("peft").look(path)
     if not path.is_dir():
         raise CheckpointError(
-            f"{path} is not there, or is not a folder", "a checkpoint's folder, or a weight file"
+            f"{path} does not exist", "a checkpoint's folder, or a weight file", "check the path"
         )
     return load(recognise(path) or "mm").look(path)

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple, ParamSpec, TypeVar
 
 from mmconvert import positioned
 from mmconvert.causes.downloads import LONGEST, not_the_file
-from mmconvert.errors import CheckpointError
+from mmconvert.errors import CheckpointError, cannot_read
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -125,7 +125,7 @@ def note(paths: Iterable[Path]) -> None:
         try:
             watch.states.setdefault(path, State.of(path.stat()))
         except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}", "a readable file") from error
+            raise cannot_read(path, error) from error
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from mmconvert import converters
 from mmconvert.converters.family import Family
 from mmconvert.converters.rows import hf_templates
-from mmconvert.errors import CheckpointError, MMConvertError
+from mmconvert.errors import CheckpointError, MMConvertError, cannot_read
 from mmconvert.formats import contents
 from mmconvert.formats.base import Look
 from mmconvert.formats.containers.ckpt import read_ckpt
@@ -38,6 +38,7 @@ TITLES = {
     RANK_FILE: "MM rank file",
 }
 ADAPTER_CONFIG = "adapter_config.json"
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # Names that PEFT gives: base_model.model.MODULE.lora_A.weight, and others for its other methods.
 _LEARNED = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.*)\."
@@ -86,6 +87,12 @@ def open_file(path: Path) -> WeightParts:
         return WeightParts(MS_FILE, {"": found}, notes) if is_ms else _plain(path, found, notes)
     if path.name.endswith(".ckpt") and not is_zip(path):
         return WeightParts(MS_FILE, {"": {t.name: t for t in read_ckpt(path).tensors}})
+    if path.suffix not in SUFFIXES and not is_zip(path):
+        raise CheckpointError(
+            f"{path} is not a weight file",
+            f"a file of one of the kinds {' '.join(SUFFIXES)}, or a checkpoint's folder",
+            "give the checkpoint's folder",
+        )
     file = read_pt(path)
     if any(isinstance(value, StoredTensor) for value in file.content.values()):
         return _plain(path, {tensor.name: tensor for tensor in hf_bin.read_bin(path).tensors})
@@ -194,4 +201,4 @@ def is_zip(path: Path) -> bool:
         with path.open("rb") as file:
             return file.read(4) == b"PK\3\4"
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}", "a readable file") from error
+        raise cannot_read(path, error) from error

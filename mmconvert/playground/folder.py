@@ -18,7 +18,7 @@ import numpy as np
 from mmconvert.api import hf_to_mm
 from mmconvert.config import Options
 from mmconvert.durable import sync_tree
-from mmconvert.errors import OutputError, RequestError
+from mmconvert.errors import RequestError, cannot_write
 from mmconvert.formats.hf.folder import read_config
 from mmconvert.modeljson.keys import model_keys
 from mmconvert.playground.adapter import make_adapter
@@ -201,7 +201,5 @@ def make_playground(out: Path) -> int:
             sync_tree(folder)
             folder.rename(out)
     except OSError as error:
-        raise OutputError(
-            f"{out}: {error.strerror or error}", "a file system with 150 MB of free space"
-        ) from error
+        raise cannot_write(out, error) from error
     return sum(p.stat().st_size for p in out.rglob("*") if p.is_file())

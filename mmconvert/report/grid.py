@@ -115,7 +115,7 @@ class GridPicture:
         if self._layout.ep > 1:
             yield "Each ep rank holds its share of the experts, and a copy of all else."
         yield f"Bars: bytes, all on one scale; a full bar is {amount(self._most)}."
-        yield "in, out: what stands before and after the layers."
+        yield "in, out: tensors before and after a module's layers."
 
     def _stage(self, pp: int, virtual: int, y: float) -> float:
         """The cells of one model chunk, below a heading; returns where the next stage begins."""

@@ -35,8 +35,8 @@ def layout_table(
     words += f", ep_size {layout.ep}: each of its ranks holds its share of the experts" * (
         layout.ep > 1
     )
-    caption = f"{words}; in, out: what stands before and after a module's layers"
-    table = Table(title=title or None, caption=caption)
+    caption = f"{words}\nin, out: tensors before and after a module's layers"
+    table = Table(title=title or None, caption=caption, caption_justify="left")
     table.add_column("pp rank", justify="right")
     for virtual in range(layout.vpp_size):
         table.add_column(f"model chunk {virtual}" if layout.vpp_size > 1 else "model")

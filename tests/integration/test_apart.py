@@ -152,7 +152,7 @@ def test_side_files_count_in_the_room(tied_hf: Path, tied_mm22: Path, tmp_path: 
     with file_system(tmp_path / "disk", "200m") as there:
         out = there / "out"
         done = inprocess.to_hf(MODEL, tied_mm22, hf, out, check=None)
-        refused(done, 2, "0.38 GB to write", out=out)
+        refused(done, 2, "382.6 MB to write", out=out)
         assert list(there.iterdir()) == []
 
 

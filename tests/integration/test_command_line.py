@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ from commands import (
     same_hf,
     target,
 )
+from mmconvert.cli import ending
+from mmconvert.errors import Interrupted
 from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_mm
 
@@ -479,6 +482,14 @@ UNKNOWN = {
         "did you mean --cfg.mm_dir?",
     ),
     "tool": (["inpsect", "x"], "command 'inpsect'", "did you mean inspect?"),
+    "family": (["qwen2vl", "hf_to_mm"], "command 'qwen2vl'", "did you mean Qwen2VLConverter?"),
+    "verb alone": (["hf_to_mm", *FOLDERS], "hf_to_mm", "mm-convert AutoConverter hf_to_mm"),
+    "version": (["version"], "command 'version'", "did you mean --version?"),
+    "part of a flag": (
+        [QWEN2VL, "hf_to_mm", "--cfg.mm_dir", "x", "--cfg.hf_dir", "y"],
+        "--cfg.hf_dir",
+        "did you mean --cfg.hf_config.hf_dir?",
+    ),
     "flag of a tool": (["verify", "a", "b", "--workrs", "3"], "--workrs", "--workers"),
     "our flag": ([QWEN2VL, "hf_to_mm", *FOLDERS, "--overwrit"], "--overwrit", "--overwrite"),
 }
@@ -753,3 +764,51 @@ def test_a_tool_takes_its_flags_from_a_file(tied_hf: Path, tmp_path: Path) -> No
     file.write_text("tensor: true\n")
     refused(run_cli("inspect", tied_hf, "--config", file), 2, "--tensor", "did you mean --tensors?")
     refused(run_cli("inspect", tied_hf, "--config"), 2, "--config has no file")
+
+
+@pytest.mark.parametrize("width", [48, 80, 200])
+def test_help_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """One flag below the other, however wide it is; no line breaks but for its width."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = run_cli(QWEN2VL, "hf_to_mm", "-h").stdout
+    flags = re.findall(r"^  (--\S+(?: \S+)?)", shown, re.MULTILINE)
+    assert "--cfg.mm_dir PATH" in flags
+    assert "--debug" in flags
+    entries = re.split(r"^  (?=-)", shown, flags=re.MULTILINE)[1:]
+    for entry in entries:
+        lines = entry.rstrip().partition("\n\n")[0].split("\n")
+        beside = [line.strip() for line in lines[1:]]
+        room = min(width, 100) - min(24, width // 3)
+        for line, following in pairwise(beside):
+            assert len(line) + 1 + len(following.split()[0]) > room, entry
+        assert all(len(line) <= room for line in beside if " " in line)
+    assert "None}" not in shown
+
+
+JSON_ERRORS: dict[str, tuple[str, ...]] = {
+    "a word": ("inpsect",),
+    "a flag": (QWEN2VL, "hf_to_mm", "--cfg.mm_dri", "x"),
+    "a folder": ("inspect", "none"),
+    "a list": (QWEN2VL, "hf_to_mm", *FOLDERS, "--cfg.parallel_config.llm_pp_layers", "[1]"),
+    "a number": ("doctor", "none", "--workers", "-1"),
+    "a contradiction": ("finetune", "--hf_dir", "x", "--save", "y"),
+    "two models": ("verify", "x", "y"),
+}
+
+
+@pytest.mark.parametrize("words", JSON_ERRORS.values(), ids=JSON_ERRORS.keys())
+def test_every_error_says_what_expected_and_fix(words: tuple[str, ...]) -> None:
+    done = run_cli(*words, "--json")
+    told = json.loads(done.stdout)
+    assert told["exit_code"] == done.returncode
+    assert all(told[key] for key in ("error", "what", "expected", "fix")), told
+
+
+def test_an_interruption_says_what_expected_and_fix(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ending, "heed_no_more", lambda: None)  # pytest keeps its own handlers
+    for stop in (KeyboardInterrupt(), Interrupted("x is as it was before")):
+        assert ending.interrupted(stop, ["verify", "a", "b", "--json"]) == 130
+        told = json.loads(capsys.readouterr().out)
+        assert all(told[key] for key in ("error", "what", "expected", "fix")), told

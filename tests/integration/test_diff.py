@@ -299,7 +299,7 @@ def test_a_structure_of_its_own_is_refused(hf: Path, trained: Path, tmp_path: Pa
 def test_requests_that_make_no_sense(hf: Path, tmp_path: Path) -> None:
     refused(run_cli("diff", hf, hf, "--top", "-1"), 2, "--top is -1")
     refused(run_cli("diff", hf, hf, "--workers", "-1"), 2, "--workers is -1")
-    refused(run_cli("diff", hf, tmp_path / "none"), 3, "is not a folder")
+    refused(run_cli("diff", hf, tmp_path / "none"), 3, "does not exist")
     assert run_cli("diff", hf).returncode == 2
     assert run_cli("diff", hf, hf, "--tops", "3").returncode == 2
     assert json.loads(run_cli("diff", hf, tmp_path / "no", "--json", check=3).stdout)["what"]

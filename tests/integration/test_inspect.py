@@ -156,7 +156,10 @@ def test_names_that_would_steer_a_terminal(tmp_path: Path) -> None:
 
 
 def test_what_is_no_checkpoint(hetero: Path, tmp_path: Path) -> None:
-    refused(run_cli("inspect", tmp_path / "none"), 3, "is not a folder")
+    refused(run_cli("inspect", tmp_path / "none"), 3, "does not exist")
+    text = tmp_path / "data.json"
+    text.write_text("{}")
+    refused(run_cli("inspect", text), 3, "is not a weight file", "give the checkpoint's folder")
     cut = tmp_path / "model_optim_rng.pt"
     cut.write_bytes(rank_files(hetero)["mp_rank_00_000"].read_bytes()[:-50])
     refused(run_cli("inspect", cut, "--svg", tmp_path / "r.svg"), 3, "model_optim_rng.pt")

@@ -228,7 +228,7 @@ def test_flags_that_make_no_sense(flags: list[str], hf_of: Any) -> None:
 
 
 def test_folders_that_are_no_checkpoint(tmp_path: Path, hf_of: Any) -> None:
-    refused(run_cli("suggest", tmp_path / "none", "--pp", "2"), 3, "is not a folder")
+    refused(run_cli("suggest", tmp_path / "none", "--pp", "2"), 3, "does not exist")
     refused(run_cli("suggest", tmp_path, "--pp", "2"), 3, "has no config.json")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     refused(run_cli("suggest", tmp_path, "--pp", "2"), 3, "gpt2")

@@ -30,7 +30,7 @@ class DiffFlags:
     a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
     """A checkpoint folder of any format: what is measured against, such as the base model."""
     b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
-    """Another one, such as the trained model."""
+    """The other checkpoint, such as the trained model."""
     lora: MaybePath = None
     """An adapter: is B what lora_merge makes of A and this? Says which tensors are not."""
     top: int = 20

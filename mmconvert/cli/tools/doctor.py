@@ -12,6 +12,7 @@ import tyro
 from mmconvert.cli.arguments import read_plain
 from mmconvert.cli.screen import screen_events
 from mmconvert.config import MaybePath
+from mmconvert.names import number
 
 if TYPE_CHECKING:
     from mmconvert.tools.doctor.report import DoctorReport, Finding
@@ -80,7 +81,7 @@ def run(words: list[str]) -> int:
 
 
 def _show(report: DoctorReport) -> None:
-    from mmconvert.tools.doctor.report import plain
+    from mmconvert.tools.doctor.report import ERROR, WARNING, plain
 
     for finding in [*report.errors(), *report.warnings()]:
         print("\n".join(_lines(finding)))
@@ -88,19 +89,14 @@ def _show(report: DoctorReport) -> None:
         print(f"and {count} more of {name}")
     kind = KINDS.get(report.kind, report.kind and f"{report.kind} checkpoint") or "no checkpoint"
     whose = f" of {report.family}" if report.family else ""
-    numbers = f"{counted(report.files, 'weight file')}, {counted(report.tensors, 'tensor')} read"
+    numbers = f"{number(report.files, 'weight file')}, {number(report.tensors, 'tensor')} read"
     print(plain(f"{report.path}: {kind}{whose}, {numbers}"))
-    for words, listed in (("looked at", report.checked), ("not looked at", report.skipped)):
+    for words, listed in (("checked", report.checked), ("not checked", report.skipped)):
         for item in listed:
             print(plain(f"{words}: {item}"))
-    found = report.as_dict()
-    counts = f"{counted(found['errors'], 'error')}, {counted(found['warnings'], 'warning')}"
+    errors, warnings = report.count(ERROR), report.count(WARNING)
+    counts = f"{number(errors, 'error')}, {number(warnings, 'warning')}"
     print(f"healthy: {counts}" if report.healthy else f"not healthy: {counts}")
-
-
-def counted(count: object, word: str) -> str:
-    """A count with its word: 1 error, 2 errors."""
-    return f"{count} {word}" + ("" if count == 1 else "s")
 
 
 def _lines(finding: Finding) -> list[str]:

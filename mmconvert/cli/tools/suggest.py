@@ -201,7 +201,7 @@ def show(found: Suggestion) -> None:
             for count in (every, active)
         )
         print(f"ep {found.ep}; {whole} parameters, of which {part} work on each token")
-    proof = "optimal: no layout has a faster slowest rank"
+    proof = "optimal: no other layout has a faster slowest rank"
     if not found.balance.optimal:
         proof = f"not proven optimal: at most {found.balance.gap:.2%} above the best"
     print(f"imbalance {found.imbalance:.2%} (slowest rank over the mean); {proof}")

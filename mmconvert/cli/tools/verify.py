@@ -27,7 +27,7 @@ class VerifyFlags:
     """A checkpoint: a folder of any format (Hugging Face, MM, DCP, torch_dist, MindSpore), or a
     MindSpore file."""
     b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
-    """Another one."""
+    """The other checkpoint, in any format and layout."""
     drop: Patterns = NO_PATTERNS
     """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
     quick: bool = False

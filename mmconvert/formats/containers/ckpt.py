@@ -23,7 +23,7 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.errors import FormatError, cannot_read
 from mmconvert.formats.containers.protobuf import LENGTH, Field, WireFile
 from mmconvert.formats.reading import opened
 from mmconvert.stored import ITEM_SIZE, Extent, StoredTensor
@@ -106,7 +106,7 @@ def read_ckpt(path: Path) -> CkptFile:
         with opened(path) as file:
             return _Reader(path, file).read()
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}", "a readable .ckpt") from error
+        raise cannot_read(path, error, "a readable .ckpt file") from error
 
 
 def check_crc(found: CkptFile) -> None:
@@ -122,7 +122,7 @@ def check_crc(found: CkptFile) -> None:
         with found.path.open("rb") as file:
             crc = crc_of(file, found.end)
     except OSError as error:
-        raise CheckpointError(f"{found.path}: {error.strerror}", "a readable file") from error
+        raise cannot_read(found.path, error) from error
     if crc != found.crc:
         raise FormatError(
             f"{found.path}: its CRC-32 is {crc:08x}, its trailer says {found.crc:08x}",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
 from mmconvert.causes.quantised import low_bit_dtype
-from mmconvert.errors import CheckpointError, FormatError
+from mmconvert.errors import FormatError, cannot_read
 from mmconvert.formats.containers.image import FileImage, Piece, one_run
 from mmconvert.formats.reading import opened
 from mmconvert.narrow import is_array, is_object, is_texts
@@ -59,7 +59,7 @@ def read_weight_file(path: Path) -> WeightFile:
                 raise _damaged(path, f"header length {length} in a file of {size} bytes")
             header = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}", "a readable file") from error
+        raise cannot_read(path, error) from error
     if len(header) != length:
         raise _damaged(path, "the header is cut off")
     entries = _parse(path, header)
@@ -88,7 +88,7 @@ def expected_size(path: Path) -> int | None:
             length = int.from_bytes(file.read(8), "little")
             header = file.read(min(length, MAX_HEADER))
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}", "a readable file") from error
+        raise cannot_read(path, error) from error
     try:
         entries = _parse(path, header)
         entries.pop("__metadata__", None)

@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from mmconvert.errors import CheckpointError, FormatError, TensorError
+from mmconvert.errors import CheckpointError, FormatError, TensorError, cannot_read
 from mmconvert.formats.containers.pickles import Global, Inert, load_pickle
 from mmconvert.formats.containers.torch_objects import MAX_DIMS, TORCH_DTYPE
 from mmconvert.formats.reading import opened
@@ -81,7 +81,7 @@ def read_metadata(folder: Path) -> Metadata:
         with opened(path) as file:
             data = file.read(MAX_METADATA + 1)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}", "a readable file") from error
+        raise cannot_read(path, error) from error
     if len(data) > MAX_METADATA:
         raise FormatError(f"{path}: larger than {MAX_METADATA} bytes", "a .metadata of DCP")
     return _Reader(path).metadata(load_pickle(data, str(path)))

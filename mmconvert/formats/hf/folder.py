@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmconvert.causes.folders import PARTS, other_form, stale_index
-from mmconvert.errors import CheckpointError, FormatError, TensorError, blamed
+from mmconvert.causes.folders import PARTS, TRACKER, other_form, stale_index
+from mmconvert.errors import CheckpointError, FormatError, TensorError, blamed, cannot_read
 from mmconvert.formats.containers.safetensors import WeightFile, parse_json
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.hf import bin as hf_bin
@@ -29,6 +30,8 @@ from mmconvert.stored import StoredTensor
 MAX_JSON = 64 << 20  # bytes
 ANOTHER_CONFIG = "take config.json from the model's page"
 MAX_NAME = 200  # characters of a file name; no file system takes more than 255 bytes
+
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # ORGANISATION/MODEL
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def read_small(path: Path) -> bytes:
         with opened(path) as file:
             text = file.read(MAX_JSON + 1)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}", "a readable file") from error
+        raise cannot_read(path, error) from error
     if len(text) > MAX_JSON:
         raise FormatError(f"{path}: larger than {MAX_JSON} bytes", "a JSON file of a model")
     return text
@@ -108,15 +111,20 @@ def read_config(folder: Path) -> dict[str, object]:
     """
     if not folder.is_dir():
         raise CheckpointError(
-            f"hf_dir {folder} is not a folder",
+            f"hf_dir {folder} {'is not a folder' if folder.exists() else 'does not exist'}",
             "a folder with config.json and weight files",
-            "check the path given to --cfg.hf_config.hf_dir",
+            f"check the path; a model of the hub is downloaded first: hf download {folder} "
+            f"--local-dir {folder.name}"
+            if _HUB_NAME.fullmatch(str(folder)) and not folder.parent.exists()
+            else "check the path given to --cfg.hf_config.hf_dir",
         )
     if not (folder / "config.json").is_file():
         raise _without_weights(folder) or CheckpointError(
             f"{folder} has no config.json",
             "a Hugging Face checkpoint folder",
-            "give the folder of the original model, or download its config.json into this one",
+            "it is an MM checkpoint: mm_to_hf and resplit read it"
+            if (folder / TRACKER).is_file()
+            else "give the folder of the original model, or download its config.json into this one",
             cause="missing-config",
             path=folder / "config.json",
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmconvert.causes.folders import unified
-from mmconvert.errors import CheckpointError, LayoutError
+from mmconvert.errors import CheckpointError, LayoutError, cannot_read
 from mmconvert.formats.containers.ckpt import check_crc, read_ckpt
 from mmconvert.formats.containers.safetensors import read_weight_file
 from mmconvert.formats.faults import STRICT, Faults
@@ -162,7 +162,7 @@ def _entries(folder: Path) -> list[str]:
     try:
         return sorted(os.listdir(folder))
     except OSError as error:
-        raise CheckpointError(f"{folder}: {error.strerror}", "a readable folder") from error
+        raise cannot_read(folder, error, "a readable folder") from error
 
 
 def _rank_folders(folder: Path) -> dict[int, Path]:
@@ -270,7 +270,7 @@ def _digest(path: Path) -> bytes:
         with opened(path) as file:
             return hashlib.sha256(file.read()).digest()
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}", "a readable file") from error
+        raise cannot_read(path, error) from error
 
 
 def _check_ranks(folder: Path, strategy: Strategy, ranks: int) -> None:

@@ -75,7 +75,7 @@ def find_weights(root: Path, faults: Faults = STRICT) -> tuple[Path, str]:
     """
     if not root.is_dir():
         raise CheckpointError(
-            f"{root} is not a folder",
+            f"{root} {'is not a folder' if root.exists() else 'does not exist'}",
             f"an MM checkpoint: {TRACKER} with release/ or iter_N/",
             "check the path; training writes below its --save folder",
         )
@@ -92,9 +92,9 @@ def find_weights(root: Path, faults: Faults = STRICT) -> tuple[Path, str]:
         return root, tracker_word(own) if _ITERATION.fullmatch(own) else "release"
     elif there:
         fault = CheckpointError(
-            f"{root} has {there} and no {TRACKER}",
+            f"{root} has {there}/ but no {TRACKER}",
             f"an MM checkpoint: {TRACKER} with release/ or iter_N/",
-            f"write {tracker_word(there)} into it, or give {root / there}",
+            f"give {root / there}, or write {tracker_word(there)} into a file of that name",
             cause="missing-tracker",
             path=root / TRACKER,
         )

@@ -59,7 +59,9 @@ def _family(paths: tuple[Path, Path], kinds: list[str]) -> Family:
     if known[0].converter != known[-1].converter:
         a, b = paths
         raise CheckpointError(
-            f"{a} is a checkpoint of {known[0].name}, {b} of {known[-1].name}", "two of one family"
+            f"{a} is a checkpoint of {known[0].name}, {b} of {known[-1].name}",
+            "two checkpoints of one family",
+            "check both paths; mm-convert inspect PATH says what a checkpoint is",
         )
     return known[0]
 

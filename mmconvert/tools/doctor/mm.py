@@ -112,7 +112,7 @@ def _look_at_whole(
     if not asked.quick:
         look_at_twins(opened, side, hf, asked.workers, events, report)
     if original is None or report.has(["other-family"]):
-        why = "no hf_dir" if original is None else "hf_dir is of another model"
+        why = "needs --hf_dir" if original is None else "hf_dir is of another model"
         report.skipped.append(f"sizes of config.json, order of vision q, k, v: {why}")
     elif hf is not None:
         look_at_zeros(side, hf, report)

@@ -52,6 +52,6 @@ def look_at_model_json(
             report.add(name, what, fix, path=file, command=command)
     report.checked.append(f"{file}: layer lists and tp sizes" if layout else f"{file}: sizes")
     if hf_dir is None:
-        report.skipped.append(f"sizes in {file}: no hf_dir")
+        report.skipped.append(f"sizes in {file}: needs --hf_dir")
     elif not known:
         report.skipped.append(f"sizes in {file}: not compared for {config.get('model_type')}")

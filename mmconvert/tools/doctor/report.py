@@ -249,6 +249,11 @@ class DoctorReport:
         """The others."""
         return [f for f in self.findings if f.severity == WARNING]
 
+    def count(self, severity: str) -> int:
+        """The number of findings of a severity, those that are only counted included."""
+        unlisted = sum(n for id, n in self.more.items() if SEVERITY[id] == severity)  # noqa: A001 - as above
+        return unlisted + sum(f.severity == severity for f in self.findings)
+
     @property
     def healthy(self) -> bool:
         """No error; warnings do not count."""
@@ -268,8 +273,8 @@ class DoctorReport:
             "kind": self.kind,
             "family": self.family,
             "healthy": self.healthy,
-            "errors": len(self.errors()) + self._unlisted(ERROR),
-            "warnings": len(self.warnings()) + self._unlisted(WARNING),
+            "errors": self.count(ERROR),
+            "warnings": self.count(WARNING),
             "findings": [f.as_dict() for f in self.findings],
             "more": self.more,
             "files": self.files,
@@ -277,6 +282,3 @@ class DoctorReport:
             "checked": self.checked,
             "skipped": self.skipped,
         }
-
-    def _unlisted(self, severity: str) -> int:
-        return sum(n for id, n in self.more.items() if SEVERITY[id] == severity)  # noqa: A001 - as above

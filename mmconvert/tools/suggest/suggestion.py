@@ -165,7 +165,7 @@ def suggest(folder: Path, expected: Goal) -> Suggestion:
             raise LayoutError(f"--{flag} is {size}", "a number of at least 1")
     if recognise(folder) != "hf":
         raise other_form(folder, "hf") or CheckpointError(
-            f"{folder} {'has no config.json' if folder.is_dir() else 'is not a folder'}",
+            f"{folder} {'has no config.json' if folder.is_dir() else 'does not exist'}",
             "the folder of a Hugging Face checkpoint, or one with its config.json alone",
             "give that folder as HF_DIR",
         )
