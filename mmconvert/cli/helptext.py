@@ -20,6 +20,7 @@ def arranged(text: str, width: int) -> str:
 
     tyro breaks a line wherever a docstring does, and leaves what stands above the flags as it is.
     """
+    width = min(WIDTH, width)
     left = min(24, width // 3)
     fill = TextWrapper(width=width, break_long_words=False, break_on_hyphens=False)
     lines: list[str] = []

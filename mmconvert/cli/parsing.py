@@ -131,20 +131,15 @@ def parse(
         return cast("Form", tyro.cli(form, use_underscores=True, registry=REGISTRY, **told))
 
     if any(word in HELP for word in words):
-        print(
-            helptext.arranged(_help(read), min(helptext.WIDTH, shutil.get_terminal_size().columns))
-        )
+        print(helptext.arranged(_help(read), shutil.get_terminal_size().columns))
         raise SystemExit(0)
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint), _columns(10_000):  # to be read again, so never wrapped
             return read(words)
     except SystemExit:
-        said = "\n".join(
-            line
-            for line in helptext.unframed(complaint.getvalue())
-            if not helptext.RULE.match(line)
-        )
+        lines = helptext.unframed(complaint.getvalue())
+        said = "\n".join(line for line in lines if not helptext.RULE.match(line))
     raise complaint_of(said, _help(read), prog)
 
 
@@ -162,7 +157,7 @@ def _columns(width: int) -> Generator[None]:
 
 
 def _help(read: Any) -> str:  # noqa: ANN401 - a closure of parse
-    """The help, as tyro lays it out in helptext.WIDTH columns: one below the other, from there on beside."""
+    """The help in a width in which tyro does not yet lay parts out side by side."""
     shown = io.StringIO()
     with redirect_stdout(shown), suppress(SystemExit), _columns(helptext.WIDTH):
         read([HELP[0]])
