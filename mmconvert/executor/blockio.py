@@ -174,6 +174,9 @@ def _read_columns(
     item = ITEM_SIZE[tensor.dtype]
     row_step, col_step = matrix_strides(tensor)
     rows = region.rows
+    if row_step == 1:
+        _read_transposed(files, tensor, region, window)
+        return
     span = (rows - 1) * row_step + 1
     raw = memoryview(bytearray(span * item))
     elements = raw.cast(INTEGER[item])
@@ -187,6 +190,19 @@ def _read_columns(
         else:  # one value, expanded over all rows
             for r in range(rows):
                 column[r] = elements[0]
+
+
+def _read_transposed(files: Files, tensor: StoredTensor, region: Region, window: Window) -> None:
+    """The same, of elements without gaps: read as they lie, and exchanged in memory."""
+    from mmconvert.executor.values import exchange  # numpy: only where tensors are transposed
+
+    row, col, rows, cols = region
+    height, width = matrix(tensor.shape)
+    item = ITEM_SIZE[tensor.dtype]
+    as_it_lies = tensor._replace(shape=(width, height), strides=(matrix_strides(tensor)[1], 1))
+    raw = BUFFERS.get("columns", rows * cols * item)
+    read_region(files, as_it_lies, Region(col, row, cols, rows), Window(raw, 0, rows * item))
+    exchange(raw, (cols, rows), item, window.buffer, (window.at, window.stride))
 
 
 def matrix_strides(tensor: StoredTensor) -> tuple[int, int]:

@@ -48,8 +48,8 @@ def jobs_of(plan: Plan, targets: Sequence[StoredTensor]) -> list[Job]:
         targets: where each of the plan's targets lies, in their order; files exist when the jobs
             run.
     """
-    scaled = any(source.scales for source in plan.sources)
-    if plan.cast or plan.products or plan.fitted or scaled:
+    counted = any(source.scales or is_turned(source) for source in plan.sources)
+    if plan.cast or plan.products or plan.fitted or counted:
         load_numpy()  # before threads ask for it at once
     return list(_jobs(plan, targets))
 

@@ -14,6 +14,8 @@ from mmconvert.stored import ITEM_SIZE
 
 Array = NDArray[Any]
 
+TILE = 16  # rows that are exchanged with columns at a time: their elements share cache lines
+
 
 class Gap(NamedTuple):
     """Where two equally large regions differ in value, and by how much.
@@ -56,6 +58,23 @@ def nonzero(data: memoryview, dtype: str, cols: int) -> Gap | None:
     row, col = (int(x) for x in np.argwhere(values != 0)[0])
     largest = float(np.abs(values).max())
     return Gap(row, col, float(values[row, col]), 0.0, largest, int((values != 0).sum()))
+
+
+def exchange(
+    data: memoryview, shape: tuple[int, int], item: int, out: memoryview, place: tuple[int, int]
+) -> None:
+    """Writes a matrix with rows and columns exchanged.
+
+    Args:
+        data: its elements, of ``item`` bytes each, in rows and columns as ``shape`` says.
+        out: receives it.
+        place: the byte where its first row begins there, and the bytes to the next row.
+    """
+    bits: Array = np.frombuffer(data, f"<u{item}").reshape(shape)
+    first, stride = place
+    turned: Array = np.ndarray(shape[::-1], bits.dtype, out, first, (stride, item))
+    for row in range(0, shape[0], TILE):
+        turned[:, row : row + TILE] = bits[row : row + TILE].T
 
 
 def _e4m3_values() -> Array:
