@@ -5,6 +5,7 @@
 # make nightly  the longest proofs, and all properties with seeds that are new each time
 # make mindspore-env  a CPU MindSpore for the tests that compare with it; prints its interpreter
 # make npu-wheel  torch_npu in a folder of its own, for tests that run beside it; prints the folder
+# make transformers4  transformers 4.57 in a folder of its own, for tests beside it; prints the folder
 # make docs   the site, below site/; a broken link is an error
 # make release-check  wheel and source package: built, checked, installed, tried
 # make bench  conversions against `cp -r`, side by side (writes 18 GB below benchmarks/data)
@@ -16,7 +17,7 @@ PY := $(VENV)/bin/python
 # The tests start hundreds of processes: none of them should compile what another has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo tutorial test quick nightly lint docs release-check mindspore-env npu-wheel bench clean
+.PHONY: demo tutorial test quick nightly lint docs release-check mindspore-env npu-wheel transformers4 bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or later is needed"'
@@ -57,8 +58,11 @@ mindspore-env:
 npu-wheel: $(VENV)/ready
 	@tests/with_torch_npu/setup.sh $(PY) .npu-wheel
 
+transformers4: $(VENV)/ready
+	@tests/with_transformers4/setup.sh $(PY) .transformers4
+
 bench: $(VENV)/ready
 	$(PY) benchmarks/convert.py
 
 clean:
-	rm -rf $(VENV) .venv-mindspore .npu-wheel benchmarks/data tutorial-output
+	rm -rf $(VENV) .venv-mindspore .npu-wheel .transformers4 benchmarks/data tutorial-output

@@ -53,11 +53,12 @@ def qwen3vl_moe(**text: Any) -> Any:
     return _made(Qwen3VLMoeForConditionalGeneration, config)
 
 
-def glm45v() -> Any:
+def glm45v(**more: Any) -> Any:
     """GLM-4.5V; its first layer is dense."""
     from transformers import Glm4vMoeConfig, Glm4vMoeForConditionalGeneration
 
     text = {**TEXT, "n_routed_experts": 8, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+    text |= more
     config = Glm4vMoeConfig(
         text_config={**text, "rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}},
         vision_config={**VISION, "intermediate_size": 24, "image_size": 56},
@@ -66,7 +67,7 @@ def glm45v() -> Any:
     return _made(Glm4vMoeForConditionalGeneration, config)
 
 
-def omni3_thinker() -> Any:
+def omni3_thinker(**more: Any) -> Any:
     """The thinker of Qwen3-Omni."""
     from transformers import (
         Qwen3OmniMoeThinkerConfig,
@@ -77,7 +78,7 @@ def omni3_thinker() -> Any:
     audio |= {"encoder_ffn_dim": 16, "output_dim": 32, "downsample_hidden_size": 8}
     vision = {**VISION, "intermediate_size": 24, "deepstack_visual_indexes": [0, 2]}
     config = Qwen3OmniMoeThinkerConfig(
-        text_config={**TEXT, "rope_parameters": ROPE, "num_experts": 8},
+        text_config={**TEXT, "rope_parameters": ROPE, "num_experts": 8, **more},
         vision_config={**vision, "num_position_embeddings": 16},
         audio_config=audio,
     )
