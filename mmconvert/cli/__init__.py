@@ -100,13 +100,10 @@ def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(commands.top_help([commands.AUTO, *converter_names()], list(MINDSPORE)))
         return 0 if words else 2
-    name, _, suffix = words[0].rpartition(".")
-    script = name.rpartition("/")[2] if suffix in ("py", "sh") else words[0]
-    script_words = commands.SCRIPTS.get(script, words[:1])
-    converter, rest = script_words[0], [*script_words[1:], *words[1:]]
+    converter, *rest = _of_script(words)
     if converter in commands.TOOLS:
         return _tool(converter, rest)
-    if converter in commands.DCP_CONVERTERS:
+    if converter in (*commands.DCP_CONVERTERS, *commands.DCP_SCRIPTS):
         from mmconvert.cli import dcp
 
         return dcp.run(converter, rest)
@@ -132,6 +129,15 @@ def _dispatch(words: list[str]) -> int:
             f"{_meant(verb, verbs)}see mm-convert {converter} -h",
         )
     return between(converter, verb, formats, flags)
+
+
+def _of_script(words: list[str]) -> list[str]:
+    """The words, in which mm-convert may stand for python before a script or -m and a module."""
+    if words[0] == "-m" and len(words) > 1:
+        words = words[1:]
+    name, _, suffix = words[0].rpartition(".")
+    script = name.rpartition("/")[2] if suffix in ("py", "sh") else words[0]
+    return [*commands.SCRIPTS.get(script, words[:1]), *words[1:]]
 
 
 def _formats_of(verb: str) -> tuple[str, str] | None:

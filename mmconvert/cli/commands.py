@@ -32,6 +32,8 @@ SCRIPTS = {
     "data_convert": ["data", "llava-to-qwenvl"],
     "run_qwenvl_predict": ["predict"],
     "run_qwenvl": ["run_qwenvl"],
+    "hf_to_dcp": ["hf_to_dcp.py"],
+    "merge_dcp_to_hf": ["merge_dcp_to_hf.py"],
     "merge_base_lora_weight": ["merge_base_lora_weight"],
     "merge_lora_safetensors_to_base": ["merge_lora_safetensors_to_base"],
     "llava_instruct_2_mllm_demo_format": ["data", "llava-to-mllm"],
@@ -122,6 +124,12 @@ DCP_CONVERTERS = {
     "ExpertMergeDcpConverter": "InternVL3.5 with experts, GLM-4.5V, Qwen3-Omni",
     "GenericDCPConverter": "any model",
 }
+# The trainers' own commands and scripts, with the same flags as there.
+DCP_SCRIPTS = (
+    "mindspeed_mm.fsdp.tasks.checkpoint.converter",
+    "hf_to_dcp.py",
+    "merge_dcp_to_hf.py",
+)
 # Of the converters whose other side is MindSpore (converters.MINDSPORE).
 MS_VERBS = {
     "hf_to_ms": (
