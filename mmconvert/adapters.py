@@ -153,7 +153,9 @@ def of_config(config: Mapping[str, object], where: str) -> Settings:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
-            f"{where}: peft_type is {kind!r}", "LORA: no other method has a form in MM format"
+            f"{where}: peft_type is {kind!r}",
+            "LORA: adapters of other methods are neither merged nor converted here",
+            "merge it with PEFT (merge_and_unload), and convert the merged model",
         )
     r = _number(config, "r", where, 8)
     if r < 1 or r != int(r):

@@ -13,7 +13,12 @@ from mmconvert.config import MaybeBool, MaybePath
 from mmconvert.errors import RequestError
 from mmconvert.narrow import is_array, is_dict
 
-REPEATED = ("--drop", "--layout", "--cfg.lora_dir")  # flags that may be given several times
+REPEATED = (
+    "--drop",
+    "--layout",
+    "--cfg.lora_dir",
+    "--lora",
+)  # flags that may be given several times
 PATHS = (Path, MaybePath)  # types of flags that name a folder
 
 OWN_FLAGS = (

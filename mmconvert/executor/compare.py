@@ -13,7 +13,7 @@ from mmconvert.executor.blockio import Region, read_compact
 from mmconvert.executor.differences import TensorDifference
 from mmconvert.executor.fileio import BAND, Files, open_files
 from mmconvert.executor.jobs import JOB_SIZE, Job, run_jobs
-from mmconvert.plan.plan import Comparison, Zeros, matrix
+from mmconvert.plan.plan import Comparison, Key, Zeros, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 
@@ -169,6 +169,11 @@ def not_zero(zeros: Sequence[Zeros], tensors: Sequence[StoredTensor]) -> list[Te
                 )
             )
     return found
+
+
+def is_zero(tensor: StoredTensor) -> bool:
+    """Whether all values of a tensor are zero."""
+    return not not_zero([Zeros(Key("", -1), 0, 0, 0, *matrix(tensor.shape))], [tensor])
 
 
 def same_bytes(a: StoredTensor, b: StoredTensor) -> bool | None:

@@ -359,3 +359,36 @@ def test_several_adapters_and_a_scale(hf: Path, tmp_path: Path) -> None:
     assert torch.equal(got[f"{name}.weight"], expected)
     rest = {n: t for n, t in weights(hf).items() if n != f"{name}.weight"}
     assert all(torch.equal(t, got[n]) for n, t in rest.items())
+
+
+def test_doctor_says_whether_an_adapter_fits(hf: Path, tmp_path: Path) -> None:
+    mine = matrices(hf, only=r"layers\.0\.self_attn\.[qv]_proj", rename=new_name)
+    names = list(mine)
+
+    def found(tensors: Tensors, **config: Any) -> dict[str, str]:
+        folder = save_adapter(tmp_path / "a", tensors, None, **config)
+        if config.get("peft_type") == "":
+            (folder / "adapter_config.json").unlink()
+        done = call("doctor", folder, "--hf_dir", hf, "--json", check=None)
+        return {f["id"]: f["what"] for f in json.loads(done.stdout)["findings"]}
+
+    assert found(mine) == {}
+    old = {name.replace(".language_model", ""): t for name, t in mine.items()}
+    assert found(old).keys() == {"adapter-names"}
+    other = {n: t[:, :-1].contiguous() if "lora_A" in n else t for n, t in mine.items()}
+    assert "for a weight of" in found(other)["wrong-shape"]
+    beyond = {name.replace("layers.0.", "layers.7."): t for name, t in mine.items()}
+    assert "the model has 2 layers" in found(beyond)["wrong-shape"]
+    bad = {n: t * float("nan") if n == names[1] else t for n, t in mine.items()}
+    assert names[1] in found(bad)["not-finite"]
+    idle = {n: -t * 0 if "lora_B" in n else t for n, t in mine.items()}
+    assert found(idle).keys() == {"adapter-untrained"}
+    folder = save_adapter(tmp_path / "idle", idle)
+    assert "never trained" in merge(QWEN25, hf, [folder], tmp_path / "out").stderr
+    assert found(mine, init_lora_weights="olora").keys() == {"adapter-residual"}
+    assert found(mine, peft_type="").keys() == {"adapter-config"}
+
+
+def new_name(path: str) -> str:
+    """A module's path as transformers has it since 4.52."""
+    return path.replace("model.layers", "model.language_model.layers")

@@ -130,6 +130,9 @@ def test_a_tied_embedding_is_untied_where_asked(module: str, tmp_path: Path) -> 
     run(QWEN, "hf_to_mm", "--cfg.hf_config.hf_dir", base, "--cfg.mm_dir", mm, *flags)
     merge(QWEN, mm, [folder], merged_mm, "--cfg.untie", "True")
     call("verify", tmp_path / "out", merged_mm)
+    for one, other in ((base, tmp_path / "out"), (mm, merged_mm), (base, merged_mm), (mm, out)):
+        call("diff", one, other, "--lora", folder)
+        call("diff", one, other, "--lora", folder, "--lora", folder, check=1)
     back = ("--cfg.to", "hf", "--cfg.hf_config.hf_dir", base, "--cfg.untie", "True")
     merge(QWEN, mm, [folder], tmp_path / "back", *back)
     same(got, weights(tmp_path / "back"))

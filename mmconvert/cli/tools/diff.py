@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,7 +12,7 @@ import tyro
 
 from mmconvert.cli.arguments import read_plain
 from mmconvert.cli.screen import screen_events, shows_blocks
-from mmconvert.config import NO_PATTERNS, MaybePath, Options, Patterns
+from mmconvert.config import NO_FOLDERS, NO_PATTERNS, Folders, MaybePath, Options, Patterns
 from mmconvert.errors import RequestError
 from mmconvert.report.files import check_reports
 from mmconvert.words import one_line, printable
@@ -31,8 +32,9 @@ class DiffFlags:
     """A checkpoint folder of any format: what is measured against, such as the base model."""
     b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
     """The other checkpoint, such as the trained model."""
-    lora: MaybePath = None
-    """An adapter: is B what lora_merge makes of A and this? Says which tensors are not."""
+    lora: Folders = NO_FOLDERS
+    """An adapter: is B what lora_merge makes of A and this? Says which tensors are not. May be
+    repeated, in the order of the merge."""
     top: int = 20
     """Number of tensors that are listed, the largest relative L2 first; 0 lists all that differ."""
     names: Literal["mm", "hf"] = "mm"
@@ -68,8 +70,8 @@ def run(words: list[str]) -> int:
     pair = read_plain(DiffFlags, words, prog, f"{ABOUT}\n\nexample:\n  {example}")
     if pair.top < 0:
         raise RequestError(f"--top is {pair.top}", "a number of tensors, or 0 for all")
-    if pair.lora is not None:
-        return _merged(pair, pair.lora)
+    if pair.lora:
+        return _merged(pair, [Path(folder) for folder in pair.lora])
     from mmconvert.report.data import diff_dict
     from mmconvert.report.text import lines_of
     from mmconvert.tools.comparison.diff import diff
@@ -89,17 +91,18 @@ def run(words: list[str]) -> int:
     return 0 if found.equal else DIFFERENT
 
 
-def _merged(pair: DiffFlags, adapter: Path) -> int:
+def _merged(pair: DiffFlags, adapters: Sequence[Path]) -> int:
     """Compares with a merge."""
     from mmconvert.tools.comparison.merging import unmerged
 
     options = Options(workers=pair.workers, vit_qkv=pair.vit_qkv)
-    lines = unmerged(pair.a, pair.b, [adapter], options)
+    lines = unmerged(pair.a, pair.b, adapters, options)
     if pair.json:
         print(json.dumps({"equal": not lines, "differences": lines}))
     elif not pair.quiet:
         words = [one_line(line) for line in lines[: pair.top or None]]
-        print("\n".join(words or [f"equal: {pair.b} is {pair.a} with {adapter} merged in"]))
+        named = ", ".join(map(str, adapters))
+        print("\n".join(words or [f"equal: {pair.b} is {pair.a} with {named} merged in"]))
     return DIFFERENT if lines else 0
 
 

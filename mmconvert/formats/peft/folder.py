@@ -10,6 +10,7 @@ from typing import NamedTuple
 from mmconvert.adapters import CONFIG, AdapterKey, Settings, of_config, parse_key
 from mmconvert.converters.configs import Dims
 from mmconvert.errors import CheckpointError, MMConvertError, TensorError
+from mmconvert.executor.compare import is_zero
 from mmconvert.formats.containers.safetensors import WeightFile, read_weight_file
 from mmconvert.formats.hf import bin as hf_bin
 from mmconvert.formats.hf.folder import read_json_file
@@ -147,6 +148,7 @@ def open_peft(path: Path, names: Names, dims: Dims, alpha: float | None = None) 
     halves: dict[str, dict[str, StoredTensor]] = {}
     wrapped: dict[str, dict[str, StoredTensor]] = {}
     unknown: list[str] = []
+    nearest = ""
     for tensor in file.tensors:
         key = parse_key(tensor.name)
         if key is None:
@@ -156,13 +158,14 @@ def open_peft(path: Path, names: Names, dims: Dims, alpha: float | None = None) 
         if hit is None and names.parameters(unwrapped(key.module)):
             _once(found, wrapped.setdefault(key.module, {}), key.kind, tensor)
         elif hit is None:
-            unknown.append(tensor.name + names.closest(key.module))
+            nearest = nearest or names.closest(key.module)
+            unknown.append(tensor.name)
         else:
             _sort(found, halves, key, hit, tensor)
     if unknown:
         raise TensorError(
             f"{file.path}: {number(unknown, 'tensor')} for modules that the model does not have: "
-            f"{summarise(unknown, 3)}",
+            f"{summarise(unknown, 3)}{nearest}",
             "an adapter of this model, in the names of transformers before or since 4.52",
             "use the converter of the adapter's own base model"
             + (f", {base}" if (base := config.get("base_model_name_or_path")) else ""),
@@ -285,3 +288,12 @@ def _pair(found: PEFTFolder, halves: Mapping[str, Mapping[str, StoredTensor]]) -
             found.embeddings[hub] = part
         else:
             found.parts[hub, NO_EXPERT] = part
+
+
+def untrained(folder: PEFTFolder) -> list[str]:
+    """A warning where every B is zero, as before training."""
+    pairs = [*folder.parts.values(), *folder.embeddings.values()]
+    if not pairs or not all(is_zero(pair.b) for pair in pairs):
+        return []
+    what = "every B is zero: the adapter was never trained, and changes nothing"
+    return [f"warning: {folder.path}: {what}"]

@@ -13,7 +13,6 @@ from mmconvert.converters.adapters import derived, restricted
 from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.rows import Module
 from mmconvert.errors import CheckpointError, RequestError, TensorError
-from mmconvert.executor.compare import same_bytes
 from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.containers.safetensors import safetensors_image
@@ -25,6 +24,7 @@ from mmconvert.formats.peft.folder import (
     named_base,
     open_peft,
     read_file,
+    untrained,
     weight_path,
 )
 from mmconvert.formats.peft.folding import fold_notes, uniform
@@ -129,7 +129,7 @@ class PEFT(Format):
         words += fold_notes(found, of) if given.fold_scaling else []
         if settings.dropout:
             words.append(f"dropout {settings.dropout:g} is of training, and not carried")
-        words += folder_notes(folder)
+        words += untrained(folder)
         model = Model(
             family,
             variant,
@@ -281,15 +281,6 @@ def refuse_others(folder: PEFTFolder) -> None:
                 "an adapter without them",
                 "merge it into the model (lora_merge), and convert that with hf_to_mm",
             )
-
-
-def folder_notes(folder: PEFTFolder) -> list[str]:
-    """What is worth knowing of an adapter as it stands."""
-    parts = list(folder.parts.values())
-    untrained = [part.b.name for part in parts if same_bytes(part.b, part.b) is None]
-    if len(untrained) == len(parts):
-        return ["warning: every B is zero: the adapter was never trained, and changes nothing"]
-    return []
 
 
 FORMAT = PEFT()

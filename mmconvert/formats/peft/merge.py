@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mmconvert.adapters import CONFIG, RESIDUAL, WEIGHT
 from mmconvert.errors import CheckpointError, RequestError
-from mmconvert.formats.peft.folder import LoraPair, PEFTFolder
+from mmconvert.formats.peft.folder import LoraPair, PEFTFolder, untrained
 from mmconvert.names import NO_EXPERT
 from mmconvert.plan.plan import Block, Term, matrix
 from mmconvert.plan.products import Adapter, Delta
@@ -27,6 +27,7 @@ def peft_adapter(folder: PEFTFolder, factor: float, *, base_is_residual: bool) -
     if folder.settings.alpha is None:
         folder.settings.scale("", 1)  # raises: nothing tells it
     found = Adapter(str(folder.file.path.parent), replaced=dict(folder.replaced))
+    found.notes += untrained(folder)
     if folder.config.get("fan_in_fan_out") is True:
         found.notes.append("fan_in_fan_out is set: it means no linear layer here, as for PEFT")
     for (hub, expert), part in folder.parts.items():

@@ -24,9 +24,12 @@ def unmerged(base: Path, model: Path, adapters: Sequence[Path], options: Options
     load_numpy()
     from mmconvert.executor.productsize import unlike
 
-    left, right = open_pair(base, model, options)
+    left, right = open_pair(base, model, options, untie=True)
     places = ProductPlaces(left.model.plain_modules, left.side, left.model.dims, as_hf=False)
-    opened = [open_adapter(path, left.model.family, options, left.model) for path in adapters]
+    opened = [
+        open_adapter(path, left.model.family, options, left.model, base_is_residual=True)
+        for path in adapters
+    ]
     src, gone, new = substituted(left.side, places, opened)
     stored = right.side.stored
     targets = [Target(tensor.name, tensor.dtype, tensor.shape) for tensor in stored]

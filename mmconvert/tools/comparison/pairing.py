@@ -8,17 +8,23 @@ from pathlib import Path
 from mmconvert.config import Options
 from mmconvert.converters.family import Family, any_family
 from mmconvert.errors import CheckpointError
+from mmconvert.formats import manifest
 from mmconvert.formats.base import Opening, StoredCheckpoint
 from mmconvert.formats.registry import load, recognise
+from mmconvert.formats.untied import ties, untied_model
+from mmconvert.narrow import is_object
 from mmconvert.plan.padding import pad_vocabulary
 from mmconvert.plan.plan import Side
 from mmconvert.sharding.layout import Layout
 from mmconvert.tools.comparison.opened import Opened
 
 
-def open_pair(a: Path, b: Path, options: Options) -> tuple[Opened, Opened]:
+def open_pair(a: Path, b: Path, options: Options, *, untie: bool = False) -> tuple[Opened, Opened]:
     """Opens both. A Hugging Face checkpoint tells the other's sizes, and takes its structure.
     Where no family knows the names of either, a model of any kind will do: names are compared.
+
+    Args:
+        untie: where ``b`` has an output layer of its own, ``a`` is seen as if it had one too.
 
     Raises:
         CheckpointError: one cannot be read, or they are of two families.
@@ -33,7 +39,11 @@ def open_pair(a: Path, b: Path, options: Options) -> tuple[Opened, Opened]:
         hints = [s.model for s in found.values() if s.format == "hf" or kind.needs_sizes]
         knows = bool(hints and hints[0].modules and hints[0].dims)
         like = hints[0] if knows and kind.name != "hf" else None
+        if untie and like is not None and number == 1 and _told_untied(path):
+            like = untied_model(like)
         found[number] = kind.open(path, replace(told, like=like))
+    if untie and ties(found[0].model) and not ties(found[1].model):
+        found[0] = found[0].untied()
     canonical = any(s.model.variant.canonical for s in found.values())
     left, right = (_opened(found[number], canonical=canonical) for number in (0, 1))
     if left.model.words or right.model.words:  # one of them has rows that pad the vocabulary
@@ -41,6 +51,13 @@ def open_pair(a: Path, b: Path, options: Options) -> tuple[Opened, Opened]:
         for opened in (left, right):
             pad_vocabulary(opened.side, opened.model.modules, rows)
     return left, right
+
+
+def _told_untied(path: Path) -> bool:
+    """Whether mmconvert.json says that the output layer is a tensor of its own."""
+    content, _ = manifest.read(path)
+    said = content.get("variant") if content else None
+    return is_object(said) and said.get("tied") is False
 
 
 def _family(paths: tuple[Path, Path], kinds: list[str]) -> Family:

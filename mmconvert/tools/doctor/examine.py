@@ -59,7 +59,7 @@ def _other(path: Path) -> str:
 
 def _dispatch(path: Path, asked: DoctorRequest, events: Events, report: DoctorReport) -> None:
     if asked.hf_dir is not None and recognise(path) == "peft":
-        examine_adapter(path, asked.hf_dir, report)
+        examine_adapter(path, asked.hf_dir, asked, events, report)
         return
     if path.exists() and (name := _other(path)):
         examine_other(load(name), path, asked, events, report)
