@@ -27,9 +27,8 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, ending.terminated)
     screen.prepare()
-    if not (launched and group.TORCHRUN in os.environ) or words[:1] in (
-        [tool] for tool in commands.RUNTIME
-    ):
+    own = bool(words) and _of_script(words)[0] in commands.RUNTIME  # its processes are its own
+    if own or not (launched and group.TORCHRUN in os.environ):
         return _guarded(words)
     try:
         processes = group.join()

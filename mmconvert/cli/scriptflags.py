@@ -247,8 +247,10 @@ def needed(value: Path | None, flag: str, tool: str) -> Path:
     return value
 
 
-def check_only_qwenvl(vocab: Path | None, like: str) -> None:
+def check_only_qwenvl(vocab: Path | None, like: str, dtype: str = "") -> None:
     """Raises RequestError where flags of Qwen-VL alone are given for another family."""
+    if dtype == "fp16":
+        raise RequestError("--dtype fp16 is for Qwen-VL alone", "--dtype bf16, or fp32")
     if vocab is not None or like != "hub":
         flag = "--vocab_file" if vocab is not None else "--like"
         raise RequestError(f"{flag} is for Qwen-VL alone", f"no {flag} with this model")

@@ -141,14 +141,18 @@ def _look_for_later(save: Path, stored: LoadableCheckpoint | None) -> None:
         )
 
 
-def fitted(plan: TrainingPlan, stored: LoadableCheckpoint) -> TrainingPlan:
-    """The plan with its numbers of replicas and micro-batches for a checkpoint's layout.
+def fitted(plan: TrainingPlan, world: int = 1, stages: int = 1) -> TrainingPlan:
+    """The plan with its numbers of replicas and micro-batches.
+
+    Args:
+        world: processes of a replica.
+        stages: pipeline ranks.
 
     Raises:
         RequestError: the processes or the micro-batches cannot be shared by the replicas.
     """
-    replicas = plan.replicas or replicas_for(stored.world)
-    count = plan.count or stored.layout.pp_size * replicas
+    replicas = plan.replicas or replicas_for(world)
+    count = plan.count or stages * replicas
     if count % replicas:
         raise RequestError(
             f"{count} micro-batches for {replicas} replicas",

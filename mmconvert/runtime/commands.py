@@ -194,7 +194,7 @@ def finetune(
         expected(stored.layout)
     look = Media(arch, hf_dir, data.prepare).look
     samples, kept = data.read(plan.seed, on_event if leads() else _unheard, look)
-    plan = fitted(plan, stored)
+    plan = fitted(plan, stored.world, stored.layout.pp_size)
     job = Training(
         arch, stored, hf_dir, samples, kept, plan, dtype, start, data.prepare, data.strict
     )

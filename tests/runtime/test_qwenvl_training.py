@@ -21,6 +21,7 @@ from mmconvert.runtime.journal import Line
 from mmconvert.runtime.optimizer import Recipe
 from mmconvert.runtime.qwenvl import learning, saving, training
 from mmconvert.runtime.qwenvl.learning import Lesson, Teacher, template
+from mmconvert.runtime.qwenvl.scaling import LossScale
 from mmconvert.runtime.qwenvl.tokenizer import Tokenizer
 from mmconvert.runtime.samples import Sample, SampleSource
 from mmconvert.runtime.schedule import Schedule
@@ -240,16 +241,81 @@ def test_evaluations_are_the_loss_of_the_samples(folder: Path, tmp_path: Path) -
 
 
 def test_sigterm_saves_and_resume_goes_on(folder: Path, tmp_path: Path) -> None:
-    straight = losses(trained(folder, tmp_path / "a", 3))
+    straight = losses(trained(folder, tmp_path / "a", 8))
 
     def stop(event: object) -> None:
         if isinstance(event, Line) and event.iteration == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    ended = finetuned(folder, tmp_path / "b", 3, stop)
-    assert ended.stopped
-    assert ended.iteration == 1
-    assert losses(trained(folder, tmp_path / "b", 3, resume=True)) == straight
+    ended = finetuned(folder, tmp_path / "b", 8, stop)
+    assert ended.stopped  # after the step in which the signal comes
+    assert 1 <= ended.iteration < 8
+    assert losses(trained(folder, tmp_path / "b", 8, resume=True)) == straight
+
+
+def test_replicas_learn_what_one_process_learns(folder: Path, tmp_path: Path) -> None:
+    """One has a sample without a picture: what it does not use has a gradient all the same."""
+    data = json.loads((folder / "train.json").read_text())
+    said = [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello."}]
+    (folder / "mixed.json").write_text(json.dumps([data[0], {"id": "9", "conversations": said}]))
+    found: list[list[dict[str, float]]] = []
+    for replicas in (1, 2):
+        save = tmp_path / str(replicas)
+        source = training.QwenVLSource(
+            folder / "hf", folder / "x.ckpt", folder / "hf" / "qwen.tiktoken", length=400
+        )
+        sources = (SampleSource((folder / "mixed.json",), 0, (folder / "coco",)),)
+        what = plan(save, 3, replicas=replicas, order="file", count=4, evaluate_every=3)
+        training.finetune(source, Data(sources, sources), what, "fp32", print, resume=False)
+        lines = (save / "loss.jsonl").read_text().splitlines()
+        found.append([json.loads(line) for line in lines])
+    one, two = found
+    for key in ("loss", "norm", "evaluation", "rate"):
+        expected = [line[key] for line in one if key in line]
+        assert expected
+        assert [line[key] for line in two if key in line] == pytest.approx(expected, rel=1e-5)
+    ours, theirs = (golden.load(tmp_path / n / "iter_0000003").state_dict() for n in ("1", "2"))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "near"), [("bf16", 3e-2), ("fp16", 5e-3)])
+def test_half_precision_learns_as_fp32_does(
+    dtype: str, near: float, folder: Path, tmp_path: Path
+) -> None:
+    source = training.QwenVLSource(
+        folder / "hf", folder / "x.ckpt", folder / "hf" / "qwen.tiktoken", length=400
+    )
+    data = Data((SampleSource((folder / "train.json",), 0, (folder / "coco",)),))
+    curves: list[list[float]] = []
+    for kind in ("fp32", dtype):
+        save = tmp_path / kind
+        training.finetune(source, data, plan(save, 3), kind, print, resume=False)
+        curves.append(losses((save / "loss.jsonl").read_text().splitlines()))
+    assert curves[1] == pytest.approx(curves[0], rel=near)
+    assert curves[1] != curves[0]
+
+
+def test_a_loss_scale_halves_where_gradients_overflow() -> None:
+    scale = LossScale(torch.device("cpu"), enabled=True)
+    weight = torch.nn.Parameter(torch.ones(2))
+    scale.times(weight.sum()).backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [65536.0, 65536.0]
+    assert scale.learns(finite=scale.divide([weight]))
+    assert weight.grad.tolist() == [1.0, 1.0]
+    weight.grad[0] = torch.inf
+    assert not scale.learns(finite=scale.divide([weight]))
+    assert scale.state() == [32768.0, 0.0]
+    other = LossScale(torch.device("cpu"), enabled=True)
+    other.restore(scale.state())
+    for _ in range(1000):
+        assert other.learns(finite=True)
+    assert other.state() == [65536.0, 0.0]
+    for _ in range(16):
+        other.learns(finite=False)
+    with pytest.raises(MMConvertError, match="overflow in fp16"):
+        other.learns(finite=False)
 
 
 def test_a_fault_of_the_data_loses_nothing(

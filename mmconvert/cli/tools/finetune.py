@@ -37,8 +37,8 @@ class Finetuned:
 
     mm_dir: MaybePath = None
     """The MM checkpoint whose weights to start from; it trains in its own layout, one process for
-    each rank, or replicas of these. Of Qwen-VL a .ckpt file or rank folders, in one process; not
-    given: the weights of hf_dir."""
+    each rank, or replicas of these. Of Qwen-VL a .ckpt file or rank folders, whole in each process;
+    not given: the weights of hf_dir."""
     hf_dir: MaybePath = None
     """The Hugging Face folder with config.json, tokenizer and processor of the model."""
     data: str = ""
@@ -140,8 +140,9 @@ class Finetuned:
     """Accepted: 0."""
     load_base_model: MaybePath = None
     """The base model of the adapters, where --load names adapters to go on from."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """What is computed in; bf16 keeps fp32 copies of the weights."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What is computed in; bf16 keeps fp32 copies of the weights, and so does fp16, which is for
+    Qwen-VL alone and scales the loss."""
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     """What to compute on; auto takes the accelerator that is there, else the CPU."""
     recompute_granularity: Literal["", "full", "selective"] = ""
@@ -226,7 +227,7 @@ def _train(asked: Finetuned, script: Script) -> int:
         if answer.serves(hf_dir):
             ended = _qwenvl(asked, hf_dir, data, plan, screen)
         else:
-            check_only_qwenvl(asked.vocab_file, asked.like)
+            check_only_qwenvl(asked.vocab_file, asked.like, asked.dtype)
             begin = asked.mm_dir or asked.load or asked.load_base_model
             needed(begin, "--mm_dir (or --load)", "finetune")
             start, load = _beginning(asked)
@@ -244,13 +245,11 @@ def _train(asked: Finetuned, script: Script) -> int:
 def _qwenvl(
     asked: Finetuned, hf_dir: Path, data: Data, plan: TrainingPlan, screen: TrainingScreen
 ) -> TrainingOutcome:
-    """Trains a Qwen-VL, in this process."""
+    """Trains a Qwen-VL."""
     from mmconvert.runtime.qwenvl import answer, training
 
     if asked.load is not None:
         raise RequestError("Qwen-VL's checkpoints are no MM checkpoints", "--resume, not --load")
-    if asked.data_parallel_size > 1:
-        raise RequestError("Qwen-VL trains in one process", "no --data_parallel_size")
     source = training.QwenVLSource(
         hf_dir, asked.mm_dir or hf_dir, asked.vocab_file or hf_dir / answer.RANKS, asked.like,
         data.prepare.length, data.strict,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from mmconvert.errors import RequestError
 from mmconvert.narrow import is_object
 
 PROG = "mm-convert run_qwenvl"
-DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
+DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
 # Of the template; another value would change what is learnt.
 TEMPLATE = {
     "system_message": "You are a helpful assistant.", "user_prompt": "", "assistant_prompt": "",
@@ -42,9 +43,12 @@ class RunQwenVLFlags:
     train_iters: int = 0
     """Iterations; 0: as many as the yaml's epochs have."""
     use_parallel: str = "False"
-    """Read, and without effect: one process computes."""
+    """Read, and without effect: data_parallel_size, or torchrun, says how many processes."""
     auto_trans_ckpt: str = "False"
     """Read, and without effect: slices are put together in memory."""
+    data_parallel_size: int = 0
+    """Processes that share the samples of an iteration, each with the whole model; 0: as in
+    finetune."""
     device: str = "auto"
     """What to compute on: auto, cpu, cuda or npu."""
     resume: bool = False
@@ -72,7 +76,7 @@ def run(words: list[str]) -> int:
     flags = flags_of(Yaml(read_yaml(asked.config, "--config"), asked.config), asked)
     line = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     line += [f"--{name}" for name in ("resume", "json", "quiet", "debug") if getattr(asked, name)]
-    if not asked.quiet:
+    if not asked.quiet and os.environ.get("RANK", "0") == "0":
         print(f"as: mm-convert finetune {' '.join(line)}", file=sys.stderr)
     return finetune.run(line)
 
@@ -146,7 +150,7 @@ def flags_of(yaml: Yaml, asked: RunQwenVLFlags) -> dict[str, object]:
         "save_interval": _interval(yaml),
         "order": "seed" if yaml.get("train_dataset.data_loader.shuffle", True) else "file",
         "seed": yaml.get("train_dataset.seed", 0), "like": "mindformers",
-        "dtype": _dtype(yaml),
+        "dtype": _dtype(yaml), "data_parallel_size": asked.data_parallel_size,
         "lr": yaml.get("lr_schedule.learning_rate", 1e-5),
         "min_lr": yaml.get("lr_schedule.lr_end", 0.0),
         "lr_warmup_init": yaml.get("lr_schedule.warmup_lr_init", 0.0),
@@ -176,5 +180,14 @@ def _interval(yaml: Yaml) -> int:
 
 
 def _dtype(yaml: Yaml) -> str:
-    """What is computed in; float16 needs the loss scaled, which is not done here."""
-    return DTYPES.get(yaml.get("model.model_config.compute_dtype", "bfloat16"), "fp32")
+    """What is computed in.
+
+    Raises:
+        RequestError: it is none of the known ones.
+    """
+    named = yaml.get("model.model_config.compute_dtype", "bfloat16")
+    if named not in DTYPES:
+        raise RequestError(
+            f"{yaml.path}: compute_dtype is {named!r}", f"one of {', '.join(DTYPES)}"
+        )
+    return DTYPES[named]

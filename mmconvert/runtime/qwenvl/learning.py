@@ -1,5 +1,8 @@
 """What Qwen-VL learns from a conversation: MindFormers' template of training, ids and labels."""
 
+# Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import re
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from mmconvert.errors import DatasetError, RequestError
 from mmconvert.runtime.batch import IGNORED
+from mmconvert.runtime.dataset import Order
 from mmconvert.runtime.qwenvl import prompts
 from mmconvert.runtime.qwenvl.sizes import QUERIES, Sizes
 from mmconvert.runtime.qwenvl.tokenizer import END, IMAGE, IMAGE_END, SLOT, Tokenizer
@@ -130,6 +134,64 @@ class Teacher:
         except RequestError as error:
             raise DatasetError(f"{sample.name}: {error.what}", error.expected, error.fix) from None
         return Encoded(ids, labels, pixels)
+
+
+class Lessons:
+    """The samples of a training as micro-batches of an endless row of passes.
+
+    Args:
+        strict: a sample that cannot be used is an error; else its turn goes to the next.
+    """
+
+    def __init__(
+        self, teacher: Teacher, samples: Sequence[Sample], order: Order, seed: int, *, strict: bool
+    ) -> None:
+        self._teacher, self._samples, self._strict = teacher, samples, strict
+        self._order, self._seed = order, seed
+        self.bad: dict[int, str] = {}  # sample -> what is wrong with it
+
+    def at(self, number: int, size: int) -> Lesson:
+        """A micro-batch of ``size`` samples.
+
+        Raises:
+            DatasetError: no sample can be used; if ``strict``, one cannot.
+        """
+        return self._teacher.joined([self._sample(number * size + i) for i in range(size)])
+
+    def once(self, size: int, most: int) -> list[Lesson]:
+        """The first samples in the files' order, each once."""
+        some = self._samples[:most]
+        groups = [some[first : first + size] for first in range(0, len(some), size)]
+        return [self._teacher.joined([self._teacher.encode(s) for s in g]) for g in groups]
+
+    def first_pass(self) -> list[int]:
+        """The samples in the order of their first turns."""
+        return self._pass(0)
+
+    def _sample(self, place: int) -> Encoded:
+        count = len(self._samples)
+        order = self._pass(place // count)
+        for further in range(count):
+            index = order[(place + further) % count]
+            if index in self.bad:
+                continue
+            sample = self._samples[index]
+            try:
+                if sample.fault:
+                    raise DatasetError(f"{sample.name}: {sample.fault}")
+                return self._teacher.encode(sample)
+            except DatasetError as error:
+                if self._strict:
+                    raise
+                self.bad[index] = error.what
+        raise DatasetError("no sample can be used", "pictures and texts that fit --seq_length")
+
+    def _pass(self, epoch: int) -> list[int]:
+        count = len(self._samples)
+        if self._order in ("file", "once"):
+            return list(range(count))
+        seed = epoch + (self._seed if self._order == "seed" else 0)
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def _tagged(messages: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -1,6 +1,10 @@
-"""Fine-tuning of Qwen-VL, its third stage: the encoder is frozen, resampler and text learn."""
+"""Fine-tuning of Qwen-VL, its third stage: the encoder is frozen, resampler and text learn.
+
+Each process has the whole model; several are replicas that share the micro-batches of a step.
+"""
 
 # Some functions of torch have no types, or types that are open.
+# pyright: reportUnknownArgumentType=false
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
@@ -8,33 +12,35 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mmconvert.errors import DatasetError, RequestError
 from mmconvert.names import number
 from mmconvert.runtime import losses, mmfiles
+from mmconvert.runtime.agreement import agree
+from mmconvert.runtime.beginning import fitted
+from mmconvert.runtime.checking import BackgroundCheck, look_at_pictures
 from mmconvert.runtime.dataset import Data
-from mmconvert.runtime.device import device
-from mmconvert.runtime.journal import Interval, Line, TrainingLog
+from mmconvert.runtime.launch import launch, leads
+from mmconvert.runtime.loop import Known, Loop, ProcessPlace, check_numbers
+from mmconvert.runtime.processes import Emit
 from mmconvert.runtime.qwenvl import saving, weights
-from mmconvert.runtime.qwenvl.learning import Encoded, Lesson, Teacher
+from mmconvert.runtime.qwenvl.freezing import freeze
+from mmconvert.runtime.qwenvl.learning import Lesson, Lessons, Teacher
 from mmconvert.runtime.qwenvl.model import QwenVLModel
+from mmconvert.runtime.qwenvl.scaling import LossScale
 from mmconvert.runtime.qwenvl.sizes import Positions
 from mmconvert.runtime.qwenvl.tokenizer import Tokenizer
 from mmconvert.runtime.samples import Sample
 from mmconvert.runtime.stopping import Stop
-from mmconvert.runtime.trainplan import SAVE_EVERY, TrainingOutcome, TrainingPlan
-
-VISUAL = "transformer.visual."
-# What learns of the vision encoder with MindFormers' freeze_vision True, freeze_resampler False.
-RESAMPLER = tuple(f"{VISUAL}attn_pool.{name}." for name in ("kv_proj", "attn", "ln_q", "ln_kv"))
+from mmconvert.runtime.trainplan import FLAGS, TrainingOutcome, TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -57,28 +63,6 @@ class QwenVLSource:
     strict: bool = False
 
 
-def freeze(model: QwenVLModel, prefixes: Sequence[str]) -> list[str]:
-    """Stops the vision encoder, and what the prefixes name, from learning; names of what learns.
-
-    Raises:
-        RequestError: a prefix that fits no parameter, or nothing is left to learn.
-    """
-    names = dict(model.named_parameters())
-    for prefix in prefixes:
-        if not any(name.startswith(prefix) for name in names):
-            raise RequestError(
-                f"--freeze {prefix} fits no parameter",
-                "the beginning of a name on the hub, such as transformer.wte",
-            )
-    for name, parameter in names.items():
-        frozen = name.startswith(VISUAL) and not name.startswith(RESAMPLER)
-        parameter.requires_grad_(not (frozen or name.startswith(tuple(prefixes))))
-    learning = [name for name, parameter in names.items() if parameter.requires_grad]
-    if not learning:
-        raise RequestError("everything is frozen", "something that can learn")
-    return learning
-
-
 def loss_of(model: QwenVLModel, lesson: Lesson, kind: losses.LossType) -> torch.Tensor:
     """The loss of a micro-batch, not yet divided by the sizes of all."""
     keep = lesson.keep if model.sizes.positions == "mindformers" else None
@@ -86,47 +70,75 @@ def loss_of(model: QwenVLModel, lesson: Lesson, kind: losses.LossType) -> torch.
     return losses.weighted(logits, lesson.labels, kind)
 
 
-class QwenVLTrainingRun:
-    """A fine-tuning under way."""
+@dataclass(frozen=True)
+class QwenVLTraining:
+    """The job of every process of a fine-tuning of Qwen-VL."""
 
-    def __init__(
-        self,
-        source: QwenVLSource,
-        samples: Sequence[Sample],
-        check: Sequence[Sample],
-        plan: TrainingPlan,
-        dtype: str,
-        emit: Callable[[object], None],
-        *,
-        resume: bool,
-    ) -> None:
-        self._source, self._samples, self._check = source, samples, check
-        self._plan, self._emit, self._stop = plan, emit, Stop()
-        self._half = dtype == "bf16"
-        self._where = device()
+    source: QwenVLSource
+    train: Sequence[Sample]
+    check: Sequence[Sample]
+    plan: TrainingPlan
+    dtype: str
+    resume: bool
+
+    stops_gently = True  # a SIGTERM is passed on to it, and it ends by itself
+
+    def __call__(self, device: torch.device, emit: Emit) -> TrainingOutcome:
+        """Trains; emits notes and lines."""
+        plan, source = self.plan, self.source
+        wants = {FLAGS.get(key, key): value for key, value in plan.settings().items()}
+        wants |= {"--train_iters": plan.steps, "--dtype": self.dtype, "--resume": self.resume}
+        wants |= {"the number of samples": len(self.train), "the replicas": plan.replicas}
+        folders = {"--save": plan.save, "--hf_dir": source.hf_dir, "--mm_dir": source.checkpoint}
+        agree(wants, folders)
+        stop = Stop()
+        with stop.listening():
+            return QwenVLTrainingRun(self, device, emit, stop).train()
+
+
+class QwenVLTrainingRun:
+    """A fine-tuning under way in this process."""
+
+    def __init__(self, job: QwenVLTraining, device: torch.device, emit: Emit, stop: Stop) -> None:
+        source, plan = job.source, job.plan
+        self._job, self._plan, self._emit, self._stop = job, plan, emit, stop
+        self._where, self._rank = device, dist.get_rank()
         torch.manual_seed(plan.seed)
-        self._count = max(1, plan.count)
         sizes = weights.sizes_of(source.hf_dir, source.like)
-        self._settings = self._decides(dtype)
-        last = mmfiles.last_saved(plan.save) if resume else None
-        if last is None and mmfiles.last_saved(plan.save) is not None:
-            raise RequestError(
-                f"{plan.save} holds checkpoints already", "another --save, or --resume"
-            )
+        self._settings = self._decides()
+        last = mmfiles.last_saved(plan.save) if job.resume else None
         folder = mmfiles.iteration_folder(plan.save, last) if last is not None else None
         state = saving.restored(folder, self._settings) if folder is not None else {}
         start = source.checkpoint if folder is None else folder
-        self._model = weights.load(sizes, start, torch.float32, self._where, emit)
+        self._model = weights.load(sizes, start, torch.float32, device, emit)
         self._model.recompute = bool(plan.recompute)
         learning = freeze(self._model, plan.frozen)
+        self._learning = [p for p in self._model.parameters() if p.requires_grad]
         self._adam = self._optimizer()
+        self._scale = LossScale(device, enabled=job.dtype == "fp16")
         if state:
             self._adam.load_state_dict(state["optimizer"])
-        self._first = self._saved = last or 0
-        self._teacher = Teacher(Tokenizer.read(source.vocab, source.like), sizes, source.length)
-        self._bad: set[int] = set()
-        self._journal = TrainingLog(plan.save, self._first, plan.log_axis)
-        emit(f"one process, {self._where}; {number(learning, 'tensor learns', 'tensors learn')}")
+            self._scale.restore(state.get("scale"))
+        self._first = last or 0
+        teacher = Teacher(Tokenizer.read(source.vocab, source.like), sizes, source.length)
+        self._lessons = Lessons(teacher, job.train, plan.order, plan.seed, strict=source.strict)
+        self._checks = Lessons(teacher, job.check, "once", 0, strict=source.strict)
+        self.bad, self.evaluates = self._lessons.bad, bool(job.check)
+        self._tokens: dict[int, int] = {}
+        emit(
+            f"{number(plan.replicas, 'process', 'processes')}, {device}; "
+            f"{number(learning, 'tensor learns', 'tensors learn')}"
+        )
+
+    def train(self) -> TrainingOutcome:
+        """All steps, or as many as there is time for."""
+        job, place = self._job, ProcessPlace(self._where, self._rank == 0, speaks=True)
+        told = frozenset(i for i, sample in enumerate(job.train) if sample.fault)
+        known = Known(told, job.source.strict)
+        first = self._lessons.first_pass()
+        look = BackgroundCheck(job.train, first, look_at_pictures)
+        loop = Loop(self._plan, self, place, self._first, self._emit, self._stop, known, look)
+        return loop.train()
 
     def _optimizer(self) -> torch.optim.AdamW:
         recipe = self._plan.recipe
@@ -142,133 +154,103 @@ class QwenVLTrainingRun:
             recipe.schedule.rate, (recipe.beta1, recipe.beta2), recipe.epsilon, foreach=False,
         )  # fmt: skip
 
-    def train(self) -> TrainingOutcome:
-        """All steps, or as many as there is time for."""
-        plan, loss, clock, rolling = self._plan, float("nan"), time.monotonic(), 0
-        interval = Interval(plan.log_every)
-        with self._stop.listening():
-            for step in range(self._first, plan.steps):
-                number = step + 1
-                try:
-                    line = self._step(step)
-                except DatasetError:  # before the update: what has been learnt is whole
-                    if step > self._saved:
-                        self._save(step)
-                    raise
-                loss = line.loss or 0.0
-                self._journal.add(line)
-                if (mean := interval.add(line)) is not None:
-                    self._emit(mean)
-                if self._check and plan.evaluates(number):
-                    line = Line(number, evaluation=self._evaluate())
-                    self._emit(line)
-                    self._journal.add(line)
-                late = plan.save_every is None and time.monotonic() - clock > SAVE_EVERY
-                due = late or (plan.save_every and number % plan.save_every == 0)
-                if number == plan.steps or due or self._stop.asked:
-                    self._save(number)
-                    clock = time.monotonic()
-                    if late and rolling:
-                        mmfiles.remove(plan.save, rolling)
-                    rolling = number if late else rolling
-                if self._stop.asked:
-                    return TrainingOutcome(loss, number, stopped=number < plan.steps)
-        self._journal.picture()
-        return TrainingOutcome(loss, plan.steps, stopped=False)
+    # ------------------------------------------------------------------------------- learning
+    def read(self, step: int) -> list[Lesson]:
+        """The micro-batches of this replica in a step."""
+        plan = self._plan
+        mine = range(step * plan.count + self._rank, (step + 1) * plan.count, plan.replicas)
+        lessons = [self._lessons.at(number, plan.size) for number in mine]
+        self._tokens = {step: sum(int(lesson.keep.sum()) for lesson in lessons)}
+        return lessons
 
-    def _step(self, step: int) -> Line:
-        """One update."""
-        began, plan = time.perf_counter(), self._plan
+    def tokens(self, step: int) -> int:
+        """Tokens of these, padding not counted."""
+        return self._tokens[step]
+
+    def update(self, step: int, batches: list[Lesson]) -> tuple[float, float, float]:
+        """(loss, learning rate, gradient norm) of an update."""
+        plan = self._plan
         self._model.train()
-        lessons = [self._lesson(step * self._count + i) for i in range(self._count)]
-        total = sum(losses.size(lesson.labels, plan.loss) for lesson in lessons)
+        (total,) = self._summed([sum(losses.size(one.labels, plan.loss) for one in batches)])
         whole = 0.0
-        for lesson in lessons:
-            with torch.autocast(self._where.type, torch.bfloat16, enabled=self._half):
-                loss = loss_of(self._model, lesson.to(self._where), plan.loss) / max(1, total)
-            loss.backward()
+        for lesson in batches:
+            with self._computing():
+                loss = loss_of(self._model, lesson.to(self._where), plan.loss) / max(1.0, total)
+            self._scale.times(loss).backward()
             whole += float(loss.detach())
-        learning = [p for p in self._model.parameters() if p.requires_grad]
-        limit = plan.recipe.clip or math.inf
-        norm = float(nn.utils.clip_grad_norm_(learning, limit, foreach=False))
-        if not (math.isfinite(whole) and math.isfinite(norm)):
-            raise RequestError(
-                f"iteration {step + 1}: the loss is {whole}, the gradient norm {norm}",
-                "numbers; the weights of this iteration are not saved",
-                "a smaller --lr, or --clip_grad; --resume goes on from the last checkpoint",
-            )
+        (whole,) = self._summed([whole])
+        self._sum_gradients()
         rate = plan.recipe.schedule.at(step)
-        for group in self._adam.param_groups:
-            group["lr"] = rate
-        self._adam.step()
+        finite = self._scale.divide(self._learning)
+        limit = plan.recipe.clip or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self._learning, limit, foreach=False))
+        if self._scale.learns(finite=finite):
+            check_numbers(step, whole, norm)
+            for group in self._adam.param_groups:
+                group["lr"] = rate
+            self._adam.step()
+        else:
+            self._emit(f"note: iteration {step + 1} overflows in fp16 and is left out")
         self._adam.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - began
-        tokens = sum(int(lesson.keep.sum()) for lesson in lessons)
-        samples = self._count * plan.size
-        return Line(step + 1, whole, None, rate, norm, seconds, tokens / seconds, samples)
+        return whole, rate, norm
+
+    def _computing(self) -> torch.autocast:
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._job.dtype)
+        return torch.autocast(self._where.type, half or torch.bfloat16, enabled=half is not None)
+
+    def _summed(self, values: Sequence[float]) -> list[float]:
+        """Numbers, over all replicas."""
+        both = torch.tensor(values, dtype=torch.float64 if self._where.type == "cpu" else None)
+        both = both.to(self._where)
+        dist.all_reduce(both)
+        return both.tolist()
+
+    def _sum_gradients(self) -> None:
+        """Over all replicas; what no replica has used has none."""
+        if self._plan.replicas == 1:
+            return
+        used = torch.tensor([float(p.grad is not None) for p in self._learning])
+        used = used.to(self._where)
+        dist.all_reduce(used)
+        for parameter, count in zip(self._learning, used.tolist(), strict=True):
+            if count:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
 
     @torch.no_grad()
-    def _evaluate(self) -> float:
+    def evaluate(self) -> float:
         """Mean loss over the validation data, or its first batches."""
         plan, total, counted = self._plan, 0.0, 0
         self._model.eval()
-        most = plan.evaluate_steps * self._count * plan.size
-        for first in range(0, min(most, len(self._check)), plan.size):
-            picked = self._check[first : min(first + plan.size, most)]
-            lesson = self._teacher.joined([self._teacher.encode(sample) for sample in picked])
-            with torch.autocast(self._where.type, torch.bfloat16, enabled=self._half):
+        most = plan.evaluate_steps * plan.count * plan.size
+        for lesson in self._checks.once(plan.size, most)[self._rank :: plan.replicas]:
+            with self._computing():
                 total += float(loss_of(self._model, lesson.to(self._where), plan.loss))
             counted += losses.size(lesson.labels, plan.loss)
-        return total / max(1, counted)
-
-    # ---------------------------------------------------------------------------- the samples
-    def _lesson(self, number: int) -> Lesson:
-        """A micro-batch of the endless row of passes; a sample that cannot be used gives its
-        place to the next.
-        """
-        size = self._plan.size
-        return self._teacher.joined([self._at(number * size + i) for i in range(size)])
-
-    def _at(self, place: int) -> Encoded:
-        count = len(self._samples)
-        order = self._order(place // count)
-        for further in range(count):
-            index = order[(place + further) % count]
-            if index in self._bad:
-                continue
-            try:
-                return self._teacher.encode(self._samples[index])
-            except DatasetError as error:
-                if self._source.strict:
-                    raise
-                self._bad.add(index)
-                self._emit(f"warning: left out, {len(self._bad)} so far: {error.what}")
-        raise DatasetError("no sample can be used", "pictures and texts that fit --seq_length")
-
-    def _order(self, epoch: int) -> list[int]:
-        count, kind = len(self._samples), self._plan.order
-        if kind in ("file", "once"):
-            return list(range(count))
-        seed = epoch + (self._plan.seed if kind == "seed" else 0)
-        return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+        total, sizes = self._summed([total, counted])
+        return total / max(1.0, sizes)
 
     # -------------------------------------------------------------------------------- saving
-    def _decides(self, dtype: str) -> dict[str, Any]:
+    def _decides(self) -> dict[str, Any]:
         """What decides the curve, and must be the same after a restart."""
-        said = [[list(s.messages), [f.name for f in s.files()]] for s in self._samples]
+        job = self._job
+        said = [[list(s.messages), [f.name for f in s.files()]] for s in job.train]
         digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
-        more = {"dtype": dtype, "samples": digest, "length": self._source.length}
-        return {**self._plan.settings(), **more, "like": self._source.like}
+        more = {"dtype": job.dtype, "samples": digest, "length": job.source.length}
+        return {**self._plan.settings(), **more, "like": job.source.like}
 
-    def _save(self, number: int) -> None:
+    def write(self, number: int) -> Path:
+        """Writes the checkpoint of an iteration, on process 0."""
+        save = self._plan.save
+        if self._rank:
+            return mmfiles.iteration_folder(save, number)
         state: dict[str, Any] = {}
         if self._plan.save_optimizer:
             state = {"optimizer": self._adam.state_dict(), "settings": self._settings}
-        self._journal.sync()
-        source, held = self._source, self._model.state_dict()
-        like = (source.hf_dir, source.vocab)
-        self._emit(f"saved {saving.save(self._plan.save, number, held, state, like)}")
-        self._saved = number
+            state["scale"] = self._scale.state()
+        source, held = self._job.source, self._model.state_dict()
+        return saving.save(save, number, held, state, (source.hf_dir, source.vocab))
 
 
 def finetune(
@@ -285,7 +267,13 @@ def finetune(
     Raises:
         MMConvertError: a checkpoint, the data or the settings cannot be used.
     """
-    samples, kept = data.read(plan.seed, emit)
+    samples, kept = data.read(plan.seed, emit if leads() else lambda event: None)
     if not samples:
         raise DatasetError("there are no samples", "at least one conversation")
-    return QwenVLTrainingRun(source, samples, kept, plan, dtype, emit, resume=resume).train()
+    if not (resume or mmfiles.last_saved(plan.save) is None):
+        raise RequestError(f"{plan.save} holds checkpoints already", "another --save, or --resume")
+    plan = fitted(plan)
+    job = QwenVLTraining(source, samples, kept, plan, dtype, resume)
+    ended = launch(job, plan.replicas, emit)
+    assert isinstance(ended, TrainingOutcome)  # noqa: S101 - what the job returns
+    return ended
