@@ -40,12 +40,20 @@ ONLY_READ = {
         "--experts says how the experts of an MM checkpoint that is read stand; {verb} reads none",
         "--experts with mm_to_hf or resplit",
     ),
+    "optimizer": (
+        "--optimizer carries the optimizer state of an MM checkpoint over; {verb} reads none",
+        "--optimizer with resplit",
+    ),
 }
 ONLY_WRITTEN = {
     "max_shard_size": (
         "--max-shard-size says how large weight files of a Hugging Face checkpoint may be; none is "
         "written here",
         "--max-shard-size with mm_to_hf",
+    ),
+    "optimizer": (
+        "--optimizer carries the optimizer state over to an MM checkpoint; {verb} writes none",
+        "--optimizer with resplit",
     ),
     "crc": ("--crc adds a checksum to .ckpt files; none is written here", ""),
 }

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmconvert.config import Options
-from mmconvert.errors import OutputError, ReplicaError, RequestError
+from mmconvert.errors import CheckpointError, OutputError, ReplicaError, RequestError
 from mmconvert.estimate import estimate
 from mmconvert.events import Events
 from mmconvert.executor import agreement, compare, group, journal, staging
@@ -23,7 +23,7 @@ from mmconvert.formats import manifest, reading
 from mmconvert.formats.base import Placed
 from mmconvert.formats.containers.image import create, finish
 from mmconvert.formats.reading import State
-from mmconvert.plan.plan import Plan
+from mmconvert.plan.plan import Comparison, Plan
 from mmconvert.plan.proof import prove
 from mmconvert.result import Result
 from mmconvert.words import parse_size
@@ -70,20 +70,35 @@ class Conversion:
         prove(plan)
         if self.group.size > 1:
             self.group.agree(agreement.of_plan(plan, self.watch.states))
+        self._check_rounded(plan)
         self._check_replicas(plan)
         return plan
 
-    def _check_replicas(self, plan: Plan) -> None:
+    def _differing(self, what: str, pairs: list[Comparison], plan: Plan) -> list[TensorDifference]:
+        """The differences of pairs of sources, found by all processes together."""
+
         def differing() -> list[TensorDifference]:
-            mine = self.group.share(
-                plan.replicas, lambda c: compare.comparison_bytes([c], plan.sources)
-            )
-            self.events.start("comparing replicas", compare.comparison_bytes(mine, plan.sources))
+            mine = self.group.share(pairs, lambda c: compare.comparison_bytes([c], plan.sources))
+            self.events.start(what, compare.comparison_bytes(mine, plan.sources))
             sources, advance = plan.sources, self.events.advance
             return compare.compare(mine, sources, sources, self.workers, advance, plan.cast)
 
+        return [d for part in self.group.together(differing) for d in part] if pairs else []
+
+    def _check_rounded(self, plan: Plan) -> None:
+        found = self._differing("proving the optimizer state", plan.rounded, plan)
+        if found:
+            more = f"; {len(found) - 1} more tensors differ" if len(found) > 1 else ""
+            raise CheckpointError(
+                f"the optimizer state is not of these weights: {in_words(found[0])}{more}",
+                "fp32 masters that are the weights once they are rounded, as training saves them",
+                "were the weights changed since? Take a checkpoint of training as it is, or leave "
+                "--optimizer out: the weights alone are resplit",
+            )
+
+    def _check_replicas(self, plan: Plan) -> None:
         if plan.replicas:
-            found = [d for part in self.group.together(differing) for d in part]
+            found = self._differing("comparing replicas", plan.replicas, plan)
             self._settle(found, "copies of one tensor differ", "the same values in every copy")
         found = compare.not_zero(plan.zeros, plan.sources)
         self._settle(found, "values that HF does not store are not zero", "zeros, as converted")

@@ -196,6 +196,9 @@ class Options:
     """Order of the vision q, k, v that are read; reference 2.2.0 to 2.3.0: concatenated."""
     experts: Literal["megatron", "transposed"] = "megatron"
     """How stacked experts that are read stand; the reference transposes them without looking."""
+    optimizer: bool = False
+    """resplit carries the optimizer state, the schedule and the iteration of training over too, if
+    it is proven to be of the weights."""
     crc: bool = False
     """Add the checksum to each .ckpt that save_checkpoint adds with crc_check=True; MindSpore
     before 2.1 cannot read such files."""

@@ -105,6 +105,8 @@ class Side:
         stacks: shapes as they are stored of those ``stored`` that are seen as matrices here,
             whose rows are those of all experts one below the other.
         scaled: of ``stored``, what does not lie in a whole as it is.
+        rounded: pairs of ``stored``, weights and fp32 values, that are equal once these are
+            rounded; nothing is written unless they are.
     """
 
     stored: list[StoredTensor] = field(default_factory=list[StoredTensor])
@@ -112,6 +114,7 @@ class Side:
     wholes: dict[Key, Whole] = field(default_factory=dict[Key, Whole])
     stacks: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     scaled: list[Scaled] = field(default_factory=list[Scaled])
+    rounded: list[Comparison] = field(default_factory=list["Comparison"])
 
 
 class Copy(NamedTuple):
@@ -193,6 +196,7 @@ class Plan:
         products: rectangles of terms (``src``) that are added to rectangles of targets.
         replaced: rectangles of sources that others stand in the place of.
         fitted: sources that take the dtype of their targets.
+        rounded: rectangles of sources, weights and fp32 values that must be equal once rounded.
     """
 
     sources: Sequence[StoredTensor]
@@ -208,6 +212,7 @@ class Plan:
     products: list[Copy] = field(default_factory=list[Copy])
     replaced: list[Zeros] = field(default_factory=list[Zeros])
     fitted: set[int] = field(default_factory=set[int])
+    rounded: list[Comparison] = field(default_factory=list[Comparison])
 
     @property
     def nbytes(self) -> int:
@@ -283,7 +288,7 @@ def build(src: Side, dst: Side, notes: Sequence[str] = (), cast: str = "") -> Pl
         TensorError: the sides do not hold the same wholes, in the same shapes and dtypes.
     """
     check_same_wholes(replace(src, wholes=in_dtype(src.wholes, cast)), dst)
-    plan = Plan(src.stored, dst.targets, [], [], list(notes), cast=cast)
+    plan = Plan(src.stored, dst.targets, [], [], list(notes), cast=cast, rounded=src.rounded)
     for key, whole in src.wholes.items():
         original, *others = whole.copies
         for blocks in dst.wholes[key].copies:

@@ -8,9 +8,10 @@ Rules: ``_load`` in ``torch/serialization.py``, and the zip specification (PKWAR
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from mmconvert.errors import CheckpointError
 from mmconvert.formats.containers.archive import Archive, Record
@@ -20,7 +21,9 @@ from mmconvert.formats.reading import opened
 from mmconvert.narrow import is_dict, is_frozenset, is_sequence, is_set
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
-__all__ = ["PtFile", "Slot", "pt_image", "read_pt"]
+__all__ = ["PtFile", "Slot", "pt_image", "read_pt", "read_tree"]
+
+T = TypeVar("T")
 
 # Largest data.pkl that is read into memory; one of 250,000 tensors has about 50 MiB.
 MAX_PICKLE = 512 * 2**20
@@ -45,6 +48,13 @@ class PtFile:
     storage_bytes: dict[str, int]
     _starts: list[tuple[int, str]] = field(repr=False)
 
+    def storage_of(self, tensor: StoredTensor) -> tuple[int, str]:
+        """Where the storage that a tensor is a view of begins in the file, and its key.
+
+        A tensor begins at or after its storage's start and before the next one's.
+        """
+        return self._starts[bisect_right(self._starts, (tensor.offset, "\U0010ffff")) - 1]
+
     def referenced_bytes(self, subtree: object) -> int:
         """Bytes of the storages that anything in a part of ``content`` refers to.
 
@@ -56,10 +66,7 @@ class PtFile:
         while pending:
             item = pending.pop()
             if isinstance(item, StoredTensor):
-                # A tensor begins at or after its storage's start and before the next one's.
-                keys.add(
-                    self._starts[bisect_right(self._starts, (item.offset, "\U0010ffff")) - 1][1]
-                )
+                keys.add(self.storage_of(item)[1])
             elif isinstance(item, (TensorRef, StorageRef)):
                 keys.add(item.storage.key if isinstance(item, TensorRef) else item.key)
             elif (
@@ -89,9 +96,22 @@ def read_pt(path: Path) -> PtFile:
             machine or in the format before torch 1.6.
         CheckpointError: the file cannot be read.
     """
+    return _opened(path, _Reader.read)
+
+
+def read_tree(path: Path) -> object:
+    """What a ``.pt`` file holds where its top level is no dict with text keys.
+
+    Raises:
+        FormatError, CheckpointError: as :func:`read_pt`.
+    """
+    return _opened(path, lambda reader: reader.resolve(reader.tree(), "", 0))
+
+
+def _opened(path: Path, read: Callable[[_Reader], T]) -> T:
     try:
         with opened(path) as file:
-            return _Reader(path, file).read()
+            return read(_Reader(path, file))
     except OSError as error:
         raise CheckpointError(
             f"{path}: {error.strerror or error}", expected="a readable .pt file"

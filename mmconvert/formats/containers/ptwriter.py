@@ -12,11 +12,12 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from mmconvert.errors import RequestError
 from mmconvert.formats.containers.image import FileImage, Piece, one_run
-from mmconvert.formats.containers.torch_objects import STORAGE_DTYPE
+from mmconvert.formats.containers.torch_objects import STORAGE_DTYPE, TORCH_DTYPE, Global
+from mmconvert.narrow import is_array, is_tuple
 from mmconvert.stored import ITEM_SIZE
 
 # torch aligns storages to 64 bytes so that they can be mapped into memory (storage_alignment).
@@ -28,11 +29,25 @@ _STORAGE_NAME = {dtype: name for name, dtype in STORAGE_DTYPE.items() if name !=
 
 
 class Slot(NamedTuple):
-    """A tensor to be written: safetensors dtype, shape, its number among all that are written."""
+    """A tensor to be written.
+
+    Attributes:
+        dtype: safetensors spelling.
+        target: its number among all that are written.
+        parts: of a flat tensor that several of them lie in: where each begins, in elements, its
+            number and its elements; between them are zeros.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     target: int = 0
+    parts: tuple[tuple[int, int, int], ...] | None = None
+
+
+class Namespace(NamedTuple):
+    """An ``argparse.Namespace``, as Megatron saves its arguments."""
+
+    values: Mapping[str, object]
 
 
 class TensorSlot(NamedTuple):
@@ -44,12 +59,13 @@ class TensorSlot(NamedTuple):
 
 
 Scalar = float | int | str  # bool is an int
-SlotTree = Mapping[str, "SlotTree | Slot | Scalar"]
-StateTree = Mapping[str, "StateTree | TensorSlot | Scalar"]
+# What a file may hold, nested: dicts, lists and tuples of scalars and tensors, namespaces, and
+# dtypes of torch.
+SlotTree = Mapping[Any, Any]
 
 
-def emit_state(tree: StateTree) -> bytes:
-    """Pickle (protocol 2) a nested dict of scalars and tensors as torch.save would.
+def emit_state(tree: object) -> bytes:
+    """Pickle (protocol 2) nested containers of scalars and tensors as torch.save would.
 
     Each tensor is contiguous, alone in its storage and on the CPU, without gradient.
 
@@ -71,7 +87,7 @@ class _Emitter:
         if code in self.memo:
             self.out += b"h" + bytes([self.memo[code]])
         else:
-            # At most 14: two functions, ten storage types, two strings.
+            # At most 30: two functions, ten storage types, two strings, the dtypes, Namespace.
             self.memo[code] = len(self.memo)
             self.out += code + b"q" + bytes([self.memo[code]])
 
@@ -82,24 +98,40 @@ class _Emitter:
             self.out += struct.pack("<cH", b"M", value)
         elif -(2**31) <= value < 2**31:
             self.out += struct.pack("<ci", b"J", value)
-        elif -(2**63) <= value < 2**63:
-            size = value.bit_length() // 8 + 1
+        elif (size := value.bit_length() // 8 + 1) < 256:  # floating-point operations are many
             self.out += b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True)
         else:
-            raise RequestError(f"an integer of {value.bit_length()} bits does not fit in 64")
+            raise RequestError(f"an integer of {value.bit_length()} bits", "at most 2039 bits")
 
-    def sizes(self, values: tuple[int, ...]) -> None:
-        """A tuple of integers."""
+    def sizes(self, values: tuple[object, ...]) -> None:
+        """A tuple."""
         self.out += b"(" if len(values) > 3 else b""
         for value in values:
-            self.integer(value)
+            self.value(value)
         self.out += {0: b")", 1: b"\x85", 2: b"\x86", 3: b"\x87"}.get(len(values), b"t")
 
     def value(self, value: object) -> None:
         if isinstance(value, TensorSlot):
             self.tensor(value)
+        elif isinstance(value, Namespace):
+            self.shared(b"cargparse\nNamespace\n")
+            self.out += b")\x81"
+            self.mapping(value.values)
+            self.out += b"b"
+        elif isinstance(value, Global):
+            self.dtype(value)
         elif isinstance(value, Mapping):
-            self.mapping(cast("Mapping[str, object]", value))
+            self.mapping(cast("Mapping[object, object]", value))
+        elif is_tuple(value):
+            self.sizes(value)
+        elif is_array(value):
+            self.array(value)
+        else:
+            self.scalar(value)
+
+    def scalar(self, value: object) -> None:
+        if value is None:
+            self.out += b"N"
         elif isinstance(value, bool):
             self.out += b"\x88" if value else b"\x89"
         elif isinstance(value, int):
@@ -111,13 +143,24 @@ class _Emitter:
         else:
             raise RequestError(
                 f"a {type(value).__name__} cannot be written to a .pt file",
-                expected="dicts with text keys, tensors, numbers and text",
+                expected="dicts, lists, tensors, numbers and text",
             )
 
-    def mapping(self, items: Mapping[str, object]) -> None:
+    def dtype(self, value: Global) -> None:
+        if value.module != "torch" or value.name not in TORCH_DTYPE:
+            raise RequestError(f"{value} cannot be written to a .pt file", "a dtype of torch")
+        self.shared(f"ctorch\n{value.name}\n".encode())
+
+    def array(self, items: Sequence[object]) -> None:
+        self.out += b"](" if items else b"]"
+        for item in items:
+            self.value(item)
+        self.out += b"e" if items else b""
+
+    def mapping(self, items: Mapping[Any, object]) -> None:
         self.out += b"}" + b"(" * (len(items) > 1)
         for key, item in items.items():
-            self.out += _text(key)
+            self.value(_key(key))
             self.value(item)
         self.out += (b"", b"s", b"u")[min(len(items), 2)]
 
@@ -149,16 +192,21 @@ class _Emitter:
         self.out += b")RtR"
 
 
-def _text(text: object) -> bytes:
-    if not isinstance(text, str):
-        raise RequestError(
-            f"a {type(text).__name__} cannot be a key in a .pt file", expected="text"
-        )
+def _text(text: str) -> bytes:
     data = text.encode("utf-8", "surrogatepass")
     return struct.pack("<cI", b"X", len(data)) + data
 
 
-def pt_image(path: str, tree: SlotTree, stem: str = "archive") -> FileImage:
+def _key(key: object) -> object:
+    """A key of a dict, if it can be one: text, a number, or a tuple of dtypes."""
+    if isinstance(key, (str, int)) or (is_tuple(key) and all(isinstance(k, Global) for k in key)):
+        return key
+    raise RequestError(
+        f"a {type(key).__name__} cannot be a key in a .pt file", expected="text or a number"
+    )
+
+
+def pt_image(path: str, tree: object, stem: str = "archive") -> FileImage:
     """Lay out a ``.pt`` file; the same tree gives the same bytes.
 
     The records ``.format_version`` and ``.storage_alignment`` of newer torch versions are left
@@ -168,8 +216,8 @@ def pt_image(path: str, tree: SlotTree, stem: str = "archive") -> FileImage:
 
     Args:
         path: of the file, below the output folder.
-        tree: nested dict; each :class:`Slot` becomes a tensor with a storage of its own, and a
-            piece of the image.
+        tree: nested containers; each :class:`Slot` becomes a tensor with a storage of its own, and
+            one or several pieces of the image.
         stem: name of the folder in the archive (torch.save takes the file's stem).
 
     Raises:
@@ -184,7 +232,11 @@ def pt_image(path: str, tree: SlotTree, stem: str = "archive") -> FileImage:
     for number, slot in enumerate(slots):
         nbytes = prod(slot.shape) * ITEM_SIZE[slot.dtype]
         start = archive.reserve(f"data/{number}", nbytes)
-        pieces.append(Piece(slot.target, one_run(start, nbytes)))
+        if slot.parts is None:
+            pieces.append(Piece(slot.target, one_run(start, nbytes)))
+            continue
+        item = ITEM_SIZE[slot.dtype]
+        pieces += [Piece(t, one_run(start + item * at, item * n)) for at, t, n in slot.parts]
     archive.add("version", b"3\n")
     archive.finish()
     return FileImage(path, archive.position, archive.chunks, tuple(pieces))
@@ -226,18 +278,17 @@ def _laid(pickle: bytes, nbytes: int | None) -> Laid:
     return Laid(archive.chunks, start, archive.position)
 
 
-def _number(tree: SlotTree, slots: list[Slot]) -> StateTree:
+def _number(value: object, slots: list[Slot]) -> object:
     """The tree with numbered storages, as torch numbers them: in order of appearance."""
-    state: dict[str, StateTree | TensorSlot | Scalar] = {}
-    for key, value in tree.items():
-        if isinstance(value, Slot):
-            state[key] = TensorSlot(str(len(slots)), value.dtype, value.shape)
-            slots.append(value)
-        elif isinstance(value, Mapping):
-            state[key] = _number(value, slots)
-        else:
-            state[key] = value
-    return state
+    if isinstance(value, Slot):
+        slots.append(value)
+        return TensorSlot(str(len(slots) - 1), value.dtype, value.shape)
+    if isinstance(value, Mapping):
+        items = cast("Mapping[object, object]", value).items()
+        return {key: _number(inner, slots) for key, inner in items}
+    if is_array(value):
+        return [_number(inner, slots) for inner in value]
+    return value
 
 
 class _Archive:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,6 +19,10 @@ from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.mm.adapters import sized
 from mmconvert.formats.mm.folder import TRACKER, is_mm
 from mmconvert.formats.mm.model import OpenedMM, mm_model
+from mmconvert.formats.mm.optimizer.opening import about_of, check_state, notes_of, open_state
+from mmconvert.formats.mm.optimizer.state import GroupKey, OptimizerState
+from mmconvert.formats.mm.optimizer.wholes import PlacedState, groups_of, place_state, with_state
+from mmconvert.formats.mm.optimizer.writing import StateWriter
 from mmconvert.formats.mm.output import rank_images
 from mmconvert.formats.mm.samples import representative
 from mmconvert.formats.mm.source import Parts, claim_mm, mm_source, transposed_wholes
@@ -26,7 +31,7 @@ from mmconvert.formats.model import Model, target_layout, unchecked_units
 from mmconvert.formats.recognise import mm_family
 from mmconvert.formats.untied import ties, untied_model, untied_side
 from mmconvert.plan.padding import vocabulary_keys
-from mmconvert.plan.plan import Side
+from mmconvert.plan.plan import Key, Side
 from mmconvert.plan.reorder import reorder
 from mmconvert.plan.training import cautions
 from mmconvert.sharding.layout import RANK_FOLDER, Chunk, Layout
@@ -40,10 +45,12 @@ class MMStored(StoredCheckpoint):
     Attributes:
         opened: what its reader found.
         heads: rows that are no longer tied, and to which they were.
+        state: of the optimizer, where it is asked for.
     """
 
     opened: OpenedMM
     heads: Mapping[str, str] = field(default_factory=dict[str, str])
+    state: OptimizerState | None = None
 
     @property
     def ranks(self) -> Layout:
@@ -65,11 +72,41 @@ class MMStored(StoredCheckpoint):
                 side, {r.mm for m in model.modules for r in m.layer if r.of_stack}
             )
         side = reorder(side, model.modules, model.plain_modules, model.dims)
-        return untied_side(side, self.heads)
+        side = untied_side(side, self.heads)
+        return side if self.state is None else with_state(side, self.state)
+
+    @cached_property
+    def groups(self) -> dict[Key, GroupKey]:
+        """The optimizer's group of each weight that learns."""
+        return groups_of(self.opened.side(), self.state) if self.state else {}
 
     def untied(self) -> MMStored:
         """See :meth:`StoredCheckpoint.untied`."""
         return replace(self, model=untied_model(self.model), heads=ties(self.model))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacedMM(Placed):
+    """An MM checkpoint that is to be written with its optimizer state."""
+
+    state: PlacedState
+
+
+def _placed_state(placed: Placed, asked: Placing, layout: Layout) -> Placed:
+    """With the optimizer state."""
+    source = asked.source
+    assert isinstance(source, MMStored)  # noqa: S101 - only MM checkpoints are read with it
+    state = source.state
+    assert state is not None  # noqa: S101 - it was asked for
+    once = state.kind == "distributed"
+    found = place_state(placed.side, asked.wholes, source.groups, layout.ep, once=once)
+    return PlacedMM(
+        side=placed.side,
+        layout=layout,
+        notes=(*placed.notes, *notes_of(state)),
+        about={"optimizer": about_of(state)},
+        state=found,
+    )
 
 
 class MM(Format):
@@ -78,7 +115,8 @@ class MM(Format):
     name: ClassVar = "mm"
     title: ClassVar = "MM"
     naming: ClassVar = "mm"
-    reads: ClassVar = frozenset({"vit_qkv", "experts"})
+    reads: ClassVar = frozenset({"vit_qkv", "experts", "optimizer"})
+    writes: ClassVar = frozenset({"optimizer"})
     own_names: ClassVar = rf"{re.escape(TRACKER)}|release|iter_\d+|{RANK_FOLDER.pattern}"
     Layout: ClassVar = ParallelConfig
 
@@ -139,13 +177,19 @@ class MM(Format):
                 "the structure that the checkpoint has",
                 "leave the flag out: the structure is recognised by the names",
             )
+        checkpoint = opened.chart.checkpoint
+        state = None
+        if told.options.optimizer:
+            check_state(told, model)
+            state = open_state(opened.parts, checkpoint.folder, checkpoint.iteration)
         return MMStored(
             format=self.name,
             path=path,
             model=model,
             layout=opened.layout,
-            iteration=opened.chart.checkpoint.iteration,
+            iteration=checkpoint.iteration,
             opened=opened,
+            state=state,
         )
 
     def place(self, asked: Placing) -> Placed:
@@ -160,15 +204,21 @@ class MM(Format):
         for key in vocabulary_keys(side, model.modules):
             dims[model.family.vocabulary] = side.wholes[key].shape[0]  # it may be padded
         notes += [f"warning: {words}" for words in cautions(model.modules, dims, layout)]
-        return Placed(side=side, layout=layout, notes=tuple(notes))
+        placed = Placed(side=side, layout=layout, notes=tuple(notes))
+        return placed if not asked.options.optimizer else _placed_state(placed, asked, layout)
 
     def lay_out(
         self, targets: Sequence[Target], placed: Placed, asked: Placing
     ) -> Iterator[FileImage]:
         """A file for each rank, and the tracker file."""
-        del asked
         assert isinstance(placed.layout, Layout)  # noqa: S101 - narrows the type: it is our own
-        return rank_images(placed.layout, targets)
+        source = asked.source
+        if not (isinstance(placed, PlacedMM) and isinstance(source, MMStored) and source.state):
+            return rank_images(placed.layout, targets)
+        tied = source.model.variant.tied
+        writer = StateWriter(source.state, placed.state, targets, placed.layout, tied=tied)
+        weights = targets[: placed.state.weights]
+        return rank_images(placed.layout, weights, str(source.state.iteration), writer)
 
     def read_back(self, stored: Sequence[StoredTensor], placed: Placed, asked: Placing) -> Side:
         """By the names and places of the rank files."""

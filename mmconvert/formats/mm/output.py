@@ -8,6 +8,8 @@ from pathlib import Path
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.containers.ptfile import Slot, pt_image
 from mmconvert.formats.mm.folder import RANK_FILE, TRACKER
+from mmconvert.formats.mm.optimizer.state import DISTRIBUTED
+from mmconvert.formats.mm.optimizer.writing import StateWriter
 from mmconvert.sharding.layout import Layout, Rank
 from mmconvert.stored import Target
 
@@ -15,12 +17,16 @@ VERSION = 3.0  # Megatron's checkpoint_version: the order of q, k, v within line
 
 
 def rank_images(
-    layout: Layout, targets: Sequence[Target], iteration: str = "release"
+    layout: Layout,
+    targets: Sequence[Target],
+    iteration: str = "release",
+    state: StateWriter | None = None,
 ) -> Iterator[FileImage]:
     """The rank files and the tracker file.
 
     Args:
-        targets: every tensor with its chunk.
+        targets: every weight with its chunk.
+        state: of the optimizer, if it goes with them.
     """
     parts: dict[Rank, dict[str, dict[str, Slot]]] = {
         rank: {layout.part(v): {} for v in range(layout.vpp_size)} for rank in layout.ranks()
@@ -31,6 +37,13 @@ def rank_images(
         part[t.name] = Slot(t.dtype, t.shape, number)
     base = Path(iteration if iteration == "release" else f"iter_{int(iteration):07d}")
     for rank, chunks in parts.items():
-        path = base / layout.folder(rank) / RANK_FILE
-        yield pt_image(str(path), {**chunks, "checkpoint_version": VERSION})
+        folder = base / layout.folder(rank)
+        content: dict[str, object] = {**chunks, "checkpoint_version": VERSION}
+        if state is not None:
+            more = state.rank(rank)
+            content = {name: state.ordered(chunk) for name, chunk in chunks.items()}
+            content |= {"checkpoint_version": VERSION, **more.content}
+            if more.beside is not None:
+                yield pt_image(str(folder / DISTRIBUTED), more.beside)
+        yield pt_image(str(folder / RANK_FILE), content)
     yield small(TRACKER, iteration.encode(), pointer=True)

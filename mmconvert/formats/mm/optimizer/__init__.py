@@ -1,0 +1,1 @@
+"""The optimizer state that training saves beside the weights: masters, moments, schedule."""

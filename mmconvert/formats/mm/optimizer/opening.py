@@ -1,0 +1,244 @@
+"""Opens the optimizer state of a whole checkpoint: paired with its weights, alike on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from mmconvert.errors import CheckpointError, RequestError
+from mmconvert.formats.base import Opening
+from mmconvert.formats.mm.optimizer.order import Order
+from mmconvert.formats.mm.optimizer.pairing import paired
+from mmconvert.formats.mm.optimizer.reading import (
+    ALONE,
+    RankState,
+    arguments,
+    is_plain,
+    read_rank_state,
+)
+from mmconvert.formats.mm.optimizer.state import (
+    DISTRIBUTED,
+    KINDS,
+    Buckets,
+    GroupKey,
+    Kind,
+    OptimizerState,
+)
+from mmconvert.formats.model import Model
+from mmconvert.names import summarise
+from mmconvert.sharding.layout import Chunk, Rank
+from mmconvert.stored import StoredTensor
+from mmconvert.words import amount
+
+# What training goes on with, beside the optimizer: the same on all ranks.
+CARRIED = (
+    "iteration",
+    "opt_param_scheduler",
+    "num_floating_point_operations_so_far",
+    "training",
+)
+LEFT_BEHIND = {
+    "rng_state": "random state is of one layout's ranks: go on with --no-load-rng",
+    "rerun_state_machine": "the rerun state machine starts anew",
+}
+
+
+def check_state(told: Opening, model: Model) -> None:
+    """Raises RequestError where the weights would not be those of the optimizer state."""
+    options = told.options
+    if model.adapter is not None:
+        raise RequestError(
+            "--optimizer carries the state of a whole model's training; these are adapters", "",
+            "leave --optimizer out: lora_resplit brings adapters to another layout",
+        )  # fmt: skip
+    for flag, given in (
+        (f"--dtype {options.dtype}", options.dtype != "keep"),
+        ("--drop", bool(options.drop)),
+        ("--cfg.save_vit_only", told.encoders_only),
+    ):
+        if given:
+            raise RequestError(
+                f"--optimizer goes with the weights as they are; {flag} changes them",
+                "one of the two",
+            )
+
+
+def notes_of(state: OptimizerState) -> list[str]:
+    """What is worth knowing of what is carried over."""
+    what = f"{KINDS[state.kind]}, iteration {state.iteration}, {amount(state.nbytes)}"
+    notes = [f"optimizer state ({what}) goes with the weights"]
+    notes += [f"left out: {words}" for words in state.notes]
+    if state.left_out:
+        notes.append(f"left out: arguments that are no plain values: {summarise(state.left_out)}")
+    if state.kind == "distributed":
+        cut = f"buckets of {state.buckets.size} elements" if state.buckets.size else "one bucket"
+        notes.append(f"{DISTRIBUTED} is for a run with {cut} in each buffer, as the source's")
+    return notes
+
+
+def about_of(state: OptimizerState) -> dict[str, object]:
+    """What the manifest says of it."""
+    return {"kind": state.kind, "iteration": state.iteration}
+
+
+def open_state(
+    parts: Mapping[Chunk, Mapping[str, StoredTensor]], folder: Path, iteration: str
+) -> OptimizerState:
+    """The optimizer of a checkpoint.
+
+    Args:
+        parts: its weights by chunk, in the order of the files.
+        iteration: what its tracker file says.
+
+    Raises:
+        CheckpointError: there is none, or it does not fit its weights.
+        RequestError: it is of a kind that is not carried over.
+    """
+    ranks = [read_rank_state(*one) for one in _files(parts)]
+    filled = [rank for rank in ranks if rank.entries]
+    if not filled:
+        raise CheckpointError(
+            f"{folder} holds no optimizer state",
+            "what training saves without --no-save-optim",
+            ALONE,
+        )
+    kinds: set[Kind] = {rank.kind for rank in filled}
+    if len(kinds) > 1:
+        raise CheckpointError(
+            f"{folder} holds the state of several optimizers: "
+            f"{', '.join(sorted(KINDS[kind] for kind in kinds))}",
+            "rank files of one save",
+        )
+    _refuse_halves(ranks[0])
+    learnt, buckets = paired(ranks)
+    if ranks[0].kind == "fp32" and not _named(filled):
+        raise RequestError(
+            f"{folder} is of fp32 training, which saves no masters: nothing proves which moments "
+            "belong to which weights",
+            "fp32 masters beside the weights, or groups with param_names",
+            f"save it once with mixed precision, or {ALONE}",
+        )
+    order = Order()
+    for part in parts.values():
+        order.learn(part)
+    told = arguments(ranks[0].pt)
+    return OptimizerState(
+        kind=filled[0].kind,
+        learnt=learnt,
+        groups=_groups(filled),
+        order=order,
+        everywhere=_everywhere(filled),
+        listed=filled[0].listed,
+        named=_named(filled),
+        bare=frozenset(r.pt.path for r in filled if any(e.buffers is None for e in r.entries))
+        if filled[0].kind == "distributed"
+        else frozenset(),
+        scaler=_alike(filled, "grad_scaler", lambda r: r.entries[0].scaler),
+        content=_content(ranks, iteration) | {"args": _plain(told)},
+        left_out=tuple(name for name, value in told.items() if not is_plain(value)),
+        buckets=_written(buckets, told, filled),
+        notes=tuple(words for name, words in LEFT_BEHIND.items() if _has(ranks, name)),
+    )
+
+
+def _files(
+    parts: Mapping[Chunk, Mapping[str, StoredTensor]],
+) -> list[tuple[Rank, Path, dict[Chunk, Mapping[str, StoredTensor]]]]:
+    """The rank files, and the weights in each."""
+    chunks: dict[Rank, dict[Chunk, Mapping[str, StoredTensor]]] = {}
+    paths: dict[Rank, Path] = {}
+    for chunk, tensors in parts.items():
+        chunks.setdefault(chunk.rank, {})[chunk] = tensors
+        for tensor in tensors.values():
+            paths[chunk.rank] = tensor.path
+    return [(rank, paths[rank], own) for rank, own in chunks.items() if rank in paths]
+
+
+def _refuse_halves(rank: RankState) -> None:
+    """Raises RequestError for masters that are stored in halves."""
+    if arguments(rank.pt).get("reuse_fp32_param") is True:
+        raise RequestError(
+            f"{rank.pt.path} is of training with --reuse-fp32-param: its masters are in halves",
+            "fp32 masters",
+            ALONE,
+        )
+
+
+def _named(ranks: Sequence[RankState]) -> bool:
+    """Whether all groups name their parameters."""
+    groups = [g for r in ranks for e in r.entries for g in e.groups if g.params]
+    return bool(groups) and all(g.names for g in groups)
+
+
+def _groups(ranks: Sequence[RankState]) -> dict[GroupKey, Mapping[str, object]]:
+    """The values of every group; of one kind they are the same on all ranks."""
+    found: dict[GroupKey, tuple[Mapping[str, object], RankState]] = {}
+    for rank in ranks:
+        for group in (g for entry in rank.entries for g in entry.groups):
+            values, first = found.setdefault(group.key, (group.values, rank))
+            odd = [
+                k
+                for k in values.keys() | group.values.keys()
+                if values.get(k) != group.values.get(k)
+            ]
+            if odd:
+                raise CheckpointError(
+                    f"the optimizer's groups differ: {odd[0]} is {group.values.get(odd[0])} in "
+                    f"{rank.pt.path}, {values.get(odd[0])} in {first.pt.path}",
+                    "rank files of one step",
+                )
+    return {key: values for key, (values, _) in found.items()}
+
+
+def _everywhere(ranks: Sequence[RankState]) -> bool:
+    """Whether each rank has every group, in one order, as Megatron has it from 0.13 on."""
+    groups = [g for rank in ranks for entry in rank.entries for g in entry.groups]
+    return any(g.params == () or "default_config" in g.values for g in groups)
+
+
+def _alike(ranks: Sequence[RankState], what: str, of: Callable[[RankState], object]) -> object:
+    """What must be the same on all ranks."""
+    for rank in ranks[1:]:
+        if of(rank) != of(ranks[0]):
+            raise CheckpointError(
+                f"{what} differs between {ranks[0].pt.path} and {rank.pt.path}",
+                "rank files of one step",
+            )
+    return of(ranks[0])
+
+
+def _content(ranks: Sequence[RankState], iteration: str) -> dict[str, object]:
+    """What training goes on with."""
+    found: dict[str, object] = {}
+    for name in CARRIED:
+        value = _alike(ranks, name, lambda rank, key=name: rank.pt.content.get(key))
+        if value is not None and is_plain(value):
+            found[name] = value
+    step = found.setdefault("iteration", int(iteration) if iteration.isdigit() else None)
+    if type(step) is not int or (iteration.isdigit() and step != int(iteration)):
+        raise CheckpointError(
+            f"{ranks[0].pt.path} is of iteration {step}, the checkpoint of {iteration}",
+            "the number of an iteration, the same in both",
+            ALONE,
+        )
+    return found
+
+
+def _plain(told: Mapping[str, object]) -> object:
+    """The arguments of plain values; None if there are none."""
+    found = {name: value for name, value in told.items() if is_plain(value)}
+    return found or None
+
+
+def _written(buckets: Buckets, told: Mapping[str, object], ranks: Sequence[RankState]) -> Buckets:
+    """How the buffers of the run are cut, which goes on with the output."""
+    if ranks[0].kind != "distributed" or told.get("overlap_grad_reduce") is not True:
+        return buckets._replace(shared=True)
+    from mmconvert.formats.mm.optimizer.buffers import USUAL_BUCKET
+
+    size = told.get("ddp_bucket_size")
+    return Buckets(size if isinstance(size, int) and size > 0 else USUAL_BUCKET, shared=True)
+
+
+def _has(ranks: Sequence[RankState], name: str) -> bool:
+    return any(rank.pt.content.get(name) is not None for rank in ranks)
