@@ -17,13 +17,21 @@ from mmconvert.errors import CheckpointError, FormatError, blamed
 from mmconvert.formats import manifest
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.mm.rankfiles import EXTRA_STATE, Parts, extra_state, read_rank_file
-from mmconvert.formats.mm.ranks import RANK_FILE, RankFolderNames, has_ranks, rank_folders
+from mmconvert.formats.mm.ranks import (
+    DISTRIBUTED,
+    RANK_FILE,
+    RankFolderNames,
+    has_ranks,
+    rank_folders,
+)
 from mmconvert.formats.reading import opened
 from mmconvert.narrow import is_object
 from mmconvert.sharding.layout import Chunk, Rank, parse_folder
 from mmconvert.stored import StoredTensor
 
 TRACKER = "latest_checkpointed_iteration.txt"
+OPTIMIZER = "optimizer"
+HINTS = {OPTIMIZER: "; resplit --optimizer takes it along"}
 _ITERATION = re.compile(r"iter_(\d{7,12})")
 
 
@@ -206,7 +214,9 @@ def open_mm(root: Path, faults: Faults = STRICT) -> MMCheckpoint:
         parts = {Chunk(Rank(c.rank.tp, 0, c.rank.pp), c.virtual): p for c, p in parts.items()}
         pp, ep = 1, pp
     virtual = len(next(iter(chunks.values())))
-    left = [f"{what} ({count} bytes) left out" for what, count in notes.items()]
+    left = [
+        f"{what} ({count} bytes) left out{HINTS.get(what, '')}" for what, count in notes.items()
+    ]
     numbers = ranks.numbers
     return MMCheckpoint(root, folder, iteration, tp, pp, virtual, parts, left, ep, whole, numbers)
 
@@ -227,6 +237,9 @@ def _read(
         if found:
             files[rank] = found
         states |= {file: own[EXTRA_STATE]} if EXTRA_STATE in own else {}
+        beside = path / DISTRIBUTED
+        if beside.is_file():
+            own[OPTIMIZER] = own.get(OPTIMIZER, 0) + beside.stat().st_size
         notes |= {what: notes.get(what, 0) + count for what, count in own.items()}
     usual = Counter(tuple(parts) for parts in files.values()).most_common(1)
     for rank, parts in files.items():

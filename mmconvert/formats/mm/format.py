@@ -19,7 +19,13 @@ from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.mm.adapters import sized
 from mmconvert.formats.mm.folder import TRACKER, is_mm
 from mmconvert.formats.mm.model import OpenedMM, mm_model
-from mmconvert.formats.mm.optimizer.opening import about_of, check_state, notes_of, open_state
+from mmconvert.formats.mm.optimizer.opening import (
+    about_of,
+    check_state,
+    notes_left,
+    notes_of,
+    open_state,
+)
 from mmconvert.formats.mm.optimizer.state import GroupKey, OptimizerState
 from mmconvert.formats.mm.optimizer.wholes import PlacedState, groups_of, place_state, with_state
 from mmconvert.formats.mm.optimizer.writing import StateWriter
@@ -182,6 +188,7 @@ class MM(Format):
         if told.options.optimizer:
             check_state(told, model)
             state = open_state(opened.parts, checkpoint.folder, checkpoint.iteration)
+            model = replace(model, notes=notes_left(model.notes, checkpoint.folder))
         return MMStored(
             format=self.name,
             path=path,

@@ -8,8 +8,8 @@ from pathlib import Path
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.containers.ptfile import Slot, pt_image
 from mmconvert.formats.mm.folder import RANK_FILE, TRACKER
-from mmconvert.formats.mm.optimizer.state import DISTRIBUTED
 from mmconvert.formats.mm.optimizer.writing import StateWriter
+from mmconvert.formats.mm.ranks import DISTRIBUTED
 from mmconvert.sharding.layout import Layout, Rank
 from mmconvert.stored import Target
 

@@ -15,6 +15,7 @@ from mmconvert.names import number, summarise
 from mmconvert.sharding.layout import Rank, parse_folder
 
 RANK_FILE = "model_optim_rng.pt"
+DISTRIBUTED = "distrib_optim.pt"  # beside it, of a distributed optimizer
 COPY = "copy the folder from the machine that wrote it; no other rank holds its weights"
 Numbers = tuple[int, ...]
 Size = tuple[int, int, int]  # tp, pp, ep

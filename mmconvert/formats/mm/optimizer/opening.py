@@ -17,13 +17,13 @@ from mmconvert.formats.mm.optimizer.reading import (
     read_rank_state,
 )
 from mmconvert.formats.mm.optimizer.state import (
-    DISTRIBUTED,
     KINDS,
     Buckets,
     GroupKey,
     Kind,
     OptimizerState,
 )
+from mmconvert.formats.mm.ranks import DISTRIBUTED
 from mmconvert.formats.model import Model
 from mmconvert.names import summarise
 from mmconvert.sharding.layout import Chunk, Rank
@@ -37,6 +37,7 @@ CARRIED = (
     "num_floating_point_operations_so_far",
     "training",
 )
+OWN = ("optimizer", "args", *CARRIED)  # what notes need not say is left out
 LEFT_BEHIND = {
     "rng_state": "random state is of one layout's ranks: go on with --no-load-rng",
     "rerun_state_machine": "the rerun state machine starts anew",
@@ -74,6 +75,12 @@ def notes_of(state: OptimizerState) -> list[str]:
         cut = f"buckets of {state.buckets.size} elements" if state.buckets.size else "one bucket"
         notes.append(f"{DISTRIBUTED} is for a run with {cut} in each buffer, as the source's")
     return notes
+
+
+def notes_left(notes: Sequence[str], folder: Path) -> tuple[str, ...]:
+    """The notes of a checkpoint without those on what is carried over, or named by itself."""
+    starts = tuple(f"{folder}: {name} (" for name in (*OWN, *LEFT_BEHIND))
+    return tuple(note for note in notes if not note.startswith(starts))
 
 
 def about_of(state: OptimizerState) -> dict[str, object]:
@@ -127,7 +134,7 @@ def open_state(
         learnt=learnt,
         groups=_groups(filled),
         order=order,
-        everywhere=_everywhere(filled),
+        everywhere=any(rank.everywhere for rank in filled),
         listed=filled[0].listed,
         named=_named(filled),
         bare=frozenset(r.pt.path for r in filled if any(e.buffers is None for e in r.entries))
@@ -188,12 +195,6 @@ def _groups(ranks: Sequence[RankState]) -> dict[GroupKey, Mapping[str, object]]:
                     "rank files of one step",
                 )
     return {key: values for key, (values, _) in found.items()}
-
-
-def _everywhere(ranks: Sequence[RankState]) -> bool:
-    """Whether each rank has every group, in one order, as Megatron has it from 0.13 on."""
-    groups = [g for rank in ranks for entry in rank.entries for g in entry.groups]
-    return any(g.params == () or "default_config" in g.values for g in groups)
 
 
 def _alike(ranks: Sequence[RankState], what: str, of: Callable[[RankState], object]) -> object:

@@ -76,6 +76,7 @@ def paired(ranks: Sequence[RankState]) -> tuple[list[Learnt], Buckets]:
             break  # everything learns, and it fits
         try:
             learnt = [one for rank in ranks for one in _fit(rank, guess)]
+            _check_groups(ranks, learnt)
         except MismatchError as error:
             first = first or str(error)
             continue
@@ -110,6 +111,13 @@ def proven(learnt: Sequence[Learnt]) -> bool:
         for i, w in enumerate(sides[0])
     ]
     return not compare(checks, sides[0], sides[1], 1)
+
+
+def _check_groups(ranks: Sequence[RankState], learnt: Sequence[Learnt]) -> None:
+    """Every group has parameters somewhere."""
+    groups = {group.key for rank in ranks for entry in rank.entries for group in entry.groups}
+    if groups - {one.group for one in learnt}:
+        raise MismatchError(f"{len(groups)} groups of parameters, of which some would be empty")
 
 
 # -------------------------------------------------------------------------------- guesses
@@ -217,7 +225,7 @@ def _check_keys(rank: RankState, params: Sequence[Param]) -> dict[GroupKey, tupl
         if group.params != ()
     }
     needed = {param.group for param in params}
-    given = {g.key for e in rank.entries for g in e.groups if g.params}
+    given = {g.key for e in rank.entries for g in e.groups if g.params or not rank.everywhere}
     if not needed <= found.keys() or not given <= needed:
         raise MismatchError(
             f"{rank.pt.path} has {len(found)} groups of parameters, {len(needed)} by the rules"

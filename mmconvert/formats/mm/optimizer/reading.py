@@ -13,7 +13,6 @@ from mmconvert.formats.containers.pickles import Global, Inert
 from mmconvert.formats.containers.ptfile import PtFile, read_pt, read_tree
 from mmconvert.formats.containers.torch_objects import TORCH_DTYPE
 from mmconvert.formats.mm.optimizer.state import (
-    DISTRIBUTED,
     FIELDS,
     MASTER,
     MOMENTS,
@@ -21,6 +20,7 @@ from mmconvert.formats.mm.optimizer.state import (
     GroupKey,
     Kind,
 )
+from mmconvert.formats.mm.ranks import DISTRIBUTED
 from mmconvert.narrow import is_array, is_dict, is_tuple
 from mmconvert.sharding.layout import Chunk, Rank
 from mmconvert.stored import StoredTensor
@@ -103,6 +103,12 @@ class RankState:
     chunks: Mapping[Chunk, Mapping[str, StoredTensor]]
     entries: Sequence[Entry]
     listed: bool = False
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether it has the groups of all ranks, as Megatron saves them from 0.13 on."""
+        groups = [group for entry in self.entries for group in entry.groups]
+        return any(g.params == () or "default_config" in g.values for g in groups)
 
     @cached_property
     def views(self) -> frozenset[StoredTensor]:

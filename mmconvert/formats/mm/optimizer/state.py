@@ -18,7 +18,6 @@ KINDS: dict[Kind, str] = {
     "distributed": "distributed optimizer",
     "fp32": "fp32",
 }
-DISTRIBUTED = "distrib_optim.pt"
 MASTER, STEP = "master", "step"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What Adam keeps of a parameter, in its shape; the last two are of AMSGrad and of moving averages.
