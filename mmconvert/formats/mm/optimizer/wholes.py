@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from mmconvert.errors import CheckpointError
+from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.formats.mm.optimizer.pairing import is_expert
 from mmconvert.formats.mm.optimizer.state import (
     FIELDS,
@@ -23,7 +24,7 @@ from mmconvert.formats.mm.optimizer.state import (
 )
 from mmconvert.plan.plan import Block, Comparison, Copy, Key, Side, Whole, matrix
 from mmconvert.sharding.layout import Rank
-from mmconvert.stored import Target
+from mmconvert.stored import StoredTensor, Target
 
 
 def with_state(side: Side, state: OptimizerState) -> Side:
@@ -35,6 +36,13 @@ def with_state(side: Side, state: OptimizerState) -> Side:
     made = _Stateful(side, state)
     for key, whole in list(side.wholes.items()):
         made.add(key, whole)
+    if left := [one for one in state.learnt if _place(one.weight) not in made.used]:
+        raise RequestError(
+            f"{left[0].weight.path}: the optimizer state of {left[0].name} goes with none of the "
+            "weights as they are read",
+            "weights in the form in which they are stored",
+            "leave --optimizer out: the weights alone are resplit",
+        )
     return replace(side, stored=made.stored, wholes=made.wholes, rounded=made.rounded)
 
 
@@ -60,11 +68,20 @@ def groups_of(side: Side, state: OptimizerState) -> dict[Key, GroupKey]:
     return found
 
 
+Place = tuple[Path, int, str]
+
+
+def _place(tensor: StoredTensor) -> Place:
+    """What a weight is told by."""
+    return tensor.path, tensor.offset, tensor.name
+
+
 class _Stateful:
     def __init__(self, side: Side, state: OptimizerState) -> None:
         self.stored, self.wholes = list(side.stored), dict(side.wholes)
         self.rounded = list(side.rounded)
-        self._learnt = {(one.weight.path, one.weight.offset, one.name): one for one in state.learnt}
+        self._learnt = {_place(one.weight): one for one in state.learnt}
+        self.used: set[Place] = set()
         self._bare = state.bare
 
     def add(self, key: Key, whole: Whole) -> None:
@@ -90,8 +107,7 @@ class _Stateful:
 
     def of(self, number: int) -> Learnt | None:
         """The parameter that a stored weight is."""
-        tensor = self.stored[number]
-        return self._learnt.get((tensor.path, tensor.offset, tensor.name))
+        return self._learnt.get(_place(self.stored[number]))
 
     def _may_lack(self, blocks: Sequence[Block]) -> bool:
         """Whether a copy is on ranks whose state another rank's file has."""
@@ -127,6 +143,7 @@ class _Stateful:
     def _store(self, key: Key, weight: int, one: Learnt, name: str) -> int:
         """Adds a tensor; returns its number."""
         number = len(self.stored)
+        self.used.add(_place(one.weight))
         tensor = one.fields[name]
         self.stored.append(tensor._replace(name=f"{PREFIX}{name}.{one.name}"))
         if name == MASTER:
