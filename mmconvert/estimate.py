@@ -18,7 +18,7 @@ except ImportError:  # Windows: what is in use is not counted
 from mmconvert.errors import MMConvertError
 from mmconvert.executor.execute import jobs_of
 from mmconvert.executor.fileio import BAND
-from mmconvert.executor.jobs import Job, run_jobs
+from mmconvert.executor.jobs import Job, cores, run_jobs, threads_for
 from mmconvert.executor.staging import free_bytes
 from mmconvert.plan.plan import Plan
 from mmconvert.stored import StoredTensor
@@ -60,7 +60,7 @@ def estimate(plan: Plan, folder: Path, disk_needed: int, workers: int) -> Estima
     return Estimate(
         disk_needed,
         free_bytes(folder),
-        _memory(workers),
+        _memory(workers or cores()),
         _seconds(plan, folder, workers),
     )
 
@@ -80,7 +80,7 @@ def _seconds(plan: Plan, folder: Path, workers: int) -> float | None:
     try:
         with ExitStack() as stack:
             sample = jobs_of(plan, _places(plan, parent, stack))
-            return plan.nbytes / _speed(sample, workers)
+            return plan.nbytes / _speed(sample, threads_for(sample, workers))
     except (OSError, MMConvertError, ZeroDivisionError):  # a disk without such files, or full
         return None
 

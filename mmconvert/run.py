@@ -16,7 +16,6 @@ from mmconvert.executor import agreement, compare, group, journal, staging
 from mmconvert.executor.casts import DTYPES
 from mmconvert.executor.differences import TensorDifference, in_words
 from mmconvert.executor.digests import ALGORITHM, as_mm, digests
-from mmconvert.executor.jobs import default_workers
 from mmconvert.executor.moving import Moved, Staged, move
 from mmconvert.executor.output import FileOutput, Output
 from mmconvert.formats import manifest, reading
@@ -52,7 +51,7 @@ class Conversion:
         if self.options.workers < 0:
             raise RequestError(f"--workers is {self.options.workers}", "a number of threads, or 0")
         self.events = events or Events()
-        self.workers = self.options.workers or default_workers()
+        self.workers = self.options.workers
         self.cast = DTYPES.get(self.options.dtype, "")
         if self.options.max_shard_size:
             parse_size(self.options.max_shard_size)  # before anything is read

@@ -7,17 +7,14 @@ an input folder may lead into the very folder that is to be replaced. Devices an
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from mmconvert.disks import mounts
 from mmconvert.errors import OutputError
 
 Identity = tuple[int, int]  # device and inode
-
-_MOUNTS = Path("/proc/self/mountinfo")  # Linux, proc(5)
-_MOUNT_POINT = 4  # field of a line in it; spaces and the like are written in octal there
 
 
 def identity(path: Path) -> Identity | None:
@@ -85,9 +82,5 @@ def is_mount_point(path: Path) -> bool:
     """Whether a file system, or a part of one, is mounted right there."""
     if os.path.ismount(path):
         return True
-    try:  # a part of the same file system: ismount sees no difference
-        lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return False
-    points = (line.split(" ")[_MOUNT_POINT] for line in lines)
-    return str(path) in (re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), p) for p in points)
+    # A part of the same file system: ismount sees no difference.
+    return str(path) in {mount.point for mount in mounts()}

@@ -32,11 +32,15 @@ class Region(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Where rows lie in a buffer: the first at byte ``at``, each next one ``stride`` bytes on."""
+    """Where rows lie in a buffer: the first at byte ``at``, each next one ``stride`` bytes on.
+
+    ``use`` names the buffer, if it is one of this thread's ``BUFFERS``.
+    """
 
     buffer: memoryview
     at: int
     stride: int
+    use: str = ""
 
     def row(self, number: int, width: int) -> memoryview:
         """The first ``width`` bytes of one row."""
@@ -47,6 +51,12 @@ class Window(NamedTuple):
         """The first ``width`` bytes of each row; one piece where the rows lie in one."""
         if self.stride == width or rows == 1:
             return [self.row(0, rows * width)]
+        return self.rows(rows, width)
+
+    def rows(self, rows: int, width: int) -> list[memoryview]:
+        """The first ``width`` bytes of each row, one by one."""
+        if self.use:
+            return BUFFERS.rows(self.use, self.at, self.stride, rows, width)
         return [self.row(r, width) for r in range(rows)]
 
     def fill_column(self, bits: memoryview, rows: int, item: int) -> None:
@@ -88,7 +98,7 @@ def read_region(files: Files, tensor: StoredTensor, region: Region, window: Wind
             _read_bytes(files, tensor, start + r * step, [window.row(r, width)])
     else:  # one run of the file: each row's piece, then what lies between it and the next
         skipped = BUFFERS.get("skipped", step - width)
-        pieces = [p for r in range(rows) for p in (window.row(r, width), skipped)]
+        pieces = [p for row in window.rows(rows, width) for p in (row, skipped)]
         _read_bytes(files, tensor, start, pieces[:-1])
 
 
@@ -237,6 +247,13 @@ def is_turned(tensor: StoredTensor) -> bool:
 def rect_offset(tensor: StoredTensor, row: int, col: int) -> int:
     """Absolute byte offset of an element of a plain tensor."""
     return tensor.offset + (row * matrix(tensor.shape)[1] + col) * ITEM_SIZE[tensor.dtype]
+
+
+def rows_range(tensor: StoredTensor, row: int, rows: int) -> tuple[ByteRange, ...]:
+    """Where some rows of a tensor lie, if they lie in one run of a file; else nothing."""
+    if not is_plain(tensor):
+        return ()
+    return (ByteRange(tensor.path, rect_offset(tensor, row, 0), rows * row_bytes(tensor)),)
 
 
 def row_bytes(tensor: StoredTensor | Target) -> int:

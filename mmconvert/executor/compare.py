@@ -6,13 +6,16 @@ Bits are compared as bits; only where they differ are they read as numbers (``va
 from __future__ import annotations
 
 import math
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 
-from mmconvert.executor.blockio import Region, read_compact
+from mmconvert.executor.bands import steps
+from mmconvert.executor.blockio import Region, read_compact, rows_range
 from mmconvert.executor.differences import TensorDifference
 from mmconvert.executor.fileio import BAND, Files, open_files
-from mmconvert.executor.jobs import JOB_SIZE, Job, run_jobs
+from mmconvert.executor.jobs import Job, job_size, run_jobs
 from mmconvert.plan.plan import Comparison, Key, Zeros, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
@@ -30,39 +33,61 @@ def compare(
     Args:
         cast: the dtype in which tensors of two dtypes are compared; "" takes the narrower one.
     """
-    found: dict[tuple[int, int], TensorDifference] = {}
-    lock = threading.Lock()
-
-    def look(files: Files, pieces: Sequence[Comparison]) -> None:
-        for piece in pieces:
-            c = piece.copy
-            region = Region(c.src_row, c.src_col, c.rows, c.cols)
-            left = read_compact(files, a[c.src], region, "left")
-            region = Region(c.dst_row, c.dst_col, c.rows, c.cols)
-            right = read_compact(files, b[c.dst], region, "right")
-            one, other = a[c.src], b[c.dst]
-            if one.dtype != other.dtype:
-                left, right, dtype = _alike(left, right, (one.dtype, other.dtype), cast)
-                one, other = one._replace(dtype=dtype), other._replace(dtype=dtype)
-            if not _equal(left, right):
-                difference = _describe(piece, one, other, left, right)
-                with lock:
-                    known = found.get((c.src, c.dst))
-                    found[c.src, c.dst] = _first(known, difference)
-
+    found = Differences(a, b, cast)
+    most = job_size(comparison_bytes(comparisons, a))
     jobs: list[Job] = []
     batch: list[Comparison] = []
     size = 0
-    for piece in _pieces(comparisons, a):
+    for piece in _pieces(comparisons, a, most):
         batch.append(piece)
-        size += piece.copy.rows * piece.copy.cols * ITEM_SIZE[a[piece.copy.src].dtype]
-        if size >= JOB_SIZE:
-            jobs.append(_job(look, batch, size))
+        size += comparison_bytes([piece], a)
+        if size >= most:
+            jobs.append(_job(found, batch, size))
             batch, size = [], 0
     if batch:
-        jobs.append(_job(look, batch, size))
+        jobs.append(_job(found, batch, size))
     run_jobs(jobs, workers, (lambda job, _: progress(job.nbytes)) if progress else None)
-    return [found[pair] for pair in sorted(found)]
+    return found.listed()
+
+
+class Differences:
+    """What differs between tensors ``a`` and ``b``, found by several threads."""
+
+    def __init__(
+        self, a: Sequence[StoredTensor], b: Sequence[StoredTensor], cast: str = ""
+    ) -> None:
+        """For ``cast`` see :func:`compare`."""
+        self.a, self.b = a, b
+        self._cast = cast
+        self._lock = threading.Lock()
+        self._found: dict[tuple[int, int], TensorDifference] = {}
+
+    def listed(self) -> list[TensorDifference]:
+        """One for each pair of tensors at most, in the order of the tensors."""
+        return [self._found[pair] for pair in sorted(self._found)]
+
+    def look(self, files: Files, piece: Comparison) -> None:
+        """Compares rectangles of both."""
+        c = piece.copy
+        region = Region(c.src_row, c.src_col, c.rows, c.cols)
+        self.look_at(files, piece, read_compact(files, self.a[c.src], region, "left"))
+
+    def look_at(self, files: Files, piece: Comparison, left: memoryview) -> bool:
+        """Compares a rectangle of ``a`` that is read already; whether it is equal."""
+        c = piece.copy
+        one, other = self.a[c.src], self.b[c.dst]
+        region = Region(c.dst_row, c.dst_col, c.rows, c.cols)
+        right = read_compact(files, other, region, "right")
+        if one.dtype != other.dtype:
+            left, right, dtype = _alike(left, right, (one.dtype, other.dtype), self._cast)
+            one, other = one._replace(dtype=dtype), other._replace(dtype=dtype)
+        if _equal(left, right):
+            return True
+        difference = _describe(piece, one, other, left, right)
+        with self._lock:
+            known = self._found.get((c.src, c.dst))
+            self._found[c.src, c.dst] = _first(known, difference)
+        return False
 
 
 def _alike(
@@ -82,31 +107,55 @@ def _alike(
 
 
 def _equal(left: memoryview, right: memoryview) -> bool:
-    # Two memoryviews are compared element by element; a bytearray in one go.
-    return bytearray(left) == right  # pyright: ignore[reportUnnecessaryComparison] - they do
+    """Whether bits in writable buffers are equal, compared while other threads run."""
+    if len(left) != len(right) or not left:
+        return len(left) == len(right)
+    ours, theirs = (_addressed(bits) for bits in (left, right))
+    return not _memcmp()(ours, theirs, len(left))
 
 
-def _job(
-    look: Callable[[Files, Sequence[Comparison]], None], batch: list[Comparison], size: int
-) -> Job:
+def _addressed(bits: memoryview) -> object:
+    from ctypes import byref, c_char
+
+    return byref(c_char.from_buffer(bits))
+
+
+@cache
+def _memcmp() -> Callable[[object, object, int], int]:
+    """The C library's, which needs no interpreter: Python would compare views item by item."""
+    from ctypes import CDLL, c_int, c_size_t, c_void_p  # of use where something is compared
+
+    found = CDLL("msvcrt" if os.name == "nt" else None).memcmp
+    found.argtypes, found.restype = (c_void_p, c_void_p, c_size_t), c_int
+    return found
+
+
+def _job(found: Differences, batch: list[Comparison], size: int) -> Job:
     def run(files: Files) -> None:
-        look(files, batch)
+        for piece in _pieces(batch, found.a, BAND):
+            found.look(files, piece)
 
-    return Job((), ("", 0), size, run)
+    first = batch[0].copy
+    reads = tuple(
+        r
+        for piece in batch
+        for tensor, row in (
+            (found.a[piece.copy.src], piece.copy.src_row),
+            (found.b[piece.copy.dst], piece.copy.dst_row),
+        )
+        for r in rows_range(tensor, row, piece.copy.rows)
+    )
+    return Job((), (str(found.a[first.src].path), found.a[first.src].offset), size, run, reads)
 
 
-def _pieces(comparisons: Sequence[Comparison], a: Sequence[StoredTensor]) -> list[Comparison]:
-    """The comparisons, cut into bands of rows that fit a buffer."""
-    pieces: list[Comparison] = []
-    for comparison in comparisons:
-        c = comparison.copy
-        step = max(1, BAND // max(1, c.cols * ITEM_SIZE[a[c.src].dtype]))
-        for row in range(0, c.rows, step):
-            part = c._replace(
-                src_row=c.src_row + row, dst_row=c.dst_row + row, rows=min(step, c.rows - row)
-            )
-            pieces.append(Comparison(comparison.key, part))
-    return pieces
+def _pieces(
+    comparisons: Iterable[Comparison], a: Sequence[StoredTensor], size: int
+) -> Iterator[Comparison]:
+    """The comparisons, cut into bands of rows of about so many bytes."""
+    for key, c in comparisons:
+        for top, bottom in steps(0, c.rows, max(1, c.cols * ITEM_SIZE[a[c.src].dtype]), size):
+            rows = (c.src_row + top, c.dst_row + top, bottom - top)
+            yield Comparison(key, c._replace(src_row=rows[0], dst_row=rows[1], rows=rows[2]))
 
 
 def _describe(
@@ -153,7 +202,7 @@ def not_zero(zeros: Sequence[Zeros], tensors: Sequence[StoredTensor]) -> list[Te
             tensor = tensors[zero.tensor]
             region = Region(zero.row, zero.col, zero.rows, zero.cols)
             data = read_compact(files, tensor, region, "left")
-            if _equal(data, memoryview(bytes(len(data)))):
+            if _equal(data, memoryview(bytearray(len(data)))):
                 continue
             from mmconvert.executor.values import nonzero  # see _describe
 
@@ -190,7 +239,7 @@ def same_bytes(a: StoredTensor, b: StoredTensor) -> bool | None:
             region = Region(row, 0, min(step, rows - row), cols)
             left = read_compact(files, a, region, "left")
             first = first or bytes(left[:item])
-            varies = varies or not _equal(left, memoryview(first * (len(left) // item)))
+            varies = varies or not _equal(left, memoryview(bytearray(first) * (len(left) // item)))
             if not _equal(left, read_compact(files, b, region, "right")):
                 return False
     return True if varies else None

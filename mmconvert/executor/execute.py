@@ -25,18 +25,20 @@ from mmconvert.executor.blockio import (
     read_region,
     rect_offset,
     row_bytes,
+    rows_range,
 )
 from mmconvert.executor.casts import Loss
 from mmconvert.executor.differences import place
 from mmconvert.executor.fileio import BAND, BUFFERS, ByteRange, Files, copy_range, write_pieces
-from mmconvert.executor.jobs import JOB_SIZE, Job, Losses, load_numpy
+from mmconvert.executor.jobs import Job, Losses, job_size, load_numpy
 from mmconvert.plan.plan import Copy, Plan, matrix
 from mmconvert.stored import ITEM_SIZE, Scales, StoredTensor
 
 if TYPE_CHECKING:
     from mmconvert.executor.values import Cast
 
-STREAM_MIN = 64 << 10  # bytes; shorter runs are gathered
+STREAM_MIN = 1 << 20  # bytes; shorter runs are gathered
+MOST_SMALL = 32  # tensors of one job
 TURNED_BAND = 8 << 20  # bytes of a target that is put together from a transposed source: each of
 # its columns is a run of the source, which should not be too short to read
 
@@ -62,6 +64,7 @@ def _jobs(plan: Plan, targets: Sequence[StoredTensor]) -> Iterator[Job]:
     for product in plan.products:
         added[product.dst].append(product)
     scattered: dict[int, list[Copy]] = defaultdict(list)
+    size = job_size(plan.nbytes)
     small: list[tuple[StoredTensor, list[Copy]]] = []
     origin = Origin(plan.sources, _repeats(plan.copies) if plan.cast else frozenset())
     by_target.update({f.tensor: by_target[f.tensor] for f in plan.fills})  # all of it may be zeros
@@ -74,18 +77,18 @@ def _jobs(plan: Plan, targets: Sequence[StoredTensor]) -> Iterator[Job]:
             continue
         runs = _linear_runs(plan, target, copies)
         if runs and target.nbytes >= STREAM_MIN * len(runs):
-            yield from _streams(target, runs)
+            yield from _streams(target, runs, size)
             continue
-        if target.nbytes <= STREAM_MIN * 16:
+        if target.nbytes <= STREAM_MIN:
             small.append((target, copies))
         elif all(_scatters_to(plan.sources[c.src], target, c) for c in copies):
             for copy in copies:
                 scattered[copy.src].append(copy)
         else:
-            yield from _gathers(origin, target, copies)
+            yield from _gathers(origin, target, copies, size)
     for number, copies in scattered.items():
-        yield from _scatters(plan.sources[number], targets, copies)
-    yield from _batches(origin, small)
+        yield from _scatters(plan.sources[number], targets, copies, size)
+    yield from _batches(origin, small, size)
 
 
 # -------------------------------------------------------------------------------------- stream
@@ -127,13 +130,15 @@ def _linear_runs(plan: Plan, target: StoredTensor, copies: Sequence[Copy]) -> li
     return runs
 
 
-def _streams(target: StoredTensor, runs: Sequence[Stretch]) -> Iterator[Job]:
+def _streams(target: StoredTensor, runs: Sequence[Stretch], most: int) -> Iterator[Job]:
     batch: list[Stretch] = []
     for run in runs:
-        for done in range(0, run.nbytes, JOB_SIZE):
-            size = min(JOB_SIZE, run.nbytes - done)
+        done = 0
+        while done < run.nbytes:  # up to a multiple of the size: the kernel likes whole pages
+            size = min(most - (run.at + done) % most, run.nbytes - done)
             batch.append(Stretch(run.source, run.start + done, run.at + done, size))
-            if sum(r.nbytes for r in batch) >= JOB_SIZE:
+            done += size
+            if sum(r.nbytes for r in batch) >= most // 2:
                 yield _stream_job(target, batch)
                 batch = []
     if batch:
@@ -154,11 +159,11 @@ def _stream_job(target: StoredTensor, runs: list[Stretch]) -> Job:
 
 
 def _scatters(
-    source: StoredTensor, targets: Sequence[StoredTensor], copies: Sequence[Copy]
+    source: StoredTensor, targets: Sequence[StoredTensor], copies: Sequence[Copy], size: int
 ) -> Iterator[Job]:
     first = min(c.src_row for c in copies)
     last = max(c.src_row + c.rows for c in copies)
-    for top, bottom in steps(first, last, row_bytes(source), JOB_SIZE):
+    for top, bottom in steps(first, last, row_bytes(source), size):
         part = cut(copies, top, bottom, source=True)
         if part:
             yield _scatter_job(source, targets, part, top, bottom)
@@ -173,16 +178,15 @@ def _scatter_job(
         for begin, end in steps(top, bottom, line, BAND):
             band = read_compact(files, source, Region(begin, 0, end - begin, width), "band")
             for c in cut(copies, begin, end, source=True):
-                block = Window(band, (c.src_row - begin) * line + c.src_col * item, line)
+                block = Window(band, (c.src_row - begin) * line + c.src_col * item, line, "band")
                 target = targets[c.dst]
                 at = rect_offset(target, c.dst_row, c.dst_col)
                 write_pieces(files, target.path, at, block.pieces(c.rows, c.cols * item))
 
     nbytes = sum(c.rows * c.cols for c in copies) * ITEM_SIZE[source.dtype]
     writes = tuple(sorted({str(targets[c.dst].path) for c in copies}))
-    start = rect_offset(source, top, 0)
-    reads = (ByteRange(source.path, start, (bottom - top) * row_bytes(source)),)
-    return Job(writes, (str(source.path), start), nbytes, run, reads)
+    reads = rows_range(source, top, bottom - top)
+    return Job(writes, (str(source.path), reads[0].start), nbytes, run, reads)
 
 
 # -------------------------------------------------------------------------------------- gather
@@ -210,8 +214,10 @@ def _repeats(copies: Sequence[Copy]) -> frozenset[tuple[int, int]]:
     )
 
 
-def _gathers(origin: Origin, target: StoredTensor, copies: Sequence[Copy]) -> Iterator[Job]:
-    for top, bottom in steps(0, matrix(target.shape)[0], row_bytes(target), JOB_SIZE):
+def _gathers(
+    origin: Origin, target: StoredTensor, copies: Sequence[Copy], size: int
+) -> Iterator[Job]:
+    for top, bottom in steps(0, matrix(target.shape)[0], row_bytes(target), size):
         yield _gather_job(origin, target, cut(copies, top, bottom, source=False), top, bottom)
 
 
@@ -228,11 +234,7 @@ def _gather_job(
     size = TURNED_BAND if any(is_turned(origin.sources[c.src]) for c in copies) else BAND
     nbytes = (bottom - top) * row_bytes(target)
     path = str(target.path)
-    reads = tuple(
-        ByteRange(source.path, rect_offset(source, c.src_row, 0), c.rows * row_bytes(source))
-        for c in copies
-        if is_plain(source := origin.sources[c.src])
-    )
+    reads = tuple(r for c in copies for r in rows_range(origin.sources[c.src], c.src_row, c.rows))
     return Job((path,), (path, rect_offset(target, top, 0)), nbytes, run, reads)
 
 
@@ -252,7 +254,7 @@ def _gather(
         band[:] = bytes(len(band))  # the rest are fills; the buffer still holds another tensor
     for c in copies:
         region = Region(c.src_row, c.src_col, c.rows, c.cols)
-        window = Window(band, (c.dst_row - top) * line + c.dst_col * item, line)
+        window = Window(band, (c.dst_row - top) * line + c.dst_col * item, line, "band")
         source = origin.sources[c.src]
         if source.dtype == target.dtype:
             read_region(files, source, region, window)
@@ -309,13 +311,16 @@ def _dequantised(
     return dequantise(data, factors, scales.tensor.dtype, BlockNumbers(down, right), dtype)
 
 
-def _batches(origin: Origin, small: list[tuple[StoredTensor, list[Copy]]]) -> Iterator[Job]:
+def _batches(
+    origin: Origin, small: list[tuple[StoredTensor, list[Copy]]], most: int
+) -> Iterator[Job]:
     """Small targets of one file, put together into jobs that are worth starting."""
     small.sort(key=lambda item: (str(item[0].path), item[0].offset))
     batch: list[tuple[StoredTensor, list[Copy]]] = []
     size = 0
     for target, copies in small:
-        if batch and (size >= JOB_SIZE or batch[0][0].path != target.path):
+        full = size >= most or len(batch) == MOST_SMALL
+        if batch and (full or batch[0][0].path != target.path):
             yield _batch_job(origin, batch, size)
             batch, size = [], 0
         batch.append((target, copies))

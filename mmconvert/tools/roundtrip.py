@@ -20,7 +20,6 @@ from mmconvert.errors import LayoutError, MMConvertError, RequestError
 from mmconvert.events import Events
 from mmconvert.executor import compare
 from mmconvert.executor.digests import digests
-from mmconvert.executor.jobs import default_workers
 from mmconvert.formats.base import Described, Format, NoLayout, Opening, Placing, StoredCheckpoint
 from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.hf.side import hf_target
@@ -97,7 +96,7 @@ def roundtrip(
         _plan(source, original, kind, name, given, must=bool(layouts))
         for name, given in layouts or kind.samples(source.model)
     ]
-    workers = options.workers or default_workers()
+    workers = options.workers
     stored = source.side(as_hf=kind.as_hf(family, None)).stored
     before = digests(_straight(stored), stored, workers, events)
     outcomes: list[LayoutOutcome] = []

@@ -61,14 +61,13 @@ def run(words: list[str]) -> int:
     prog = "mm-convert doctor"
     asked = read_plain(Patient, words, prog, f"{text}\n\nexample:\n  {prog} MM_DIR --hf_dir HF_DIR")
     from mmconvert.errors import RequestError
-    from mmconvert.executor.jobs import default_workers
     from mmconvert.tools.doctor.asked import DoctorRequest
     from mmconvert.tools.doctor.examine import examine
 
     if asked.workers < 0:
         raise RequestError(f"--workers is {asked.workers}", "a number of threads, or 0")
     expected = DoctorRequest(
-        asked.hf_dir, asked.quick, asked.values, asked.workers or default_workers(),
+        asked.hf_dir, asked.quick, asked.values, asked.workers,
         asked.model_json,
     )  # fmt: skip
     with screen_events(quiet=asked.quiet) as events:

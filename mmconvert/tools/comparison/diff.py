@@ -16,7 +16,6 @@ from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.events import Events
 from mmconvert.executor.differences import place as place_of
 from mmconvert.executor.distance import NOTHING, Distance, distances, nbytes_of, pieces_of
-from mmconvert.executor.jobs import default_workers
 from mmconvert.formats.contents import colours
 from mmconvert.formats.model import idle_patterns
 from mmconvert.formats.reading import steady
@@ -66,9 +65,8 @@ def diff(a: Path, b: Path, options: Options | None = None, events: Events | None
     pieces = pieces_of(left.side, right.side, same)
     nbytes = nbytes_of(pieces, left.side.stored, right.side.stored)
     events.start("measuring", nbytes)
-    workers = options.workers or default_workers()
     stored = left.side.stored, right.side.stored
-    measured = distances(pieces, *stored, workers, events.advance)
+    measured = distances(pieces, *stored, options.workers, events.advance)
     places = _Places(left, right)
     tensors = [places.tensor(key, distance) for key, distance in measured.items()]
     found = Diff(

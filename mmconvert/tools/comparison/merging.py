@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmconvert.config import Options
 from mmconvert.executor import compare
-from mmconvert.executor.jobs import default_workers, load_numpy
+from mmconvert.executor.jobs import load_numpy
 from mmconvert.formats.adapters import open_adapter
 from mmconvert.plan.plan import Comparison, Key, Side, build
 from mmconvert.plan.products import ProductPlaces, merged, substituted
@@ -40,7 +40,6 @@ def unmerged(base: Path, model: Path, adapters: Sequence[Path], options: Options
     added = {copy.dst for copy in plan.products}
     key = Key("", -1)
     same = [Comparison(key, copy) for copy in plan.copies if copy.dst not in added]
-    workers = options.workers or default_workers()
-    found = compare.compare(same, plan.sources, stored, workers)
+    found = compare.compare(same, plan.sources, stored, options.workers)
     lines = [f"{d.b.name}: no adapter changes it, and it is not the base model's" for d in found]
     return lines + unlike(plan, stored)

@@ -10,7 +10,6 @@ from mmconvert.errors import DifferenceError
 from mmconvert.events import Events
 from mmconvert.executor import compare
 from mmconvert.executor.differences import TensorDifference
-from mmconvert.executor.jobs import default_workers
 from mmconvert.formats import manifest
 from mmconvert.formats.adapters import holds_adapter
 from mmconvert.formats.reading import steady
@@ -95,8 +94,7 @@ def verify(
     pairs = build_comparison(left, right)
     nbytes = compare.comparison_bytes(pairs.equal, left.stored)
     events.start("comparing", nbytes)
-    workers = options.workers or default_workers()
-    found = compare.compare(pairs.equal, left.stored, right.stored, workers, events.advance)
+    found = compare.compare(pairs.equal, left.stored, right.stored, options.workers, events.advance)
     found += compare.not_zero(pairs.zeros_a, left.stored)
     found += compare.not_zero(pairs.zeros_b, right.stored)
     return Verdict(len(left.wholes), nbytes, found)

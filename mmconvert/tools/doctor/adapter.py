@@ -8,7 +8,6 @@ from pathlib import Path
 from mmconvert.adapters import CONFIG, parse_key
 from mmconvert.errors import MMConvertError
 from mmconvert.events import Events
-from mmconvert.executor.jobs import default_workers
 from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.model import Model
 from mmconvert.formats.peft.folder import PEFTFolder, open_peft, untrained
@@ -44,7 +43,7 @@ def examine_adapter(
             "wrong-shape", what, f"give the adapter's own base model{_own(folder)}", path=path
         )
     _look_at_config(folder, report)
-    look_for_nan(folder.file.tensors, asked.workers or default_workers(), events, report)
+    look_for_nan(folder.file.tensors, asked.workers, events, report)
 
 
 def _own(folder: PEFTFolder) -> str:
