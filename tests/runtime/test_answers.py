@@ -35,8 +35,10 @@ from mmconvert.runtime.conversation import prompt
 from mmconvert.runtime.promptfile import read_prompts
 from mmconvert.runtime.samples import Sample
 from mmconvert.runtime.sampling import Chooser, Sampling, probabilities
+from nights import nightly
 
 END = talking.SPECIALS.index("<|im_end|>") + 256
+KINDS = ("qwen2_vl", "qwen3_vl_moe", "glm4v", "omni", "intern-qwen2")
 HOT = Sampling(temperature=1.0, top_p=0.95, seed=7)
 
 
@@ -86,7 +88,7 @@ def answered(mm: Path, hf: Path, asked: Sequence[Sample], how: How) -> list[Repl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl_moe", "glm4v", "omni", "intern-qwen2"])
+@pytest.mark.parametrize("kind", nightly(KINDS, but=("qwen2_vl", "qwen3_vl_moe")))
 def test_prompts_side_by_side_are_answered_as_each_alone(
     kind: str, work: Work, tmp_path: Path
 ) -> None:
