@@ -98,7 +98,7 @@ def moe_expert(
     src = _with_others(hf_side([found.module], dims, found.tensors, transposed=True), others)
     src = as_stored_in_hf(src, [module])
     expected = _expected(module, dims, found)
-    names = _Names(stacks, cfg.style, {name: t.name for name, t in tensors.items()})
+    names = _Names(stacks, cfg.style)
     dst = _with_others(hf_side([module], dims, expected), others)
     dst = hf_target(dst, in_dtype(src.wholes, run.cast))
     dst.targets = [
@@ -233,24 +233,14 @@ def _with_others(side: Side, others: Mapping[str, StoredTensor]) -> Side:
 
 
 class _Names:
-    """Names as they are written.
+    """Names as they are written: ``stacks`` in a ``style``."""
 
-    Attributes:
-        stacks, style: what is written.
-        given: the name in the source, by the full name.
-    """
-
-    def __init__(self, stacks: Stacks, style: str, given: Mapping[str, str]) -> None:
-        self.stacks, self.style, self.given = stacks, style, given
-        inner = stacks.inner
-        self.bare = bool(inner) and not any(name.startswith(inner) for name in given.values())
+    def __init__(self, stacks: Stacks, style: str) -> None:
+        self.stacks, self.style = stacks, style
 
     def written(self, name: str) -> str:
         """The name in the output for a full name."""
-        if self.style == "split":
-            return name
-        bare = self.style == "merge" or self.bare
-        return name.removeprefix(self.stacks.inner) if bare else name
+        return name.removeprefix(self.stacks.inner) if self.style == "merge" else name
 
     def notes(self, names: Iterable[str]) -> list[str]:
         """What is worth knowing of names that change."""
@@ -259,7 +249,7 @@ class _Names:
             return []
         return [
             f"names lose {inner} in front, as MindSpeed-MM's merged checkpoints have them; "
-            "--style split gives it back"
+            "every other style gives it back"
         ]
 
 

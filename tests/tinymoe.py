@@ -67,6 +67,30 @@ def glm45v(**more: Any) -> Any:
     return _made(Glm4vMoeForConditionalGeneration, config)
 
 
+def internvl_moe(**more: Any) -> Any:
+    """InternVL3.5 with experts, in transformers' own class."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen3MoeConfig
+
+    del more  # no sections of rotary positions
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision |= {"intermediate_size": 24, "image_size": [28, 28], "patch_size": [14, 14]}
+    text = Qwen3MoeConfig(**TEXT, num_experts=8)
+    config = InternVLConfig(vision_config=vision, text_config=text, tie_word_embeddings=False)
+    return _made(InternVLForConditionalGeneration, config)
+
+
+def _thinker(more: dict[str, Any]) -> dict[str, Any]:
+    """The parts of Qwen3-Omni's thinker."""
+    audio = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 4}
+    audio |= {"encoder_ffn_dim": 16, "output_dim": 32, "downsample_hidden_size": 8}
+    vision = {**VISION, "intermediate_size": 24, "deepstack_visual_indexes": [0, 2]}
+    return {
+        "text_config": {**TEXT, "rope_parameters": ROPE, "num_experts": 8, **more},
+        "vision_config": {**vision, "num_position_embeddings": 16},
+        "audio_config": audio,
+    }
+
+
 def omni3_thinker(**more: Any) -> Any:
     """The thinker of Qwen3-Omni."""
     from transformers import (
@@ -74,15 +98,24 @@ def omni3_thinker(**more: Any) -> Any:
         Qwen3OmniMoeThinkerForConditionalGeneration,
     )
 
-    audio = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 4}
-    audio |= {"encoder_ffn_dim": 16, "output_dim": 32, "downsample_hidden_size": 8}
-    vision = {**VISION, "intermediate_size": 24, "deepstack_visual_indexes": [0, 2]}
-    config = Qwen3OmniMoeThinkerConfig(
-        text_config={**TEXT, "rope_parameters": ROPE, "num_experts": 8, **more},
-        vision_config={**vision, "num_position_embeddings": 16},
-        audio_config=audio,
-    )
+    config = Qwen3OmniMoeThinkerConfig(**_thinker(more))
     return _made(Qwen3OmniMoeThinkerForConditionalGeneration, config)
+
+
+def omni3(**more: Any) -> Any:
+    """Qwen3-Omni with its speech parts, whose talker has experts too."""
+    from transformers import Qwen3OmniMoeConfig, Qwen3OmniMoeForConditionalGeneration
+
+    text = {**TEXT, "rope_parameters": ROPE, "num_experts": 4, **more}
+    text |= {"shared_expert_intermediate_size": 24}
+    code = {**TEXT, "num_code_groups": 2, "num_hidden_layers": 1}
+    wav = {**TEXT, "num_hidden_layers": 1, "decoder_dim": 32, "codebook_size": 16}
+    talker = {"text_config": text, "code_predictor_config": code, "thinker_hidden_size": 32}
+    talker |= {"num_code_groups": 2, "accept_hidden_layer": 1, "spatial_merge_size": 2}
+    config = Qwen3OmniMoeConfig(
+        thinker_config=_thinker(more), talker_config=talker, code2wav_config=wav
+    )
+    return _made(Qwen3OmniMoeForConditionalGeneration, config)
 
 
 def _made(model_class: Any, config: Any) -> Any:

@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mmconvert.converters.blocks import T, embedding, norms, text_dims, text_tail, vision_dims
+from mmconvert.converters.blocks import (
+    T,
+    embedding,
+    norms,
+    qkv_rows,
+    text_dims,
+    text_tail,
+    vision_dims,
+)
 from mmconvert.converters.configs import (
     Dims,
     LayerLists,
@@ -27,17 +35,17 @@ L, V = "language.model.layers.{}", "image_encoder.encoder.blocks.{}"
 BOTH = ("weight", "bias")
 DENSE, EXPERTS = "llm.dense_layers", "llm.expert_layers"
 
-# Traits: q goes through a low-rank matrix too; the router has a correction bias; how tiles are
-# told apart.
-Q_LORA, BIAS, ONE_D = "q_lora", "correction_bias", "tile_tag_1D"
+# Traits: q goes through a low-rank matrix too; no latent attention, but q, k and v (VL2-Tiny); the
+# router has a correction bias; how tiles are told apart.
+Q_LORA, PLAIN, BIAS, ONE_D = "q_lora", "plain_attention", "correction_bias", "tile_tag_1D"
+CORRECTION_BIAS = ".mlp.gate.e_score_correction_bias"
 MLA = {
     "llm.kv_lora": ("kv_lora_rank",),
     "llm.nope": ("qk_nope_head_dim",),
     "llm.rope": ("qk_rope_head_dim",),
     "llm.v_dim": ("v_head_dim",),
-    "llm.experts": ("n_routed_experts",),
-    "llm.expert_ffn": ("moe_intermediate_size",),
 }
+MOE = {"llm.experts": ("n_routed_experts",), "llm.expert_ffn": ("moe_intermediate_size",)}
 
 ACTIVE = {"llm.active_experts": ("num_experts_per_tok",)}
 
@@ -51,24 +59,29 @@ def traits(config: Mapping[str, object]) -> frozenset[str]:
     """What the text decoder has, from config.json.
 
     Raises:
-        CheckpointError: a text decoder without MLA (VL2-Tiny), or an unknown tile_tag.
+        CheckpointError: an unknown tile_tag.
     """
     text = text_config(config)
-    if text.get("kv_lora_rank") is None or text.get("use_mla") is False:
-        raise CheckpointError(
-            "config.json: language_config has no kv_lora_rank: a text decoder without MLA, as that "
-            "of DeepSeek-VL2-Tiny",
-            "DeepSeek-VL2 or DeepSeek-VL2-Small",
-        )
+    plain = text.get("kv_lora_rank") is None or text.get("use_mla") is False
     tag = config.get("tile_tag", "2D")
     if tag not in ("1D", "2D"):
         raise CheckpointError(f"config.json: tile_tag is {tag!r}", "1D or 2D")
     found = {
-        Q_LORA: text.get("q_lora_rank") is not None,
+        PLAIN: plain,
+        Q_LORA: not plain and text.get("q_lora_rank") is not None,
         BIAS: text.get("topk_method") == "noaux_tc",
         ONE_D: tag == "1D",
     }
     return frozenset(name for name, there in found.items() if there)
+
+
+def shape_traits(
+    config: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]
+) -> frozenset[str]:
+    """The correction bias, where config.json does not tell of it."""
+    del config
+    there = any(name.endswith(CORRECTION_BIAS) for name in shapes)
+    return frozenset({BIAS}) if there else frozenset()
 
 
 def dims(config: Mapping[str, object]) -> Dims:
@@ -85,15 +98,17 @@ def dims(config: Mapping[str, object]) -> Dims:
     text = text_config(config)
     where = "language_config"
     found |= text_dims(text, where)
-    keys = {**MLA, **ACTIVE, "llm.shared": ("n_shared_experts",), "llm.q_lora": ("q_lora_rank",)}
-    found |= read_dims(text, where, keys)
-    need(found, where, MLA)
-    count, nope, v = found["llm.heads"], found["llm.nope"], found["llm.v_dim"]
-    found["llm.kv_a"] = found["llm.kv_lora"] + found["llm.rope"]
-    found["llm.mla_q"] = count * (nope + found["llm.rope"])
-    found["llm.kv_b"] = count * (nope + v)
-    found["llm.attention"] = count * v
+    found |= read_dims(text, where, {**MOE, **ACTIVE, "llm.shared": ("n_shared_experts",)})
+    need(found, where, MOE)
     found["llm.shared_ffn"] = found.get("llm.shared", 1) * found["llm.expert_ffn"]
+    if PLAIN not in traits(config):
+        found |= read_dims(text, where, {**MLA, "llm.q_lora": ("q_lora_rank",)})
+        need(found, where, MLA)
+        count, nope, v = found["llm.heads"], found["llm.nope"], found["llm.v_dim"]
+        found["llm.kv_a"] = found["llm.kv_lora"] + found["llm.rope"]
+        found["llm.mla_q"] = count * (nope + found["llm.rope"])
+        found["llm.kv_b"] = count * (nope + v)
+        found["llm.attention"] = count * v
     return found
 
 
@@ -146,8 +161,19 @@ def vision(variant: Variant) -> Module:
 
 
 def attention(variant: Variant) -> tuple[Row, ...]:
-    """Multi-head latent attention; its first linear is whole on every rank."""
+    """Multi-head latent attention; its first linear is whole on every rank. VL2-Tiny has the
+    attention of a Llama, which Megatron's SelfAttention reads.
+    """
     mm, hf, w = f"{T}.self_attention", f"{L}.self_attn", "llm.hidden"
+    if PLAIN in variant.traits:
+        output = row(
+            f"{mm}.linear_proj.weight",
+            f"{hf}.o_proj.weight",
+            rows=w,
+            cols="llm.q",
+            shard=head_columns("llm.query_groups"),
+        )
+        return (*qkv_rows(mm, hf, variant, bias=False), output)
     low = Q_LORA in variant.traits
     q, size = ("q_a_proj", "llm.q_lora") if low else ("q_proj", "llm.mla_q")
     by_rank = (
@@ -238,11 +264,12 @@ FAMILY = Family(
     modules=modules,
     text_config=text_config,
     traits=traits,
+    shape_traits=shape_traits,
     lists=lists,
     variants=tuple(
         Variant(traits=frozenset({*bias, *lora, *tag}))
         for bias in ((BIAS,), ())
-        for lora in ((), (Q_LORA,))
+        for lora in ((), (Q_LORA,), (PLAIN,))
         for tag in ((), (ONE_D,))
     ),
     canonical=False,

@@ -143,13 +143,14 @@ def stacks_of(config: Mapping[str, object]) -> Stacks:
             f"config.json is of model_type {kind!r}",
             f"a model with experts: one of {', '.join(MODELS)}",
         )
-    if kind == "internvl_chat":
-        named = found.text(config).get("architectures")
-        if not is_array(named) or named[:1] != ["Qwen3MoeForCausalLM"]:
+    if kind in INTERNVL:
+        key, expected = INTERNVL[kind]
+        named = found.text(config).get(key)
+        if (named[:1] if is_array(named) else named) != expected:
             raise CheckpointError(
-                f"config.json: llm_config.architectures is {named!r}: a text decoder without "
+                f"config.json: {found.sections[0]}.{key} is {named!r}: a text decoder without "
                 "experts, or with experts of another kind",
-                "Qwen3MoeForCausalLM, as in InternVL3.5-30B-A3B and 241B-A28B",
+                f"{expected!r}, as in InternVL3.5-30B-A3B and 241B-A28B",
             )
     return found
 
@@ -161,9 +162,15 @@ OMNI = Stacks(
     inner="thinker.",
     beside=("talker.", "code2wav."),
 )
+# What names the text decoder of an InternVL that has experts, by model_type.
+INTERNVL: dict[object, tuple[str, object]] = {
+    "internvl_chat": ("architectures", ["Qwen3MoeForCausalLM"]),
+    "internvl": ("model_type", "qwen3_moe"),
+}
 # By model_type of config.json.
 MODELS = {
     "internvl_chat": Stacks(("llm_config",), "language_model.model.layers.{}.mlp.experts"),
+    "internvl": Stacks(("text_config",), "language_model.model.layers.{}.mlp.experts"),
     "glm4v_moe": Stacks(
         ("text_config",),
         "model.language_model.layers.{}.mlp.experts",

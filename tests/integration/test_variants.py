@@ -38,7 +38,7 @@ def deepseek(
     config["language_config"] |= {"num_hidden_layers": LAYERS}
     config["vision_config"] |= {"layers": 2}
     for key, value in change.items():
-        place = config["language_config"] if key in ("q_lora_rank", "kv_lora_rank") else config
+        place = config if key in config else config["language_config"]
         place[key] = value
     (out / "config.json").write_text(json.dumps(config))
     save_file({**kept, **tensors}, out / "model.safetensors", metadata={"format": "pt"})
@@ -113,10 +113,58 @@ def test_marks_that_config_does_not_tell_are_refused(tmp_path: Path) -> None:
     assert "tile_indicators" in said
 
 
-def test_tiny_is_refused_with_the_reason(tmp_path: Path) -> None:
-    hf = deepseek(tmp_path, {"kv_lora_rank": None}, {}, ())
-    said = call("DeepSeekVLConverter", "hf_to_mm", HF, hf, MM, tmp_path / "mm", check=3).stderr
-    assert "DeepSeek-VL2-Tiny" in said
+def made(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).bfloat16()
+
+
+def test_tiny_has_the_attention_of_a_llama(tmp_path: Path) -> None:
+    """q, k and v per head, divided by heads."""
+    torch.manual_seed(2)
+    square = (HIDDEN, HIDDEN)
+    tensors = {
+        f"{L}{i}.self_attn.{x}_proj.weight": made(*square) for i in range(LAYERS) for x in "qkvo"
+    }
+    gone = tuple(f"self_attn.kv_{x}.weight" for x in ("a_proj_with_mqa", "a_layernorm", "b_proj"))
+    nothing = {"qk_nope_head_dim": 0, "qk_rope_head_dim": 0, "v_head_dim": 0}
+    change = {"kv_lora_rank": None, "use_mla": False, **nothing}
+    hf = deepseek(tmp_path, change, tensors, gone)
+    held = there_and_back(hf, tmp_path)
+    whole = load_file(hf / "model.safetensors")
+    of, mm = f"{L}2.self_attn.", "text_decoder.decoder.layers.1.self_attention."
+    parts = [whole[f"{of}{x}_proj.weight"].chunk(HEADS) for x in "qkv"]
+    rows = torch.cat([part[head] for head in (2, 3) for part in parts])
+    assert torch.equal(held[f"{mm}linear_qkv.weight"], rows)
+    assert torch.equal(held[f"{mm}linear_proj.weight"], whole[f"{of}o_proj.weight"].chunk(2, 1)[1])
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_correction_bias_that_config_does_not_tell_of(there: bool, tmp_path: Path) -> None:
+    gone = () if there else ("e_score_correction_bias",)
+    hf = deepseek(tmp_path, {"topk_method": "greedy"}, {}, gone)
+    held = there_and_back(hf, tmp_path)
+    assert ("text_decoder.decoder.layers.1.mlp.router.expert_bias" in held) is there
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_text_decoder_that_transformers_saves(lora: int | None, tmp_path: Path) -> None:
+    """DeepSeek-V2's own class: names and shapes; VL2's differ by a prefix."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    base = deepseek(tmp_path, {"q_lora_rank": lora}, {}, ("e_score_correction_bias",))
+    config = json.loads((base / "config.json").read_text())
+    language = config["language_config"] | {"topk_method": "greedy", "scoring_func": "softmax"}
+    names = DeepseekV2Config().to_dict().keys() - {"architectures", "model_type", "head_dim"}
+    text = {key: value for key, value in language.items() if key in names}
+    torch.manual_seed(3)
+    model = DeepseekV2ForCausalLM(DeepseekV2Config(**text)).bfloat16()
+    model.save_pretrained(tmp_path / "text")
+    saved = load_file(tmp_path / "text" / "model.safetensors")
+    others = load_file(base / "model.safetensors").items()
+    kept = {name: t for name, t in others if not name.startswith("language.")}
+    whole = {**kept, **{f"language.{name}": t for name, t in saved.items()}}
+    save_file(whole, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text(json.dumps(config | {"language_config": language}))
+    there_and_back(base, tmp_path)
 
 
 def test_both_forms_of_glms_config_are_one_model(tmp_path: Path) -> None:

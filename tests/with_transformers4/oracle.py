@@ -24,7 +24,7 @@ def save(kind: str, folder: str, tied: bool, size: str) -> dict[str, Any]:
     """A model of `kind`, by its own class."""
     if kind in tinymodels.CONVERTERS:
         model = tinymodels.tiny_model(kind, tied=tied, rope_scaling=MROPE)
-    elif kind.startswith("intern"):
+    elif kind.startswith("intern-"):
         model = tinyfamilies.native_intern(kind, tied=tied)
     else:
         model = getattr(tinymoe, kind)(rope_scaling={**tinymoe.ROPE})

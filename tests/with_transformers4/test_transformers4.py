@@ -96,7 +96,9 @@ def test_there_and_back(kind: str, tied: bool, ask: Ask, tmp_path: Path) -> None
     assert compare_mm(tmp_path / "mm1", other) == []
 
 
-@pytest.mark.parametrize("kind", ["qwen3_vl_moe", "glm45v", "omni3_thinker"])
+@pytest.mark.parametrize(
+    "kind", ["qwen3_vl_moe", "glm45v", "internvl_moe", "omni3", "omni3_thinker"]
+)
 def test_experts_in_every_form_that_it_loads(kind: str, ask: Ask, tmp_path: Path) -> None:
     """Version 5's stacks made version 4's; experts merged and split again."""
     hf, one, two = (tmp_path / name for name in ("hf", "one", "two"))
