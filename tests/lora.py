@@ -21,6 +21,8 @@ LINEAR = re.compile(
     r"|wqkv|wo|w1|w2|w3|mlp\.[0-9]|kv_a_proj_with_mqa|kv_b_proj|linear_fc1|linear_fc2)\.weight$"
 )
 
+STACK = re.compile(r"\.experts\.(gate_up_proj|down_proj)$")
+
 
 def randomised(model: Any, seed: int = 3) -> Any:
     """A PEFT model whose A and B are random: B is zero before training."""
@@ -64,6 +66,8 @@ def matrices(
     found: Tensors = {}
     inputs: dict[str, torch.Tensor] = {}
     for name, tensor in weights(hf).items():
+        if STACK.search(name) and re.search(only, name):
+            found |= _stacked(name, tensor, r, generator)
         if tensor.ndim != 2 or not LINEAR.search(name) or not re.search(only, name):
             continue
         path = name.removesuffix(".weight")
@@ -76,6 +80,17 @@ def matrices(
         found[f"{new}.lora_B.weight"] = (torch.randn(rows, r, generator=generator) * 0.3).to(dtype)
     assert found
     return found
+
+
+def _stacked(name: str, tensor: torch.Tensor, r: int, generator: torch.Generator) -> Tensors:
+    """A and B of a stack of experts as the hub has it, inputs first, in the form of PEFT."""
+    count, inputs, outputs = tensor.shape
+    module, _, leaf = name.rpartition(".")
+    depth = ".base_layer" if leaf == "gate_up_proj" else ""
+    stem = f"base_model.model.{module}{depth}.lora"
+    a = torch.randn(r * count, inputs, generator=generator) * 0.3
+    b = torch.randn(outputs, r * count, generator=generator) * 0.3
+    return {f"{stem}_A.weight": a, f"{stem}_B.weight": b}
 
 
 def weights(hf: Path) -> Tensors:
@@ -91,14 +106,17 @@ def adapter(folder: Path) -> Tensors:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def products(tensors: Tensors, scale: float) -> Tensors:
-    """``scale * B @ A`` of every module, in float64."""
+def products(tensors: Tensors, scale: float, r: int = 4) -> Tensors:
+    """``scale * B @ A`` of every module, in float64; of stacked experts, one below the other."""
     found: Tensors = {}
     for name, a in tensors.items():
         if name.endswith(".lora_A.weight"):
             module = name.removesuffix(".lora_A.weight")
             b = tensors[f"{module}.lora_B.weight"]
-            found[module] = scale * (b.double() @ a.double())
+            count = a.shape[0] // r
+            each = b.reshape(b.shape[0], r, count).permute(2, 0, 1)
+            one = a.reshape(count, r, -1)
+            found[module] = scale * (each.double() @ one.double()).flatten(0, 1)
     return found
 
 

@@ -21,6 +21,7 @@ from mmconvert.formats.faults import STRICT
 from mmconvert.formats.mm.chart import Chart
 from mmconvert.formats.mm.detect import assert_layout, check_layers, count_experts, detect_layout
 from mmconvert.formats.mm.folder import MMCheckpoint
+from mmconvert.formats.mm.idle import noted_grids, with_idle_layers
 from mmconvert.formats.mm.names import check_layers_of
 from mmconvert.formats.mm.source import Parts, claim_mm
 from mmconvert.formats.model import AdapterModel, Model, Notes
@@ -65,9 +66,11 @@ def mm_adapter(
     present = {r.mm for m in table for r in m.all_rows()}
     known = {hit[0][1].mm for name in weights if (hit := mm_index(table).find(name))}
     base = restricted(table, dict.fromkeys(present & known, (NO_LAYER,)))
-    layout = _layout(derived(base), checkpoint, dims, content, given)
+    told = (given.grids(), noted_grids(content or {}))
+    layout = _layout(derived(base), checkpoint, dims, told=any(told))
     keys = set(layout.grids)
-    grids = {key: grid for key, grid in given.grids().items() if key in keys}
+    grids = {key: grid for key, grid in told[0].items() if key in keys}
+    layout = with_idle_layers(layout, told, dims, prefix)
     sizes = {key: size for key, size in given.tp(family.decoder).items() if key in keys}
     assert_layout(layout, grids, sizes, prefix)
     check_layers(layout, dims, checkpoint.folder)
@@ -141,17 +144,17 @@ def _check_known(
 
 
 def _layout(
-    modules: tuple[Module, ...],
-    checkpoint: MMCheckpoint,
-    dims: Dims,
-    content: Mapping[str, object] | None,
-    given: ParallelConfig,
+    modules: tuple[Module, ...], checkpoint: MMCheckpoint, dims: Dims, *, told: bool
 ) -> Layout:
-    """The layout of an adapter, by its names and shapes."""
-    del content, given
+    """The layout of an adapter, by its names and shapes.
+
+    Args:
+        told: something else says how many layers each stage has, so that some may be idle.
+    """
     chart = Chart(checkpoint, modules)
-    for stage in chart.stages():
-        check_layers_of(chart, stage, STRICT)
+    if not told and len(chart.stages()) > 1:
+        for stage in chart.stages():
+            check_layers_of(chart, stage, STRICT)
     return detect_layout(chart, dims, same_bytes)
 
 
