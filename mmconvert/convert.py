@@ -117,9 +117,8 @@ def convert(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = Conversion(
-        asked.command, asked.cfg or asked, _with_dtype(options or Options(), asked), events
-    )
+    how = _with_dtype(options or Options(), asked)
+    run = Conversion(asked.command, asked.cfg or asked, asked.target.path, how, events)
     reader, writer = load(asked.source.format), load(asked.target.format)
     _check_formats(family, run.options, reader, writer)
     check_apart(asked.target.path, _inputs(asked, writer))

@@ -80,7 +80,7 @@ def moe_expert(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = Conversion("moe_expert", cfg, options, events)
+    run = Conversion("moe_expert", cfg, cfg.save_dir, options, events)
     check_apart(cfg.save_dir, [cfg.hf_dir])
     checkpoint = open_hf(cfg.hf_dir)
     stacks = stacks_of(checkpoint.config)

@@ -38,7 +38,7 @@ def rename_lora(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = Conversion("rename_lora", cfg, options, events)
+    run = Conversion("rename_lora", cfg, cfg.save_dir, options, events)
     check_apart(cfg.save_dir, [cfg.lora_dir])
     file, config = read_file(cfg.lora_dir)
     family = family_by_hf_names([tensor.name for tensor in file.tensors])

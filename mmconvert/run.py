@@ -38,24 +38,31 @@ class Conversion:
     """
 
     def __init__(
-        self, command: str, cfg: object, options: Options | None, events: Events | None
+        self,
+        command: str,
+        cfg: object,
+        target: Path,
+        options: Options | None,
+        events: Events | None,
     ) -> None:
-        """Begins a conversion.
+        """Begins a conversion; with other processes, if it has any.
 
         Raises:
-            RequestError: options that make no sense; or the processes of the run want different
-                things.
+            RequestError: options that make no sense; or the processes of the run have not all come,
+                or want different things.
         """
         self.command = command
         self.options = options or Options()
         if self.options.workers < 0:
             raise RequestError(f"--workers is {self.options.workers}", "a number of threads, or 0")
-        self.events = events or Events()
         self.workers = self.options.workers
         self.cast = DTYPES.get(self.options.dtype, "")
         if self.options.max_shard_size:
             parse_size(self.options.max_shard_size)  # before anything is read
-        self.group = group.current()
+        events = events or Events()
+        self.group = group.join(target, self.options.ranks, self.options.ranks_timeout, events.note)
+        # The first process speaks for all; the others only of their faults.
+        self.events = events if self.group.leads else Events()
         self.watch = reading.current()
         self.began = time.monotonic()
         self.group.agree(agreement.of_request(command, cfg, self.options))

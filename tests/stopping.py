@@ -3,8 +3,8 @@
 As a program, ``python stopping.py SIGNAL PLACE COUNT WORD ...`` runs ``mm-convert WORD ...`` and
 sends itself SIGNAL when COUNT jobs are noted in the journal: with the PLACE ``after`` right then,
 with ``before`` when the next job is done but not noted. SIGNAL 0 is no signal: from then on the
-process may write to no file, as on a full disk. Torchrun may start the program too; then only the
-process of rank $STOP_RANK, or 0, stops.
+process may write no large file, as on a full disk. Of several processes only the one of rank
+$STOP_RANK, or 0, stops.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> int:
 
     def stop() -> None:
         if not number:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, resource.RLIM_INFINITY))
             return
         os.kill(os.getpid(), number)
         time.sleep(1)  # the main thread now ends the run; this thread must not run ahead of it

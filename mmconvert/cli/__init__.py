@@ -6,7 +6,6 @@ that help is fast.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,7 @@ from difflib import get_close_matches
 
 from mmconvert.cli import commands, ending, screen
 from mmconvert.errors import MMConvertError, RequestError
-from mmconvert.executor import group
+from mmconvert.executor import group, ranks
 from mmconvert.version import VERSION
 
 
@@ -27,18 +26,30 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, ending.terminated)
     screen.prepare()
-    own = bool(words) and _of_script(words)[0] in commands.RUNTIME  # its processes are its own
-    if own or not (launched and group.TORCHRUN in os.environ):
-        return _guarded(words)
     try:
-        processes = group.join()
-    except MMConvertError as error:
+        group.expect(_ranks(words, launched=launched))
+        return _guarded(words)
+    except MMConvertError as error:  # of a launcher's variables
         return ending.fail(error, words)
-    if not processes.leads:  # the first process speaks for all; the others only of their faults
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until this process ends
-    code = _guarded(words)
-    processes.leave()
-    return code
+    finally:
+        group.leave()
+
+
+def _ranks(words: Sequence[str], *, launched: bool) -> ranks.Ranks:
+    """Which of several processes this one is, as far as a launcher's variables tell."""
+    tool = _of_script(words)[0] if words else "--help"
+    if tool in commands.RUNTIME:
+        return ranks.ALONE
+    found = ranks.of_environment(launched=launched)
+    if tool not in commands.TOOLS or tool in commands.CONVERTING:
+        return found
+    if found.size > 1 and found.certain:
+        raise RequestError(
+            f"mm-convert {tool} runs in one process",
+            "torchrun with a conversion only",
+            "run it without torchrun",
+        )
+    return ranks.ALONE
 
 
 def _guarded(words: list[str]) -> int:
@@ -156,12 +167,6 @@ def _formats_of(verb: str) -> tuple[str, str] | None:
 def _tool(name: str, words: list[str]) -> int:
     from importlib import import_module
 
-    if group.current().size > 1:
-        raise RequestError(
-            f"mm-convert {name} runs in one process",
-            "torchrun with a conversion only",
-            "run it without torchrun",
-        )
     return import_module(f"mmconvert.cli.tools.{name}").run(words)
 
 

@@ -38,6 +38,14 @@ SCRIPTS = {
     "merge_lora_safetensors_to_base": ["merge_lora_safetensors_to_base"],
     "llava_instruct_2_mllm_demo_format": ["data", "llava-to-mllm"],
 }
+# Tools that write one checkpoint, which several processes can share.
+CONVERTING = (
+    "convert_weight",
+    "moe_expert",
+    "rename_lora",
+    "merge_base_lora_weight",
+    "merge_lora_safetensors_to_base",
+)
 # These bring torch's process groups themselves, one process for each rank of the checkpoint.
 RUNTIME = ("validate", "generate", "finetune", "predict", "run_qwenvl")
 # Verb -> class of its flags, by its module in ``config``; what the verb does; an example. The

@@ -14,6 +14,7 @@ from mmconvert.cli.commands import AUTO, MS_VERBS, VERBS, verbs_of
 from mmconvert.cli.screen import print_lines, screen_events
 from mmconvert.cli.spelling import normalise
 from mmconvert.config import OptionalHFConfig
+from mmconvert.executor import group
 from mmconvert.names import number
 from mmconvert.words import amount
 
@@ -101,7 +102,6 @@ def run(converter: str, module: str, verb: str, command: Command) -> None:
 
 def _run(converter: str, verb: str, command: Command, conversion: Conversion) -> None:
     from mmconvert import converters
-    from mmconvert.executor import group
 
     if converter != AUTO:
         family = converters.load(converter)
@@ -109,7 +109,7 @@ def _run(converter: str, verb: str, command: Command, conversion: Conversion) ->
         from mmconvert.formats.recognise import family_of
 
         family = family_of(*_inputs(verb, command.cfg), naming="mm" if _lora(verb) else "")
-    with screen_events(quiet=command.screen.quiet or not group.current().leads) as events:
+    with screen_events(quiet=command.screen.quiet) as events:
         result = conversion(family, command.cfg, command.options, events)
     show(verb, result, command.screen)
 
@@ -119,7 +119,9 @@ def _lora(verb: str) -> bool:
 
 
 def show(verb: str, result: Result, screen: Screen) -> None:
-    """Shows what came of a conversion."""
+    """Shows what came of a conversion; of several processes the first one does."""
+    if not group.current().leads:
+        return
     if screen.json:
         print(json.dumps(result.as_dict()))
     elif not screen.quiet:

@@ -20,6 +20,7 @@ from mmconvert.errors import (
     OutputError,
     RequestError,
 )
+from mmconvert.executor import group
 from mmconvert.words import one_line
 
 INTERRUPTED = 130
@@ -51,7 +52,7 @@ def interrupted(stop: KeyboardInterrupt, words: Sequence[str]) -> int:
     """Says that the command was interrupted, and how to go on."""
     heed_no_more()
     what, fix = (stop.what, stop.fix) if isinstance(stop, Interrupted) else ("interrupted", "")
-    if asked(words, "--json"):
+    if asked(words, "--json") and group.current().leads:
         told = {
             "error": "Interrupted",
             "what": what,
@@ -82,7 +83,7 @@ def fail(error: MMConvertError, words: Sequence[str]) -> int:
     error.fix = error.fix or _way_out(error, words)
     if asked(words, "--debug"):
         traceback.print_exc()
-    if asked(words, "--json"):
+    if asked(words, "--json") and group.current().leads:
         print(json.dumps(error.as_dict()))
     # Names in messages come from files. A terminal must not obey what is in them.
     first, *rest = map(one_line, error.lines())

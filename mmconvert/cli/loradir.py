@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mmconvert.config import MaybePath, OptionalHFConfig, Options
 from mmconvert.errors import RequestError
-from mmconvert.executor.group import TORCHRUN
+from mmconvert.executor.ranks import TORCHRUN
 
 if TYPE_CHECKING:
     from mmconvert.runtime.lora import LoraFolders

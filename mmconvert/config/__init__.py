@@ -178,6 +178,11 @@ class Options:
     power may then leave zeros in a checkpoint that is finished."""
     workers: int = 0
     """Number of threads; 0 takes one for each core."""
+    ranks: str = ""
+    """This is process I of N that write the output together: I/N, from 0/4 to 3/4. Not given: as
+    mpirun or Slurm has started it, else alone."""
+    ranks_timeout: int = 600
+    """Seconds to wait for the other processes at the start."""
     drop: Patterns = NO_PATTERNS
     """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
     dtype: DType = "keep"

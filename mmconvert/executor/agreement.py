@@ -15,7 +15,7 @@ from mmconvert.narrow import is_object
 from mmconvert.plan.plan import Plan
 from mmconvert.version import VERSION
 
-OWN = {"workers"}  # options that each process may have for itself
+OWN = {"workers", "ranks", "ranks_timeout"}  # options that each process may have for itself
 
 
 def of_request(command: str, cfg: Any, options: Any) -> dict[str, str]:  # noqa: ANN401 - dataclasses

@@ -1,24 +1,24 @@
-"""Several processes on one conversion, started by torch's launcher:
+"""Several processes on one conversion:
 
-    torchrun --nproc-per-node 4 -m mmconvert CONVERTER VERB ...
+    mm-convert CONVERTER VERB ... --ranks 0/4 & mm-convert CONVERTER VERB ... --ranks 1/4 & ...
 
-Every process makes the same plan; the first one creates the files and gives them their final
-name, all of them share the bytes, and all of them fail if one does. The processes may run on
-several machines that see the same folders.
+or started by torchrun, mpirun or Slurm. Every process makes the same plan; the first one creates
+the files and gives them their final name, all of them share the bytes, and all of them fail if one
+does. The processes may run on several machines that see the same folders.
 """
 
 from __future__ import annotations
 
-import os
+import atexit
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mmconvert import errors
-from mmconvert.errors import LostProcessError, MMConvertError, RequestError, disagreement
+from mmconvert.errors import MMConvertError, disagreement
+from mmconvert.executor.ranks import ALONE, Ranks, of_flag
 
 T = TypeVar("T")
-TORCHRUN = "TORCHELASTIC_RUN_ID"  # set by torchrun for every process that it starts
 
 
 class ProcessGroup:
@@ -56,9 +56,11 @@ class ProcessGroup:
             result = work()
         except Exception as error:  # whatever it is, the others must not wait for ever
             failure = error
-        answers = self.gather(_told(failure) or (None, result))
-        if failure is not None:
-            raise failure
+        try:
+            answers = self.gather(_told(failure) or (None, result))
+        finally:
+            if failure is not None:  # it matters more than what the others say, or that they left
+                raise failure
         for rank, (said, _) in enumerate(answers):
             if said is not None:
                 raise _rebuilt(said, rank)
@@ -95,55 +97,8 @@ class ProcessGroup:
         return mine
 
 
-class Launched(ProcessGroup):
-    """The processes that torchrun has started."""
-
-    def __init__(self) -> None:
-        # No accelerator is used, and torch_npu must not stop a run on a machine without drivers.
-        os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-        try:
-            from datetime import timedelta
-
-            import torch.distributed as dist
-        except ImportError as error:
-            raise RequestError(
-                f"torchrun has started this process, but torch cannot be imported: {error}",
-                "torch, which carries the messages between the processes",
-                "pip install 'mmconvert[runtime]', or run mm-convert without torchrun",
-            ) from None
-        self._dist: Any = dist  # its functions for objects have no types
-        try:
-            # Processes may finish days apart; one that dies is noticed at once all the same.
-            dist.init_process_group("gloo", timeout=timedelta(days=7))
-        except (RuntimeError, ValueError) as error:
-            raise _lost(error) from None
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-
-    def leave(self) -> None:
-        """Ends the connection, so that torch does not complain that nobody did."""
-        with suppress(RuntimeError):
-            self._dist.destroy_process_group()
-
-    def gather(self, value: T) -> list[T]:
-        """The values of all processes; they are pickled, and only these processes listen."""
-        found: list[Any] = [None] * self.size
-        try:
-            self._dist.all_gather_object(found, value)
-        except RuntimeError as error:
-            raise _lost(error) from None
-        return found
-
-
 def _nothing() -> Any:  # noqa: ANN401 - stands for any work
     return None
-
-
-def _lost(error: Exception) -> LostProcessError:
-    return LostProcessError(
-        f"the processes of this run have lost each other: {' '.join(str(error).split())[:200]}",
-        "all of them, until the end",
-        "see what the others printed; the same command goes on where it stopped",
-    )
 
 
 def _told(error: BaseException | None) -> tuple[tuple[str, str, str, str], None] | None:
@@ -163,6 +118,7 @@ def _rebuilt(said: tuple[str, str, str, str], rank: int) -> MMConvertError:
 
 
 _current = ProcessGroup()
+_expected = ALONE
 
 
 def current() -> ProcessGroup:
@@ -170,16 +126,42 @@ def current() -> ProcessGroup:
     return _current
 
 
-def join() -> ProcessGroup:
-    """Joins the processes of torchrun, if it has started this one.
+def expect(ranks: Ranks) -> None:
+    """Says which processes the conversions of this command have, where ``--ranks`` says nothing."""
+    global _expected
+    _expected = ranks
 
-    Only ``python -m mmconvert`` asks: the command mm-convert may well be called by a program that
-    torchrun has started, and is no part of that program's group.
+
+def join(target: Path, flag: str, patience: float, note: Callable[[str], None]) -> ProcessGroup:
+    """Meets the other processes of a conversion, if there are any.
+
+    Args:
+        target: what they write together.
+        flag: ``--ranks``; "" for none.
+        patience: seconds to wait for them.
+        note: tells the user that they are waited for.
 
     Raises:
-        RequestError: they cannot be reached.
+        RequestError: they do not come.
     """
     global _current
-    if TORCHRUN in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
-        _current = Launched()
+    leave()
+    ranks = of_flag(flag) if flag else _expected
+    if ranks.size > 1:
+        from mmconvert.executor.rendezvous import Rendezvous  # seldom needed
+
+        _current = found = Rendezvous(target, ranks)
+        if not found.meet(patience, note, certain=ranks.certain):
+            note(f"no other of {ranks.size} processes has come: this one goes on alone")
+            leave()
     return _current
+
+
+def leave() -> None:
+    """Ends the work with the other processes."""
+    global _current
+    _current.leave()
+    _current = ProcessGroup()
+
+
+atexit.register(leave)  # of a program that calls our functions

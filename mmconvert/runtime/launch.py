@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from mmconvert.errors import MMConvertError, RequestError
-from mmconvert.executor.group import TORCHRUN
+from mmconvert.executor.ranks import TORCHRUN
 from mmconvert.names import number
 from mmconvert.runtime import trouble
 from mmconvert.runtime.device import backend, device, take_device

@@ -13,6 +13,7 @@ from mmconvert.cli.arguments import Screen, read_plain
 from mmconvert.cli.screen import screen_events
 from mmconvert.config import Options
 from mmconvert.config.lora import RenameLora
+from mmconvert.executor import group
 
 PROG = "mm-convert rename_lora"
 TEXT = f"""An adapter under other names. PEFT loads one in the wrong spelling without any effect.
@@ -45,6 +46,8 @@ def run(words: list[str]) -> int:
     cfg = RenameLora(asked.lora_dir, asked.save_dir, asked.names)
     with screen_events(quiet=asked.screen.quiet) as events:
         result = rename_lora(cfg, asked.options, events)
+    if not group.current().leads:
+        return 0
     if asked.screen.json:
         print(json.dumps(result.as_dict()))
     elif not asked.screen.quiet:
