@@ -1,15 +1,16 @@
-"""Times one conversion shared by 1, 2 and 4 processes of torchrun, side by side in one run.
+"""Times one conversion shared by 1, 2 and 4 processes, side by side in one run.
 
     python benchmarks/scale.py [--rounds 3] [--processes 1 2 4] [--folder DIR]
 
 Each process has one thread (`--workers 1`), so that the processes alone make the difference. What
-torchrun needs before the processes know each other is in the time of a dry run of the same group.
-`mm-convert` without torchrun, with one thread and with one for each core, stands beside them.
+they need before they know each other is in the time of a dry run of the same group. One process
+without `--ranks`, with one thread and with one for each core, stands beside them.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import statistics
 import sys
@@ -17,14 +18,16 @@ from pathlib import Path
 
 from timing import CONVERTER, LAYOUT, checkpoint, machine, read, run
 
-PYTHON = [sys.executable, "-m"]
+CONVERT = [sys.executable, "-m", "mmconvert", CONVERTER]
 
 
-def launcher(processes: int) -> list[str]:
-    """torchrun on this machine; without it for 0 processes."""
+def together(command: list[str], processes: int) -> list[str]:
+    """A command in several processes of this machine; as it is for 0."""
     if not processes:
-        return PYTHON
-    return [*PYTHON, "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+        return command
+    each = f'{shlex.join(command)} --ranks $i/{processes} & p="$p $!"'
+    ranks = " ".join(map(str, range(processes)))
+    return ["sh", "-c", f"for i in {ranks}; do {each}; done; for j in $p; do wait $j || exit; done"]
 
 
 def main() -> None:
@@ -38,18 +41,17 @@ def main() -> None:
     hf, mm = checkpoint(folder), folder / "mm"
     words = ["hf_to_mm", "--cfg.hf_config.hf_dir", str(hf), "--cfg.mm_dir", str(mm), *LAYOUT]
     words.append("--no-sync")  # what the disk takes would hide the rest
-    cases = {"without torchrun, one thread for each core": (0, 0), "without torchrun": (0, 1)}
-    cases |= {f"torchrun, {n} process{'es' * (n > 1)}": (n, 1) for n in args.processes}
+    cases = {"alone, one thread for each core": (0, 0), "alone": (0, 1)}
+    cases |= {f"`--ranks`, {n} process{'es' * (n > 1)}": (n, 1) for n in args.processes}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     ready: dict[str, list[float]] = {name: [] for name in cases}
     shutil.rmtree(mm, ignore_errors=True)
     for number in range(args.rounds + 1):  # the first round warms the machine; not counted
         for name, (processes, workers) in cases.items():
-            command = [*launcher(processes), "mmconvert", CONVERTER, *words]
-            command += ["--quiet", "--workers", str(workers)]
+            command = [*CONVERT, *words, "--quiet", "--workers", str(workers)]
             read(hf)
-            start = run([*command, "--dry-run"]).seconds
-            whole = run(command).seconds
+            start = run(together([*command, "--dry-run"], processes)).seconds
+            whole = run(together(command, processes)).seconds
             shutil.rmtree(mm)
             if number:
                 ready[name].append(start)

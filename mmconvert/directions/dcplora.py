@@ -73,7 +73,7 @@ def to_dcp(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    run = Conversion("lora_hf_to_dcp", asked, options, events)
+    run = Conversion("lora_hf_to_dcp", asked, asked.out, options, events)
     check_apart(asked.out, [asked.adapter])
     src, dst = Side(), Side()
     for tensor in read_file(asked.adapter)[0].tensors:
