@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
         group.leave()
 
 
-def _ranks(words: Sequence[str], *, launched: bool) -> ranks.Ranks:
+def _ranks(words: list[str], *, launched: bool) -> ranks.Ranks:
     """Which of several processes this one is, as far as a launcher's variables tell."""
     tool = _of_script(words)[0] if words else "--help"
     if tool in commands.RUNTIME:
