@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from cli import run_cli
-from commands import install
+from pages import ROOT, blocks, run_block
 from training import make_base, make_trained
 
-ROOT = Path(__file__).parents[2]
 PAGE, KEYS = ROOT / "docs" / "diff.md", ROOT / "docs" / "json.md"
 
 
@@ -24,30 +21,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the page after its commands; they are run here."""
     folder = tmp_path_factory.mktemp("page")
     make_trained(make_base(folder / "base"), folder / "trained")
-    shim = install(tmp_path_factory.mktemp("bin"))
-    env = {"PATH": f"{shim}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    (console,) = re.findall(r"^```console\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
-    code = 0
-    for part in re.split(r"^\$ ", console, flags=re.MULTILINE)[1:]:
-        command = re.match(r"(?:.*\\\n)*.*\n", part)
-        assert command
-        shown = part[command.end() :]
-        if command[0] == "echo $?\n":
-            assert int(shown) == code
-            continue
-        done = subprocess.run(
-            ["bash", "-c", command[0]],
-            cwd=folder,
-            env={**os.environ, **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-            timeout=120,
-            check=False,
-        )
-        code = done.returncode
-        assert done.stdout == shown
+    (console,) = blocks(PAGE, "console")
+    run_block(console, folder)
     return folder
 
 

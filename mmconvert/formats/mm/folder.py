@@ -82,11 +82,8 @@ def find_weights(root: Path, faults: Faults = STRICT) -> tuple[Path, str]:
         CheckpointError: no checkpoint here; FormatError: a tracker file that makes no sense.
     """
     if not root.is_dir():
-        raise CheckpointError(
-            f"{root} {'is not a folder' if root.exists() else 'does not exist'}",
-            f"an MM checkpoint: {TRACKER} with release/ or iter_N/",
-            "check the path; training writes below its --save folder",
-        )
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise CheckpointError(f"{root} {what}", "the folder of a checkpoint", "check the path")
     there = newest(root)
     if (root / TRACKER).is_file():
         unknown: tuple[Path, str] | None = None
