@@ -38,7 +38,7 @@ class QwenAudio(nn.Module):
         if span.first:
             for name in ("conv1", "conv2", "audio_bos_eos_token"):
                 binder.replicated(getattr(audio, name), f"{AUDIO}.{name}", name)
-            self.points.append(Point("audio_encoder conv2", ("audio", "conv2"), audio.conv2))
+            self.points.append(Point("audio_encoder conv2", (binder.key, "conv2"), audio.conv2))
         else:
             audio.conv1, audio.conv2 = Silent(audio.conv1, dtype), Silent(audio.conv2, dtype)
             audio.audio_bos_eos_token = nn.Identity()
@@ -53,7 +53,7 @@ class QwenAudio(nn.Module):
             for name in ("ln_post", "proj"):
                 binder.replicated(getattr(audio, name), f"{AUDIO}.{name}", name)
                 self.points.append(
-                    Point(f"audio_encoder {name}", ("audio", name), getattr(audio, name))
+                    Point(f"audio_encoder {name}", (binder.key, name), getattr(audio, name))
                 )
         else:
             audio.ln_post, audio.proj = nn.Identity(), nn.Identity()
@@ -77,7 +77,7 @@ class QwenAudio(nn.Module):
         binder.row(layer, "fc2", f"{mm}.mlp.linear_fc2", f"{hf}.fc2")
         names = {"self_attn_layer_norm": "input_layernorm", "self_attn": "self_attention"}
         names |= {"final_layer_norm": "pre_mlp_layernorm", "fc2": "mlp"}
-        self.points += layer_points(f"audio_encoder layer {number}", "audio", hf, layer, names)
+        self.points += layer_points(f"audio_encoder layer {number}", binder.key, hf, layer, names)
 
     def _receive(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         del module

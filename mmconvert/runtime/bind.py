@@ -34,7 +34,7 @@ class Binder:
     """Binds the modules of one module (vision, audio or text) in one chunk.
 
     Args:
-        key: ``vit``, ``audio`` or ``llm``.
+        key: of the module.
         group: the ranks that share it.
     """
 

@@ -65,7 +65,7 @@ class Ties:
         self._found: set[tuple[str, int]] = set()
         self._total = sum(len(chosen) for chosen in choices.values())
         for name, chosen in choices.items():
-            router = parts.find("llm", name)
+            router = parts.find(parts.keys.text, name)
 
             def settle(
                 module: object,

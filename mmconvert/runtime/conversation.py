@@ -19,7 +19,7 @@ from mmconvert.runtime.filetokens import FileTokens, Spelled
 from mmconvert.runtime.inputs import assemble
 from mmconvert.runtime.media import Media
 from mmconvert.runtime.prepare import Prepare
-from mmconvert.runtime.samples import PLACE, Sample
+from mmconvert.runtime.samples import AUDIO, IMAGE, PLACE, VIDEO, Sample
 from mmconvert.runtime.template import Turn, line, template_of
 from mmconvert.runtime.words import Words
 
@@ -206,6 +206,6 @@ def prompt(
 ) -> Sample:
     """A question about files, which stand before the words where no place is marked."""
     marked = {m[1] for m in PLACE.finditer(text)}
-    files = {"image": images, "video": videos, "audio": audios}
+    files = {IMAGE: images, VIDEO: videos, AUDIO: audios}
     front = "".join(f"<{kind}>" * len(some) for kind, some in files.items() if kind not in marked)
     return Sample([("user", front + text)], images, videos, audios)

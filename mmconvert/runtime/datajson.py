@@ -15,7 +15,7 @@ from typing import Any, cast
 from mmconvert.errors import RequestError
 from mmconvert.modeljson.file import read_object
 from mmconvert.runtime.prepare import Prepare, Tiling
-from mmconvert.runtime.samples import KINDS, Columns, SampleSource, listed
+from mmconvert.runtime.samples import AUDIO, IMAGE, KINDS, VIDEO, Columns, SampleSource, listed
 from mmconvert.runtime.template import INTERN_NAMED, NAMED
 
 # Keys without effect here: how data is loaded, and fallbacks.
@@ -244,7 +244,7 @@ def _multimodal(param: dict[str, Any], path: Path) -> DataJson:
             raise RequestError(
                 f"{path}: repeat_time is {share}", "a share up to 1, or a whole number above it"
             )
-        columns = Columns(files={"image": "image", "video": "video", "audio": None}, front="\n")
+        columns = Columns(files={IMAGE: IMAGE, VIDEO: VIDEO, AUDIO: None}, front="\n")
         folders = (Path(folder),) if folder else ()
         sources.append(SampleSource(_files(named), 0, folders, columns, share))
         held, limit = basic.take("val_dataset", str, ""), basic.count("val_max_samples", 0)

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from mmconvert.errors import DatasetError
-from mmconvert.runtime.samples import KINDS, PLACE, Clip, Columns, Sample, SampleSource, SamplesRead
+from mmconvert.runtime.samples import (
+    AUDIO,
+    KINDS,
+    PLACE,
+    Clip,
+    Columns,
+    Sample,
+    SampleSource,
+    SamplesRead,
+)
 
 QWEN_VL_PICTURE = re.compile(r"<img>(.*?)</img>")
 ROLES = {
@@ -131,7 +140,7 @@ def _sample(item: Any, source: SampleSource, folder: Path, name: str, unread: se
         for kind, some in files.items()
     }
     videos: list[Any] = [_clip(path, entry.get("clip"), name) for path in paths["video"]]
-    return Sample(messages, paths["image"], videos, paths["audio"], name)
+    return Sample(messages, paths["image"], videos, paths[AUDIO], name)
 
 
 def _recognised(entry: Mapping[str, Any]) -> Columns:

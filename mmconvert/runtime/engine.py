@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from mmconvert.runtime import losses as averages
 from mmconvert.runtime import mesh as meshes
 from mmconvert.runtime.batch import Batch
+from mmconvert.runtime.border import Border
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.losses import LossType
 from mmconvert.runtime.mesh import Mesh
 from mmconvert.runtime.mmfiles import LoadableCheckpoint, chunk_tensors, read_rank
 from mmconvert.runtime.parallel import sum_over
 from mmconvert.runtime.pipeline import Loss, pipeline_stage, schedule
-from mmconvert.runtime.stage import Border, Stage
+from mmconvert.runtime.stage import Stage
 
 
 class Engine:
@@ -60,10 +61,10 @@ class Engine:
     def _tie(self) -> None:
         """Finds the copies of a tied word embedding: their gradients belong together."""
         self.embedding = next(
-            (s.llm.embedding for s in self.stages if s.llm and s.llm.span.first), None
+            (s.text.embedding for s in self.stages if s.text and s.text.span.first), None
         )
         self.head = next(
-            (s.llm.head_weight for s in self.stages if s.llm and s.llm.span.last), None
+            (s.text.head_weight for s in self.stages if s.text and s.text.span.last), None
         )
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter, Stage]]:
@@ -96,7 +97,7 @@ class Engine:
     def remember(self, keep: bool) -> None:
         """Begins or drops the KV caches of all stages."""
         for stage in self.stages:
-            both = keep and stage.llm is not None
+            both = keep and stage.text is not None
             stage.cache = transformers.DynamicCache() if both else None
 
     def loss(self, batches: Sequence[Batch], kind: LossType = "per_token") -> tuple[float, float]:

@@ -6,14 +6,17 @@ import json
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
 
 from mmconvert.causes.quantised import without_method
+from mmconvert.converters import BUILT_IN, load
 from mmconvert.errors import CheckpointError, MMConvertError
 from mmconvert.narrow import is_object
+from mmconvert.runtime.internconfig import intern_config
+from mmconvert.runtime.samples import AUDIO
 from mmconvert.runtime.shard import params_on_meta
 
 # InternVL as its authors publish it, and in the names of transformers' own class.
@@ -29,12 +32,39 @@ CLASSES = {
     **dict.fromkeys(INTERN, ("InternVLConfig", "InternVLForConditionalGeneration")),
 }
 THINKER = "qwen2_5_omni_thinker"  # model_type of Omni's thinker saved alone
-TEXT_CONFIGS = {
-    "InternLM2ForCausalLM": "LlamaConfig",  # computes the same: RMS norm, rotary GQA, gated SiLU
-    "LlamaForCausalLM": "LlamaConfig",
-    "Qwen2ForCausalLM": "Qwen2Config",
-    "Qwen3ForCausalLM": "Qwen3Config",
-}
+
+
+class ModuleKeys(NamedTuple):
+    """The keys of a model's modules, which name their stage grids and tp sizes: as its family's
+    table has them.
+
+    Attributes:
+        vision: of the encoder of pictures.
+        sound: of the encoder of sounds; "" if there is none.
+        text: of the decoder.
+    """
+
+    vision: str
+    sound: str
+    text: str
+
+    @property
+    def encoders(self) -> list[str]:
+        """Those of the encoders, in their order."""
+        return [key for key in self[:2] if key]
+
+
+def module_keys(kind: str) -> ModuleKeys:
+    """The keys of a family's modules.
+
+    Args:
+        kind: ``model_type`` of config.json.
+    """
+    family = next(f for name in BUILT_IN if kind in (f := load(name)).model_types)
+    modules = family.table(family.variants[0])
+    encoders = {m.medium: m.key for m in modules if m.role == "encoder"}
+    text = next(m.key for m in modules if m.role == "decoder")
+    return ModuleKeys(encoders["pictures"], encoders.get("sounds", ""), text)
 
 
 @dataclass(frozen=True)
@@ -42,6 +72,7 @@ class Parts:
     """The modules of a model of transformers.
 
     Attributes:
+        keys: of the modules.
         visual: vision encoder; for InternVL the model that has encoder and projector.
         audio: audio encoder, or None.
         text: text model without its output layer.
@@ -49,6 +80,7 @@ class Parts:
         positions: the module that has ``get_rope_index``, or None.
     """
 
+    keys: ModuleKeys
     visual: Any
     audio: Any
     text: Any
@@ -56,9 +88,9 @@ class Parts:
     positions: Any
 
     def find(self, module: str, name: str) -> Any:  # noqa: ANN401 - a module or parameter
-        """A module or parameter by module (``vit``, ``audio``, ``llm``) and name in it."""
-        root = {"vit": self.visual, "audio": self.audio, "llm": self.text}[module]
-        if module == "llm" and name.split(".")[0] == "lm_head":
+        """A module or parameter by the key of its module and its name there."""
+        root = dict(zip(self.keys, (self.visual, self.audio, self.text), strict=True))[module]
+        if module == self.keys.text and name.split(".")[0] == "lm_head":
             root = self.owner
         for word in name.split("."):
             root = getattr(root, word) if not word.isdigit() else root[int(word)]
@@ -73,11 +105,13 @@ class Architecture:
         kind: ``model_type`` of config.json.
         config: transformers' config of what is computed (for Omni, the thinker's).
         tied: whether the output layer is the word embedding.
+        keys: of its modules.
     """
 
     kind: str
     config: Any
     tied: bool
+    keys: ModuleKeys
 
     @property
     def intern(self) -> bool:
@@ -118,7 +152,7 @@ class Architecture:
         ends = list[list[int]]()
         for end in ("start", "end"):
             names = [f"{kind}_{end}_token_id"]
-            names += [f"vision_{end}_token_id"] if kind != "audio" else []
+            names += [f"vision_{end}_token_id"] if kind != AUDIO else []
             found = [token for name in names if (token := self.token(name)) is not None]
             ends.append([token for token in found if token < self.text_config.vocab_size][:1])
         return ends[0], ends[1]
@@ -143,10 +177,12 @@ class Architecture:
         # The thinker's modules are its own in transformers 4, in `model.model` in 5.
         inner = model.model if hasattr(model.model, "language_model") else model
         if self.intern:
-            return Parts(inner, None, inner.language_model, model, None)
+            return Parts(self.keys, inner, None, inner.language_model, model, None)
         text = getattr(inner, "language_model", None) or inner.model
         where = inner if hasattr(inner, "get_rope_index") else model
-        return Parts(inner.visual, getattr(inner, "audio_tower", None), text, model, where)
+        return Parts(
+            self.keys, inner.visual, getattr(inner, "audio_tower", None), text, model, where
+        )
 
 
 def read_config(hf_dir: Path) -> dict[str, Any]:
@@ -198,12 +234,12 @@ def architecture(hf_dir: Path) -> Architecture:
             f"{reason}",
             "the config.json that came with the model",
         ) from None
-    return Architecture(str(kind), config, tied)
+    return Architecture(str(kind), config, tied, module_keys(str(kind)))
 
 
 def _config(kind: str, content: dict[str, Any]) -> Any:  # noqa: ANN401 - transformers' config
     if kind == ORIGINAL:
-        return _intern_config(content)
+        return intern_config(content)
     if kind == "qwen2_5_omni":
         content = content.get("thinker_config") or {}
     if kind == "glm4v" and content.get("text_config") is None:  # as the hub has it at first
@@ -230,52 +266,3 @@ def _choose_kernels(config: Any) -> None:  # noqa: ANN401 - as above
         if place is not None:
             place._attn_implementation = "sdpa"
             place._experts_implementation = "eager"  # expert by expert, each of them a tensor
-
-
-def _intern_config(content: dict[str, Any]) -> Any:  # noqa: ANN401 - as above
-    """The native config of an original InternVL checkpoint.
-
-    Names of the original: config.json of the InternVL2 models; of the native one: transformers'
-    InternVLVisionConfig. The original's projector is always a GELU MLP behind a layer norm.
-    """
-    vision, llm = content.get("vision_config"), content.get("llm_config")
-    if not isinstance(vision, dict) or not isinstance(llm, dict):
-        raise CheckpointError("config.json has no vision_config or llm_config", "an InternVL model")
-    vision, llm = cast("dict[str, Any]", vision), cast("dict[str, Any]", llm)
-    named = llm.get("architectures") or [""]
-    if named[0] not in TEXT_CONFIGS:
-        raise CheckpointError(
-            f"config.json: llm_config.architectures is {named!r}",
-            f"one of {', '.join(TEXT_CONFIGS)}",
-        )
-    size = content.get("force_image_size") or vision.get("image_size", 448)
-    native = transformers.InternVLVisionConfig(
-        hidden_size=vision["hidden_size"],
-        num_hidden_layers=vision["num_hidden_layers"],
-        num_attention_heads=vision["num_attention_heads"],
-        intermediate_size=vision["intermediate_size"],
-        attention_bias=vision.get("qkv_bias", True),
-        use_qk_norm=vision.get("qk_normalization", False),
-        norm_type=vision.get("norm_type", "layer_norm"),
-        layer_norm_eps=vision.get("layer_norm_eps", 1e-6),
-        hidden_act=vision.get("hidden_act", "gelu"),
-        image_size=vision.get("image_size", size),
-        patch_size=vision.get("patch_size", 14),
-        num_channels=vision.get("num_channels", 3),
-    )
-    made = getattr(transformers, TEXT_CONFIGS[named[0]])
-    left_out = ("architectures", "auto_map", "model_type", "torch_dtype", "dtype", "_name_or_path")
-    text = {k: v for k, v in llm.items() if k not in left_out}
-    if named[0] == "InternLM2ForCausalLM":
-        text |= {"attention_bias": llm.get("bias", False), "mlp_bias": llm.get("bias", False)}
-        if (text.get("rope_scaling") or dict[str, Any]()).get("type") == "dynamic":
-            # Positions beyond max_position_embeddings only; the check stays far below.
-            text["rope_scaling"] = None
-    tied = bool(llm.get("tie_word_embeddings", False))
-    return transformers.InternVLConfig(
-        vision_config=native,
-        text_config=made.from_dict(text),
-        image_token_id=content.get("img_context_token_id") or 0,
-        downsample_ratio=content.get("downsample_ratio", 0.5),
-        tie_word_embeddings=tied,
-    )

@@ -16,11 +16,11 @@ from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.inputs import audio_tokens
 from mmconvert.runtime.media import Media
 from mmconvert.runtime.pictures import open_picture
-from mmconvert.runtime.samples import Sample
+from mmconvert.runtime.samples import AUDIO, KINDS, VIDEO, Sample
 from mmconvert.runtime.weaving import chunks, paired, woven
 from mmconvert.runtime.words import Words
 
-VIDEO = re.compile("<video>")
+FILM = re.compile("<video>")
 # Around a placeholder in InternVL's text; the other families have theirs in config.json.
 INTERN_TOKENS = ("<img>", "<IMG_CONTEXT>", "</img>")
 Spelled = dict[str, list[list[int]]]  # by kind: the ids that stand for each file
@@ -58,7 +58,7 @@ class FileTokens:
             arch.config.image_token_id = around[1]
             self._around = {"image": ([around[0]], around[1], [around[2]])}
         else:
-            self._around = {kind: self._tokens(kind) for kind in ("image", "video", "audio")}
+            self._around = {kind: self._tokens(kind) for kind in KINDS}
 
     def _tokens(self, kind: str) -> tuple[list[int], int | None, list[int]]:
         before, after = self._arch.around(kind)
@@ -73,7 +73,7 @@ class FileTokens:
             sample = paired(sample)
             woven = bool(sample.audios)
         seconds: list[float] = []
-        tokens: Spelled = {"image": [], "video": [], "audio": []}
+        tokens: Spelled = {kind: [] for kind in KINDS}
         parts: list[tuple[Tensor, Tensor]] = []
         if sample.images:
             pictures = [open_picture(i) if isinstance(i, Path) else i for i in sample.images]
@@ -95,7 +95,7 @@ class FileTokens:
         elif sample.videos:
             seconds = self._films(sample, parts, tokens, sounds if woven else ())
         if not woven:
-            tokens["audio"] = [self._spelled("audio", audio_tokens(s.shape[1])) for s in sounds]
+            tokens[AUDIO] = [self._spelled(AUDIO, audio_tokens(s.shape[1])) for s in sounds]
         empty = self._no_pixels()
         tensors = FileTensors(
             torch.cat([p for p, _ in parts]) if parts else empty,
@@ -142,10 +142,10 @@ class FileTokens:
         config, rows = self._arch.config, int(grid[0, 0])
         rate = config.position_id_per_seconds
         size = int(rate * config.seconds_per_chunk)
-        places = [self._place(kind) for kind in ("video", "audio")]
+        places = [self._place(kind) for kind in (VIDEO, AUDIO)]
         moments = [row * seconds * rate for row in range(rows) for _ in range(count // rows)]
         middle = woven(chunks(moments, size), chunks(range(heard), size))
-        around = [self._around[kind] for kind in ("video", "audio")]
+        around = [self._around[kind] for kind in (VIDEO, AUDIO)]
         before = [i for ids, _, _ in around for i in ids]
         after = [i for _, _, ids in reversed(around) for i in ids]
         return [*before, *(places[which] for which in middle), *after]
@@ -183,7 +183,7 @@ class FileTokens:
             count = counts.pop(0) if counts else 0
             return "\n".join(f"Frame{i + 1}: <image>" for i in range(count))
 
-        messages = [(role, VIDEO.sub(numbered, text)) for role, text in sample.messages]
+        messages = [(role, FILM.sub(numbered, text)) for role, text in sample.messages]
         return replace(sample, messages=messages, videos=())
 
     def _mel(self) -> int:

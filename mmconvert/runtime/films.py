@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmconvert.errors import RequestError
+from mmconvert.runtime.samples import AUDIO
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -135,7 +136,7 @@ def sound(path: Path) -> tuple[Tensor, int]:
     Raises:
         RequestError: there is none that can be decoded.
     """
-    with _opened(path, "audio") as (box, stream):
+    with _opened(path, AUDIO) as (box, stream):
         import av
 
         rate = int(stream.rate or 0)

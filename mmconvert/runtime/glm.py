@@ -37,10 +37,12 @@ class GlmVision(QwenVision):
         binder.replicated(visual.post_conv_layernorm, f"{ENCODER}.{norm}", norm)
         binder.replicated(visual.embeddings.position_embedding, f"{ENCODER}.{positions}", positions)
         self.points.append(
-            Point("image_encoder post_conv_layernorm", ("vit", norm), visual.post_conv_layernorm)
+            Point(
+                "image_encoder post_conv_layernorm", (binder.key, norm), visual.post_conv_layernorm
+            )
         )
         self.points.append(
-            Point("image_encoder embeddings", ("vit", "embeddings"), visual.embeddings)
+            Point("image_encoder embeddings", (binder.key, "embeddings"), visual.embeddings)
         )
 
     def receive(self, visual: Any) -> None:  # noqa: ANN401 - HF's model
@@ -58,7 +60,7 @@ class GlmVision(QwenVision):
             binder.replicated(module, f"{PROJECTOR}.{name}", f"merger.{name}")
         for label, name in (("final_layernorm", "post_layernorm"), ("downsample", "downsample")):
             module = getattr(visual, name)
-            self.points.append(Point(f"image_encoder {label}", ("vit", name), module))
+            self.points.append(Point(f"image_encoder {label}", (binder.key, name), module))
 
     def send(self, visual: Any) -> None:  # noqa: ANN401 - HF's model
         """Patches stay apart; transformers takes the convolution's width from the config."""

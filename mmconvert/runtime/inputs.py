@@ -12,6 +12,7 @@ from torch import Tensor
 from mmconvert.runtime.batch import IGNORED, Batch, pad_text, padded_before
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.reference import seconds_of, split_visual, takes, token_types
+from mmconvert.runtime.samples import AUDIO, KINDS
 
 SIDE = 8  # patches along each side of the picture
 SOUND = 50  # frames of sound
@@ -38,14 +39,14 @@ def synthetic(arch: Architecture, seed: int = 0) -> Batch:
         features = torch.randn(audio.num_mel_bins, SOUND, generator=made)
         lengths = torch.tensor([SOUND])
         sound = torch.full((audio_tokens(SOUND),), arch.token("audio_token_id") or 0)
-        ids += [words(1), *wrapped(arch, "audio", sound)]
+        ids += [words(1), *wrapped(arch, AUDIO, sound)]
     ids.append(words(WORDS[1]))
     line = torch.cat(ids)[None]
     return assemble(arch, line, line.clone(), pixels, grid, len(image), features, lengths)
 
 
 TOKENS = ("video_token_id", "audio_token_id", "eos_token_id", "bos_token_id",
-          *(f"{kind}_{end}_token_id" for kind in ("vision", "image", "video", "audio")
+          *(f"{kind}_{end}_token_id" for kind in ("vision", *KINDS)
             for end in ("start", "end")))  # fmt: skip
 
 

@@ -69,7 +69,7 @@ class InternVision(nn.Module):
                 hf = f"multi_modal_projector.{name}"
                 binder.replicated(getattr(projector, name), f"{PROJECTOR}.{mm}", hf)
             self.points.append(
-                Point("image_encoder projector", ("vit", "multi_modal_projector"), projector)
+                Point("image_encoder projector", (binder.key, "multi_modal_projector"), projector)
             )
         else:
             inner.multi_modal_projector = nn.Identity()
@@ -87,7 +87,7 @@ class InternVision(nn.Module):
         )
         projection = embeddings.patch_embeddings.projection
         binder.replicated(projection, f"{mm}.patch_embedding", f"{hf}.patch_embeddings.projection")
-        self.points.append(Point("image_encoder embeddings", ("vit", hf), embeddings))
+        self.points.append(Point("image_encoder embeddings", (binder.key, hf), embeddings))
 
     def _layer(self, binder: Binder, layer: Any, i: int, number: int) -> None:  # noqa: ANN401 - HF's layer
         mm, hf = f"{ENCODER}.encoder.layers.{i}", f"vision_tower.encoder.layer.{number}"
@@ -119,7 +119,7 @@ class InternVision(nn.Module):
         binder.own(layer, "lambda_2", f"{mm}.ls2", f"{hf}.lambda_2")
         names = {"layernorm_before": "input_layernorm", "attention": "self_attention"}
         names |= {"layernorm_after": "pre_mlp_layernorm", "mlp": "mlp"}
-        self.points += layer_points(f"image_encoder layer {number}", "vit", hf, layer, names)
+        self.points += layer_points(f"image_encoder layer {number}", binder.key, hf, layer, names)
 
     @property
     def layers(self) -> Any:  # noqa: ANN401 - a ModuleList of HF's layers

@@ -30,12 +30,13 @@ from mmconvert.sharding.layout import Layout, Rank
 from mmconvert.sharding.stages import StageGrid, show, total
 
 EMBEDDING = "text_decoder.embedding.word_embeddings.weight"
-# Where the layers of each module stand. InternViT's are one level deeper.
-LAYER = {
-    "vit": re.compile(r"image_encoder\.encoder\.(?:blocks|encoder)\.layers\.(\d{1,4})\."),
-    "audio": re.compile(r"audio_encoder\.encoder\.blocks\.layers\.(\d{1,4})\."),
-    "llm": re.compile(r"text_decoder\.decoder\.layers\.(\d{1,4})\."),
-}
+# Where the layers of each module stand, in the order of ModuleKeys. InternViT's are one level
+# deeper.
+LAYERS = (
+    re.compile(r"image_encoder\.encoder\.(?:blocks|encoder)\.layers\.(\d{1,4})\."),
+    re.compile(r"audio_encoder\.encoder\.blocks\.layers\.(\d{1,4})\."),
+    re.compile(r"text_decoder\.decoder\.layers\.(\d{1,4})\."),
+)
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,11 @@ def find(mm_dir: Path, arch: Architecture) -> LoadableCheckpoint:
     checkpoint = open_mm(mm_dir)
     model = arch.skeleton(torch.float32)
     parts = arch.parts(model)
-    layers = {"vit": _layers(parts.visual), "llm": list(parts.text.layers)}
+    layers = {arch.keys.vision: _layers(parts.visual), arch.keys.text: list(parts.text.layers)}
     if parts.audio is not None:
-        layers["audio"] = list(parts.audio.layers)
-    grids = {key: _grid(checkpoint, key) for key in layers}
+        layers[arch.keys.sound] = list(parts.audio.layers)
+    places = dict(zip(arch.keys, LAYERS, strict=True))
+    grids = {key: _grid(checkpoint, key, places[key]) for key in layers}
     for key, grid in grids.items():
         if total(grid) != len(layers[key]):
             raise CheckpointError(
@@ -85,8 +87,8 @@ def find(mm_dir: Path, arch: Architecture) -> LoadableCheckpoint:
                 "all layers, and the hf_dir of the checkpoint's own model",
                 "give the hf_dir that the checkpoint was made from",
             )
-    tp = {key: _tp(checkpoint, key, *_width(found[0])) for key, found in layers.items()}
-    layout = Layout(tp, grids, checkpoint.ep_size, decoder="llm")
+    tp = {k: _tp(checkpoint, k, places[k], *_width(found[0])) for k, found in layers.items()}
+    layout = Layout(tp, grids, checkpoint.ep_size, decoder=arch.keys.text)
     layout.check()
     if layout.tp_folders != checkpoint.tp_folders:
         raise CheckpointError(
@@ -105,7 +107,7 @@ def _vocabulary(checkpoint: MMCheckpoint, layout: Layout) -> int:
     rows: dict[tuple[int, int], int] = {}
     for chunk, tensors in checkpoint.parts.items():
         found = tensors.get(EMBEDDING)
-        if found is not None and not chunk.rank.ep and chunk.rank.tp < layout.tp["llm"]:
+        if found is not None and not chunk.rank.ep and chunk.rank.tp < layout.tp[layout.decoder]:
             place = (chunk.virtual, chunk.rank.pp)
             rows[place] = rows.get(place, 0) + found.shape[0]
     return max(rows.values(), default=0)
@@ -124,10 +126,10 @@ def _width(layer: Any) -> tuple[str, int]:  # noqa: ANN401 - a layer of any mode
     return "self_attention.linear_proj.weight", layer.self_attn.o_proj.in_features
 
 
-def _grid(checkpoint: MMCheckpoint, key: str) -> StageGrid:
+def _grid(checkpoint: MMCheckpoint, key: str, layer: re.Pattern[str]) -> StageGrid:
     counts: dict[tuple[int, int], int] = {}
     for chunk, tensors in checkpoint.parts.items():
-        numbers = {int(m[1]) for name in tensors if (m := LAYER[key].match(name))}
+        numbers = {int(m[1]) for name in tensors if (m := layer.match(name))}
         if numbers != set(range(len(numbers))):
             raise CheckpointError(
                 f"{checkpoint.folder}: layers {sorted(numbers)} of the {key} module in one chunk",
@@ -145,10 +147,10 @@ def _grid(checkpoint: MMCheckpoint, key: str) -> StageGrid:
     )
 
 
-def _tp(checkpoint: MMCheckpoint, key: str, matrix: str, width: int) -> int:
+def _tp(checkpoint: MMCheckpoint, key: str, layer: re.Pattern[str], matrix: str, width: int) -> int:
     for tensors in checkpoint.parts.values():
         for name, tensor in tensors.items():
-            found = LAYER[key].match(name)
+            found = layer.match(name)
             if found and name[found.end() :] == matrix and len(tensor.shape) == 2:
                 if tensor.shape[1] == 0 or width % tensor.shape[1]:
                     raise CheckpointError(

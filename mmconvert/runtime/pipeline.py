@@ -16,8 +16,9 @@ from torch.distributed.pipelining import (
 )
 
 from mmconvert.runtime.batch import Batch
+from mmconvert.runtime.border import Border
 from mmconvert.runtime.mesh import Mesh
-from mmconvert.runtime.stage import Border, Stage
+from mmconvert.runtime.stage import Stage
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

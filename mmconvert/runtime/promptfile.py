@@ -11,7 +11,7 @@ from typing import Any, cast
 from mmconvert.errors import DatasetError
 from mmconvert.runtime.conversation import prompt
 from mmconvert.runtime.dialects import LARGEST, file_names, find_file
-from mmconvert.runtime.samples import KINDS, Sample
+from mmconvert.runtime.samples import AUDIO, IMAGE, KINDS, VIDEO, Sample
 
 FORM = '{"prompt": "What is this?", "image": "a.png"}'
 KNOWN = {"prompt", "id", *KINDS, *(f"{kind}s" for kind in KINDS)}
@@ -69,5 +69,5 @@ def _entry(line: str, folder: Path, name: str, unread: set[str]) -> Sample:
         ]
         for kind in KINDS
     }
-    made = prompt(text, files["image"], files["audio"], files["video"])
+    made = prompt(text, files[IMAGE], files[AUDIO], files[VIDEO])
     return replace(made, name=name)

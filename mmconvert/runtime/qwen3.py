@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmconvert.runtime.bind import Binder
 from mmconvert.runtime.encoders import LayerRange, Point, Seen
-from mmconvert.runtime.vision import ENCODER, PROJECTOR, VIT, QwenVision, two_linears
+from mmconvert.runtime.vision import ENCODER, LAYERS, PROJECTOR, QwenVision, two_linears
 
 
 class NoPositions(nn.Module):
@@ -38,11 +38,11 @@ class Qwen3Vision(QwenVision):
         here = [(k, layer) for k, layer in enumerate(indexes) if span.start <= layer < span.stop]
         for k, layer in here:
             merger: Any = visual.deepstack_merger_list[k]
-            mm, hf = f"{VIT}.{layer - span.start}.deepstack_layer", f"deepstack_merger_list.{k}"
+            mm, hf = f"{LAYERS}.{layer - span.start}.deepstack_layer", f"deepstack_merger_list.{k}"
             binder.replicated(merger.norm, f"{mm}.layernorm", f"{hf}.norm")
             two_linears(binder, merger, f"{mm}.encoder", hf)
             label = f"image_encoder layer {layer}, deepstack_layer"
-            self.points.append(Point(label, ("vit", hf), merger))
+            self.points.append(Point(label, (binder.key, hf), merger))
             mergers.append(merger)
         visual.deepstack_merger_list = nn.ModuleList(mergers)
         visual.deepstack_visual_indexes = [layer - span.start for _, layer in here]
@@ -51,7 +51,9 @@ class Qwen3Vision(QwenVision):
         """Patch embedding and positions."""
         super().begin(binder, visual)
         binder.replicated(visual.pos_embed, f"{ENCODER}.pos_embed", "pos_embed")
-        self.points.append(Point("image_encoder pos_embed", ("vit", "pos_embed"), visual.pos_embed))
+        self.points.append(
+            Point("image_encoder pos_embed", (binder.key, "pos_embed"), visual.pos_embed)
+        )
 
     def receive(self, visual: Any) -> None:  # noqa: ANN401 - HF's model
         """Hidden states have their positions already."""

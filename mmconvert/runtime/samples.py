@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from mmconvert.errors import DatasetError
 
 PLACE = re.compile(r"<(image|video|audio)>")
-KINDS = ("image", "video", "audio")
+KINDS = IMAGE, VIDEO, AUDIO = ("image", "video", "audio")
 
 
 class Clip(NamedTuple):

@@ -26,7 +26,7 @@ class Binding(NamedTuple):
 
     Attributes:
         mm: the MM name.
-        hf: module and name in transformers' whole model: ``("vit", "blocks.3.norm1.weight")``.
+        hf: key of the module, and the name in transformers' model: ``blocks.3.norm1.weight``.
         parameter: the tensor of the shard, which may be packed.
         part: takes this parameter out of the packed tensor.
         mine: takes this rank's share out of the whole parameter of transformers; both have one

@@ -16,7 +16,8 @@ from mmconvert.errors import LayoutError
 from mmconvert.runtime.audio import QwenAudio
 from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.bind import Binder
-from mmconvert.runtime.encoders import LayerRange, Point, Seen
+from mmconvert.runtime.border import Border, deep_key, span_of
+from mmconvert.runtime.encoders import Point, Seen
 from mmconvert.runtime.families import INTERN, Architecture
 from mmconvert.runtime.glm import GlmVision
 from mmconvert.runtime.intern import InternVision
@@ -26,108 +27,13 @@ from mmconvert.runtime.qwen3 import Qwen3Vision
 from mmconvert.runtime.shard import Shard
 from mmconvert.runtime.text import Text
 from mmconvert.runtime.vision import QwenVision
-from mmconvert.sharding.layout import Layout
-from mmconvert.sharding.stages import StageGrid, first_stage, flat, last_stage
 
-ENCODERS = ("vit", "audio")
 VISION = {
     **dict.fromkeys(INTERN, InternVision),
     "qwen3_vl": Qwen3Vision,
     "qwen3_vl_moe": Qwen3Vision,
     "glm4v": GlmVision,
 }
-
-
-def span_of(grid: StageGrid, stage: int) -> LayerRange | None:
-    """The layers of a stage, or None if it has none."""
-    counts = flat(grid)
-    start = sum(counts[:stage])
-    return LayerRange(start, start + counts[stage], sum(counts)) if counts[stage] else None
-
-
-class Border:
-    """What travels from one stage to the next: hidden states and finished rows, in this order."""
-
-    def __init__(self, arch: Architecture, layout: Layout, dtype: torch.dtype) -> None:
-        self._grids, self._dtype = layout.grids, dtype
-        config = arch.config
-        text = arch.text_config.hidden_size
-        vision = config.vision_config
-        self._intern = arch.intern
-        if arch.intern:
-            side = vision.image_size[0] // vision.patch_size[0]
-            self._tile, self._unit = side * side + 1, round(1 / config.downsample_ratio) ** 2
-            widths = {"vit": vision.hidden_size}
-        else:
-            self._unit = vision.spatial_merge_size**2
-            # Qwen2-VL's vision config calls the text model's width hidden_size.
-            widths = {"vit": vision.embed_dim if arch.kind == "qwen2_vl" else vision.hidden_size}
-        if "audio" in layout.grids:
-            widths["audio"] = config.audio_config.d_model
-        self._widths, self._text = widths, text
-        self._vocab = arch.text_config.vocab_size
-        self._deep = arch.deepstack
-
-    def keys(self, stage: int) -> list[str]:
-        """What crosses the border behind a stage: modules, and rows of deepstack layers.
-
-        Raises:
-            LayoutError: nothing does.
-        """
-        seen, used = (_layers_until(self._grids[key], stage) for key in ("vit", "llm"))
-        deep = [deep_key(k) for k, layer in enumerate(self._deep) if layer < seen and k >= used]
-        if stage >= first_stage(self._grids["llm"]):
-            return ["llm"] if stage >= last_stage(self._grids["llm"]) else ["llm", *deep]
-        found = [k for k in ENCODERS if k in self._grids and stage >= first_stage(self._grids[k])]
-        if not found:
-            raise LayoutError(
-                f"stage {stage} of the pipeline has no layers, nor has one before it",
-                "a first stage with layers of some module",
-            )
-        return [*found, *deep]
-
-    def metas(self, stage: int, batch: Batch, grad: bool) -> tuple[Tensor, ...]:
-        """Tensors without data in the shapes that leave a stage: logits from the last one."""
-        shapes: list[tuple[int, ...]] = []
-        for key in self.keys(stage):
-            if key not in self._grids:  # of a deepstack layer
-                shapes.append(self.vision_shape(batch.patches, True))
-                continue
-            done = stage >= last_stage(self._grids[key])
-            if key == "llm":
-                rows, time = batch.ids.shape
-                time = 1 if done and batch.last else time
-                shapes.append((rows, time, self._vocab if done else self._text))
-            elif key == "audio":
-                rows = pooled(batch) if done else batch.sound_rows
-                shapes.append((rows, self._text if done else self._widths["audio"]))
-            else:
-                shapes.append(self.vision_shape(batch.patches, done))
-        return tuple(
-            torch.empty(s, dtype=self._dtype, device="meta", requires_grad=grad) for s in shapes
-        )
-
-    def vision_shape(self, patches: int, done: bool) -> tuple[int, int]:
-        """(rows, width) of what the encoder passes on: to its next part, or when it is done."""
-        if self._intern:
-            rows = (self._tile - 1) // self._unit if done else self._tile
-            return patches * rows, self._text if done else self._widths["vit"]
-        return (patches // self._unit, self._text) if done else (patches, self._widths["vit"])
-
-
-def deep_key(number: int) -> str:
-    """Key of the rows of a deepstack layer, counted in order."""
-    return f"deep {number}"
-
-
-def _layers_until(grid: StageGrid, stage: int) -> int:
-    """Layers on a stage and those before it."""
-    return sum(flat(grid)[: stage + 1])
-
-
-def pooled(batch: Batch) -> int:
-    """Rows that the audio encoder gives: its states are pooled in pairs, sound by sound."""
-    return int((((batch.lengths + 1) // 2 - 2) // 2 + 1).sum())
 
 
 class Stage(nn.Module):
@@ -163,16 +69,17 @@ class Stage(nn.Module):
                 "layers on every stage",
                 "resplit the checkpoint to a layout without empty stages",
             )
-        self.vit = self.audio = self.llm = None
-        if (span := spans["vit"]) is not None:
+        self.vision = self.sound = self.text = None
+        binders = {key: Binder(shard, key, mesh.tp_groups[key]) for key in grids}
+        keys = self._keys = arch.keys
+        if (span := spans[keys.vision]) is not None:
             made = VISION.get(arch.kind, QwenVision)
-            self.vit = made(Binder(shard, "vit", mesh.tp_groups["vit"]), parts.visual, span)
-        if (span := spans.get("audio")) is not None:
-            binder = Binder(shard, "audio", mesh.tp_groups["audio"])
-            self.audio = QwenAudio(binder, parts.audio, span, dtype)
-        if (span := spans["llm"]) is not None:
-            binder = Binder(shard, "llm", mesh.tp_groups["llm"])
-            self.llm = Text(binder, mesh.experts, parts.text, parts.owner, span, arch.tied)
+            self.vision = made(binders[keys.vision], parts.visual, span)
+        if (span := spans.get(keys.sound)) is not None:
+            self.sound = QwenAudio(binders[keys.sound], parts.audio, span, dtype)
+        if (span := spans[keys.text]) is not None:
+            binder, tied = binders[keys.text], arch.tied
+            self.text = Text(binder, mesh.experts, parts.text, parts.owner, span, tied)
         shard.finish(self)
         self.to(mesh.device)
         self.shard, self.number, self.arch = shard, number, arch
@@ -184,8 +91,12 @@ class Stage(nn.Module):
     @property
     def points(self) -> list[Point]:
         """Places to compare hidden states at, in the order of computing."""
-        modules: list[Any] = [t for t in (self.vit, self.audio, self.llm) if t is not None]
-        return [point for module in modules for point in module.points]
+        return [point for module in self._parts().values() for point in module.points]
+
+    def _parts(self) -> dict[str, Any]:
+        """The modules that have layers here, by key, in the order of computing."""
+        every = zip(self._keys, (self.vision, self.sound, self.text), strict=True)
+        return {key: module for key, module in every if module is not None}
 
     def recompute(self, which: bool | frozenset[str]) -> None:
         """Keeps, for the backward pass, each layer's input alone, and computes the rest again.
@@ -193,9 +104,8 @@ class Stage(nn.Module):
         Args:
             which: the layers of all modules, or of those with these keys.
         """
-        held = {"vit": self.vit, "audio": self.audio, "llm": self.llm}
-        some = held.keys() if which is True else which or ()
-        parts = [part for key in some if (part := held.get(key)) is not None]
+        some = self._keys if which is True else which or ()
+        parts = [part for key, part in self._parts().items() if key in some]
         for layer in (layer for part in parts for layer in part.layers):
             plain = layer.forward
 
@@ -219,18 +129,18 @@ class Stage(nn.Module):
         held: dict[str, Tensor] = {}
         if self.number:
             held = dict(zip(self._border.keys(self.number - 1), received, strict=True))
-        if self.vit is not None:
+        if self.vision is not None:
             held |= self._vision(batch, held)
-        if self.audio is not None:
-            held["audio"] = self._sound(batch, held)
-        if self.llm is not None:
-            hidden = held["llm"] if "llm" in held else self._embed(batch, held)
+        if self.sound is not None:
+            held[self._keys.sound] = self._sound(batch, held)
+        if self.text is not None:
+            hidden = held[self._keys.text] if self._keys.text in held else self._embed(batch, held)
             deep, seen = self._deep(batch, held, hidden)
-            held["llm"] = self.llm(
+            held[self._keys.text] = self.text(
                 hidden, batch.positions, self.cache, deep, seen, batch.mask, batch.last
             )
-        if self.llm is not None and self.llm.span.last:
-            out: tuple[Tensor, ...] = (held["llm"],)
+        if self.text is not None and self.text.span.last:
+            out: tuple[Tensor, ...] = (held[self._keys.text],)
         else:
             out = tuple(held[key].contiguous() for key in self._border.keys(self.number))
         if self.number and torch.is_grad_enabled() and any(r.requires_grad for r in received):
@@ -239,16 +149,16 @@ class Stage(nn.Module):
 
     def _vision(self, batch: Batch, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The encoder's rows, and those of its deepstack layers."""
-        assert self.vit is not None  # noqa: S101 - the caller has looked
-        span = self.vit.span
-        x = batch.pixels.to(self._dtype) if span.first else held["vit"]
+        assert self.vision is not None  # noqa: S101 - the caller has looked
+        span = self.vision.span
+        x = batch.pixels.to(self._dtype) if span.first else held[self._keys.vision]
         mine = [k for k, i in enumerate(self.arch.deepstack) if span.start <= i < span.stop]
         if batch.patches == 0:  # a batch of text: nothing to compute, nothing to send
             out = Seen(self._nothing(span.last), [self._nothing(True) for _ in mine])
         else:
-            out = self.vit(x, batch.grid)
+            out = self.vision(x, batch.grid)
         deep = zip(mine, out.deep, strict=True)
-        return {"vit": out.rows, **{deep_key(k): rows for k, rows in deep}}
+        return {self._keys.vision: out.rows, **{deep_key(k): rows for k, rows in deep}}
 
     def _nothing(self, done: bool) -> Tensor:
         """The rows of no picture."""
@@ -256,20 +166,20 @@ class Stage(nn.Module):
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
     def _sound(self, batch: Batch, held: Mapping[str, Tensor]) -> Tensor:
-        assert self.audio is not None  # noqa: S101 - the caller has looked
+        assert self.sound is not None  # noqa: S101 - the caller has looked
         if batch.lengths.numel() == 0:
-            done = self.audio.span.last
-            width = self.arch.text_config.hidden_size if done else self.audio.width
+            done = self.sound.span.last
+            width = self.arch.text_config.hidden_size if done else self.sound.width
             return torch.zeros(0, width, dtype=self._dtype, device=self._device)
-        x = held.get("audio", batch.features.new_zeros(0))
-        return self.audio(x, batch.features.to(self._dtype), batch.lengths)
+        x = held.get(self._keys.sound, batch.features.new_zeros(0))
+        return self.sound(x, batch.features.to(self._dtype), batch.lengths)
 
     def _embed(self, batch: Batch, held: Mapping[str, Tensor]) -> Tensor:
         """Word embeddings with the encoders' rows at the placeholders."""
-        assert self.llm is not None  # noqa: S101 - the caller has looked
-        hidden = self._placed(batch, self.llm.embed(batch.ids), held["vit"])
-        if "audio" in held and (sound := self.arch.token("audio_token_id")) is not None:
-            hidden = _scatter(hidden, batch.ids == sound, held["audio"])
+        assert self.text is not None  # noqa: S101 - the caller has looked
+        hidden = self._placed(batch, self.text.embed(batch.ids), held[self._keys.vision])
+        if self._keys.sound in held and (sound := self.arch.token("audio_token_id")) is not None:
+            hidden = _scatter(hidden, batch.ids == sound, held[self._keys.sound])
         return hidden
 
     def _placed(self, batch: Batch, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -284,14 +194,14 @@ class Stage(nn.Module):
         self, batch: Batch, held: Mapping[str, Tensor], hidden: Tensor
     ) -> tuple[list[Tensor], Tensor | None]:
         """What is added behind the text layers here, and where: the rows of deepstack layers."""
-        assert self.llm is not None  # noqa: S101 - the caller has looked
+        assert self.text is not None  # noqa: S101 - the caller has looked
         count = len(self.arch.deepstack)
         if not count or not batch.patches:
             return [], None
         seen = batch.ids == self.arch.image_token()
         if (video := self.arch.token("video_token_id")) is not None:
             seen = seen | (batch.ids == video)
-        mine = range(min(self.llm.span.start, count), min(self.llm.span.stop, count))
+        mine = range(min(self.text.span.start, count), min(self.text.span.stop, count))
         empty = torch.zeros_like(hidden)
         return [self._placed(batch, empty, held[deep_key(k)])[seen] for k in mine], seen
 

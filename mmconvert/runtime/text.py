@@ -69,7 +69,7 @@ class Text(nn.Module):
         if span.first:
             self.embedding = binder.embedding(model, "embed_tokens", name, "embed_tokens.weight")
             self.points.append(
-                Point("text_decoder embedding", ("llm", "embed_tokens"), model.embed_tokens)
+                Point("text_decoder embedding", (binder.key, "embed_tokens"), model.embed_tokens)
             )
         else:
             model.embed_tokens = nn.Identity()
@@ -82,9 +82,11 @@ class Text(nn.Module):
             hf = "embed_tokens.weight" if tied else "lm_head.weight"
             self.head_weight = binder.head(owner, "lm_head", head, hf, near)
             self.lm_head = owner.lm_head
-            self.points.append(Point("text_decoder final_layernorm", ("llm", "norm"), model.norm))
             self.points.append(
-                Point("text_decoder output_layer", ("llm", "lm_head"), owner.lm_head)
+                Point("text_decoder final_layernorm", (binder.key, "norm"), model.norm)
+            )
+            self.points.append(
+                Point("text_decoder output_layer", (binder.key, "lm_head"), owner.lm_head)
             )
         else:
             model.norm = nn.Identity()
@@ -117,7 +119,9 @@ class Text(nn.Module):
             binder.row(attn, "o_proj", f"{mm_attn}.linear_proj", f"{hf}.self_attn.o_proj")
             self._feed_forward(binder, layer.mlp, f"{mm}.mlp", f"{hf}.mlp")
             inside = {hf: mm for hf, mm in PLACES.items() if has(layer, hf)}
-            self.points += layer_points(f"text_decoder layer {number}", "llm", hf, layer, inside)
+            self.points += layer_points(
+                f"text_decoder layer {number}", binder.key, hf, layer, inside
+            )
 
     def _feed_forward(self, binder: Binder, mlp: Any, mm: str, hf: str) -> None:  # noqa: ANN401 - HF's module
         if hasattr(mlp, "experts"):

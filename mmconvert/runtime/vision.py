@@ -16,7 +16,7 @@ from mmconvert.runtime.bind import Binder
 from mmconvert.runtime.encoders import LayerRange, Point, Rows, Seen, kept, layer_points
 
 ENCODER = "image_encoder.encoder"
-VIT = f"{ENCODER}.blocks.layers"
+LAYERS = f"{ENCODER}.blocks.layers"
 PROJECTOR = "image_encoder.projector"
 
 
@@ -45,7 +45,9 @@ class QwenVision(nn.Module):
             visual.fullatt_block_indexes = [i for i in full if i >= 0]
         if span.last:
             self.end(binder, visual)
-            self.points.append(Point("image_encoder projector", ("vit", "merger"), visual.merger))
+            self.points.append(
+                Point("image_encoder projector", (binder.key, "merger"), visual.merger)
+            )
         else:
             self.send(visual)
         self.visual = visual
@@ -55,7 +57,7 @@ class QwenVision(nn.Module):
         proj, name = visual.patch_embed.proj, "patch_embed.proj"
         binder.replicated(proj, f"{ENCODER}.{name}", name)
         self.points.append(
-            Point("image_encoder patch_embed", ("vit", "patch_embed"), visual.patch_embed)
+            Point("image_encoder patch_embed", (binder.key, "patch_embed"), visual.patch_embed)
         )
 
     def receive(self, visual: Any) -> None:  # noqa: ANN401 - HF's model
@@ -82,7 +84,7 @@ class QwenVision(nn.Module):
         binder.row(attn, "proj", f"{mm}.linear_proj", f"{hf}.proj")
 
     def _block(self, binder: Binder, block: Any, i: int, number: int) -> None:  # noqa: ANN401 - HF's layer
-        mm, hf = f"{VIT}.{i}", f"blocks.{number}"
+        mm, hf = f"{LAYERS}.{i}", f"blocks.{number}"
         binder.replicated(block.norm1, f"{mm}.input_layernorm", f"{hf}.norm1")
         self.attention(binder, block.attn, f"{mm}.self_attention", f"{hf}.attn")
         binder.replicated(block.norm2, f"{mm}.pre_mlp_layernorm", f"{hf}.norm2")
@@ -93,7 +95,7 @@ class QwenVision(nn.Module):
             two_linears(binder, block.mlp, f"{mm}.mlp", f"{hf}.mlp")
         names = {"norm1": "input_layernorm", "attn": "self_attention"}
         names |= {"norm2": "pre_mlp_layernorm", "mlp": "mlp"}
-        self.points += layer_points(f"image_encoder layer {number}", "vit", hf, block, names)
+        self.points += layer_points(f"image_encoder layer {number}", binder.key, hf, block, names)
 
     @property
     def layers(self) -> Any:  # noqa: ANN401 - a ModuleList of HF's layers

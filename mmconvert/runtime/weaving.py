@@ -14,7 +14,7 @@ from pathlib import Path
 from mmconvert.errors import RequestError
 from mmconvert.runtime import films
 from mmconvert.runtime.pictures import frames_of
-from mmconvert.runtime.samples import PLACE, Clip, Sample
+from mmconvert.runtime.samples import AUDIO, IMAGE, PLACE, VIDEO, Clip, Sample
 
 FIX = "name a sound for each video in audios, with <audio> behind each <video>; or leave all out"
 
@@ -61,8 +61,8 @@ def paired(sample: Sample) -> Sample:
             )
         return replace(sample, audios=sample.videos)
     for _, text in sample.messages:
-        kinds = [m[1] for m in PLACE.finditer(text) if m[1] != "image"]
-        ahead = [kinds[: i + 1].count("video") - kinds[: i + 1].count("audio")
+        kinds = [m[1] for m in PLACE.finditer(text) if m[1] != IMAGE]
+        ahead = [kinds[: i + 1].count(VIDEO) - kinds[: i + 1].count(AUDIO)
                  for i in range(len(kinds))]  # fmt: skip
         if kinds and (ahead[-1] or min(ahead) < 0):
             raise RequestError(

@@ -19,6 +19,7 @@ from cli import run_cli
 from mmconvert.errors import DatasetError, RequestError
 from mmconvert.runtime import dataset
 from mmconvert.runtime.batch import IGNORED, Batch
+from mmconvert.runtime.border import pooled
 from mmconvert.runtime.checking import BackgroundCheck, Checks, look_at_pictures
 from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.dataset import Data, Feed, Order, Share, read_samples, split
@@ -26,7 +27,6 @@ from mmconvert.runtime.dialects import read_source
 from mmconvert.runtime.encoding import Encoder, nbytes
 from mmconvert.runtime.families import architecture
 from mmconvert.runtime.samples import SampleSource
-from mmconvert.runtime.stage import pooled
 
 
 @pytest.fixture(scope="module")

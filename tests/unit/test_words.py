@@ -35,7 +35,7 @@ ALLOWED = {
     "modeljson/file.py": "where MindSpeed-MM's own file has which flag's list",
     "cli/tools/answering.py": "files of pictures and sounds that a question is about",
     "cli/tools/generate.py": "as before",
-    "runtime/": "its chunks are cut for models of pictures and sounds, module by module",
+    "runtime/samples.py": "the marks of files in conversations, and the keys of data files",
 }
 
 

@@ -29,6 +29,7 @@ from mmconvert.runtime.qwenvl.model import QwenVLModel
 from mmconvert.runtime.qwenvl.sizes import Positions, Sizes
 from mmconvert.stored import StoredTensor
 
+ENCODER = next(m.key for m in FAMILY.table(FAMILY.variants[0]) if m.role == "encoder")
 Note = Callable[[object], None]
 
 
@@ -52,7 +53,7 @@ def dims_of(sizes: Sizes) -> dict[str, int]:
             "output_dim": sizes.hidden,
         },
     }  # fmt: skip
-    return {**FAMILY.dims(config), "vit.ffn": sizes.vision_inner}
+    return {**FAMILY.dims(config), f"{ENCODER}.ffn": sizes.vision_inner}
 
 
 def skeleton(sizes: Sizes, dtype: torch.dtype) -> QwenVLModel:
