@@ -300,6 +300,37 @@ def foreign(metadata: Any) -> None:
     metadata.state_dict_metadata[name] = Path("/")
 
 
+def shared(metadata: Any) -> None:
+    one, two = list(metadata.storage_data)[-2:]
+    metadata.storage_data[one] = metadata.storage_data[two]
+
+
+def negative(metadata: Any) -> None:
+    list(metadata.storage_data.values())[-1].offset = -5
+
+
+def endless(metadata: Any) -> None:
+    list(metadata.storage_data.values())[-1].length = 1 << 62
+
+
+def overlapping(metadata: Any) -> None:
+    """Two chunks of one tensor hold the same rows."""
+    name = next(
+        n for n, e in metadata.state_dict_metadata.items() if len(getattr(e, "size", ())) == 2
+    )
+    entry = metadata.state_dict_metadata[name]
+    rows, cols = entry.size
+    entry.chunks = [
+        meta.ChunkStorageMetadata(torch.Size((at, 0)), torch.Size((rows - 1, cols)))
+        for at in (0, 1)
+    ]
+    index = next(index for index in metadata.storage_data if index.fqn == name)
+    info = metadata.storage_data.pop(index)
+    for at in (0, 1):
+        where = _StorageInfo(info.relative_path, info.offset + at, 1)
+        metadata.storage_data[meta.MetadataIndex(name, torch.Size((at, 0)), at)] = where
+
+
 CHANGES = {
     "../../etc/passwd": outside,
     "ends at byte": beyond,
@@ -307,6 +338,10 @@ CHANGES = {
     "do not fill": gap,
     "stream.zstd/1": compressed,
     "pathlib": foreign,
+    "overlaps": shared,
+    "lies at -5": negative,
+    "4611686018427387904 bytes": endless,
+    "exactly once": overlapping,
 }
 
 
@@ -316,6 +351,28 @@ def test_damaged_metadata_is_refused(words: str, folder: Path, tmp_path: Path) -
     said = refused(3, "inspect", out)
     assert words in said
     assert "Traceback" not in said
+
+
+def test_a_tensor_larger_than_its_item_is_refused(tmp_path: Path) -> None:
+    """Strides of 0 make terabytes of one number."""
+    save({"model": {"a": torch.zeros(4, 4)}}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    file, size = next((tmp_path / "dcp").glob("*.distcp")), torch.Size((10**6, 10**6))
+    start = file.stat().st_size
+    with file.open("ab") as stream:
+        torch.save(torch.zeros(1).expand(size), stream)
+    length = file.stat().st_size - start
+
+    def change(metadata: Any) -> None:
+        entry = metadata.state_dict_metadata["model.a"]
+        entry.size = size
+        entry.chunks = [meta.ChunkStorageMetadata(torch.Size((0, 0)), size)]
+        index = next(iter(metadata.storage_data))
+        where = _StorageInfo(file.name, start, length)
+        metadata.storage_data[index] = where
+
+    (tmp_path / "dcp").rename(tmp_path / "release")
+    out = rewritten(tmp_path, tmp_path / "changed", change)
+    assert "4000000000000 bytes in an item" in refused(3, "inspect", out)
 
 
 def test_nothing_of_a_pickle_is_run(folder: Path, tmp_path: Path) -> None:

@@ -62,6 +62,12 @@ class Items:
                 f"{dtype} {list(sizes)}, as {self.path} says",
                 "take the .metadata and the files of one save",
             )
+        if found.nbytes > item.nbytes:  # strides of 0, such as torch never saves: a bomb
+            raise FormatError(
+                f"{found.path}: {name} at byte {item.offset} has {found.nbytes} bytes in an item "
+                f"of {item.nbytes}",
+                "a tensor that is stored whole",
+            )
         return found
 
     def value(self, name: str, item: Item) -> object:

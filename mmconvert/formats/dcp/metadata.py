@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -16,9 +17,9 @@ from typing import NamedTuple, cast
 from mmconvert.errors import CheckpointError, FormatError, TensorError, cannot_read
 from mmconvert.formats.containers.pickles import Global, Inert, load_pickle
 from mmconvert.formats.containers.torch_objects import MAX_DIMS, TORCH_DTYPE
+from mmconvert.formats.dcp.tiles import tile
 from mmconvert.formats.reading import opened
 from mmconvert.narrow import is_array, is_dict, is_sequence, is_tuple
-from mmconvert.plan.proof import Rect, covers
 from mmconvert.stored import ITEM_SIZE
 
 NAME = ".metadata"
@@ -77,6 +78,14 @@ def read_metadata(folder: Path) -> Metadata:
     path = folder / NAME
     if not path.is_file():
         raise _unfinished(folder)
+    seen = path.stat()
+    return _read(path, (seen.st_ino, seen.st_mtime_ns, seen.st_size))
+
+
+@lru_cache(maxsize=2)
+def _read(path: Path, version: tuple[int, ...]) -> Metadata:
+    """The file as it is now: what it is like may be asked several times, and takes seconds."""
+    del version
     try:
         with opened(path) as file:
             data = file.read(MAX_METADATA + 1)
@@ -120,6 +129,7 @@ class _Reader:
     def metadata(self, tree: object) -> Metadata:
         state = self.state(tree, "Metadata")
         self.stored = dict(self.items(state.get("storage_data")))
+        self.check_apart()
         listed = state.get("state_dict_metadata")
         if not is_dict(listed):
             raise self.error("state_dict_metadata is no dict")
@@ -139,6 +149,17 @@ class _Reader:
             name, offsets = next(iter(self.stored))
             raise self.error(f"an item of {name} at {list(offsets)} is not in the list of tensors")
         return Metadata(self.path, tensors, objects, self.shapes(state.get("mcore_data")))
+
+    def check_apart(self) -> None:
+        """Raises FormatError for two items that share bytes of a file."""
+        last: tuple[Item, str] | None = None
+        for item, name in sorted((item, name) for (name, _), item in self.stored.items()):
+            if last and last[0].file == item.file and sum(last[0][1:]) > item.offset:
+                raise self.error(
+                    f"{name} at byte {item.offset} of {item.file} overlaps {last[1]}",
+                    "items that lie apart",
+                )
+            last = item, name
 
     def kind(self, value: object) -> str:
         """The name of a torch class that an object is of."""
@@ -228,7 +249,7 @@ class _Reader:
         """Raises TensorError for pieces that leave a gap, overlap, or reach outside."""
         if len(pieces) == 1 and pieces[0].sizes == shape and not any(pieces[0].offsets):
             return
-        if _inside(shape, pieces) and _apart(shape, pieces):
+        if tile([(piece.offsets, piece.sizes) for piece in pieces], shape):
             return
         raise TensorError(
             f"{self.path}: the {len(pieces)} pieces of {name} do not fill its shape {list(shape)} "
@@ -246,49 +267,6 @@ class _Reader:
             for name, value in listed
             if isinstance(name, str) and is_dict(value) and value.get(key) is not None
         }
-
-
-def _inside(shape: tuple[int, ...], pieces: list[StoredChunk]) -> bool:
-    return all(
-        start + size <= length
-        for offsets, sizes, _ in pieces
-        for start, size, length in zip(offsets, sizes, shape, strict=True)
-    )
-
-
-def _apart(shape: tuple[int, ...], pieces: list[StoredChunk]) -> bool:
-    """Whether pieces within a shape fill it exactly once.
-
-    What is cut along at most two dimensions is a matrix of these. Cut along more, every piece must
-    be one cell of a grid, as tensor-parallel layers stacked in one tensor are.
-    """
-    pieces = [piece for piece in pieces if prod(piece.sizes)]
-    if sum(prod(piece.sizes) for piece in pieces) != prod(shape):
-        return False
-    cut = [d for d, n in enumerate(shape) if any(p.sizes[d] != n for p in pieces)]
-    if len(cut) <= 2:
-        rows, cols = (*cut, -1, -1)[:2]
-        rects = [_rect(piece, rows, cols) for piece in pieces]
-        return covers(rects, _length(shape, rows), _length(shape, cols), once=True)
-    steps: list[dict[int, int]] = [{} for _ in shape]
-    for piece in pieces:
-        for found, start, size in zip(steps, piece.offsets, piece.sizes, strict=True):
-            if found.setdefault(start, size) != size:
-                return False
-    cells = prod(len(found) for found in steps)
-    return len({piece.offsets for piece in pieces}) == len(pieces) == cells
-
-
-def _rect(piece: StoredChunk, rows: int, cols: int) -> Rect:
-    def at(values: tuple[int, ...], dim: int, default: int) -> int:
-        return values[dim] if dim >= 0 else default
-
-    offsets, sizes = piece.offsets, piece.sizes
-    return Rect(at(offsets, rows, 0), at(offsets, cols, 0), at(sizes, rows, 1), at(sizes, cols, 1))
-
-
-def _length(shape: tuple[int, ...], dim: int) -> int:
-    return shape[dim] if dim >= 0 else 1
 
 
 def _is_size(value: object) -> bool:
