@@ -11,7 +11,7 @@ from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.adapters import derived, like
 from mmconvert.converters.configs import Dims
 from mmconvert.converters.family import Family, Variant
-from mmconvert.converters.rows import Module
+from mmconvert.converters.rows import Module, decoder_of
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.formats.hf.folder import HFCheckpoint
 from mmconvert.formats.mm.instances import experts_of
@@ -192,7 +192,8 @@ def _check_ep(model: Model, size: int, prefix: str) -> None:
     if size in (0, 1) or (model.adapter is not None and not counts):
         return  # an adapter of other layers is the same on all expert-parallel ranks
     if not counts:
-        raise LayoutError(f"{prefix}ep_size is {size}", f"1: {model.family.name} has no experts")
+        of = "the encoders have" if not decoder_of(model.modules) else f"{model.family.name} has"
+        raise LayoutError(f"{prefix}ep_size is {size}; {of} no experts", "1", "leave the flag out")
     for count in counts:
         if size < 0 or count % size:
             raise LayoutError(

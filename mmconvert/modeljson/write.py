@@ -43,6 +43,8 @@ def script_flags(content: Mapping[str, Any], layout: Layout) -> list[str]:
     flags.append(f"--pipeline-model-parallel-size {layout.pp_size}")
     if layout.vpp_size > 1:
         flags.append(f"--virtual-pipeline-model-parallel-size {layout.vpp_size}")
+    if layout.ep > 1:
+        flags.append(f"--expert-model-parallel-size {layout.ep}")
     if hetero:
         flags.append("--hetero-parallel")
     if frozen_ranks(content, layout):

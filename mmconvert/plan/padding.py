@@ -57,8 +57,9 @@ def padded_size(words: int, to: int, divisible_by: int, tp: int) -> int:
         raise RequestError(
             "--cfg.pad_vocab_to and --cfg.make_vocab_size_divisible_by are both given", "one"
         )
-    if to < 0 or divisible_by < 0:
-        raise RequestError(f"the vocabulary cannot be padded to {min(to, divisible_by)}", "a size")
+    for flag, value in (("pad_vocab_to", to), ("make_vocab_size_divisible_by", divisible_by)):
+        if value < 0:
+            raise RequestError(f"--cfg.{flag} is {value}", "a number of rows, from 1 on")
     if divisible_by:
         step = divisible_by * tp
         return -(-words // step) * step

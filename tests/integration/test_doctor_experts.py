@@ -225,6 +225,22 @@ def test_a_rank_that_stands_under_two_names(sound: Path, hf: Path, tmp_path: Pat
     assert findings(mm, "--hf_dir", back) == []
 
 
+def test_hf_dir_of_another_model_of_the_family(sound: Path, hf: Path, tmp_path: Path) -> None:
+    """With experts where the checkpoint has none, or the other way round: nothing is to be left
+    out, nothing to be copied again.
+    """
+    sizes: Json = {"layers": 2, "vit_layers": 2, "deepstack": [0]}
+    dense, mm = make_hf("qwen3vl-8b", tmp_path / "dense", **sizes), tmp_path / "mm"
+    call(NAME, "hf_to_mm", HF, dense, MM, mm, check=0)
+    for checkpoint, other, words in ((sound, dense, "does not tell of"), (mm, hf, "no experts")):
+        (found,) = findings(checkpoint, "--hf_dir", other)
+        assert found["id"] == "other-model" and words in found["what"]
+        assert "hf_dir" in found["fix"]
+        flags = (MM, checkpoint, HF, other, BACK, tmp_path / "out")
+        said = call(NAME, "mm_to_hf", *flags, check=3).stderr
+        assert "another Qwen3-VL" in said and "--drop" not in said
+
+
 def test_experts_that_are_all_one_mlp_are_meant_so(sound: Path, tmp_path: Path) -> None:
     """As where a dense model becomes one with experts."""
     mm = copied(sound, tmp_path / "mm")

@@ -99,7 +99,7 @@ def test_both_flags_count_as_megatron_does(tmp_path: Path) -> None:
     ("words", "said"),
     [
         ((TO, "300"), "a number from 301 on"),
-        ((TO, "-1"), "a size"),
+        ((TO, "-1"), "pad_vocab_to is -1"),
         ((TO, "302", BY, "2"), "both given"),
         ((TO, "303"), "tp size"),
         ((TO, "302", "--cfg.save_vit_only", "True"), "text decoder"),

@@ -11,7 +11,9 @@ import pytest
 from safetensors import safe_open
 
 from inprocess import HF, MM, call
+from mmconvert.modeljson.write import script_flags
 from mmconvert.playground.checkpoints import make_hf
+from mmconvert.sharding.layout import Layout
 
 LARGE: dict[str, Any] = {
     "model_type": "qwen3_vl_moe",
@@ -99,3 +101,6 @@ def test_the_printed_command_runs(tmp_path: Path) -> None:
     pairs = found["parallel_config"].items()
     words = [w for k, v in pairs for w in (f"--cfg.parallel_config.{k}", json.dumps(v))]
     call("AutoConverter", "hf_to_mm", HF, hf, MM, tmp_path / "mm", *words, "--dry-run")
+    layout = Layout({"llm": 2}, {"llm": ((3, 3),)}, 4, decoder="llm")
+    assert "--expert-model-parallel-size 4" in script_flags({}, layout)
+    assert "-ep4 " in call("suggest", hf, "--pp", "2", "--ep", "4", check=0).stdout

@@ -94,7 +94,7 @@ def run(words: list[str]) -> int:
         asked.device_memory * 1e9,
     )
     found = suggest(asked.path, expected)
-    mm_dir = Path(asked.mm_dir) if asked.mm_dir else _folder_name(asked)
+    mm_dir = Path(asked.mm_dir) if asked.mm_dir else _folder_name(asked, found.ep)
     made = _model_json(asked, found) if asked.model_json or asked.write else None
     if asked.json:
         more = {} if made is None else {"model_json": made.content, "script_flags": made.flags}
@@ -142,7 +142,7 @@ def _model_json(asked: SuggestFlags, found: Suggestion) -> Made:
     grids = found.balance.grids
     decoder = found.model.family.decoder
     sizes = {key: found.tp.get(key, found.tp[decoder]) for key in grids}
-    layout = Layout(sizes, grids, decoder=decoder)
+    layout = Layout(sizes, grids, found.ep or 1, decoder=decoder)
     file = asked.model_json
     old = read_model_json(file).content if file else model_keys(read_config(asked.path))
     content = with_layout(old, layout)
@@ -168,10 +168,11 @@ def freeze_joined(words: Sequence[str]) -> list[str]:
     return [*out, "--freeze", ",".join(names)] if names else out
 
 
-def _folder_name(asked: SuggestFlags) -> Path:
+def _folder_name(asked: SuggestFlags, ep: int) -> Path:
     """A folder here, named after model and layout."""
     name = f"{asked.path.resolve().name}-tp{asked.tp}-pp{asked.pp}"
-    return Path(name + (f"-vpp{asked.vpp}" if asked.vpp > 1 else ""))
+    name += f"-vpp{asked.vpp}" if asked.vpp > 1 else ""
+    return Path(name + (f"-ep{ep}" if ep > 1 else ""))
 
 
 def show(found: Suggestion) -> None:

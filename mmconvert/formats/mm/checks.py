@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from mmconvert.config import ParallelConfig
 from mmconvert.converters.configs import Dims
 from mmconvert.converters.family import Family
-from mmconvert.converters.rows import Module, Row
+from mmconvert.converters.rows import Module, Row, mm_index
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.formats.faults import Faults
 from mmconvert.formats.mm.chart import Chart
@@ -192,6 +193,7 @@ def check_known(
     names = {name for part in parts.values() for name in part}
     unknown = sorted(name for name in names if not index.find(name))
     if not unknown:
+        _check_some_experts(family, names, index, checkpoint)
         return
     file = next(part[unknown[0]].path for part in parts.values() if unknown[0] in part)
     other = by_names(names, checkpoint.folder)
@@ -202,6 +204,9 @@ def check_known(
             f"a checkpoint of {family.name} for {family.converter}",
             f"use {other.converter}: the names are those of {other.name}",
         )
+    if _of_other_model(family, unknown):
+        has = f"it has {number(unknown, 'tensor')} that hf_dir's config.json does not tell of"
+        raise _other_model(family, checkpoint, f"{has}: {summarise(unknown)}", unknown)
     closest = index.closest(unknown[0])
     hint = f" (closest known name: {closest})" if closest else ""
     fault = TensorError(
@@ -214,6 +219,41 @@ def check_known(
         tensors=unknown,
     )
     faults.add(fault)
+
+
+def _check_some_experts(
+    family: Family,
+    names: Iterable[str],
+    index: TemplateIndex[tuple[Module, Row]],
+    checkpoint: MMCheckpoint,
+) -> None:
+    """Raises CheckpointError for a text decoder without experts where the model has some."""
+    found = [hit[0] for name in names if (hit := index.find(name))]
+    decoder = [(m, r) for m, r in found if m.role == "decoder" and r in m.layer]
+    if not decoder or not decoder[0][0].has_experts or any(r.of_expert for _, r in decoder):
+        return
+    some = [r for r in decoder[0][0].layer if r.of_expert]
+    if all(r.layers != () for r in some):
+        raise _other_model(family, checkpoint, "it has no experts", ())
+
+
+def _other_model(
+    family: Family, checkpoint: MMCheckpoint, how: str, tensors: Sequence[str]
+) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.folder} is of another {family.name} than hf_dir: {how}",
+        "a checkpoint and a config.json of one model",
+        "give the hf_dir of the model that this checkpoint was made from",
+        cause="other-model",
+        path=checkpoint.folder,
+        tensors=tensors,
+    )
+
+
+def _of_other_model(family: Family, names: Sequence[str]) -> bool:
+    """Whether another model of the family has tensors of these names."""
+    tables = (mm_index(family.modules(replace(v, tied=False))) for v in family.variants)
+    return any(all(table.find(name) for name in names) for table in tables)
 
 
 def _check_modules(chart: Chart, faults: Faults) -> None:

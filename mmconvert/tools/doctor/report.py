@@ -67,6 +67,7 @@ SEVERITY: dict[str, str] = {
     # its tensors
     "unknown-family": ERROR,
     "other-family": ERROR,
+    "other-model": ERROR,
     "encoders-only": WARNING,
     "tp-names-differ": ERROR,
     "layer-hole": ERROR,

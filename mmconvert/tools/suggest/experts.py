@@ -28,7 +28,9 @@ def ep_sizes(model: Model, asked: int) -> list[int]:
     counts = [n for n in experts_of(model.modules, model.dims).values() if n]
     if not counts:
         if asked > 1:
-            raise LayoutError(f"--ep is {asked}", f"1: {model.family.name} has no experts")
+            raise LayoutError(
+                f"--ep is {asked}; {model.family.name} has no experts", "1", "leave the flag out"
+            )
         return []
     good = [n for n in range(1, min(counts) + 1) if all(count % n == 0 for count in counts)]
     if not asked:
