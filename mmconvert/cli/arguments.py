@@ -77,9 +77,9 @@ def read(
     """
     given = normalise(words, config, "-" if bare else "--cfg")
     parts = (
-        plain.Part(config, "--" if bare else "--cfg.", switches=False),
-        plain.Part(Options, "--", switches=True),
-        plain.Part(Screen, "--", switches=True),
+        plain.FlagPart(config, "--" if bare else "--cfg.", switches=False),
+        plain.FlagPart(Options, "--", switches=True),
+        plain.FlagPart(Screen, "--", switches=True),
     )
     if (found := plain.read(parts, given)) is not None:
         return Command(*found)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mmconvert.result import Result
 
 
-class Conversion(Protocol):
+class Direction(Protocol):
     """One of ``directions``."""
 
     def __call__(self, family: Family, cfg: Any, options: Options, events: Events) -> Result:  # noqa: ANN401 - of the verb's class
@@ -72,7 +72,7 @@ def between(converter: str, verb: str, formats: tuple[str, str], flags: list[str
 
     reader, writer = map(load, formats)
     form = make_dataclass(
-        "Conversion",
+        "Direction",
         [
             ("source", Path),
             ("target", Path),
@@ -100,7 +100,7 @@ def run(converter: str, module: str, verb: str, command: Command) -> None:
     _run(converter, verb, command, getattr(directions, verb))
 
 
-def _run(converter: str, verb: str, command: Command, conversion: Conversion) -> None:
+def _run(converter: str, verb: str, command: Command, conversion: Direction) -> None:
     from mmconvert import converters
 
     if converter != AUTO:

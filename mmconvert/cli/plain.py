@@ -28,7 +28,7 @@ from mmconvert.sharding.stages import parse_grid
 Given = dict[str, list[str]]
 
 
-class Part(NamedTuple):
+class FlagPart(NamedTuple):
     """A dataclass whose flags stand on a command line.
 
     Attributes:
@@ -42,7 +42,7 @@ class Part(NamedTuple):
     switches: bool
 
 
-def read(parts: Sequence[Part], words: Sequence[str]) -> list[Any] | None:
+def read(parts: Sequence[FlagPart], words: Sequence[str]) -> list[Any] | None:
     """An object of each part's class; None where the line is not plain.
 
     Args:
@@ -67,7 +67,7 @@ def read(parts: Sequence[Part], words: Sequence[str]) -> list[Any] | None:
     return None if given else found
 
 
-def _filled(part: Part, given: Given) -> Any:  # noqa: ANN401 - of the class that is given
+def _filled(part: FlagPart, given: Given) -> Any:  # noqa: ANN401 - of the class that is given
     """An object of a class, filled with its flags, which are taken out of ``given``.
 
     Raises:
@@ -78,7 +78,7 @@ def _filled(part: Part, given: Given) -> Any:  # noqa: ANN401 - of the class tha
     for field in dataclasses.fields(part.form):
         kind, flag = kinds[field.name], part.prefix + field.name
         if dataclasses.is_dataclass(kind):
-            inner = Part(kind, f"{flag}.", part.switches)  # pyright: ignore[reportArgumentType] - a class
+            inner = FlagPart(kind, f"{flag}.", part.switches)  # pyright: ignore[reportArgumentType] - a class
             if any(name.startswith(inner.prefix) for name in given) or not _optional(field):
                 values[field.name] = _filled(inner, given)
         elif (words := given.pop(flag, None)) is not None:

@@ -33,11 +33,11 @@ def class_of(form: str) -> type:
     )
 
 
-def parts_of(form: str) -> list[plain.Part]:
+def parts_of(form: str) -> list[plain.FlagPart]:
     return [
-        plain.Part(class_of(form), "--cfg.", switches=False),
-        plain.Part(Options, "--", switches=True),
-        plain.Part(Screen, "--", switches=True),
+        plain.FlagPart(class_of(form), "--cfg.", switches=False),
+        plain.FlagPart(Options, "--", switches=True),
+        plain.FlagPart(Screen, "--", switches=True),
     ]
 
 
