@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mmconvert import errors
-from mmconvert.errors import MMConvertError, disagreement
+from mmconvert.errors import MMConvertError, RequestError, disagreement
 from mmconvert.executor.ranks import ALONE, Ranks, of_flag
 
 T = TypeVar("T")
@@ -148,8 +148,16 @@ def join(target: Path, flag: str, patience: float, note: Callable[[str], None]) 
     leave()
     ranks = of_flag(flag) if flag else _expected
     if ranks.size > 1:
-        from mmconvert.executor.rendezvous import Rendezvous  # seldom needed
-
+        try:
+            from mmconvert.executor.rendezvous import Rendezvous  # seldom needed
+        except ImportError:  # Windows has no fcntl
+            if not ranks.certain:
+                return _current
+            raise RequestError(
+                "--ranks needs locks of files that this system does not have",
+                "Linux or macOS for several processes",
+                "leave --ranks out: one process uses all cores",
+            ) from None
         _current = found = Rendezvous(target, ranks)
         if not found.meet(patience, note, certain=ranks.certain):
             note(f"no other of {ranks.size} processes has come: this one goes on alone")

@@ -12,6 +12,7 @@ from runpy import run_path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from cli import run_cli
@@ -175,6 +176,17 @@ def test_make_targets_that_are_named_exist() -> None:
         assert named <= targets
     named = {m for b in blocks(README, "sh") for m in re.findall(r"^make (\w+)", b.text, re.M)}
     assert {"demo", "test"} <= named
+
+
+def test_the_workflow_calls_targets_and_files_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    commands = [s.get("run", "") for job in workflow["jobs"].values() for s in job["steps"]]
+    called = {m for command in commands for m in re.findall(r"\bmake ([\w-]+)", command)}
+    assert {"demo", "test", "docs", "release-check", "nightly"} <= called <= targets
+    files = [m for command in commands for m in re.findall(r"\bpython (\S+\.py)", command)]
+    assert files
+    assert all((ROOT / name).is_file() for name in files)
 
 
 def test_the_changelog_begins_with_this_version() -> None:

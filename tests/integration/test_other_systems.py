@@ -29,6 +29,8 @@ POSIX_ONLY = (
         "geteuid",
         "mkfifo",
         "chown",
+        *("fdatasync", "sync", "killpg", "setsid", "getpgid", "getpgrp", "sysconf"),
+        *("lchown", "fchown", "waitid", "register_at_fork", "readv", "writev", "O_SYNC"),
     ),
 )
 SIGNALS = ("SIGALRM", "alarm", "SIGPIPE", "SIGHUP", "SIGKILL", "pthread_sigmask", "setitimer")
@@ -64,6 +66,49 @@ def run(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 def call(*words: str, code: int = 0) -> str:
     return f"assert main({list(words)!r}) == {code}, {words!r}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_tools_and_other_formats(system: str, tmp_path: Path) -> None:
+    hf = ("--cfg.hf_config.hf_dir", "play/hf")
+    family = "Qwen2VLConverter"
+    adapter = ("--cfg.lora_dir", "play/adapter", "--cfg.save_dir", "merged")
+    done = run(
+        script(
+            system,
+            call("playground", "play", "--quiet"),
+            call("diff", "play/base", "play/trained", "--svg", "diff.svg", code=1),
+            call("suggest", "play/hf", "--pp", "4"),
+            call("roundtrip", "play/hf"),
+            call("model_json", "play/hf", "--output", "model.json"),
+            call(family, "lora_merge", "--cfg.base_dir", "play/hf", *adapter),
+            call(family, "hf_to_dcp", *hf, "--cfg.dcp_dir", "dcp"),
+            call(family, "dcp_to_mm", "--cfg.dcp_dir", "dcp", *hf, "--cfg.mm_dir", "mm"),
+            call(family, "resplit", "--cfg.source_dir", "mm", "--cfg.target_dir", "mm2",
+                 "--cfg.target_parallel_config.tp_size", "2"),
+            call("verify", "play/hf", "mm2"),
+            call("QwenVLConverter", "hf_to_ms", "--cfg.hf_config.hf_dir", "play/hf_qwenvl",
+                 "--cfg.ms_path", "q.ckpt"),
+            call("verify", "play/hf_qwenvl", "q.ckpt"),
+            call("moe_expert", "--style", "merge", "--hf_dir", "play/hf_glm45v",
+                 "--save_dir", "glm"),
+            call("doctor", "dcp"),
+        ),
+        tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_several_processes_are_refused_without_locks(tmp_path: Path) -> None:
+    hf = ("--cfg.hf_config.hf_dir", "play/hf")
+    words = ("Qwen2VLConverter", "hf_to_mm", *hf, "--cfg.mm_dir", "mm", "--ranks", "0/2")
+    done = run(script("Windows", call("playground", "play"), call(*words, code=2)), tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "leave --ranks out" in done.stderr
+    assert not (tmp_path / "mm").exists()
 
 
 @pytest.mark.slow
