@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 try:
@@ -79,7 +79,7 @@ def _seconds(plan: Plan, folder: Path, workers: int) -> float | None:
         return None
     try:
         with ExitStack() as stack:
-            sample = jobs_of(plan, _places(plan, parent, stack))
+            sample = jobs_of(replace(plan, replicas=[]), _places(plan, parent, stack))
             return plan.nbytes / _speed(sample, threads_for(sample, workers))
     except (OSError, MMConvertError, ZeroDivisionError):  # a disk without such files, or full
         return None

@@ -77,7 +77,10 @@ class Conversion:
         if self.group.size > 1:
             self.group.agree(agreement.of_plan(plan, self.watch.states))
         self._check_rounded(plan)
-        self._check_replicas(plan)
+        if self.options.dry_run or self.options.replicas == "first":
+            self._check_replicas(plan)  # else while they are moved
+        found = compare.not_zero(plan.zeros, plan.sources)
+        self._settle(found, "values that HF does not store are not zero", "zeros, as converted")
         return plan
 
     def _differing(self, what: str, pairs: list[Comparison], plan: Plan) -> list[TensorDifference]:
@@ -103,11 +106,8 @@ class Conversion:
             )
 
     def _check_replicas(self, plan: Plan) -> None:
-        if plan.replicas:
-            found = self._differing("comparing replicas", plan.replicas, plan)
-            self._settle(found, "copies of one tensor differ", "the same values in every copy")
-        found = compare.not_zero(plan.zeros, plan.sources)
-        self._settle(found, "values that HF does not store are not zero", "zeros, as converted")
+        found = self._differing("comparing replicas", plan.replicas, plan)
+        self._settle(found, "copies of one tensor differ", "the same values in every copy")
 
     def _settle(self, found: list[TensorDifference], what: str, expected: str) -> None:
         """Raises ReplicaError for differences, or warns if the user has chosen."""
@@ -152,7 +152,8 @@ class Conversion:
             )
         boots = set(self.group.gather(journal.boot_id()))
         size = sum(image.size for image in result.listed)
-        request = journal.request_of(plan, (about, result.files, self._sources(plan)))
+        decides = (about, result.files, self._sources(plan), self.options.replicas)
+        request = journal.request_of(plan, decides)
         written = {image.path: image.size for image in result.files if image.pieces}
 
         def finished(folder: Path) -> journal.Finished:
@@ -190,15 +191,24 @@ class Conversion:
         here: AbstractContextManager[object] = output if self.group.leads else nullcontext()
         with here:
             staged = self.group.lead(stage)
-            moved = move(
-                plan, staged, self.workers, self.group, self.events, sync=not self.options.no_sync
-            )
+            moved = self._move(plan, staged)
             for note in moved.losses.notes():
                 self.events.note(note)
             extra = self._extra(plan, placed, staged, moved)
             self.group.together(self.watch.check)
             self.group.lead(commit)
         return replace(result, written=True, moved=moved, seconds=self._seconds())
+
+    def _move(self, plan: Plan, staged: Staged) -> Moved:
+        """Moves all bytes; where replicas differ on the way, says which and how."""
+        compared = replace(plan, replicas=[]) if self.options.replicas == "first" else plan
+        sync = not self.options.no_sync
+        try:
+            return move(compared, staged, self.workers, self.group, self.events, sync=sync)
+        except ReplicaError:
+            self.group.together(self.watch.check)  # files that change may differ for that
+            self._check_replicas(plan)
+            raise
 
     def _extra(self, plan: Plan, placed: Placed, staged: Staged, moved: Moved) -> dict[str, object]:
         """What the manifest says of the data that was written."""

@@ -227,6 +227,27 @@ PLANS = (
         (BACK, BROKEN),
     ),
     Fault(
+        "replicas that pass not compared",
+        "executor/replicas.py",
+        "        if (c.src, c.dst) in self.repeats:\n            return",
+        "        if (c.src, c.dst) not in self.repeats:\n            return",
+        ("unit/test_replicas.py",),
+    ),
+    Fault(
+        "replicas that do not pass forgotten",
+        "executor/replicas.py",
+        "rest += passing.pop(src)",
+        "passing.pop(src)",
+        ("unit/test_replicas.py",),
+    ),
+    Fault(
+        "rows of a replica one band off",
+        "executor/replicas.py",
+        "left[(top - c.src_row) * line : (bottom - c.src_row) * line]",
+        "left[: (bottom - top) * line]",
+        ("unit/test_replicas.py",),
+    ),
+    Fault(
         "other shapes on both sides",
         PLAN,
         "if (a.shape, a.dtype) != (b.shape, b.dtype):",

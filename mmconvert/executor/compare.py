@@ -34,20 +34,23 @@ def compare(
         cast: the dtype in which tensors of two dtypes are compared; "" takes the narrower one.
     """
     found = Differences(a, b, cast)
-    most = job_size(comparison_bytes(comparisons, a))
-    jobs: list[Job] = []
-    batch: list[Comparison] = []
-    size = 0
-    for piece in _pieces(comparisons, a, most):
-        batch.append(piece)
-        size += comparison_bytes([piece], a)
-        if size >= most:
-            jobs.append(_job(found, batch, size))
-            batch, size = [], 0
-    if batch:
-        jobs.append(_job(found, batch, size))
+    jobs = comparison_jobs(found, comparisons)
     run_jobs(jobs, workers, (lambda job, _: progress(job.nbytes)) if progress else None)
     return found.listed()
+
+
+def comparison_jobs(found: Differences, comparisons: Sequence[Comparison]) -> list[Job]:
+    """The jobs that look for differences; the same comparisons give the same jobs."""
+    most = job_size(comparison_bytes(comparisons, found.a))
+    batches: list[list[Comparison]] = [[]]
+    size = 0
+    for piece in _pieces(comparisons, found.a, most):
+        if size >= most:
+            batches.append([])
+            size = 0
+        batches[-1].append(piece)
+        size += comparison_bytes([piece], found.a)
+    return [_job(found, batch, number) for number, batch in enumerate(batches) if batch]
 
 
 class Differences:
@@ -72,8 +75,8 @@ class Differences:
         region = Region(c.src_row, c.src_col, c.rows, c.cols)
         self.look_at(files, piece, read_compact(files, self.a[c.src], region, "left"))
 
-    def look_at(self, files: Files, piece: Comparison, left: memoryview) -> bool:
-        """Compares a rectangle of ``a`` that is read already; whether it is equal."""
+    def look_at(self, files: Files, piece: Comparison, left: memoryview) -> None:
+        """Compares a rectangle of ``a`` that is read already."""
         c = piece.copy
         one, other = self.a[c.src], self.b[c.dst]
         region = Region(c.dst_row, c.dst_col, c.rows, c.cols)
@@ -82,12 +85,11 @@ class Differences:
             left, right, dtype = _alike(left, right, (one.dtype, other.dtype), self._cast)
             one, other = one._replace(dtype=dtype), other._replace(dtype=dtype)
         if _equal(left, right):
-            return True
+            return
         difference = _describe(piece, one, other, left, right)
         with self._lock:
             known = self._found.get((c.src, c.dst))
             self._found[c.src, c.dst] = _first(known, difference)
-        return False
 
 
 def _alike(
@@ -130,12 +132,11 @@ def _memcmp() -> Callable[[object, object, int], int]:
     return found
 
 
-def _job(found: Differences, batch: list[Comparison], size: int) -> Job:
+def _job(found: Differences, batch: list[Comparison], number: int) -> Job:
     def run(files: Files) -> None:
         for piece in _pieces(batch, found.a, BAND):
             found.look(files, piece)
 
-    first = batch[0].copy
     reads = tuple(
         r
         for piece in batch
@@ -145,7 +146,7 @@ def _job(found: Differences, batch: list[Comparison], size: int) -> Job:
         )
         for r in rows_range(tensor, row, piece.copy.rows)
     )
-    return Job((), (str(found.a[first.src].path), found.a[first.src].offset), size, run, reads)
+    return Job((), ("comparisons", number), comparison_bytes(batch, found.a), run, reads)
 
 
 def _pieces(

@@ -31,6 +31,7 @@ from mmconvert.executor.casts import Loss
 from mmconvert.executor.differences import place
 from mmconvert.executor.fileio import BAND, BUFFERS, ByteRange, Files, copy_range, write_pieces
 from mmconvert.executor.jobs import Job, Losses, job_size, load_numpy
+from mmconvert.executor.replicas import Pairs, Replicas, on_the_way
 from mmconvert.plan.plan import Copy, Plan, matrix
 from mmconvert.stored import ITEM_SIZE, Scales, StoredTensor
 
@@ -66,7 +67,10 @@ def _jobs(plan: Plan, targets: Sequence[StoredTensor]) -> Iterator[Job]:
     scattered: dict[int, list[Copy]] = defaultdict(list)
     size = job_size(plan.nbytes)
     small: list[tuple[StoredTensor, list[Copy]]] = []
-    origin = Origin(plan.sources, _repeats(plan.copies) if plan.cast else frozenset())
+    repeats = _repeats(plan.copies) if plan.cast or plan.replicas else Pairs()
+    replicas, comparisons = on_the_way(plan, repeats)
+    yield from comparisons
+    origin = Origin(plan.sources, repeats, replicas)
     by_target.update({f.tensor: by_target[f.tensor] for f in plan.fills})  # all of it may be zeros
     for number, copies in by_target.items():
         target = targets[number]
@@ -75,13 +79,14 @@ def _jobs(plan: Plan, targets: Sequence[StoredTensor]) -> Iterator[Job]:
 
             yield from merges(plan, target, copies, added[number])
             continue
-        runs = _linear_runs(plan, target, copies)
+        compared = any(c.src in replicas.passing for c in copies)
+        runs = None if compared else _linear_runs(plan, target, copies)
         if runs and target.nbytes >= STREAM_MIN * len(runs):
             yield from _streams(target, runs, size)
             continue
         if target.nbytes <= STREAM_MIN:
             small.append((target, copies))
-        elif all(_scatters_to(plan.sources[c.src], target, c) for c in copies):
+        elif not compared and all(_scatters_to(plan.sources[c.src], target, c) for c in copies):
             for copy in copies:
                 scattered[copy.src].append(copy)
         else:
@@ -199,13 +204,15 @@ class Origin(NamedTuple):
         sources: the plan's.
         repeats: (source, target) of copies that write once more what another target has too, such
             as a norm on every tensor-parallel rank: what their casts lose is counted already.
+        replicas: what is compared with sources on the way.
     """
 
     sources: Sequence[StoredTensor]
-    repeats: frozenset[tuple[int, int]]
+    repeats: Pairs
+    replicas: Replicas
 
 
-def _repeats(copies: Sequence[Copy]) -> frozenset[tuple[int, int]]:
+def _repeats(copies: Sequence[Copy]) -> Pairs:
     first: dict[tuple[int, ...], int] = {}
     return frozenset(
         (c.src, c.dst)
@@ -258,7 +265,10 @@ def _gather(
         source = origin.sources[c.src]
         if source.dtype == target.dtype:
             read_region(files, source, region, window)
+            whole = window.pieces(c.rows, c.cols * item)
+            origin.replicas.look(files, c, whole[0] if len(whole) == 1 else None)
             continue
+        origin.replicas.look(files, c, None)
         loss = _read_cast(files, source, region, target.dtype, window)
         if (c.src, c.dst) not in origin.repeats:
             tally.add(place(source), loss)

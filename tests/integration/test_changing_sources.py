@@ -101,13 +101,14 @@ def test_mm_to_hf(
     tmp_path: Path,
     out: Path,
 ) -> None:
-    """Also between the comparison of replicas and the copying: what was compared is gone."""
+    """Also between a comparison of replicas and the copying: what was compared is gone."""
     hf, mm = copied(tied_hf, tmp_path / "hf"), copied(tied_mm22, tmp_path / "mm")
     path = (hf if name == "config.json" else mm) / name
     path = list(rank_files(mm).values())[-1] if name == "rank file" else path
     events = At(phase, lambda: change(path))
     cfg = MMToHF(out, mm, HFConfig(hf))
-    refused(path, out, events, lambda: mm_to_hf(converters.load(QWEN2VL), cfg, None, events))
+    options = Options(replicas="first" if phase == "comparing replicas" else "check")
+    refused(path, out, events, lambda: mm_to_hf(converters.load(QWEN2VL), cfg, options, events))
 
 
 @pytest.mark.parametrize("change", CHANGES[:3], ids=lambda c: c.__name__)
