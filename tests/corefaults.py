@@ -286,9 +286,9 @@ PLANS = (
 CHECKS = (
     Fault(
         "a replica unchecked",
-        "run.py",
-        "        if plan.replicas:\n",
-        "        if not plan.replicas:\n",
+        "executor/replicas.py",
+        "if self.found.listed():",
+        "if False:",
         (f"{HF_OUTPUT}::test_a_tied_model_whose_copies_differ",),
     ),
     Fault(
@@ -479,8 +479,8 @@ BYTES = (
     Fault(
         "columns of a scattered source forgotten",
         EXECUTE,
-        "(c.src_row - begin) * line + c.src_col * item, line)",
-        "(c.src_row - begin) * line, line)",
+        '(c.src_row - begin) * line + c.src_col * item, line, "band")',
+        '(c.src_row - begin) * line, line, "band")',
         ("unit/test_jobs.py",),
     ),
     Fault(

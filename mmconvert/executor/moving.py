@@ -64,7 +64,7 @@ def move(
     """
     jobs = jobs_of(*in_pieces(plan, staged.places))
     done = [j for j in jobs if journal.job_key(j, staged.folder) in staged.finished]
-    moved = Moved(resumed=sum(job.nbytes for job in done))
+    moved = Moved(resumed=sum(job.nbytes for job in done if job.writes))
     for job in done:
         moved.losses.add(staged.finished[journal.job_key(job, staged.folder)])
     if done:

@@ -24,7 +24,8 @@ IN_COLUMNS = (
 TWICE = (*WHOLE, Copy(0, 0, 0, 1, 0, 0, ROWS, COLS))
 PLANS = {"whole": WHOLE, "in columns": IN_COLUMNS, "to two targets": TWICE}
 NARROW = [Copy(0, 0, 500, 1, 0, 500, ROWS, 300), Copy(0, 0, 0, 1, 0, 0, ROWS, 500)]
-COMPARED = {"whole": [Copy(0, 0, 0, 1, 0, 0, ROWS, COLS)], "in columns": NARROW}
+LOW = [Copy(0, 400, 0, 1, 400, 0, ROWS - 400, COLS), Copy(0, 0, 0, 1, 0, 0, 400, COLS)]
+COMPARED = {"whole": [Copy(0, 0, 0, 1, 0, 0, ROWS, COLS)], "in columns": NARROW, "in rows": LOW}
 
 
 def move(
