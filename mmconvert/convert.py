@@ -57,6 +57,12 @@ ONLY_WRITTEN = {
     ),
     "crc": ("--crc adds a checksum to .ckpt files; none is written here", ""),
 }
+# Megatron's load_checkpoint sets the iteration of a release to 0, and reads no schedule of it.
+ANEW = (
+    "to Megatron and MindSpeed-MM the result is a release, which starts at iteration 0 with a new "
+    "schedule; mm-convert finetune goes on from iteration {}, and resplit --optimizer carries "
+    "both over for all"
+)
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,11 @@ def convert(
         original,
     )
     placed = writer.place(placing)
+    iteration = manifest.iteration(source.path, source.iteration)
+    kept = iteration if source.format == writer.name else 0  # finetune goes on from there
     notes = [*_notes(run.options, source, original), *means, *padded, *placed.notes]
+    if kept and writer.name == "mm" and not run.options.optimizer:
+        notes.append(ANEW.format(kept))
     plan = build(src, placed.side, notes, run.cast)
     if asked.adapters:
         plan = replace(plan, replaced=gone, fitted=new)
@@ -182,9 +192,8 @@ def convert(
         not_copied=placed.not_copied,
     )
     about = {"kind": writer.name, **_about(source.model, result), **placed.about}
-    iteration = manifest.iteration(source.path, source.iteration)
-    if iteration and source.format == writer.name:  # training goes on from there
-        about["iteration"] = iteration
+    if kept:
+        about["iteration"] = kept
     inputs = [*_inputs(asked, writer), *source.inputs]
     return run.write(result, placed, about, inputs)
 

@@ -191,7 +191,9 @@ def test_iteration_and_schedule_survive_a_resplit(tmp_path: Path) -> None:
     where = ("--cfg.source_dir", save / "iter_0000002", "--cfg.target_dir", other)
     run_cli("Qwen2VLConverter", "resplit", *where, *layout, check=0)
     again = ("--cfg.source_dir", other, "--cfg.target_dir", tmp_path / "again")
-    run_cli("Qwen2VLConverter", "resplit", *again, *layout, check=0)
+    done = run_cli("Qwen2VLConverter", "resplit", *again, *layout, check=0)
+    assert "a release, which starts at iteration 0" in done.stderr  # for Megatron
+    assert "mm-convert finetune goes on from iteration 2" in done.stderr
     other = tmp_path / "again"  # a second time
     lines: list[Line] = []
     commands.finetune(
