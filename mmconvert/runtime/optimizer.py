@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmconvert.errors import CheckpointError, RequestError
+from mmconvert.formats.mm.optimizer.order import registered
+from mmconvert.formats.mm.optimizer.pairing import is_expert, param_name
 from mmconvert.runtime.engine import Engine
 from mmconvert.runtime.lora import is_adapter
+from mmconvert.runtime.savedstate import MASTER, Kept, as_megatron, by_name
 from mmconvert.runtime.schedule import Schedule
 
 # One parameter under two names where the word embedding is the output layer too.
@@ -72,8 +74,7 @@ class Optimizer:
             part = self._mine(parameter.detach())
             fine = part.dtype == torch.float32
             self._masters[key] = part if fine else part.to(torch.float32, copy=True)
-            plain = name.endswith(".bias") or parameter.dim() < 2
-            groups[plain]["params"].append(self._masters[key])
+            groups[is_plain(name, parameter)]["params"].append(self._masters[key])
         run.sum_in_fp32()
         self._fused = run.mesh.device.type in FUSED
         self._adam = torch.optim.AdamW(
@@ -143,37 +144,86 @@ class Optimizer:
         return float(total.sqrt())
 
     # -------------------------------------------------------------------------------- saving
-    def state(self) -> dict[str, Any]:
-        """Plain tensors and numbers by stage and MM name, for the checkpoint.
+    def state(self) -> Any:  # noqa: ANN401 - see as_megatron
+        """The state for the checkpoint, as Megatron's optimizers save it; None if nothing learns.
 
-        They are the whole parameter's, however many replicas share them; every replica calls
+        Tensors are the whole parameter's, however many replicas share them; every replica calls
         this.
         """
-        out: dict[str, Any] = {}
+        kept: dict[str, Kept] = {}
+        steps = 0
         for key, master in self._masters.items():
-            shape = self.named[key].shape
+            name, parameter = self._name(key), self.named[key]
             held = {n: v for n, v in self._adam.state[master].items() if isinstance(v, Tensor)}
-            if self.named[key].dtype != master.dtype:
-                held["master"] = master
-            out[key] = {n: (self._whole(v, shape) if v.dim() else v).cpu() for n, v in held.items()}
-        return out
+            if parameter.dtype != master.dtype:
+                held[MASTER] = master
+            whole = {n: self._whole(v, parameter.shape) if v.dim() else v for n, v in held.items()}
+            steps = max(steps, int(held["step"]) if "step" in held else 0)
+            kept[name] = Kept(
+                name,
+                not is_plain(name, parameter),
+                self._run.mesh.layout.ep > 1 and is_expert(name),
+                {n: v.cpu() for n, v in whole.items()},
+            )
+        recipe = self._recipe
+        values = {
+            "lr": self._adam.param_groups[0]["lr"],
+            "betas": (recipe.beta1, recipe.beta2),
+            "eps": recipe.epsilon,
+            "step": steps,
+            "max_lr": recipe.schedule.rate,
+            "min_lr": recipe.schedule.least,
+        }
+        ordered = [kept[name] for name in registered(kept)]
+        return as_megatron(ordered, values, recipe.decay) if ordered else None
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def _name(self, key: str) -> str:
+        """The name of a parameter in the checkpoint."""
+        number, _, name = key.partition(".")
+        layout = self._run.mesh.layout
+        virtual = int(number) // layout.pp_size
+        return param_name(virtual if layout.vpp_size > 1 else None, name)
+
+    def scheduled(self, done: int, batch: int, steps: int) -> dict[str, Any]:
+        """The state of Megatron's scheduler, which counts samples.
+
+        Args:
+            done: steps of the schedule.
+            batch: samples of a step.
+            steps: of the whole training.
+        """
+        schedule, decay = self._recipe.schedule, self._recipe.decay
+        return {
+            "max_lr": schedule.rate,
+            "lr_warmup_steps": round(schedule.warmup * batch),
+            "num_steps": done * batch,
+            "lr_decay_style": schedule.style,
+            "lr_decay_steps": schedule.steps * batch,
+            "min_lr": schedule.least,
+            "start_wd": decay,
+            "end_wd": decay,
+            "wd_incr_style": "constant",
+            "wd_incr_steps": steps * batch,
+        }
+
+    def restore(self, saved: object) -> None:
         """Takes over what :meth:`state` gave.
 
         Raises:
             CheckpointError: it is of other parameters.
         """
-        if state.keys() != self.named.keys():
-            odd = sorted(state.keys() ^ self.named.keys())
+        state = {} if saved is None else by_name(saved)
+        names = {self._name(key): key for key in self.named}
+        if state.keys() != names.keys():
+            odd = sorted(state.keys() ^ names.keys())
             raise CheckpointError(
                 f"the optimizer's state does not fit the parameters that learn: {odd[0]}",
                 "the same frozen parts as before",
                 "give the same --freeze, or start from the weights with --mm_dir",
             )
         for key, master in self._masters.items():
-            held = dict(state[key])
-            saved = held.pop("master", None)
+            held = state[self._name(key)]
+            saved = held.pop(MASTER, None)
             shape = self.named[key].shape
             tensors = [v for v in (*held.values(), saved) if v is not None and v.dim()]
             if any(v.shape != shape for v in tensors):
@@ -190,6 +240,11 @@ class Optimizer:
         if name == "step":  # a number, on the device where the kernel reads it there
             return value.to(master.device if self._fused else "cpu", copy=True)
         return self._mine(value).to(master.device, copy=True)
+
+
+def is_plain(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is a bias or of one dimension, which do not decay."""
+    return name.endswith(".bias") or parameter.dim() < 2
 
 
 def freeze_base(run: Engine) -> int:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from mmconvert.adapters import MM_A
+from mmconvert.formats.mm.optimizer.order import registered
 from mmconvert.names import number
 from mmconvert.runtime import engine as engines
 from mmconvert.runtime import mmfiles
@@ -166,12 +167,18 @@ class TrainingRun:
         content: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": number}
         for virtual, stage in enumerate(self._run.stages):
             tree = {name: p.detach().cpu() for name, p in stage.shard.tree.state_dict().items()}
+            tree = {name: tree[name] for name in registered(tree)}
             content[layout.part(virtual)] = tree if plan.lora is None else kept(tree)
         if plan.lora is not None:
             content["args"] = self._arguments(plan.lora)
         content["training"] = self._settings()
         if plan.save_optimizer:
-            content["optimizer"] = self._optimizer.state()
+            state = self._optimizer.state()
+            content |= {} if state is None else {"optimizer": state}
+            batch = plan.size * plan.count
+            content["opt_param_scheduler"] = self._optimizer.scheduled(
+                number - self._origin, batch, plan.steps
+            )
         if mesh.lead:
             mmfiles.begin(plan.save, number)
         dist.barrier()
@@ -203,7 +210,7 @@ class TrainingRun:
         if not self._job.start.optimizer:
             self._origin = number
             emit("the moments start at zero, the schedule at its first step (--no_load_optim)")
-        elif isinstance(state, dict):
+        elif state is not None or not self._optimizer.named:
             self._optimizer.restore(state)
         else:
             emit("warning: the checkpoint has no optimizer state; its moments start at zero")

@@ -118,7 +118,7 @@ def open_state(
         )
     _refuse_halves(ranks[0])
     learnt, buckets = paired(ranks)
-    if ranks[0].kind == "fp32" and not _named(filled):
+    if filled[0].kind == "fp32" and not _named(filled):
         raise RequestError(
             f"{folder} is of fp32 training, which saves no masters: nothing proves which moments "
             "belong to which weights",

@@ -33,6 +33,15 @@ class Order:
         if word not in known:
             known.insert(known.index(before) + 1 if before else len(known), word)
 
+    def arrange(self) -> None:
+        """Brings known siblings into the order of :data:`SIBLINGS`; others stay in their places."""
+        for known in self._children.values():
+            for siblings in SIBLINGS:
+                places = [i for i, word in enumerate(known) if word in siblings]
+                words = sorted((known[i] for i in places), key=siblings.index)
+                for place, word in zip(places, words, strict=True):
+                    known[place] = word
+
     def key(self, name: str) -> tuple[int, ...]:
         """Sorts names in this order."""
         places: list[int] = []
@@ -44,3 +53,27 @@ class Order:
             places.append(int(word) if word.isdigit() else 0)
             path = (*path, step)
         return tuple(places)
+
+
+# Siblings in the order in which Megatron-Core 0.12.1 and MindSpeed-MM 2.2 register them.
+SIBLINGS = (
+    ("image_encoder", "audio_encoder", "text_decoder"),
+    ("encoder", "projector"),
+    ("patch_embed", "blocks"),
+    ("embedding", "decoder", "output_layer"),
+    ("layers", "final_layernorm"),
+    ("input_layernorm", "self_attention", "pre_mlp_layernorm", "mlp"),
+    ("linear_proj", "linear_qkv", "q_layernorm", "k_layernorm"),
+    ("router", "experts", "shared_experts"),
+    ("linear_fc1", "linear_fc2"),
+    ("weight", "bias"),
+)
+
+
+def registered(names: Iterable[str]) -> list[str]:
+    """Names in the order in which Megatron registers them, as far as it is known here."""
+    listed = list(names)
+    order = Order()
+    order.learn(listed)
+    order.arrange()
+    return sorted(listed, key=order.key)

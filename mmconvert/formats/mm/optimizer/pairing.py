@@ -43,11 +43,13 @@ class Guess(NamedTuple):
         frozen: beginnings of names that do not learn.
         key: the group of a parameter.
         buckets: of a distributed optimizer's buffers.
+        named: the groups name their parameters.
     """
 
     frozen: tuple[str, ...]
     key: Rule
     buckets: Buckets
+    named: bool = False
 
 
 class Param(NamedTuple):
@@ -125,11 +127,12 @@ def _guesses(ranks: Sequence[RankState]) -> Iterator[Guess]:
     """Guesses, the likeliest first."""
     told = arguments(ranks[0].pt)
     names = {name for rank in ranks for chunk in rank.chunks.values() for name in chunk}
-    experts = any(g.key.expert for r in ranks for e in r.entries for g in e.groups)
+    groups = [g for r in ranks for e in r.entries for g in e.groups]
+    experts, named = any(g.key.expert for g in groups), any(g.names for g in groups)
     for frozen in _frozen(names):
         for key in _rules(told, experts, ranks):
             for buckets in _buckets(told, ranks):
-                yield Guess(frozen, key, buckets)
+                yield Guess(frozen, key, buckets, named)
 
 
 def _frozen(names: set[str]) -> Iterator[tuple[str, ...]]:
@@ -191,7 +194,7 @@ def _fit(rank: RankState, guess: Guess) -> list[Learnt]:
     """
     params = list(_params(rank, guess))
     if not rank.entries:
-        if params:
+        if params and not guess.named:
             raise MismatchError(
                 f"{rank.pt.path} has no optimizer state, and {params[0].name} learns"
             )
