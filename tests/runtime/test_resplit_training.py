@@ -88,14 +88,4 @@ def test_training_goes_on_in_another_layout(name: str, tmp_path: Path) -> None:
     resplit(other, back, *target(*case.first), "--optimizer", *known)
     for rank, path in rank_files(whole).items():
         one, two = (torch.load(p, weights_only=True) for p in (path, rank_files(back)[rank]))
-        assert _same(one, two), rank
-
-
-def _same(a: object, b: object) -> bool:
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return (
-        torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
-    )
+        assert talking.same(one, two), rank

@@ -72,7 +72,7 @@ def test_a_restart_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
     for rank, path in rank_files(whole).items():
         one = torch.load(path, weights_only=True)
         two = torch.load(rank_files(cut)[rank], weights_only=True)
-        assert _same(one, two), rank
+        assert talking.same(one, two), rank
     if case.frozen:  # both copies stay, whichever was named
         first, last = _ends(whole)
         start, _ = _ends(mm)
@@ -81,14 +81,6 @@ def test_a_restart_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
     elif case.tied:
         first, last = _ends(whole)
         assert torch.equal(first, last)  # one gradient, one value
-
-
-def _same(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    return a == b
 
 
 def _ends(mm: Path) -> tuple[torch.Tensor, torch.Tensor]:
