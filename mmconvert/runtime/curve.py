@@ -43,10 +43,10 @@ class Scale(NamedTuple):
 
 
 def round_scale(least: float, most: float) -> Scale:
-    """An axis of about four steps of 1, 2 or 5 times a power of ten."""
+    """An axis of about five steps of 1, 2 or 5 times a power of ten."""
     width = (most - least) or abs(most) or 1.0
-    power = 10.0 ** math.floor(math.log10(width / 4))
-    step = next(n * power for n in (1, 2, 5, 10) if n * power >= width / 4 * (1 - 1e-9))
+    power = 10.0 ** math.floor(math.log10(width / 5))
+    step = next(n * power for n in (1, 2, 5, 10) if n * power >= width / 5 * (1 - 1e-9))
     first, last = math.floor(least / step + 1e-9), math.ceil(most / step - 1e-9)
     last = max(last, first + 1)
     return Scale(first * step, last * step, [i * step for i in range(first, last + 1)])
@@ -99,8 +99,10 @@ def draw(title: str, lines: Mapping[str, Series], *, log: bool = False) -> str:
     for x in across.ticks:
         left = at(x, up.low)[0]
         out.append(f'<text x="{left:.1f}" y="{HEIGHT - 22}" text-anchor="middle">{x:g}</text>')
-    out.append(f'<text x="{WIDTH // 2}" y="{HEIGHT - 6}" text-anchor="middle">iteration</text>')
+    middle = (LEFT + WIDTH - RIGHT) // 2
+    out.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">iteration</text>')
     longest = max(map(len, shown.values()))
+    right = WIDTH - RIGHT - sum(7 * len(name) + 16 for name in shown)  # of the names, above
     for number, (name, some) in enumerate(shown.items()):
         kind = NAMES[number % len(NAMES)]
         places = [at(*p) for p in some if math.isfinite(p[1])]
@@ -110,8 +112,8 @@ def draw(title: str, lines: Mapping[str, Series], *, log: bool = False) -> str:
             out += [
                 f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in places
             ]
+        right += 7 * len(name) + 16
         out.append(
-            f'<text class="{kind}" x="{WIDTH - RIGHT - 4}" y="{TOP + 16 * number + 4}" '
-            f'text-anchor="end">{escape(name)}</text>'
+            f'<text class="{kind}" x="{right}" y="18" text-anchor="end">{escape(name)}</text>'
         )
     return "\n".join([*out, "</svg>", ""])

@@ -65,3 +65,15 @@ def test_odd_curves_are_drawn() -> None:
     for lines in ({}, {"training": [(1, 2.0)]}, {"training": [(1, float("nan")), (2, 1.0)]}):
         ElementTree.fromstring(draw("loss", lines))
     ElementTree.fromstring(draw("loss", {"training": [(1, -1.0), (2, 1.0)]}, log=True))
+
+
+def test_the_names_of_the_lines_stand_clear_of_the_grid() -> None:
+    """Above the plot, one beside the other."""
+    lines = {"training": [(1, 6.0), (100, 0.1)], "evaluation": [(50, 2.0)]}
+    picture = draw("loss", lines)
+    names = re.findall(r'<text class="\w+" x="(\d+)" y="(\d+)" text-anchor="end">(\w+)<', picture)
+    assert [name for _, _, name in names] == list(lines)
+    highest = min(float(y) for y in re.findall(r'<line class="grid" [^>]*y1="([\d.]+)"', picture))
+    assert all(int(y) + 4 < highest for _, y, _ in names)
+    (first, second) = (int(x) for x, _, _ in names)
+    assert second - first >= 7 * len("evaluation")
