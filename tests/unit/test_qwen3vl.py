@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,34 @@ def test_where_one_shape_tells_nothing_the_other_does(moe_inter: int, tmp_path: 
     for name, hf in (("a", hub), ("b", later)):
         hf_to_mm(FAMILY, HFToMM(tmp_path / name, HFConfig(hf)), Options())
     assert compare_mm(tmp_path / "a", tmp_path / "b") == []
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"deepstack": []},
+        {"deepstack": [1]},
+        {"deepstack": [2, 0, 1], "tie": True},
+        {"deepstack": [0], "experts": 6, "kv": 2},
+    ],
+    ids=["no merger", "one", "out of order, tied", "6 experts"],
+)
+def test_models_of_other_sizes(sizes: dict[str, Any], tmp_path: Path) -> None:
+    """Each merger stands with its layer; whatever the sizes, all comes back."""
+    hub = model(tmp_path / "hub", **sizes)
+    text, vision = ((1, 1), (0, 0)), ((2, 1), (0, 0))
+    layout = ParallelConfig(tp_size=2, ep_size=2, llm_pp_layers=text, vit_pp_layers=vision)
+    hf_to_mm(FAMILY, HFToMM(tmp_path / "mm", HFConfig(hub), layout), Options())
+    mm_to_hf(FAMILY, MMToHF(tmp_path / "back", tmp_path / "mm", HFConfig(hub)), Options())
+    assert compare_hf(hub, tmp_path / "back") == []
+    whole = load_file(hub / "model.safetensors")
+    for number, layer in enumerate(sizes["deepstack"]):
+        stage, local = divmod(layer, 2)
+        path = tmp_path / "mm" / "release" / f"mp_rank_00_{stage:03d}_000" / "model_optim_rng.pt"
+        held = torch.load(path, weights_only=True)["model0"]
+        mm = f"image_encoder.encoder.blocks.layers.{local}.deepstack_layer.layernorm.weight"
+        expected = whole[f"model.visual.deepstack_merger_list.{number}.norm.weight"]
+        assert torch.equal(held[mm], expected)
 
 
 def test_two_orders_in_one_checkpoint_are_refused(tmp_path: Path) -> None:
