@@ -161,6 +161,27 @@ def expert_of(tensor: StoredTensor, expert: int) -> StoredTensor:
     )
 
 
+def below(first: StoredTensor, second: StoredTensor) -> StoredTensor:
+    """Two tensors as one, the second below the first, under the name of the first.
+
+    Raises:
+        TensorError: of different widths or dtypes.
+    """
+    if first.dtype != second.dtype or first.shape[1:] != second.shape[1:] or not first.shape:
+        raise TensorError(
+            f"{first.name} is {first.dtype} {list(first.shape)}, {second.name} {second.dtype} "
+            f"{list(second.shape)}",
+            "two parts of one tensor",
+        )
+    parts: list[StoredPart] = []
+    for tensor, top in ((first, 0), (second, first.shape[0])):
+        own = (StoredPart((0,) * len(tensor.shape), tensor),)
+        for start, part in tensor.parts or own:
+            parts.append(StoredPart((top + start[0], *start[1:]), part))
+    shape = (first.shape[0] + second.shape[0], *first.shape[1:])
+    return StoredTensor(first.name, first.dtype, shape, first.path, 0, parts=tuple(parts))
+
+
 def rows_of(tensor: StoredTensor, first: int, count: int) -> StoredTensor:
     """Some rows of a tensor, under its own name."""
     strides = tensor.strides or (prod(tensor.shape[1:]),)

@@ -9,14 +9,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import megatron_experts
+from megatron_experts import ExpertCase
 from megatron_ranks import WORLD, Case, build, weights_of
 
 KEY = "language_model."
+# The norm before experts, without Transformer Engine and with it.
+FUSED, BEFORE = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
 
 
-def run(rank: int, folder: Path, text: dict[str, Any], cases: list[Case]) -> None:
+def run(rank: int, folder: Path, text: dict[str, Any], cases: list[Case | ExpertCase]) -> None:
     """Loads ``dist`` into a model of each layout, whose weights must be those of the case's rank
-    files; saves it as ``CASE.saved``. Leaves the names that differ in a file.
+    files; saves it as ``CASE.saved``, and with a tensor for each layer, expert and half of a gated
+    linear as ``CASE.single``. Leaves the names that differ in a file.
     """
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -28,13 +33,18 @@ def run(rank: int, folder: Path, text: dict[str, Any], cases: list[Case]) -> Non
     rendezvous = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD)
     for case in cases:
-        parallel_state.initialize_model_parallel(case.tp, case.pp)
+        if isinstance(case, ExpertCase):
+            parallel_state.initialize_model_parallel(
+                case.tp, expert_model_parallel_size=case.ep, expert_tensor_parallel_size=case.tp
+            )
+        else:
+            parallel_state.initialize_model_parallel(case.tp, case.pp)
         tp = parallel_state.get_tensor_model_parallel_rank()
-        pp = parallel_state.get_pipeline_model_parallel_rank()
-        model: Any = build(text, case, pp).to(torch.bfloat16)
+        model, expected = _built(text, case, tp)
         state = {k: v for k, v in model.sharded_state_dict(prefix=KEY).items() if "_extra" not in k}
+        for tensor in state.values() if isinstance(case, ExpertCase) else ():
+            tensor.key = tensor.key.replace(FUSED, BEFORE)
         loaded: Any = dist_checkpointing.load(state, str(folder / "dist" / "release"))
-        expected = weights_of(case, tp, pp)
         found = {k.removeprefix(KEY): v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
         differing = [
             name
@@ -45,13 +55,26 @@ def run(rank: int, folder: Path, text: dict[str, Any], cases: list[Case]) -> Non
         ]
         model.load_state_dict(found, strict=False)
         save(model, folder / f"{case.name}.saved")
+        save(model, folder / f"{case.name}.single", {"singleton_local_shards": True})
         torch.save(differing, folder / f"{case.name}.{rank}.differ")
         parallel_state.destroy_model_parallel()
         dist.barrier()
     dist.destroy_process_group()
 
 
-def save(model: Any, out: Path) -> None:
+def _built(text: dict[str, Any], case: Case | ExpertCase, tp: int) -> tuple[Any, dict[str, Any]]:
+    """A rank's model, and its weights."""
+    from megatron.core import parallel_state
+
+    if isinstance(case, ExpertCase):
+        ep = parallel_state.get_expert_model_parallel_rank()
+        expected = megatron_experts.weights_of(case, tp, ep)
+        return megatron_experts.build(text, case).to(torch.bfloat16), expected
+    pp = parallel_state.get_pipeline_model_parallel_rank()
+    return build(text, case, pp).to(torch.bfloat16), weights_of(case, tp, pp)
+
+
+def save(model: Any, out: Path, metadata: dict[str, bool] | None = None) -> None:
     """As Megatron-core saves it, but for its writer, which asks for CUDA: its tensors in torch's
     own.
     """
@@ -65,7 +88,8 @@ def save(model: Any, out: Path) -> None:
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save_state_dict
 
-    state = {k: v for k, v in model.sharded_state_dict(prefix=KEY).items() if "_extra" not in k}
+    whole = model.sharded_state_dict(prefix=KEY, metadata=metadata)
+    state = {k: v for k, v in whole.items() if "_extra" not in k}
     apply_factories(state)
     assert all(isinstance(value, ShardedTensor) for value in nested_values(state))
     flat, _, _ = _replace_state_dict_keys_with_sharded_keys(state, True)

@@ -41,6 +41,7 @@ _NORMS = (
     (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
 )
 _EXPERTS = ".mlp.experts.local_experts.{expert}."
+EXPERTS = ".mlp.experts.experts."
 
 
 class KeyPlace(NamedTuple):
@@ -74,8 +75,18 @@ def place_of(row: Row, module: Module, *, experts: bool) -> KeyPlace:
         if not (experts and "mlp" in fused):
             key = key.replace(name, fused)
     by_expert = _EXPERTS in key
-    key = key.replace(_EXPERTS, ".mlp.experts.experts.")
+    key = key.replace(_EXPERTS, EXPERTS)
     return KeyPlace(key, LAYER in key, by_expert)
+
+
+def without_te(place: KeyPlace) -> KeyPlace:
+    """Where a whole lies in what Megatron-Core saves without Transformer Engine: there the norms
+    before experts too have the names of fused ones.
+    """
+    key = place.key
+    for name, fused in _NORMS if LAYER in key else ():
+        key = key.replace(name, fused)
+    return place._replace(key=key)
 
 
 def joined(key: str) -> str:

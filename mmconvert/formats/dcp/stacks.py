@@ -8,18 +8,20 @@ from pathlib import Path
 from mmconvert.converters.rows import Module
 from mmconvert.errors import TensorError
 from mmconvert.formats.dcp.megatron import (
+    EXPERTS,
     HF_VISION,
     KeyPlace,
     hf_vision,
     joined,
     key_of,
     place_of,
+    without_te,
 )
 from mmconvert.formats.mm.instances import Instance, experts_of, instances
 from mmconvert.formats.model import Model
 from mmconvert.names import EXPERT, number, summarise
 from mmconvert.plan.plan import Block, Key, Side, Whole
-from mmconvert.stored import StoredTensor, Target, expert_of
+from mmconvert.stored import StoredTensor, Target, below, expert_of
 
 
 def under_mm_names(
@@ -41,15 +43,17 @@ def under_mm_names(
     layers = {m.key: model.dims[f"{m.key}.layers"] for m in modules}
     found: dict[str, StoredTensor] = {}
     missing: dict[str, None] = {}
-    for item in instances(modules, layers, experts_of(modules, model.dims)):
-        name, tensor = _taken(tensors, item)
+    experts = experts_of(modules, model.dims)
+    for item in instances(modules, layers, experts):
+        key = item.module.key
+        names, tensor = _taken(tensors, item, (layers[key], experts.get(key, 0)))
         if item.row.tied_to:
             continue
         if tensor is None:
-            missing[name] = None
+            missing[names[0]] = None
             continue
-        used.add(name)
-        found[item.key.name()] = tensor._replace(name=f"{name} of {item.key.name()}")
+        used.update(names)
+        found[item.key.name()] = tensor._replace(name=f"{names[0]} of {item.key.name()}")
     if missing:
         raise TensorError(
             f"{path}: {number(missing, 'tensor')} missing: {summarise(missing)}",
@@ -66,21 +70,54 @@ def under_mm_names(
     return found, hf
 
 
-def _taken(tensors: Mapping[str, StoredTensor], item: Instance) -> tuple[str, StoredTensor | None]:
-    """The key that a whole lies under, and the whole; None if it is not there."""
+def _taken(
+    tensors: Mapping[str, StoredTensor], item: Instance, lengths: tuple[int, int]
+) -> tuple[tuple[str, ...], StoredTensor | None]:
+    """The keys that a whole lies under, and the whole; None if it is not there.
+
+    Args:
+        lengths: the layers of the module, and the experts of each.
+
+    Raises:
+        TensorError: a tensor of another number of layers or experts.
+    """
     place = _place(item)
-    name = key_of(place, item)
-    together = joined(place.key)
-    if name in tensors or not place.by_layer or together not in tensors:
-        tensor = tensors.get(name)
-    else:
-        name, tensor = together, tensors[together]
-        if not 0 <= item.layer < tensor.shape[0]:
-            return name, None
-        tensor = expert_of(tensor, item.layer)
-    if tensor is not None and place.by_expert:
-        tensor = expert_of(tensor, item.expert)
-    return name, tensor
+    forms = [form for one in (place, without_te(place)) for form in _forms(one, item)]
+    for name, by_layer, by_expert in forms:
+        keys = (name,) if name in tensors else (f"{name}_w", f"{name}_v")
+        if not all(key in tensors for key in keys):
+            continue
+        tensor = tensors[name] if name in tensors else below(tensors[keys[0]], tensors[keys[1]])
+        axes = ((by_layer, item.layer), (by_expert, item.expert))
+        for (stacked, index), length in zip(axes, lengths, strict=True):
+            if stacked:
+                _check_length(tensor, name, length)
+                tensor = expert_of(tensor, index)
+        return keys, tensor
+    return (forms[0][0],), None
+
+
+def _forms(place: KeyPlace, item: Instance) -> list[tuple[str, bool, bool]]:
+    """Keys that a whole may lie under, and whether layers and experts are dimensions there: of one
+    tensor, or numbered (``singleton_local_shards``).
+    """
+    own = key_of(place, item)
+    forms = [(own, False, place.by_expert)]
+    if place.by_layer:
+        forms.append((joined(place.key), True, place.by_expert))
+    if place.by_expert:
+        forms.append((own.replace(EXPERTS, f"{EXPERTS}{item.expert}."), False, False))
+    return forms
+
+
+def _check_length(tensor: StoredTensor, name: str, length: int) -> None:
+    if not tensor.shape or tensor.shape[0] != length:
+        raise TensorError(
+            f"{name} holds {tensor.shape[0] if tensor.shape else 'no'} layers or experts; "
+            f"config.json counts {length}",
+            "the checkpoint and config.json of one model",
+            "give the hf_dir of this model",
+        )
 
 
 def _place(item: Instance) -> KeyPlace:

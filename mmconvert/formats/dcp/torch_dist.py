@@ -132,6 +132,7 @@ class TorchDist(DCP):
         if model.modules:
             _check_family(told.family)
             mm, hf = under_mm_names(kept, model, path)
+            model = _with_padding(model, mm)
         model = replace(model, notes=tuple(notes.words), dropped=notes.dropped)
         return TorchDistStored(
             format=self.name,
@@ -174,6 +175,17 @@ class TorchDist(DCP):
         """One form."""
         del model
         return [("complete", NoLayout())]
+
+
+def _with_padding(model: Model, mm: Mapping[str, StoredTensor]) -> Model:
+    """The model with the rows that its vocabulary has here, if Megatron has padded it."""
+    dim = model.family.vocabulary
+    rows = (r.mm for m in model.modules for r in m.before if r.rows == (dim,))
+    found = max((mm[name].shape[0] for name in rows if name in mm), default=0)
+    words = model.dims.get(dim, 0)
+    if not words or found <= words:
+        return model
+    return replace(model, dims={**model.dims, dim: found}, words=words)
 
 
 def _check_family(family: Family) -> None:
