@@ -16,7 +16,7 @@ from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.inputs import audio_tokens
 from mmconvert.runtime.media import Media
 from mmconvert.runtime.pictures import open_picture
-from mmconvert.runtime.samples import AUDIO, KINDS, VIDEO, Sample
+from mmconvert.runtime.samples import AUDIO, IMAGE, KINDS, VIDEO, Sample
 from mmconvert.runtime.weaving import chunks, paired, woven
 from mmconvert.runtime.words import Words
 
@@ -86,11 +86,8 @@ class FileTokens:
                 f"{sample.name} has a sound", "Qwen2.5-Omni, the only family that hears"
             )
         if sample.videos and self._arch.kind == "glm4v":
-            raise RequestError(
-                f"{sample.name} has a video",
-                "pictures: videos of GLM-4.1V, whose frames stand apart in the text, are not taken",
-            )
-        if sample.videos and self._arch.intern:
+            self._pairs(sample, parts, tokens)
+        elif sample.videos and self._arch.intern:
             sample = self._stills(sample, parts, tokens)
         elif sample.videos:
             seconds = self._films(sample, parts, tokens, sounds if woven else ())
@@ -100,7 +97,12 @@ class FileTokens:
         tensors = FileTensors(
             torch.cat([p for p, _ in parts]) if parts else empty,
             torch.cat([g for _, g in parts]) if parts else torch.zeros(0, 3, dtype=torch.int64),
-            sum(i == self._arch.image_token() for ids in tokens["image"] for i in ids),
+            sum(
+                i == self._arch.image_token()
+                for each in tokens.values()
+                for ids in each
+                for i in ids
+            ),
             torch.cat(sounds, dim=1) if sounds else torch.zeros(self._mel(), 0),
             torch.tensor([s.shape[1] for s in sounds], dtype=torch.int64),
             torch.tensor(seconds) if seconds else None,
@@ -162,14 +164,28 @@ class FileTokens:
             raise RequestError(f"the model takes no {kind}", "files that it takes")
         return place
 
+    def _pairs(self, sample: Sample, parts: list[tuple[Tensor, Tensor]], tokens: Spelled) -> None:
+        """GLM's videos: each pair of frames is a picture of its own, with its second behind it.
+
+        Source: ``Glm4vProcessor`` and ``Glm4vModel`` of transformers: the ids, the grid and the
+        positions of a pair are those of a picture.
+        """
+        _one_of_both(sample)
+        for video in sample.videos:
+            frames, times, _ = self._media.frames(video)
+            pixels, grid, count = self._media.video(frames)
+            rows, height, width = (int(size) for size in grid[0])
+            parts.append((pixels, torch.tensor([[1, height, width]] * rows)))
+            before, _, after = self._around[VIDEO]
+            each = self._spelled(IMAGE, count // rows)
+            told = [[*each, *self._words.ids(str(int(second)))] for second in times[::2]]
+            tokens[VIDEO].append([*before, *(i for ids in told for i in ids), *after])
+
     def _stills(
         self, sample: Sample, parts: list[tuple[Tensor, Tensor]], tokens: Spelled
     ) -> Sample:
         """InternVL's videos: each frame is a picture of one tile, and is numbered in the text."""
-        if sample.images:
-            raise RequestError(
-                f"{sample.name} has pictures and a video", "one of both, as InternVL takes them"
-            )
+        _one_of_both(sample)
         counts: list[int] = []
         for video in sample.videos:
             frames = self._media.frames(video).pictures
@@ -197,3 +213,11 @@ class FileTokens:
             return torch.zeros(0, vision.num_channels, *vision.image_size)
         channels = getattr(vision, "in_channels", None) or vision.in_chans
         return torch.zeros(0, channels * vision.temporal_patch_size * vision.patch_size**2)
+
+
+def _one_of_both(sample: Sample) -> None:
+    """Raises RequestError for pictures beside a video, where both have the same placeholder."""
+    if sample.images:
+        raise RequestError(
+            f"{sample.name} has pictures and a video", "one of both, as this model takes them"
+        )

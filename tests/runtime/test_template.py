@@ -8,14 +8,21 @@ with the marks around it and the start of the answer, an answer with its end and
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    Glm4vForConditionalGeneration,
+    Glm4vProcessor,
+    PreTrainedTokenizerFast,
+)
 
 import talking
+from mmconvert.errors import RequestError
+from mmconvert.runtime import reference
 from mmconvert.runtime.batch import IGNORED
 from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.families import architecture
@@ -180,3 +187,39 @@ def test_the_tokenizer_joins_what_the_template_joins(hf: Path) -> None:
         *tokenizer.encode("\nHello", add_special_tokens=False),
     ]
     assert joined != apart
+
+
+def test_the_frames_of_glm_are_pictures_with_their_seconds(tmp_path: Path) -> None:
+    """Ids of transformers' processor, and logits of its model, which gets the same as a video."""
+    hf = talking.make("glm4v", tmp_path / "hf")
+    arch = architecture(hf)
+    frames = tmp_path / "film"
+    frames.mkdir()
+    for i in range(5):  # an odd one: the last pair has it twice
+        talking.picture(frames / f"{i}.png", talking.COLOURS[i % 4])
+    speaker = Speaker(arch, hf, Prepare(video_rate=1.0))
+    batch = speaker.batch(Sample([("user", "<video>?")], videos=[frames]), answer=True)
+    made: Any = object.__new__(Glm4vProcessor)
+    made.video_processor, made.image_token = SimpleNamespace(merge_size=2), "I"
+    grid = torch.tensor([[3, 4, 4]])
+    told = {"video_grid_thw": grid, "video_metadata": [
+        SimpleNamespace(fps=1.0, timestamps=[0.0, 1.0, 2.0, 3.0, 4.0, 4.0])
+    ]}  # fmt: skip
+    expected = made.replace_video_token(told, 0)
+    words = {arch.image_token(): "I", START: "<|begin_of_image|>", END: "<|end_of_image|>"}
+    ids = batch.ids[0].tolist()
+    first, last = ids.index(START), len(ids) - ids[::-1].index(END)
+    said = "".join(words.get(i) or speaker.tokenizer.decode([i]) for i in ids[first : last + 1])
+    assert said == expected
+    model = Glm4vForConditionalGeneration.from_pretrained(hf, dtype=torch.float32).eval()
+    with torch.no_grad():
+        ours = reference.forward(arch, model, batch)
+        theirs = model(
+            input_ids=batch.ids, attention_mask=torch.ones_like(batch.ids),
+            pixel_values_videos=batch.pixels, video_grid_thw=grid, use_cache=False,
+            mm_token_type_ids=2 * (batch.ids == arch.image_token()).int(),
+        ).logits  # fmt: skip
+    torch.testing.assert_close(ours, theirs)
+    both = Sample([("user", "<image><video>?")], [frames / "0.png"], [frames])
+    with pytest.raises(RequestError, match="pictures and a video"):
+        speaker.batch(both, answer=True)
