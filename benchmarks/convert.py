@@ -1,120 +1,161 @@
-"""Times whole conversions against `cp -r` of the same checkpoint, side by side in one run.
+"""Times whole conversions beside `cp -r` of the same checkpoint, alternating, over many rounds.
 
-    python benchmarks/convert.py [--rounds 5] [--folder DIR] [--json FILE]
+    python benchmarks/convert.py [--rounds 8] [--sync-rounds 3] [--seconds 280] [--folder DIR]
 
-A Qwen2-VL-2B-shaped checkpoint (4.4 GB in two weight files) is generated once. Each round times
-`cp -r` of it right before hf_to_mm (TP2 PP2) and again right before mm_to_hf, and gives the ratio
-of each pair. Before every timed command its inputs are read and everything is written back.
+A Qwen2-VL-2B-shaped checkpoint (4.4 GB in two weight files) is generated once, outside the time.
+Each round runs `cp -r`, hf_to_mm (TP2 PP2) and mm_to_hf one after the other, with `--no-sync`,
+since `cp` does not wait for the disk either. What a command has written is deleted before the next.
+Then come rounds that end when all is on the disk: `cp -r` and `sync` of the files, and the two
+conversions as they are. After ``--seconds`` no further round begins.
 
-Each round is timed in two states of memory, since that decides more than the commands do:
-
-    as it is   a virtual machine may have given free memory back to its host, and fetches it
-               again, at a price, while files are written
-    held       two untimed `cp -r` of the inputs, deleted at once, have left more memory that the
-               machine holds than any command needs
-
-Times are of whole commands, start-up included; memory is the peak resident size that the kernel
-reports for the process.
+Best and median are given. A virtual machine whose host takes memory back makes single runs several
+times slower at random: the best of many is what a machine that owns its memory shows, if it
+repeats (the best three are given for that). Times are of whole commands, start-up included; user,
+system and the split are those of the best run. The split: ``start`` until the request is read,
+``plan`` until the first byte is moved, ``move``, ``sync``, and ``commit`` with the process's end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import runpy
 import shutil
 import statistics
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from timing import CONVERTER, LAYOUT, Timing, checkpoint, machine, read, run
 
-CONVERT = [sys.executable, "-m", "mmconvert", CONVERTER]
-STATES = ("as it is", "held")
+PARTS = ("start", "plan", "move", "sync", "commit")
+LOOSE, SAFE = "as cp does", "until all is on the disk"
 
-Round = dict[str, Timing]
-
-
-def settle(reads: Path, scratch: Path, state: str) -> None:
-    """Brings cache and memory into the state that a timed command starts from."""
-    read(reads)
-    if state == "held":
-        scratch.mkdir()
-        for number in range(2):
-            run(["cp", "-r", str(reads), str(scratch / str(number))])
-        shutil.rmtree(scratch)
+Round = dict[str, tuple[Timing, list[float]]]  # by command: what it took, and its PARTS
 
 
-def one_round(hf: Path, work: Path, state: str) -> Round:
-    """cp and hf_to_mm, then cp and mm_to_hf."""
-    copy, mm, back = work / "copy", work / "mm", work / "back"
-    hf_to_mm = ["hf_to_mm", "--cfg.hf_config.hf_dir", str(hf), "--cfg.mm_dir", str(mm), *LAYOUT]
-    mm_to_hf = ["mm_to_hf", "--cfg.hf_config.hf_dir", str(hf), "--cfg.mm_dir", str(mm)]
-    mm_to_hf += ["--cfg.save_hf_dir", str(back)]
+def split(out: Path, words: list[str]) -> None:
+    """Runs the command in this process, and writes when its parts began and ended."""
+    marks = [time.monotonic()]
+
+    def marked(room: Any, name: str, *, after: bool) -> None:  # noqa: ANN401 - a module or class
+        function: Callable[..., object] = getattr(room, name)
+
+        def call(*args: object, **more: object) -> object:
+            if len(marks) < len(PARTS):
+                marks.append(time.monotonic())
+            result = function(*args, **more)
+            if after:
+                marks.append(time.monotonic())
+            return result
+
+        setattr(room, name, call)
+
+    import mmconvert.executor.moving
+    import mmconvert.formats.reading
+    import mmconvert.run
+
+    marked(mmconvert.run.Conversion, "__init__", after=False)
+    marked(mmconvert.executor.moving, "run_jobs", after=True)
+    marked(mmconvert.formats.reading.FileWatch, "check", after=False)
+    sys.argv = ["mm-convert", *words]
+    try:
+        runpy.run_module("mmconvert", run_name="__main__")
+    finally:
+        out.write_text(json.dumps(marks))
+
+
+def timed(words: list[str]) -> tuple[Timing, list[float]]:
+    """A conversion, and how long each of its PARTS took."""
+    with tempfile.NamedTemporaryFile() as file:
+        began = time.monotonic()
+        timing = run([sys.executable, __file__, "split", file.name, *words])
+        ended = time.monotonic()
+        marks = [began, *json.loads(Path(file.name).read_text())[1:], ended]
+    return timing, [b - a for a, b in pairwise(marks)]
+
+
+def one_round(
+    hf: Path, mm: Path, out: Path, *, sync: bool
+) -> dict[str, tuple[Timing, list[float]]]:
+    """`cp -r` and both conversions, by what to call each."""
+    more = [] if sync else ["--no-sync"]
+    config = ["--cfg.hf_config.hf_dir", str(hf)]
+    there = [CONVERTER, "hf_to_mm", *config, "--cfg.mm_dir", str(out), *LAYOUT, "--quiet", *more]
+    back = [CONVERTER, "mm_to_hf", *config, "--cfg.mm_dir", str(mm), "--quiet", *more]
+    copy = f'cp -r "{hf}" "{out}"' + (f' && find "{out}" -type f -exec sync {{}} +' if sync else "")
     found: Round = {}
-    for name, flags in (("hf_to_mm", hf_to_mm), ("mm_to_hf", mm_to_hf)):
-        settle(hf, copy, state)
-        found[f"cp before {name}"] = run(["cp", "-r", str(hf), str(copy)])
-        shutil.rmtree(copy)
-        settle(hf if name == "hf_to_mm" else mm, copy, state)
-        found[name] = run([*CONVERT, *flags, "--no-sync"])  # cp does not wait for the disk
-    shutil.rmtree(mm)
-    shutil.rmtree(back)
+    read(hf)
+    found["`cp -r`, `sync`" if sync else "`cp -r`"] = run(["sh", "-c", copy]), []
+    shutil.rmtree(out)
+    found["hf_to_mm"] = timed(there)
+    shutil.rmtree(out)
+    read(mm)
+    found["mm_to_hf"] = timed([*back, "--cfg.save_hf_dir", str(out)])
+    shutil.rmtree(out)
     return found
 
 
-def start_up() -> dict[str, Timing]:
-    """Help screens against `import torch`, the best of five each."""
-    commands = {
-        "python -c 'import torch'": [sys.executable, "-c", "import torch"],
-        "mm-convert --help": [sys.executable, "-m", "mmconvert", "--help"],
-        "mm-convert Qwen2VLConverter hf_to_mm -h": [*CONVERT, "hf_to_mm", "-h"],
-    }
-    return {name: min(run(command) for _ in range(5)) for name, command in commands.items()}
-
-
-def report(rounds: dict[str, list[Round]], starts: dict[str, Timing]) -> str:
-    """The figures as markdown tables."""
-    lines = ["| memory | command | seconds (median) | peak | ratio to `cp -r` (median, all) |"]
-    lines.append("|---|---|---|---|---|")
-    for state, timed in rounds.items():
-        for name in timed[0]:
-            seconds = statistics.median(r[name].seconds for r in timed)
-            peak = max(r[name].peak_mib for r in timed)
-            ratio = "1"
-            if not name.startswith("cp"):
-                ratios = [r[name].seconds / r[f"cp before {name}"].seconds for r in timed]
-                every = ", ".join(f"{x:.2f}" for x in sorted(ratios))
-                ratio = f"**{statistics.median(ratios):.2f}** ({every})"
-            lines.append(f"| {state} | {name} | {seconds:.2f} | {peak:.0f} MiB | {ratio} |")
-    lines += ["", "| start-up | seconds (best of 5) | ratio to `import torch` |", "|---|---|---|"]
-    torch = next(iter(starts.values())).seconds
-    for name, timing in starts.items():
-        lines.append(f"| {name} | {timing.seconds:.2f} | {timing.seconds / torch:.2f} |")
+def report(rounds: list[Round]) -> str:
+    """The figures as a markdown table."""
+    lines = ["| command | best (next two) | ratio | median | user | system | peak |"]
+    lines[0] += "".join(f" {part} |" for part in PARTS)
+    lines.append("|---" * (7 + len(PARTS)) + "|")
+    first = min(next(iter(r.values()))[0].seconds for r in rounds)
+    for name in rounds[0]:
+        runs = sorted((r[name] for r in rounds), key=lambda one: one[0].seconds)
+        best, parts = runs[0]
+        after = ", ".join(f"{t.seconds:.2f}" for t, _ in runs[1:3])
+        lines.append(
+            f"| {name} | **{best.seconds:.2f}** ({after}) | {best.seconds / first:.2f} "
+            f"| {statistics.median(t.seconds for t, _ in runs):.2f} | {best.user:.2f} "
+            f"| {best.system:.2f} | {max(t.peak_mib for t, _ in runs):.0f} MiB |"
+            + "".join(f" {seconds:.2f} |" for seconds in parts or [])
+            + ("" if parts else " |" * len(PARTS))
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Generates, times, prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--sync-rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=280)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "data")
     parser.add_argument("--json", type=Path, help="write the raw figures here")
     args = parser.parse_args()
+    end = time.monotonic() + args.seconds
     folder = args.folder.resolve()
-    hf = checkpoint(folder)
-    for left in ("copy", "mm", "back"):  # of an interrupted run
-        shutil.rmtree(folder / left, ignore_errors=True)
-    one_round(hf, folder, "as it is")  # warms the page cache and the machine; not counted
-    rounds: dict[str, list[Round]] = {state: [] for state in STATES}
-    for _ in range(args.rounds):
-        for state in STATES:
-            rounds[state].append(one_round(hf, folder, state))
-    starts = start_up()
-    print(f"command: python benchmarks/convert.py --rounds {args.rounds}")
-    print(f"{machine()}\n\n{report(rounds, starts)}")
+    hf, mm, out = checkpoint(folder), folder / "mm", folder / "out"
+    shutil.rmtree(out, ignore_errors=True)  # of an interrupted run
+    if not mm.exists():
+        words = [CONVERTER, "hf_to_mm", "--cfg.hf_config.hf_dir", str(hf), "--cfg.mm_dir", str(mm)]
+        run([sys.executable, "-m", "mmconvert", *words, *LAYOUT, "--quiet"])
+    print(machine(folder))
+    every: dict[str, Any] = {}
+    for name, count in (
+        ("as cp does", args.rounds),
+        ("until all is on the disk", args.sync_rounds),
+    ):
+        rounds: list[Round] = []
+        while len(rounds) < count and (not rounds or time.monotonic() < end):
+            rounds.append(one_round(hf, mm, out, sync=name == SAFE))
+        every[name] = rounds
+        if rounds:
+            print(f"\n{name}, {len(rounds)} rounds, seconds:\n\n{report(rounds)}", flush=True)
+        os.sync()
     if args.json:
-        args.json.write_text(json.dumps({"rounds": rounds, "start_up": starts}, indent=1))
+        args.json.write_text(json.dumps(every, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["split"]:
+        split(Path(sys.argv[2]), sys.argv[3:])
+    else:
+        main()

@@ -29,6 +29,8 @@ class Timing(NamedTuple):
 
     seconds: float
     peak_mib: float
+    user: float
+    system: float
 
 
 def run(command: Sequence[str]) -> Timing:
@@ -40,7 +42,7 @@ def run(command: Sequence[str]) -> Timing:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"exit code {process.returncode}: {' '.join(command)}")
-    return Timing(seconds, usage.ru_maxrss / 1024)
+    return Timing(seconds, usage.ru_maxrss / 1024, usage.ru_utime, usage.ru_stime)
 
 
 def read(folder: Path) -> None:
@@ -61,9 +63,15 @@ def checkpoint(folder: Path) -> Path:
     return hf
 
 
-def machine() -> str:
-    """What was measured on."""
+def machine(folder: Path | None = None) -> str:
+    """What was measured on, and on which file system."""
+    from mmconvert.disks import kind_of
+    from mmconvert.executor.jobs import cores
+
+    system = f", {kind_of(folder / 'file') or 'an unknown file system'}" if folder else ""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
     return (
-        f"machine: {os.cpu_count()} cores, {platform.system()} {platform.release()}, "
+        f"machine: {cores()} cores, {memory} GiB{system}, "
+        f"{platform.system()} {platform.release()}, "
         f"Python {sys.version.split()[0]}, numpy {__import__('numpy').__version__}"
     )
