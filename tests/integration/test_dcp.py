@@ -375,6 +375,22 @@ def test_a_tensor_larger_than_its_item_is_refused(tmp_path: Path) -> None:
     assert "4000000000000 bytes in an item" in refused(3, "inspect", out)
 
 
+@pytest.mark.parametrize("at", ["stride", "dtype"])
+def test_an_item_that_is_like_another_but_for_a_word(at: str, tmp_path: Path) -> None:
+    """Items are compared with those that were read, and taken apart where anything but a checksum
+    differs.
+    """
+    tensors = {f"t{n}": torch.arange(12.0).add(n).reshape(3, 4) for n in range(4)}
+    tensors["t2"] = tensors["t2"].t().contiguous().t() if at == "stride" else tensors["t2"]
+    if at == "dtype":
+        tensors["t2"] = tensors["t2"].to(torch.int32)
+    save({"model": tensors}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    opened = mmconvert.open(tmp_path / "dcp")
+    for name, tensor in tensors.items():
+        assert torch.equal(opened[f"model.{name}"], tensor)
+        assert opened[f"model.{name}"].dtype == tensor.dtype
+
+
 def test_nothing_of_a_pickle_is_run(folder: Path, tmp_path: Path) -> None:
     out, mark = tmp_path / "dcp", tmp_path / "mark"
     shutil.copytree(folder / "release", out)

@@ -118,6 +118,25 @@ class Archive:
         self._check_gap(before, end)
         return records
 
+    def checksums(self) -> list[tuple[int, int]]:
+        """Where the checksums of the records stand, and what torch draws at random: what may differ
+        between archives of one build. Places in the archive, and bytes there.
+
+        The directory must have been read.
+        """
+        with zipfile.ZipFile(self.opened()) as archive:
+            infos, at = archive.infolist(), archive.start_dir
+        places: list[tuple[int, int]] = []
+        for info in infos:  # in the order of the directory
+            places += [(info.header_offset + 14, 4), (at + 16, 4)]
+            at += 46 + sum(struct.unpack("<3H", self.pread(6, at + 28)))
+            record = self._check_record(info, self.size)
+            if info.flag_bits & 8 and self.pread(4, sum(record)) == b"PK\7\x08":
+                places.append((sum(record) + 4, 4))
+            if info.orig_filename.endswith("/.data/serialization_id"):
+                places.append(record)
+        return places
+
     def _check_gap(self, start: int, end: int) -> None:
         """Between a record's data and what follows lies nothing, or a data descriptor.
 

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats.containers.ptfile import read_section
+from mmconvert.formats.dcp.alike import Alike
 from mmconvert.formats.dcp.metadata import Entry, Item, Metadata
 from mmconvert.formats.reading import opened
 from mmconvert.stored import StoredPart, StoredTensor
@@ -25,6 +26,7 @@ class Items:
         self.folder = metadata.path.parent
         self.files: dict[str, tuple[BinaryIO, int]] = {}
         self.stack = ExitStack()
+        self.alike = Alike()
 
     def __enter__(self) -> Items:
         return self
@@ -50,7 +52,9 @@ class Items:
 
     def piece(self, name: str, dtype: str, sizes: tuple[int, ...], item: Item) -> StoredTensor:
         """The tensor that an item holds."""
-        found = self.content(name, item)
+        path, (file, size) = self.folder / item.file, self.opened(item.file)
+        known = self.alike.find(path, file, item, name) if sum(item[1:]) <= size else None
+        found = self.content(name, item) if known is None else known
         if not isinstance(found, StoredTensor):
             raise FormatError(
                 f"{self.folder / item.file}: {name} at byte {item.offset} is no tensor",
@@ -68,6 +72,8 @@ class Items:
                 f"of {item.nbytes}",
                 "a tensor that is stored whole",
             )
+        if known is None:
+            self.alike.add(path, file, item, found)
         return found
 
     def value(self, name: str, item: Item) -> object:

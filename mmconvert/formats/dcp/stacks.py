@@ -87,7 +87,8 @@ def _taken(
         keys = (name,) if name in tensors else (f"{name}_w", f"{name}_v")
         if not all(key in tensors for key in keys):
             continue
-        tensor = tensors[name] if name in tensors else below(tensors[keys[0]], tensors[keys[1]])
+        found = [tensors[key] for key in keys]
+        tensor = found[0] if len(found) == 1 else below(found[0], found[1])
         axes = ((by_layer, item.layer), (by_expert, item.expert))
         for (stacked, index), length in zip(axes, lengths, strict=True):
             if stacked:
