@@ -132,6 +132,12 @@ def hf_model(
     )
 
 
+def _of_other_model(family: Family, names: Sequence[str]) -> bool:
+    """Whether another model of the family has tensors of these names."""
+    tables = (hf_templates(family.modules(v)) for v in family.variants)
+    return any(all(table.find(name) for name in names) for table in tables)
+
+
 def _check_choices(family: Family, canonical: bool, text_dir: Path | None) -> None:
     if canonical and not family.canonical:
         raise RequestError(
@@ -231,6 +237,16 @@ def _claimed(
             lost[tensor.name + (f" (closest known name: {closest})" if closest else "")] = tensor
     if lost:
         first = lost[min(lost)]
+        names = [n for n in tensors if n not in kept and not index.find(n)]
+        if _of_other_model(family, names):
+            raise CheckpointError(
+                f"{number(names, 'tensor')} of another {family.name} than that of config.json: "
+                f"{summarise(sorted(names))}",
+                "weights and config.json of one model",
+                "replace config.json or the weights by those that belong together",
+                cause="other-model",
+                path=first.path,
+            )
         fault = TensorError(
             f"{number(lost, 'tensor')} with no place in {family.form}: {summarise(lost)}",
             f"only tensors of {family.name}",

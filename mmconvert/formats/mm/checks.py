@@ -108,7 +108,7 @@ def check_claims(
         raise TensorError(
             f"{len(lost)} tensors have no place in {family.name}: {summarise(lost)}",
             f"only tensors of {family.name}, each on its stage",
-            "leave them out with --drop 'NAME' (a pattern; may be repeated)",
+            "copy all rank folders again, or give the hf_dir that the checkpoint came from",
             cause="misplaced-tensor",
         )
 

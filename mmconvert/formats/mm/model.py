@@ -10,7 +10,7 @@ from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.configs import Dims
 from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.rows import OUTPUT_LAYER, Module, bound, encoders, mm_index
-from mmconvert.errors import RequestError
+from mmconvert.errors import CheckpointError, RequestError, TensorError
 from mmconvert.executor.compare import same_bytes
 from mmconvert.formats import manifest
 from mmconvert.formats.faults import STRICT, Faults
@@ -29,7 +29,7 @@ from mmconvert.formats.mm.detect import (
     layer_lists,
 )
 from mmconvert.formats.mm.folder import MMCheckpoint, is_adapter, open_mm
-from mmconvert.formats.mm.source import Parts, mm_source
+from mmconvert.formats.mm.source import TRANSPOSED, Parts, mm_source
 from mmconvert.formats.model import Model, Notes, dropped_by, drops_too_much
 from mmconvert.formats.recognise import mm_form_of
 from mmconvert.names import TemplateIndex
@@ -133,7 +133,7 @@ def mm_model(
     if tied is None and not encoders_only and OUTPUT_LAYER not in names:
         notes.words.append("warning: no output layer and no config.json: taken for tied embeddings")
     known = {dim: size for dim, size in dims.items() if dim != family.vocabulary}
-    layout = detect_layout(chart, known, same_bytes, faults)
+    layout = _layout(chart, known, options, faults)
     words = _unpadded(modules, parts, layout, dims, family.vocabulary)
     if model is None:
         lists = layer_lists(chart, layout)
@@ -155,6 +155,26 @@ def mm_model(
         words=words,
     )
     return OpenedMM(found, layout, replace(chart, modules=modules), tied, complete, faults)
+
+
+def _layout(chart: Chart, dims: Dims, options: Options, faults: Faults) -> Layout:
+    """How it is laid out.
+
+    Raises:
+        CheckpointError: as :func:`detect_layout`; experts that are not transposed, where the
+            options say so.
+    """
+    try:
+        return detect_layout(chart, dims, same_bytes, faults)
+    except TensorError as error:
+        if error.cause != TRANSPOSED or options.experts != "transposed":
+            raise
+        raise CheckpointError(
+            f"--experts transposed: the experts of {chart.checkpoint.folder} stand as Megatron "
+            "has them",
+            "experts that the reference transposed",
+            "leave the flag out",
+        ) from None
 
 
 def _has_stacks(family: Family, variant: Variant) -> bool:
