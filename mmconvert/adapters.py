@@ -112,7 +112,7 @@ class Settings:
         alpha = None if self.alpha is None else _fitting(self.alphas, module, self.alpha)
         if alpha is None:
             raise CheckpointError(
-                "nothing tells the adapter's alpha: no adapter_config.json, no args of training, "
+                "the adapter's alpha is unknown: no adapter_config.json, no args of training, "
                 "no mmconvert.json",
                 "the lora_alpha that the adapter was trained with: the scaling is alpha / r",
                 "give --cfg.lora_alpha",

@@ -37,7 +37,7 @@ ONLY_READ = {
         "--vit-qkv with mm_to_hf or resplit",
     ),
     "experts": (
-        "--experts says how the experts of an MM checkpoint that is read stand; {verb} reads none",
+        "--experts is for reading an MM checkpoint; {verb} reads none",
         "--experts with mm_to_hf or resplit",
     ),
     "optimizer": (

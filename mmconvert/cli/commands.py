@@ -10,7 +10,7 @@ TOOLS = {
     "diff": "A B measures how far apart two checkpoints are, by tensor, layer and module",
     "suggest": "HF_DIR --pp N balances the layers over the pipeline and prints the command",
     "model_json": "HF_DIR --output FILE writes MindSpeed-MM's model.json for a model and layout",
-    "doctor": "PATH says what is wrong with a checkpoint, and prints the commands that mend it",
+    "doctor": "PATH says what is wrong with a checkpoint, and prints the commands that fix it",
     "roundtrip": "HF_DIR proves for CI that what comes back from another format is what went in",
     "validate": "--mm_dir D --hf_dir H runs both and compares what they compute",
     "generate": "--mm_dir D --hf_dir H --prompt P answers, from pictures, videos and sounds too",
@@ -178,7 +178,7 @@ def top_help(names: list[str], ms_names: list[str]) -> str:
     """The help of mm-convert itself: what ``mm-convert -h`` prints."""
     verbs = "\n".join(f"  {verb:<13} {text}" for verb, (_, text, _) in (VERBS | LORA_VERBS).items())
     ms_verbs = "\n".join(f"  {verb:<10} {text}" for verb, (_, text, _) in MS_VERBS.items())
-    about = {AUTO: "   the family that config.json or the MM checkpoint tells"}
+    about = {AUTO: "   reads the family from config.json or from the MM checkpoint"}
     converters = "\n".join(f"  {name}{about.get(name, '')}" for name in names)
     dcp_verbs = "\n".join(f"  {verb:<13} {text}" for verb, (_, text, _) in DCP_VERBS.items())
     fsdp = "\n".join(f"  {name:<24} {text}" for name, text in DCP_CONVERTERS.items())

@@ -24,13 +24,13 @@ FLAGS: Mapping[str, tuple[Any, object, str]] = {
     "tie_weight": (bool, False, "Write the embedding once more, as lm_head."),
     "is_lora_base": (bool, False, "Names of a base model for LoRA training."),
     "to_bf16": (bool, False, "Cast floating-point tensors to bfloat16."),
-    "dcp_prefix": (str, "", "What stands before each name, or in the place of hf_prefix."),
+    "dcp_prefix": (str, "", "The prefix of each name, in place of hf_prefix if that is given."),
     "hf_prefix": (
         str,
         "",
         "Prefix of Hugging Face names that dcp_prefix replaces; other names stay as they are.",
     ),
-    "prefix": (str, "", "What stands before each name."),
+    "prefix": (str, "", "The prefix of each name."),
     "sharded": (bool, False, "One data file for each weight file, not one for all."),
     "tie_weight_mapping": (
         str,

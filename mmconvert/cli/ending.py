@@ -73,7 +73,7 @@ class InternalError(MMConvertError):
     def __init__(self, what: str) -> None:
         super().__init__(
             f"a fault of mmconvert itself: {what}",
-            "none; what stands under the final name, if anything, is complete",
+            "no such fault; an output under its final name is complete",
             "run again with --debug and report what it prints",
         )
 

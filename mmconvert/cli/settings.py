@@ -89,7 +89,7 @@ def _nodes(node: yaml.Node | None, where: str) -> Iterator[yaml.Node]:
         if left < 0:
             raise RequestError(
                 f"{where}: too many values: more than {MOST_VALUES}, aliases counted each time",
-                "keys as the flags, nested once, and no alias within what it stands for",
+                "keys as the flags, nested once, and no alias that contains itself",
             )
         waiting += inner
 

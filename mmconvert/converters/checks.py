@@ -26,7 +26,7 @@ def check_family(family: Family) -> None:
                 raise RequestError(
                     f"{family.converter}: the table of {family.name} is wrong: {found}",
                     "a table as CONTRIBUTING.md describes it",
-                    "mend the family; mmconvert.testing.contract tells all that is wrong",
+                    "correct the family; mmconvert.testing.contract lists all that is wrong",
                 )
 
 
@@ -43,7 +43,7 @@ def faults(family: Family, modules: tuple[Module, ...]) -> Iterator[str]:
     rows = [r for m in modules for r in m.all_rows()]
     for name, count in Counter(r.mm for r in rows).items():
         if count > 1:
-            yield f"{name} stands in {count} rows"
+            yield f"{name} is in {count} rows"
     origins = {r.mm for r in rows if not r.tied_to}
     for module in modules:
         for row in module.all_rows():

@@ -53,7 +53,7 @@ class ItemCounts:
 # What is worth a warning, or an error with --strict: kind -> (in words, the way out).
 KINDS = {
     "missing": ("items left out: their image is not there", "check the folder of the images"),
-    "unused": ("items with an image that no <image> stands for", "put <image> into a value"),
+    "unused": ("items with an image that no <image> refers to", "put <image> into a value"),
     "untouched": (
         "items in which <image> is left as it is: no line break beside it, or no image",
         "put <image> on a line of its own",

@@ -180,7 +180,7 @@ def _halves(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[StoredTensor
         pair = tensors.get(module + MM_A), tensors.get(module + MM_B)
         if pair[0] is None or pair[1] is None:
             raise TensorError(
-                f"{a.path}: {name} stands alone", "A and B of every module that is adapted"
+                f"{a.path}: {name} is unpaired", "A and B of every module that is adapted"
             )
         if len(pair[0].shape) != 2 or pair[1].shape[1:] != pair[0].shape[:1]:
             raise TensorError(

@@ -37,7 +37,7 @@ def check_apart(final: Path, inputs: Iterable[Path]) -> None:
         elif _names([final]) & _names(path.parents):
             relation = f"holds the input {path}"
         elif _names([path]) & above:
-            relation = f"lies in the input {path}"
+            relation = f"is inside the input {path}"
         else:
             continue
         raise OutputError(

@@ -39,7 +39,7 @@ def target_in(
     sizes that rows name.
 
     Raises:
-        TensorError: a row is made of several tensors whose sizes nobody tells.
+        TensorError: a row is made of several tensors whose sizes are unknown.
         RequestError: a row has no name there.
     """
     table = in_naming(tuple(modules), naming)
@@ -68,7 +68,7 @@ def _lengths(item: Instance, whole: Whole, dims: Dims) -> list[int]:
     if len(row.hf) == 1:
         return [whole.shape[0] if whole.shape else 0]
     raise TensorError(
-        f"{item.key.name()} is made of {', '.join(item.hf_names())}, whose sizes nobody tells",
+        f"{item.key.name()} is made of {', '.join(item.hf_names())}, whose sizes are unknown",
         "a table that names the sizes of each",
         "give rows= in the family's table",
     )

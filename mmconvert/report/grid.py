@@ -109,7 +109,7 @@ class GridPicture:
 
     def _notes(self) -> Iterable[str]:
         if any(len(held.shared) > 1 for cell in self._cells.values() for held in cell):
-            yield "Striped: the same part lies on several tp ranks; k/n: part k of n of the module."
+            yield "Striped: the same part is on several tp ranks; k/n: part k of n of the module."
         elif self._hetero:
             yield "k/n: part k of n of the module."
         if self._layout.ep > 1:

@@ -53,7 +53,7 @@ def inspect_page(found: Inspection, path: Path, *, tensors: bool) -> str:
         facts |= {grid_flag(key): show(grid) for key, grid in found.layout.grids.items()}
     parts = [page.heading(title_of(found, path), 1), page.facts(facts)]
     parts += [page.bullets(found.notes)] if found.notes else []
-    title = "What lies where"
+    title = "Which tensors are where"
     drawn = page.pictures(lambda width: inspect_drawing(found, title, width), title_of(found, path))
     parts.append(drawn)
     parts.append(page.heading("In figures"))

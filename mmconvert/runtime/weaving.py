@@ -66,7 +66,7 @@ def paired(sample: Sample) -> Sample:
                  for i in range(len(kinds))]  # fmt: skip
         if kinds and (ahead[-1] or min(ahead) < 0):
             raise RequestError(
-                f"{sample.name}: <audio> does not stand behind each <video>",
+                f"{sample.name}: not every <video> is followed by an <audio>",
                 "a sound for each video, as use_audio_in_video asks for",
                 FIX,
             )

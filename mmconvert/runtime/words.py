@@ -76,7 +76,7 @@ class Words:
             )
         if self.arch.places & set(ids):
             raise RequestError(
-                f"a placeholder of the tokenizer stands in a text: {text[:60]!r}",
+                f"a text holds a placeholder of the tokenizer: {text[:60]!r}",
                 "<image>, <video> or <audio> where a file belongs",
             )
         return list(ids)

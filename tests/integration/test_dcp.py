@@ -339,7 +339,7 @@ CHANGES = {
     "stream.zstd/1": compressed,
     "pathlib": foreign,
     "overlaps": shared,
-    "lies at -5": negative,
+    "is at -5": negative,
     "4611686018427387904 bytes": endless,
     "exactly once": overlapping,
 }

@@ -482,7 +482,7 @@ def test_a_damaged_mm_folder(case: Case, mm: Path, tied_hf: Path, shim: Path) ->
 
 @pytest.mark.parametrize("noise", [0, 0.01], ids=["untouched", "trained a little"])
 def test_vision_qkv_left_uninterleaved(noise: float, mm: Path, tied_hf: Path, shim: Path) -> None:
-    words = ("one below the other", "are equal" if not noise else "much closer")
+    words = ("are concatenated in", "are equal" if not noise else "much closer")
     damage = concatenated(tied_hf, noise)
     case = Case(damage, ("vit-qkv-concatenated", STALE), words, HF_DIR, "mm_mended")
     check(case, mm, tied_hf, shim)

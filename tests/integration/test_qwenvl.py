@@ -375,7 +375,7 @@ def test_impossible_outputs(hf: Path, ckpt: Path, tmp_path: Path) -> None:
         (tmp_path / "x", ["--cfg.parallel_config.model_parallel", "8"], "4 attention heads"),
         (tmp_path / "x", ["--cfg.parallel_config.pipeline_stage", "2"], "llm_pp_layers"),
         (tmp_path / "x", ["--cfg.parallel_config.data_parallel", "0"], "data_parallel is 0"),
-        (hf / "x.ckpt", [], "lies in the input"),
+        (hf / "x.ckpt", [], "is inside the input"),
         (ckpt, [], "exists"),
         (hf, ["--cfg.format", "ckpt"], "is the input"),
         (tmp_path / "x.ckpt", ["--max-shard-size", "1GB"], "--max-shard-size"),

@@ -102,7 +102,7 @@ def test_an_adapter(form: str, name: str, tmp_path: Path) -> None:
     if name == "adapter_model":  # its folder is the same
         *same, alone = inspected(tmp_path)["notes"]  # the folder's reader looks for both halves
         assert same == found["notes"]
-        assert "stands alone: there is no lora_B" in alone
+        assert "is unpaired: there is no lora_B" in alone
         opened(tmp_path, tensors)
     (tmp_path / "adapter_config.json").write_text("[]")
     assert inspected(path)["kind"] == "adapter_file"

@@ -249,7 +249,7 @@ def test_stages_that_do_not_fit() -> None:
         merge_strategies([a, b])
     with pytest.raises(LayoutError, match="strategies for the pipeline stages 1"):
         merge_strategies([Strategy({1: {"w": SLICINGS["wq"]}})])
-    with pytest.raises(LayoutError, match="speaks of 2, 4 devices"):
+    with pytest.raises(LayoutError, match="is for 2, 4 devices"):
         Strategy({0: {"a": SLICINGS["wq"], "b": Slicing((2,), ((),))}}).devices()
 
 

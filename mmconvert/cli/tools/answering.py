@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mmconvert.runtime.samples import Sample
 
 HINT = (
-    "Each line is a question. /image FILE, /video FILE and /audio FILE stand before the next one; "
+    "Each line is a question. /image FILE, /video FILE and /audio FILE add to the next one; "
     "/new begins another conversation; Ctrl-D ends."
 )
 Files = tuple[Sequence[Path], Sequence[Path], Sequence[Path]]  # pictures, sounds, videos

@@ -36,7 +36,7 @@ class DiffFlags:
     """An adapter: is B what lora_merge makes of A and this? Says which tensors are not. May be
     repeated, in the order of the merge."""
     top: int = 20
-    """Number of tensors that are listed, the largest relative L2 first; 0 lists all that differ."""
+    """Number of tensors that are listed, largest part of the change first; 0: all that differ."""
     names: Literal["mm", "hf"] = "mm"
     """Name tensors as MM does, with the model's layer numbers, or as Hugging Face does."""
     html: MaybePath = None

@@ -56,7 +56,7 @@ class Patient:
 
 def run(words: list[str]) -> int:
     """Examines; exit code 3 if anything must be mended."""
-    text = "What is wrong with a checkpoint, all of it, and the commands that mend it.\n"
+    text = "Lists everything that is wrong with a checkpoint, and the commands that fix it.\n"
     text += "Writes nothing. Exit code 0 if it is healthy (warnings do not count), 3 if not."
     prog = "mm-convert doctor"
     asked = read_plain(Patient, words, prog, f"{text}\n\nexample:\n  {prog} MM_DIR --hf_dir HF_DIR")

@@ -44,7 +44,7 @@ class Inspected:
 
 def run(words: list[str]) -> int:
     """Looks, and shows."""
-    text = "What a checkpoint is: kind, family, sizes; what lies where, as a picture."
+    text = "What a checkpoint is: kind, family, sizes, and which layers are where, as a picture."
     prog = "mm-convert inspect"
     example = f"{prog} MM_DIR --html report.html --svg layout.svg"
     asked = read_plain(Inspected, words, prog, f"{text}\n\nexample:\n  {example}")

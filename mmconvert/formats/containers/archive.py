@@ -111,7 +111,7 @@ class Archive:
             if name in records:
                 raise self.error(f"record {name!r} occurs twice")
             if not before <= info.header_offset <= end:
-                raise self.error(f"record {name!r} overlaps another one or lies outside the file")
+                raise self.error(f"record {name!r} overlaps another one or is outside the file")
             self._check_gap(before, info.header_offset)
             records[name] = self._check_record(info, end)
             before = sum(records[name])
@@ -161,7 +161,7 @@ class Archive:
         raw = name.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
         start = info.header_offset
         if start > end - 30 - len(raw):
-            raise self.error(f"record {name!r} lies outside the file")
+            raise self.error(f"record {name!r} is outside the file")
         header = self.pread(min(30 + len(raw) + USUAL_EXTRA, end - start), start)
         signature, flags, method, name_length, extra_length = struct.unpack_from(
             "<4s2x2H16x2H", header

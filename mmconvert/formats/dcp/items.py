@@ -91,7 +91,7 @@ class Items:
         file, size = self.opened(item.file)
         if item.offset + item.nbytes > size:
             raise FormatError(
-                f"{self.folder / item.file} ends at byte {size}; {name} lies at {item.offset} and "
+                f"{self.folder / item.file} ends at byte {size}; {name} is at {item.offset} and "
                 f"has {item.nbytes} bytes",
                 "the whole file",
                 "copy the file again",

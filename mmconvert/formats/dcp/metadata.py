@@ -191,9 +191,9 @@ class _Reader:
     def where(self, state: Mapping[str, object]) -> Item:
         file, offset, nbytes = (state.get(k) for k in ("relative_path", "offset", "length"))
         if not isinstance(file, str) or not _is_plain(file):
-            raise self.error(f"an item lies in {file!r:.80}", "the name of a file in the folder")
+            raise self.error(f"an item is in {file!r:.80}", "the name of a file in the folder")
         if not (_is_size(offset) and _is_size(nbytes)):
-            raise self.error(f"an item in {file} lies at {offset!r:.40}, {nbytes!r:.40} bytes")
+            raise self.error(f"an item in {file} is at {offset!r:.40}, {nbytes!r:.40} bytes")
         if descriptors := state.get("transform_descriptors"):
             raise self.error(
                 f"the items in {file} were transformed when they were saved: {descriptors!r:.80}",

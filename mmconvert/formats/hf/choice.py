@@ -78,7 +78,7 @@ def not_read(folder: Path, read: Iterable[str]) -> list[CheckpointError]:
     if adapter:
         found.append(
             CheckpointError(
-                f"an adapter lies in {folder} and is not applied: {summarise(adapter)}",
+                f"an adapter in {folder} is not applied: {summarise(adapter)}",
                 fix="if its training is to count, merge it into the model first (PEFT's "
                 "merge_and_unload, or lora_merge here)",
                 cause="adapter-not-applied",

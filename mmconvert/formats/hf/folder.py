@@ -256,7 +256,7 @@ def _no_weights(folder: Path) -> CheckpointError:
     if found:
         return CheckpointError(
             f"{folder} has {len(found)} *.safetensors files and no {INDEX}",
-            "the index that says which tensor lies in which file",
+            "the index that says which tensor is in which file",
             f"download {INDEX} from the model's page",
             cause="missing-index",
             path=folder / INDEX,

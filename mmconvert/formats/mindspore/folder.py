@@ -134,7 +134,7 @@ class _Opened:
             return MSCheckpoint(path, self.parts, None, tuple(self.training), self.notes)
         if path.is_file():
             raise LayoutError(
-                f"{path} is one file, and the strategy given speaks of several devices",
+                f"{path} is one file, and the strategy given is for several devices",
                 "the folder with the rank_R folders, or no strategy for a complete file",
             )
         return MSCheckpoint(path, self.parts, strategy, tuple(self.training), self.notes)
@@ -279,7 +279,7 @@ def _check_ranks(folder: Path, strategy: Strategy, ranks: int) -> None:
     stages = sorted(strategy.stages)
     if stages != list(range(len(stages))):
         raise LayoutError(
-            f"the strategy speaks of the pipeline stages {', '.join(map(str, stages))} only",
+            f"the strategy is for the pipeline stages {', '.join(map(str, stages))} only",
             "every stage from 0 on",
             "give the folder with the strategy files of all ranks, or the merged file",
         )

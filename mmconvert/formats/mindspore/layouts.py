@@ -87,7 +87,7 @@ def by_strategy(strategy: Strategy, wholes: Mapping[Key, Whole], path: Path) -> 
     devices = strategy.devices(str(path))
     if sorted(strategy.stages) != list(range(len(strategy.stages))):
         raise LayoutError(
-            f"{path} speaks of the pipeline stages {', '.join(map(str, sorted(strategy.stages)))}",
+            f"{path} is for the pipeline stages {', '.join(map(str, sorted(strategy.stages)))}",
             "every stage from 0 on",
             "give the folder with the strategy files of all ranks, or the merged file",
         )

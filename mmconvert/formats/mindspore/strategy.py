@@ -60,7 +60,7 @@ class Strategy:
         found = {s.ranks for layouts in self.stages.values() for s in layouts.values()}
         if len(found) != 1:
             raise LayoutError(
-                f"{where} speaks of {', '.join(map(str, sorted(found)))} devices",
+                f"{where} is for {', '.join(map(str, sorted(found)))} devices",
                 "the same number for every tensor",
             )
         return found.pop()

@@ -189,7 +189,7 @@ def _rank(checkpoint: MMCheckpoint) -> int:
             other = weight_name(name).removesuffix(WEIGHT) + (MM_B if a else MM_A)
             if other not in tensors:
                 raise TensorError(
-                    f"{name} in {tensor.path} stands alone: there is no {other}",
+                    f"{name} in {tensor.path} is unpaired: there is no {other}",
                     "A and B of every module that is adapted",
                     "copy the checkpoint again",
                 )

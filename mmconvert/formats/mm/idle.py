@@ -49,7 +49,7 @@ def with_idle_layers(
             flag = f"{prefix}{grid_flag(key)}"
             raise CheckpointError(
                 f"{total(seen)} of {count} layers have adapters; on which stages the others are is "
-                "not told by the files",
+                "not known from the files",
                 f"{flag}, the number of layers on each stage",
                 f"give {flag} as the base model was trained with",
             )

@@ -203,14 +203,14 @@ def _outer(chart: Chart, module: Module, grid: StageGrid, faults: Faults) -> Non
     for stage in chart.stages():
         absent = [r.mm for r in module.everywhere if r.mm not in chart.names_at(stage)]
         if absent:
-            faults.add(_lacks(chart, module, absent, "that stand on every stage", stage))
+            faults.add(_lacks(chart, module, absent, "which every stage has", stage))
 
 
 def _misplaced(chart: Chart, name: str, stages: Sequence[int], own: str) -> TensorError:
     parts = [part for stage in stages for part in chart.chunks_at(stage).values() if name in part]
     folders = sorted({part[name].path.parent for part in parts})
     return TensorError(
-        f"{name} stands on {', '.join(map(chart.place, stages))} "
+        f"{name} is on {', '.join(map(chart.place, stages))} "
         f"({summarise([folder.name for folder in folders])}); {own}",
         "tensors each on its stage",
         "copy all rank folders of one checkpoint again",
@@ -246,9 +246,9 @@ def _output_layer(chart: Chart, tied: bool | None, faults: Faults) -> None:
     if places and places != [last]:
         faults.add(_misplaced(chart, OUTPUT_LAYER, places, f"the last text layer is on {where}"))
     elif places and tied and first == last:
-        what = f"{OUTPUT_LAYER} stands beside the embedding that it is tied to, on {where}; "
+        what = f"{OUTPUT_LAYER} is stored beside the embedding that it is tied to, on {where}; "
         what += "Megatron wants it on another stage only"
-        fix = "write the checkpoint anew; conversions read it as it is"
+        fix = "write the checkpoint again; conversions read it as it is"
         faults.remark(_of_the_head("tied-head-superfluous", what, fix, chart, last))
     elif places:
         return
@@ -257,7 +257,7 @@ def _output_layer(chart: Chart, tied: bool | None, faults: Faults) -> None:
     elif tied and first != last:
         what = f"{OUTPUT_LAYER} is missing on {where}: with tied embeddings, the last of several "
         what += "text stages holds a copy of the embedding"
-        fix = "write the checkpoint anew: resplit puts the copy there"
+        fix = "write the checkpoint again: resplit puts the copy there"
         faults.remark(_of_the_head("tied-head-missing", what, fix, chart, last))
     elif tied is None and sum(n > 0 for n in flat(grid)) > 1:
         what = f"there is no {OUTPUT_LAYER} on any stage, and nothing here says whether embeddings "

@@ -227,7 +227,7 @@ def _both(file: Path, name: str, known: Mapping[str, StoredTensor]) -> tuple[Sto
     if a is None or b is None:
         there, lacks = (b, "lora_A") if a is None else (a, "lora_B")
         raise TensorError(
-            f"{file}: {there.name if there else name} stands alone: there is no {lacks} of that "
+            f"{file}: {there.name if there else name} is unpaired: there is no {lacks} of that "
             "module",
             "A and B of every module that is adapted",
             "copy the adapter again",

@@ -152,5 +152,5 @@ def hint(a: Path, b: Path, verdict: Verdict, options: Options) -> str:
     return (
         f"equal with --vit_qkv {order}: one of them leaves the vision encoder's q, k and v "
         "uninterleaved, as the reference tool 2.2.0 to 2.3.0 wrote them; "
-        "mend it with resplit --vit_qkv concatenated"
+        "fix it with resplit --vit_qkv concatenated"
     )

@@ -96,7 +96,7 @@ def _look_at_config(folder: PEFTFolder, report: DoctorReport) -> None:
     """Whether anything tells how it is to be scaled, and added to what; whether it was trained."""
     path = folder.file.path.parent / CONFIG
     if not folder.config:
-        what = f"{path} is missing: nothing tells lora_alpha, and PEFT does not load the adapter"
+        what = f"{path} is missing: lora_alpha is unknown, and PEFT does not load the adapter"
         fix = "copy it again; or write it: peft_type LORA, r, lora_alpha, target_modules"
         report.add("adapter-config", what, fix, path=path)
     try:

@@ -16,7 +16,7 @@ from mmconvert.names import number, summarise
 from mmconvert.plan.plan import Comparison, Key, Side, join, matrix
 from mmconvert.tools.doctor.report import DoctorReport
 
-UNSURE = "; --hf_dir tells whether the model has such experts"
+UNSURE = "; give --hf_dir to see whether the model has such experts"
 Expert = tuple[Key, ...]  # the wholes of one expert
 
 
@@ -62,7 +62,7 @@ def look_at_twins(
     elif len(twins) == sum(len(layer) - 1 for layer in layers.values()):
         twins = []
     count = number(range(sum(map(len, layers.values()))), "expert")
-    report.checked.append(f"that none of {count} stands twice in its layer")
+    report.checked.append(f"that none of {count} is twice in its layer")
     if not twins:
         return
     (a, *_), (b, *_) = twins[0]

@@ -130,8 +130,8 @@ def look_at_encoder_qkv(
     first = found[0].b
     report.add(
         "vit-qkv-concatenated",
-        f"the vision encoder's q, k and v stand one below the other in {number(found, 'tensor')}"
-        " as stored, as the reference tool 2.2.0 to 2.3.0 wrote them; read so "
+        f"the vision encoder's q, k and v are concatenated in {number(found, 'tensor')}"
+        ", as the reference tool 2.2.0 to 2.3.0 wrote them; read that way, "
         f"they {sure} to those of hf_dir",
         "resplit with --vit_qkv concatenated writes them per head, as MindSpeed-MM reads them",
         path=first.path,
