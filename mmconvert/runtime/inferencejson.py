@@ -71,7 +71,7 @@ def read_inference(path: Path) -> Inference:
     dtype = {"bf16": "bf16", "fp32": "fp32", "float32": "fp32"}.get(str(keys.get("dtype")), "")
     return Inference(
         model,
-        _rank_folder(keys.get("from_pretrained")),
+        _rank_folder(keys.get("from_pretrained"), path),
         Path(hf_dir) if isinstance(hf_dir, str) else None,
         prompt,
         images,
@@ -93,12 +93,24 @@ def _file(keys: Mapping[str, Any], key: str, path: Path) -> tuple[Path, ...]:
     return (Path(value),)
 
 
-def _rank_folder(value: object) -> Path | None:
-    """The checkpoint of ``from_pretrained``: a rank file, ``mp_rank_00/model_optim_rng.pt``."""
+def _rank_folder(value: object, path: Path) -> Path | None:
+    """The checkpoint of ``from_pretrained``: a rank file, ``mp_rank_00/model_optim_rng.pt``.
+
+    Raises:
+        RequestError: it is a file outside of its checkpoint, which alone says its layout.
+    """
     if not isinstance(value, str) or not value:
         return None
     named = Path(value)
-    return named.parent.parent if named.suffix == ".pt" else named
+    if named.suffix != ".pt":
+        return named
+    if not named.parent.name.startswith("mp_rank_"):
+        raise RequestError(
+            f"{path}: from_pretrained is {value}, a rank file outside of its checkpoint",
+            "release/mp_rank_00/model_optim_rng.pt of a checkpoint, where it was written",
+            "write that, or give --load MM_DIR and leave from_pretrained out",
+        )
+    return named.parent.parent
 
 
 def _generation(given: object, path: Path) -> Mapping[str, Any]:

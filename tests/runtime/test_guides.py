@@ -16,6 +16,7 @@ from cli import run_cli
 from commands import rank_files
 from mmconvert.runtime import dataset
 from mmconvert.runtime.checking import Checks
+from mmconvert.runtime.inferencejson import read_inference
 from mmconvert.runtime.journal import Interval, Line
 
 
@@ -292,3 +293,13 @@ def test_lines_stand_for_the_iterations_since_the_last() -> None:
     mean = interval.add(Line(2, 2.0, seconds=3.0, tokens=30.0, rate=0.2))
     assert mean == Line(2, 3.0, seconds=2.0, tokens=25.0, rate=0.2)
     assert Interval(0).add(Line(1, 4.0)) is None
+
+
+def test_an_inference_file_of_internvl_names_a_rank_file(guide: Guide) -> None:
+    """In its checkpoint; copied elsewhere, its layout is lost."""
+    rank = guide.folder / "mm" / "release" / "mp_rank_00_000" / "model_optim_rng.pt"
+    file = inference(guide, "rank.json", from_pretrained=str(rank))
+    assert read_inference(file).mm_dir == guide.folder / "mm" / "release"
+    inference(guide, "lone.json", from_pretrained="./ckpt/model_optim_rng.pt")
+    done = run_cli("generate", "--mm-model", "lone.json", cwd=guide.folder, check=2)
+    assert "a rank file outside of its checkpoint" in done.stderr
