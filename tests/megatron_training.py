@@ -60,7 +60,7 @@ class FusedAdam(torch.optim.Optimizer):
         super().__init__(params, given)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         del closure
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
@@ -247,12 +247,12 @@ def train(run: Run, text: dict[str, Any], tp: int, pp: int) -> None:
         bucket_size=run.bucket or None,
     )
     chunks = [chunk_model(run, text, content[part], pp) for part in parts]
-    models = [
+    models: list[Any] = [
         DistributedDataParallel(m.config, ddp, m, disable_bucketing=bool(i or pp or not run.bucket))
         for i, m in enumerate(chunks)
     ]
     use_fused(run.distributed)
-    optimizer = get_megatron_optimizer(
+    optimizer: Any = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam", lr=1e-2, min_lr=1e-3, weight_decay=0.1, bf16=True, clip_grad=0.0,
             params_dtype=torch.bfloat16, use_distributed_optimizer=run.distributed,

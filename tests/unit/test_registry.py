@@ -52,7 +52,7 @@ class Table(NamedTuple):
     @property
     def variant(self) -> Variant:
         traits = FAMILIES[self.name].traits(config_of(self.model))
-        return Variant(self.tied, self.canonical, self.vit_qkv, traits)
+        return Variant(self.tied, self.canonical, self.vit_qkv, traits=traits)
 
     @property
     def modules(self) -> tuple[Module, ...]:
