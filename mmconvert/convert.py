@@ -18,7 +18,6 @@ from mmconvert.executor.apart import check_apart
 from mmconvert.formats import manifest
 from mmconvert.formats.base import Format, NoLayout, Opening, Placing, StoredCheckpoint
 from mmconvert.formats.hf.model import config_model
-from mmconvert.formats.mm.means import averaged
 from mmconvert.formats.model import Model, idle_patterns
 from mmconvert.formats.reading import watched
 from mmconvert.formats.registry import load
@@ -228,6 +227,8 @@ def _averaged(
             "an adapter in MM format, whose copies training may leave apart",
             "--replicas first takes the first copy of each tensor",
         )
+    from mmconvert.formats.mm.means import averaged
+
     return averaged(src)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Generic, NamedTuple, TypeVar
 
@@ -92,6 +91,8 @@ class TemplateIndex(Generic[T]):
     def closest(self, name: str) -> str | None:
         """The known template that looks most like ``name``, for an error message."""
         shapes = [template for template, *_ in self._readings(name)]
+        from difflib import get_close_matches  # where something is wrong
+
         found = get_close_matches(shapes[-1], list(self._entries), n=1, cutoff=0.6)
         return found[0] if found else None
 

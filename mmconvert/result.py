@@ -6,12 +6,15 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mmconvert.estimate import Estimate
 from mmconvert.executor.moving import Moved
 from mmconvert.formats.base import Described
 from mmconvert.formats.containers.image import FileImage
 from mmconvert.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from mmconvert.estimate import Estimate
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,10 @@ from pathlib import Path
 
 from mmconvert.config import Options
 from mmconvert.errors import CheckpointError, OutputError, ReplicaError, RequestError
-from mmconvert.estimate import estimate
 from mmconvert.events import Events
 from mmconvert.executor import agreement, compare, group, journal, staging
 from mmconvert.executor.casts import DTYPES
 from mmconvert.executor.differences import TensorDifference, in_words
-from mmconvert.executor.digests import ALGORITHM, as_mm, digests
 from mmconvert.executor.moving import Moved, Staged, move
 from mmconvert.executor.output import FileOutput, Output
 from mmconvert.formats import manifest, reading
@@ -65,7 +63,8 @@ class Conversion:
         self.events = events if self.group.leads else Events()
         self.watch = reading.current()
         self.began = time.monotonic()
-        self.group.agree(agreement.of_request(command, cfg, self.options))
+        if self.group.size > 1:
+            self.group.agree(agreement.of_request(command, cfg, self.options))
 
     # ------------------------------------------------------------------------------- proving
 
@@ -170,6 +169,8 @@ class Conversion:
         # Only once: a process that comes late would miss what the first one has taken already.
         self.group.lead(lambda: self._check_room(output, size))
         if self.options.dry_run:
+            from mmconvert.estimate import estimate
+
             would = estimate(plan, output.final, size, self.workers)
             return replace(result, estimate=would, seconds=self._seconds())
 
@@ -220,6 +221,8 @@ class Conversion:
             },
         }
         if self.options.digests:
+            from mmconvert.executor.digests import ALGORITHM, as_mm, digests
+
             wholes, places = as_mm(placed.side.wholes, staged.places, placed.transposed)
             mine = dict(self.group.share(list(wholes.items()), lambda _: 1))
             parts = self.group.together(lambda: digests(mine, places, self.workers, self.events))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 
 from mmconvert.cli import commands, ending, screen
 from mmconvert.errors import MMConvertError, RequestError
@@ -189,5 +188,7 @@ def _meant(word: str, known: Iterable[str]) -> str:
     """A question after the name that is most like a word, whatever their cases; "" if none is."""
     plain = {name.lower().strip("-"): name for name in known}
     plain |= {name.removesuffix("converter"): full for name, full in plain.items()}
+    from difflib import get_close_matches
+
     near = get_close_matches(word.lower().strip("-"), plain, n=1)
     return f"did you mean {plain[near[0]]}? " if near else ""

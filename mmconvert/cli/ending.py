@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -82,6 +81,8 @@ def fail(error: MMConvertError, words: Sequence[str]) -> int:
     """Says what went wrong; returns the exit code."""
     error.fix = error.fix or _way_out(error, words)
     if asked(words, "--debug"):
+        import traceback
+
         traceback.print_exc()
     if asked(words, "--json") and group.current().leads:
         print(json.dumps(error.as_dict()))

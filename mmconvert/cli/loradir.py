@@ -38,7 +38,7 @@ def adapters(
         return
     from mmconvert.config.lora import AdapterConfig, LoraHFToMM, LoraMMToHF
     from mmconvert.directions import lora
-    from mmconvert.formats.mm.folder import is_mm
+    from mmconvert.formats.mm.ranks import is_mm
     from mmconvert.formats.recognise import family_of
     from mmconvert.runtime.lora import LoraFolders
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_type_hints
 
-from mmconvert.cli.settings import read_yaml
 from mmconvert.config import MaybeBool, MaybePath
 from mmconvert.errors import RequestError
 from mmconvert.narrow import is_array, is_dict
@@ -157,6 +156,8 @@ def _flags_of(path: Path, flags: Mapping[str, object]) -> list[list[str]]:
         RequestError: it cannot be read, or has a number where a folder is expected.
     """
     found: list[list[str]] = []
+    from mmconvert.cli.settings import read_yaml  # where there is a --config
+
     for flag, value in _flatten(read_yaml(path, "--config")):
         if flags.get(flag) in PATHS and not isinstance(value, str):
             raise RequestError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mmconvert.config import HFToMM, MMToHF, Options, Resplit
 from mmconvert.convert import PARALLEL, End, Request, convert
 from mmconvert.converters.family import Family
 from mmconvert.directions import SOURCE, TARGET
 from mmconvert.events import Events
 from mmconvert.formats.reading import watched
-from mmconvert.modeljson.layout import settled
 from mmconvert.result import Result
 
 
@@ -17,7 +18,7 @@ def hf_to_mm(
     family: Family, cfg: HFToMM, options: Options | None = None, events: Events | None = None
 ) -> Result:
     """Hugging Face -> MM. Raises and returns as :func:`convert`, like all that follow."""
-    cfg = settled(cfg)
+    cfg = _settled(cfg)
     common, hf_dir = cfg.common_model_config, cfg.hf_config.hf_dir
     asked = Request(
         "hf_to_mm",
@@ -37,7 +38,7 @@ def mm_to_hf(
     family: Family, cfg: MMToHF, options: Options | None = None, events: Events | None = None
 ) -> Result:
     """MM -> Hugging Face: weight files, index and side files as in ``hf_dir``."""
-    cfg = settled(cfg)
+    cfg = _settled(cfg)
     common = cfg.common_model_config
     asked = Request(
         "mm_to_hf",
@@ -56,7 +57,7 @@ def resplit(
     family: Family, cfg: Resplit, options: Options | None = None, events: Events | None = None
 ) -> Result:
     """MM -> MM in another layout."""
-    cfg = settled(cfg)
+    cfg = _settled(cfg)
     asked = Request(
         "resplit",
         End("mm", cfg.source_dir, cfg.source_parallel_config, SOURCE),
@@ -66,3 +67,12 @@ def resplit(
         cfg=cfg,
     )
     return convert(family, asked, options, events)
+
+
+def _settled(cfg: Any) -> Any:  # noqa: ANN401 - of the class that is given
+    """A request whose layout flags are those of its model.json, if it has one."""
+    if cfg.model_json is None:
+        return cfg
+    from mmconvert.modeljson.layout import settled
+
+    return settled(cfg)

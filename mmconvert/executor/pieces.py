@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from mmconvert.formats.containers.ckpt_layout import Rectangle, rectangles
 from mmconvert.plan.plan import Copy, Plan, Zeros, matrix
 from mmconvert.plan.proof import prove
 from mmconvert.stored import StoredTensor, Target
+
+if TYPE_CHECKING:
+    from mmconvert.formats.containers.ckpt_layout import Rectangle
 
 
 class Pieces(NamedTuple):
@@ -30,6 +32,8 @@ def in_pieces(plan: Plan, places: Sequence[StoredTensor]) -> Pieces:
     """
     if not any(place.extents for place in places):
         return Pieces(plan, places)
+    from mmconvert.formats.containers.ckpt_layout import rectangles  # of MindSpore's files alone
+
     targets: list[Target] = []
     plain: list[StoredTensor] = []
     cuts: list[list[tuple[int, Rectangle]]] = []

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -76,7 +75,8 @@ def _own(parent: Path) -> tuple[int, int]:
 
     Asked of the file system: a file server may know root as nobody, and some have no modes.
     """
-    probe = tempfile.mkdtemp(prefix=".mmconvert-", dir=parent)
+    probe = parent / f".mmconvert-{os.urandom(8).hex()}"
+    probe.mkdir(mode=0o700)
     try:
         status = os.lstat(probe)
     finally:

@@ -13,7 +13,8 @@ from mmconvert.errors import CheckpointError, MMConvertError
 from mmconvert.formats.base import Opening
 from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.mm.deltas import mm_deltas
-from mmconvert.formats.mm.folder import is_adapter, is_mm, open_mm
+from mmconvert.formats.mm.folder import is_adapter, open_mm
+from mmconvert.formats.mm.ranks import is_mm
 from mmconvert.formats.model import Model
 from mmconvert.formats.peft.folder import named_base, open_peft
 from mmconvert.formats.peft.format import variant_of_keys

@@ -11,19 +11,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from mmconvert.config import Options
 from mmconvert.converters.family import Family
 from mmconvert.converters.rows import Module
 from mmconvert.errors import RequestError
 from mmconvert.formats.containers.image import FileImage
-from mmconvert.formats.contents import Box
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.model import Model
 from mmconvert.plan.plan import Key, Side, Whole
 from mmconvert.sharding.layout import Layout
 from mmconvert.stored import StoredTensor, Target
+
+if TYPE_CHECKING:
+    from mmconvert.formats.contents import Box
 
 
 class Described(Protocol):

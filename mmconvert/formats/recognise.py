@@ -14,7 +14,8 @@ from mmconvert.converters.rows import mm_index
 from mmconvert.errors import CheckpointError, FormError
 from mmconvert.formats import manifest
 from mmconvert.formats.hf.folder import has_weights, read_config
-from mmconvert.formats.mm.folder import is_adapter, is_mm, open_mm
+from mmconvert.formats.mm.folder import is_adapter, open_mm
+from mmconvert.formats.mm.ranks import is_mm
 from mmconvert.formats.peft.names import Names
 from mmconvert.formats.registry import load, recognise
 from mmconvert.names import TemplateIndex

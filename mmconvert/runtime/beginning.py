@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmconvert.errors import CheckpointError, OutputError, RequestError
-from mmconvert.formats.mm.folder import TRACKER
+from mmconvert.formats.mm.ranks import TRACKER
 from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.launch import replicas_for

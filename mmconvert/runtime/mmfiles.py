@@ -22,8 +22,9 @@ from mmconvert import durable
 from mmconvert.adapters import MM_A, of_manifest
 from mmconvert.errors import CheckpointError, FormatError, cannot_write
 from mmconvert.formats import manifest
-from mmconvert.formats.mm.folder import RANK_FILE, TRACKER, MMCheckpoint, open_mm
+from mmconvert.formats.mm.folder import MMCheckpoint, open_mm
 from mmconvert.formats.mm.rankfiles import EXTRA_STATE
+from mmconvert.formats.mm.ranks import RANK_FILE, TRACKER
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.lora import LoraPlan, is_adapter, plan_of
 from mmconvert.sharding.layout import Layout, Rank

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import pytest
 
 import mmconvert
+from mmconvert.converters import BUILT_IN
+from mmconvert.playground.checkpoints import make_hf
 
 PACKAGE = Path(mmconvert.__file__).parent
 
@@ -338,6 +340,42 @@ def test_python_itself_tells_that_help_imports_no_torch() -> None:
     assert {"tyro", "mmconvert.cli.arguments"} <= loaded  # the tool's own imports
     assert {name.partition(".")[0] for name in loaded} & HEAVY == set()
     assert "--mm_dir" in done.stdout
+
+
+# Rooms and modules that Hugging Face -> MM does not need; what it needs is one table's family, two
+# formats, the plan and what moves the bytes.
+IDLE = (
+    *("mmconvert.api", "mmconvert.lazy", "mmconvert.loading", "mmconvert.estimate"),
+    *("mmconvert.cli.parsing", "mmconvert.cli.settings", "mmconvert.cli.tools"),
+    *("mmconvert.config.", "mmconvert.directions.mindspore", "mmconvert.directions.dcp"),
+    *("mmconvert.directions.lora", "mmconvert.modeljson", "mmconvert.tools", "mmconvert.report"),
+    *("mmconvert.runtime", "mmconvert.playground", "mmconvert.executor.rendezvous"),
+    *("mmconvert.executor.digests", "mmconvert.executor.values", "mmconvert.formats.contents"),
+    *("mmconvert.formats.containers.ckpt", "mmconvert.formats.containers.pickles"),
+    *("mmconvert.formats.containers.protobuf", "mmconvert.formats.containers.ptfile"),
+    *("mmconvert.formats.dcp", "mmconvert.formats.mindspore", "mmconvert.formats.peft"),
+    *("mmconvert.formats.mm.adapters", "mmconvert.formats.mm.detect", "mmconvert.formats.mm.model"),
+    *("mmconvert.formats.mm.opening", "mmconvert.formats.mm.optimizer"),
+    *("difflib", "numpy", "pickle", "rich", "tempfile", "typeguard", "tyro", "yaml"),
+)
+
+
+def test_a_conversion_imports_what_it_needs(tmp_path: Path) -> None:
+    """From the command line to the last byte."""
+    hf = make_hf("qwen2vl-2b", tmp_path / "hf", layers=1, vit_layers=1, vocab_size=64)
+    words = ["Qwen2VLConverter", "hf_to_mm", "--cfg.hf_config.hf_dir", str(hf)]
+    words += ["--cfg.mm_dir", str(tmp_path / "mm"), "--cfg.parallel_config.llm_pp_layers", "[1]"]
+    words += ["--cfg.parallel_config.vit_pp_layers", "[1]", "--cfg.parallel_config.tp_size", "2"]
+    script = f"{HELP.format(argv=words)}\nprint('MODULES', *sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.splitlines()[-1].split()[1:]
+    assert "mmconvert.plan.proof" in loaded
+    assert [name for name in loaded if name.startswith(IDLE)] == []
+    tables = [name for name in loaded if name in BUILT_IN.values()]
+    assert tables == ["mmconvert.converters.qwen2vl"]
 
 
 def test_converting_needs_no_torch() -> None:

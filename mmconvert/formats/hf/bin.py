@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmconvert.causes.tensors import nested
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats.containers.damage import explained
-from mmconvert.formats.containers.pickles import Inert
-from mmconvert.formats.containers.ptfile import read_pt
 from mmconvert.formats.containers.safetensors import WeightFile, read_weight_file
 from mmconvert.stored import StoredTensor
 
@@ -26,6 +23,10 @@ def read_bin(path: Path) -> WeightFile:
         FormatError: damaged, not of torch.save's zip format, or not a dict of tensors.
         CheckpointError: it cannot be read.
     """
+    from mmconvert.causes.tensors import nested  # with what pickles take, of use here alone
+    from mmconvert.formats.containers.pickles import Inert
+    from mmconvert.formats.containers.ptfile import read_pt
+
     if path.is_file() and path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty", "a weight file", "download it again")
     content = read_pt(path).content

@@ -11,7 +11,7 @@ from typing import ClassVar
 from mmconvert.converters.family import Family
 from mmconvert.converters.rows import Module
 from mmconvert.errors import CheckpointError, TensorError
-from mmconvert.formats import contents, reading
+from mmconvert.formats import reading
 from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.faults import STRICT, Faults
@@ -21,7 +21,6 @@ from mmconvert.formats.hf.model import hf_model
 from mmconvert.formats.hf.output import weight_images, with_dtype
 from mmconvert.formats.hf.side import hf_side, hf_target
 from mmconvert.formats.hf.sides import SideFiles, side_files
-from mmconvert.formats.recognise import hf_family
 from mmconvert.formats.registry import load
 from mmconvert.formats.untied import ties, untied_hf
 from mmconvert.formats.wholes import plain
@@ -99,16 +98,20 @@ class HuggingFace(Format):
 
     def family(self, path: Path) -> Family:
         """By model_type of config.json."""
+        from mmconvert.formats.recognise import hf_family
+
         return hf_family(path)
 
     def look(self, path: Path) -> Look:
         """Its weight files."""
         checkpoint = open_hf(path)
         try:
-            family = hf_family(path)
+            family = self.family(path)
         except CheckpointError:
             family = None
         found = checkpoint.tensors()
+        from mmconvert.formats import contents
+
         wholes, stored = plain(found.items())
         return Look(
             kind=self.name,

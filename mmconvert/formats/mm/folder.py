@@ -20,16 +20,16 @@ from mmconvert.formats.mm.rankfiles import EXTRA_STATE, Parts, extra_state, read
 from mmconvert.formats.mm.ranks import (
     DISTRIBUTED,
     RANK_FILE,
+    TRACKER,
     RankFolderNames,
     has_ranks,
     rank_folders,
 )
 from mmconvert.formats.reading import opened
 from mmconvert.narrow import is_object
-from mmconvert.sharding.layout import Chunk, Rank, parse_folder
+from mmconvert.sharding.layout import Chunk, Rank
 from mmconvert.stored import StoredTensor
 
-TRACKER = "latest_checkpointed_iteration.txt"
 OPTIMIZER = "optimizer"
 HINTS = {OPTIMIZER: "; resplit --optimizer takes it along"}
 _ITERATION = re.compile(r"iter_(\d{7,12})")
@@ -61,13 +61,6 @@ class MMCheckpoint:
     ep_size: int = 1
     whole: bool = True
     numbers: int = 1
-
-
-def is_mm(root: Path) -> bool:
-    """Whether a path has the signs of an MM checkpoint: a tracker file, or rank folders."""
-    if not root.is_dir():
-        return False
-    return (root / TRACKER).is_file() or any(parse_folder(path.name) for path in root.iterdir())
 
 
 def find_weights(root: Path, faults: Faults = STRICT) -> tuple[Path, str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmconvert.formats.containers.image import FileImage, small
-from mmconvert.formats.containers.ptfile import Slot, pt_image
-from mmconvert.formats.mm.folder import RANK_FILE, TRACKER
-from mmconvert.formats.mm.optimizer.writing import StateWriter
-from mmconvert.formats.mm.ranks import DISTRIBUTED
+from mmconvert.formats.containers.ptwriter import Slot, pt_image
+from mmconvert.formats.mm.ranks import DISTRIBUTED, RANK_FILE, TRACKER
 from mmconvert.sharding.layout import Layout, Rank
 from mmconvert.stored import Target
+
+if TYPE_CHECKING:
+    from mmconvert.formats.mm.optimizer.writing import StateWriter
 
 VERSION = 3.0  # Megatron's checkpoint_version: the order of q, k, v within linear_qkv
 

@@ -14,11 +14,19 @@ from mmconvert.formats.faults import Faults
 from mmconvert.names import number, summarise
 from mmconvert.sharding.layout import Rank, parse_folder
 
+TRACKER = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
 DISTRIBUTED = "distrib_optim.pt"  # beside it, of a distributed optimizer
 COPY = "copy the folder from the machine that wrote it; no other rank holds its weights"
 Numbers = tuple[int, ...]
 Size = tuple[int, int, int]  # tp, pp, ep
+
+
+def is_mm(root: Path) -> bool:
+    """Whether a path has the signs of an MM checkpoint: a tracker file, or rank folders."""
+    if not root.is_dir():
+        return False
+    return (root / TRACKER).is_file() or any(parse_folder(path.name) for path in root.iterdir())
 
 
 class RankFolderNames(NamedTuple):

@@ -9,8 +9,8 @@ from mmconvert.causes.folders import other_form
 from mmconvert.errors import MMConvertError
 from mmconvert.events import Events
 from mmconvert.formats.hf.folder import INDEX, has_weights
-from mmconvert.formats.mm.folder import TRACKER, iterations
-from mmconvert.formats.mm.ranks import has_ranks
+from mmconvert.formats.mm.folder import iterations
+from mmconvert.formats.mm.ranks import TRACKER, has_ranks
 from mmconvert.formats.registry import load, recognise
 from mmconvert.formats.single import MS_FILE, is_zip, open_file
 from mmconvert.tools.doctor.adapter import examine_adapter

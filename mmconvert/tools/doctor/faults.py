@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mmconvert.errors import FormError, MMConvertError
 from mmconvert.formats.faults import Collected
-from mmconvert.formats.mm.folder import TRACKER, newest, tracker_word
+from mmconvert.formats.mm.folder import newest, tracker_word
+from mmconvert.formats.mm.ranks import TRACKER
 from mmconvert.formats.mm.source import TRANSPOSED
 from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.shell import (
