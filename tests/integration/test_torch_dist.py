@@ -248,6 +248,27 @@ def test_a_wrapper_around_the_vision_encoder(tmp_path: Path) -> None:
     assert compare_hf(hf, tmp_path / "back") == []
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning")
+@pytest.mark.parametrize("before", ["visual.", "visual.visual."])
+@pytest.mark.parametrize("model", ["qwen3vl-8b", "qwen3vl-30b-a3b"])
+def test_the_vision_encoder_of_transformers(model: str, before: str, tmp_path: Path) -> None:
+    """Qwen3-VL in a trainer that keeps the encoder of Hugging Face."""
+    hf = make_hf(model, tmp_path / "hf", **MODELS["qwen3vl-30b-a3b"])
+    there = tmp_path / "dist"
+    ok("AutoConverter", "hf_to_torch_dist", "--cfg.source", hf, "--cfg.target", there)
+    opened, original = mmconvert.open(there), mmconvert.open(hf)
+    tensors = {key: opened[key] for key in opened if key.startswith("language_model.")}
+    vision = [key for key in original if key.startswith("model.visual.")]
+    tensors |= {before + key.removeprefix("model.visual."): original[key] for key in vision}
+    theirs = rewritten(there, tmp_path / "theirs", tensors)
+    words = ("--cfg.source", theirs, "--cfg.hf_config.hf_dir", hf, "--cfg.target")
+    ok("AutoConverter", "torch_dist_to_hf", *words, tmp_path / "back")
+    assert compare_hf(hf, tmp_path / "back") == []
+    ok("AutoConverter", "torch_dist_to_mm", *words, tmp_path / "mm")
+    assert mmconvert.verify(tmp_path / "mm", hf).equal
+    assert mmconvert.inspect(theirs).family == "Qwen3-VL"
+
+
 def renamed(pickle: bytes, old: bytes, new: bytes) -> bytes:
     """A pickle whose texts that begin with a prefix begin with another."""
     at, more = 0, len(new) - len(old)

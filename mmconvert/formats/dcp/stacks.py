@@ -37,7 +37,8 @@ def under_mm_names(
     if before != "-":
         prefix = before + HF_VISION[-1]
         hf = {n.removeprefix(before): t for n, t in tensors.items() if n.startswith(prefix)}
-        hf = {model.family.hub_name(name): tensor for name, tensor in hf.items()}
+        hub = _of_hub(model.modules)
+        hf = {hub + name: tensor for name, tensor in hf.items()}
     used = {name for name in tensors if before != "-" and name.startswith(before + HF_VISION[-1])}
     modules = [m for m in model.modules if before == "-" or m.role == "decoder"]
     layers = {m.key: model.dims[f"{m.key}.layers"] for m in modules}
@@ -68,6 +69,12 @@ def under_mm_names(
             "leave them out with --drop 'NAME' (a pattern; may be repeated)",
         )
     return found, hf
+
+
+def _of_hub(modules: Sequence[Module]) -> str:
+    """What the hub has before ``visual.`` of a vision encoder."""
+    names = (name for m in modules if m.role != "decoder" for r in m.all_rows() for name in r.hf)
+    return next((n.partition(HF_VISION[-1])[0] for n in names if HF_VISION[-1] in n), "")
 
 
 def _taken(
