@@ -11,19 +11,19 @@ TOOLS = {
     "suggest": "HF_DIR --pp N balances the layers over the pipeline and prints the command",
     "model_json": "HF_DIR --output FILE writes MindSpeed-MM's model.json for a model and layout",
     "doctor": "PATH says what is wrong with a checkpoint, and prints the commands that fix it",
-    "roundtrip": "HF_DIR proves for CI that what comes back from another format is what went in",
+    "roundtrip": "HF_DIR proves, for CI, that every byte comes back from another format",
     "validate": "--mm_dir D --hf_dir H runs both and compares what they compute",
     "generate": "--mm_dir D --hf_dir H --prompt P answers, from pictures, videos and sounds too",
     "finetune": "--mm_dir D --hf_dir H --data F --save S trains on conversations",
-    "predict": "single YAML X.ckpt VOCAB IMAGE PROMPT 1, as MindFormers' Qwen-VL script has it",
-    "run_qwenvl": "--config YAML --load_checkpoint X.ckpt --hf_dir H, as MindFormers' line has it",
-    "data": "CONVERSION brings a dataset's annotations to the form that training reads",
-    "convert_weight": "--model qwenvl --input_path HF --output_path X.ckpt, as MindFormers has it",
+    "predict": "single YAML X.ckpt VOCAB IMAGE PROMPT 1 answers, as MindFormers' Qwen-VL script",
+    "run_qwenvl": "--config YAML --load_checkpoint X.ckpt --hf_dir H trains, as MindFormers'",
+    "data": "CONVERSION converts a dataset's annotations to the form that training reads",
+    "convert_weight": "--model qwenvl --input_path HF --output_path X.ckpt, as MindFormers' script",
     "playground": "DIR writes small checkpoints of every family to try the commands on",
     "moe_expert": "--style merge|split --hf_dir HF --save_dir OUT stores experts in another form",
-    "rename_lora": "--lora_dir A --save_dir B --names new|old|fsdp2 gives an adapter other names",
-    "merge_base_lora_weight": "as MindSpeed-MM has it: MM base + MM adapter",
-    "merge_lora_safetensors_to_base": "as MindSpeed-MM has it: HF base + adapter",
+    "rename_lora": "--lora_dir A --save_dir B --names new|old|fsdp2 renames an adapter's tensors",
+    "merge_base_lora_weight": "merges MM base + MM adapter, with MindSpeed-MM's flags",
+    "merge_lora_safetensors_to_base": "merges HF base + adapter, with MindSpeed-MM's flags",
     "completion": "bash|zsh prints a script that completes these words in the shell",
 }
 # Scripts of MindFormers' and MindSpeed-MM's guides: their lines work with mm-convert for python.
@@ -59,7 +59,7 @@ VERBS = {
     ),
     "mm_to_hf": (
         "mm.MMToHF",
-        "MM -> Hugging Face: after training; the layout is read off the folder",
+        "MM -> Hugging Face: after training; the layout is read from the folder",
         "--cfg.mm_dir MM_DIR --cfg.hf_config.hf_dir HF_DIR --cfg.save_hf_dir NEW_HF_DIR",
     ),
     "resplit": (
@@ -109,12 +109,12 @@ DCP_VERBS = {
     ),
     "mm_to_dcp": (
         "dcp.MMToDCP",
-        "MM -> DCP, straight",
+        "MM -> DCP, directly",
         "--cfg.mm_dir MM_DIR --cfg.hf_config.hf_dir HF_DIR --cfg.dcp_dir DCP_DIR",
     ),
     "dcp_to_mm": (
         "dcp.DCPToMM",
-        "DCP -> MM, straight",
+        "DCP -> MM, directly",
         f"--cfg.dcp_dir DCP_DIR --cfg.hf_config.hf_dir HF_DIR --cfg.mm_dir MM_DIR {LAYOUT}",
     ),
     "hf_to_mm_dcp": (
@@ -176,11 +176,11 @@ def verbs_of(converter: str) -> dict[str, tuple[str, str, str]]:
 
 def top_help(names: list[str], ms_names: list[str]) -> str:
     """The help of mm-convert itself: what ``mm-convert -h`` prints."""
-    verbs = "\n".join(f"  {verb:<13} {text}" for verb, (_, text, _) in (VERBS | LORA_VERBS).items())
+    verbs = "\n".join(f"  {verb:<14} {text}" for verb, (_, text, _) in (VERBS | LORA_VERBS).items())
     ms_verbs = "\n".join(f"  {verb:<10} {text}" for verb, (_, text, _) in MS_VERBS.items())
     about = {AUTO: "   reads the family from config.json or from the MM checkpoint"}
     converters = "\n".join(f"  {name}{about.get(name, '')}" for name in names)
-    dcp_verbs = "\n".join(f"  {verb:<13} {text}" for verb, (_, text, _) in DCP_VERBS.items())
+    dcp_verbs = "\n".join(f"  {verb:<14} {text}" for verb, (_, text, _) in DCP_VERBS.items())
     fsdp = "\n".join(f"  {name:<24} {text}" for name, text in DCP_CONVERTERS.items())
     tools = "\n".join(f"  {name:<14} {text}" for name, text in TOOLS.items())
     return f"""usage: mm-convert CONVERTER VERB [flags]
@@ -195,11 +195,11 @@ converters:
 verbs:
 {verbs}
 
-of the same converters, for DCP folders:
+the same converters for DCP folders:
 {dcp_verbs}
   {ANY_VERB}
 
-as MindSpeed-MM has them for FSDP2, with hf_to_dcp and dcp_to_hf:
+MindSpeed-MM's converters for FSDP2, with hf_to_dcp and dcp_to_hf:
 {fsdp}
 
 for MindSpore (MindFormers) instead of MM format: {", ".join(ms_names)}, with the verbs
@@ -212,7 +212,7 @@ mm-convert CONVERTER VERB -h and mm-convert TOOL -h show the flags; --config FIL
 them from a file; mm-convert --version shows the version.
 
 Exit codes: 0 done, 1 a comparison differs, 2 the request is impossible, 3 a checkpoint is
-missing or damaged, 70 a fault of mmconvert itself, 130 interrupted, 141 nobody read on.
+missing or damaged, 70 a fault of mmconvert itself, 130 interrupted, 141 output closed early.
 
 example:
   mm-convert Qwen2VLConverter hf_to_mm {VERBS["hf_to_mm"][2]}"""
@@ -223,7 +223,7 @@ def converter_help(converter: str) -> str:
     lines = [f"usage: mm-convert {converter} VERB [flags]", "", "verbs and an example of each:"]
     for verb, (_, text, example) in verbs_of(converter).items():
         lines += [
-            f"  {verb:<13} {text}",
+            f"  {verb:<14} {text}",
             f"                mm-convert {converter} {verb} {example}",
         ]
     lines += [] if verbs_of(converter) is MS_VERBS else [f"  {ANY_VERB}"]

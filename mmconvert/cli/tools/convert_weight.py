@@ -39,7 +39,7 @@ class WeightFlags:
     the output takes."""
     strategy: MaybePath = None
     """With --reversed and rank folders: strategy file or folder, if not beside them."""
-    options: Annotated[Options, tyro.conf.OmitArgPrefixes] = field(default_factory=Options)
+    conversion: Annotated[Options, tyro.conf.OmitArgPrefixes] = field(default_factory=Options)
     screen: Annotated[Screen, tyro.conf.OmitArgPrefixes] = field(default_factory=Screen)
 
 
@@ -57,7 +57,7 @@ def run(words: list[str]) -> int:
 
     verb = "ms_to_hf" if asked.reversed else "hf_to_ms"
     conversions.run(
-        MODELS[asked.model], "mindspore", verb, Command(cfg, asked.options, asked.screen)
+        MODELS[asked.model], "mindspore", verb, Command(cfg, asked.conversion, asked.screen)
     )
     return 0
 

@@ -40,7 +40,7 @@ class MergeFlags:
     """Pipeline-parallel size; read off the folder."""
     tp_size: MaybeInt = None
     """Tensor-parallel size; the base model must have it."""
-    options: Annotated[Options, tyro.conf.OmitArgPrefixes] = field(default_factory=Options)
+    conversion: Annotated[Options, tyro.conf.OmitArgPrefixes] = field(default_factory=Options)
     screen: Annotated[Screen, tyro.conf.OmitArgPrefixes] = field(default_factory=Screen)
 
 
@@ -59,5 +59,5 @@ def run(words: list[str]) -> int:
     from mmconvert.cli import conversions
     from mmconvert.cli.commands import AUTO
 
-    conversions.run(AUTO, "lora", "lora_merge", Command(cfg, asked.options, asked.screen))
+    conversions.run(AUTO, "lora", "lora_merge", Command(cfg, asked.conversion, asked.screen))
     return 0

@@ -38,7 +38,7 @@ class SafetensorsMergeFlags:
     """The rank; the matrices must have it."""
     device: str = "cpu"
     """Accepted for compatibility: the processor does it."""
-    options: Annotated[Options, tyro.conf.OmitArgPrefixes] = field(default_factory=Options)
+    conversion: Annotated[Options, tyro.conf.OmitArgPrefixes] = field(default_factory=Options)
     screen: Annotated[Screen, tyro.conf.OmitArgPrefixes] = field(default_factory=Screen)
 
 
@@ -56,5 +56,5 @@ def run(words: list[str]) -> int:
     from mmconvert.cli import conversions
     from mmconvert.cli.commands import AUTO
 
-    conversions.run(AUTO, "lora", "lora_merge", Command(cfg, asked.options, asked.screen))
+    conversions.run(AUTO, "lora", "lora_merge", Command(cfg, asked.conversion, asked.screen))
     return 0

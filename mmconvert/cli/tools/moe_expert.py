@@ -27,7 +27,7 @@ class ExpertFlags:
     """What to convert."""
 
     cfg: Annotated[MoEExpert, tyro.conf.OmitArgPrefixes]
-    options: Annotated[Options, tyro.conf.OmitArgPrefixes] = field(default_factory=Options)
+    conversion: Annotated[Options, tyro.conf.OmitArgPrefixes] = field(default_factory=Options)
     screen: Annotated[Screen, tyro.conf.OmitArgPrefixes] = field(default_factory=Screen)
 
 
@@ -37,6 +37,6 @@ def run(words: list[str]) -> int:
     from mmconvert.regroup import moe_expert  # not before the flags are understood
 
     with screen_events(quiet=asked.screen.quiet) as events:
-        result = moe_expert(asked.cfg, asked.options, events)
+        result = moe_expert(asked.cfg, asked.conversion, events)
     conversions.show("moe_expert", result, asked.screen)
     return 0

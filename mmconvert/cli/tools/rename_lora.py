@@ -34,7 +34,7 @@ class RenameFlags:
     names: Literal["new", "old", "fsdp2"] = "new"
     """new: PEFT with transformers 4.52 and later; old: PEFT with earlier ones; fsdp2: what
     MindSpeed-MM's FSDP2 training reads."""
-    options: Annotated[Options, tyro.conf.OmitArgPrefixes] = field(default_factory=Options)
+    conversion: Annotated[Options, tyro.conf.OmitArgPrefixes] = field(default_factory=Options)
     screen: Annotated[Screen, tyro.conf.OmitArgPrefixes] = field(default_factory=Screen)
 
 
@@ -45,7 +45,7 @@ def run(words: list[str]) -> int:
 
     cfg = RenameLora(asked.lora_dir, asked.save_dir, asked.names)
     with screen_events(quiet=asked.screen.quiet) as events:
-        result = rename_lora(cfg, asked.options, events)
+        result = rename_lora(cfg, asked.conversion, events)
     if not group.current().leads:
         return 0
     if asked.screen.json:

@@ -134,7 +134,7 @@ def _check_experts(
         raise CheckpointError(
             f"{prefix}ep_size says {given.ep_size}, the checkpoint holds {ep}",
             "the layout that the checkpoint has",
-            "leave the flag out: the layout is read off the checkpoint",
+            "leave the flag out: the layout is read from the checkpoint",
         )
 
 

@@ -312,7 +312,7 @@ def assert_layout(
         raise CheckpointError(
             "; ".join(wrong),
             "the layout that the checkpoint has",
-            "leave the flags out: the layout is read off the checkpoint",
+            "leave the flags out: the layout is read from the checkpoint",
         )
 
 

@@ -72,7 +72,7 @@ class MM(Format):
         )
 
     def open(self, path: Path, told: Opening) -> MMStored:
-        """The layout is read off the folder; what the user says of it must be so."""
+        """The layout is read from the folder; what the user says of it must be so."""
         from mmconvert.formats.mm.opening import open_mm_stored
 
         return open_mm_stored(path, told)
