@@ -18,7 +18,7 @@ except ImportError:  # Windows: what is in use is not counted
 from mmconvert.errors import MMConvertError
 from mmconvert.executor.execute import jobs_of
 from mmconvert.executor.fileio import BAND
-from mmconvert.executor.jobs import Job, cores, run_jobs, threads_for
+from mmconvert.executor.jobs import MOST_THREADS, Job, cores, run_jobs, threads_for
 from mmconvert.executor.staging import free_bytes
 from mmconvert.plan.plan import Plan
 from mmconvert.stored import StoredTensor
@@ -26,7 +26,7 @@ from mmconvert.stored import StoredTensor
 PROBE_SECONDS = 0.4
 PROBE_FILES = 8  # files that the probe writes, at most
 PROBE_ROUND = 1  # jobs for each thread between two looks at the clock
-BUFFERS_EACH = 5  # buffers of BAND bytes that one thread holds, at most
+BUFFERS_EACH = 8  # times BAND bytes that one thread holds or has mapped, at most
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def estimate(plan: Plan, folder: Path, disk_needed: int, workers: int) -> Estima
     return Estimate(
         disk_needed,
         free_bytes(folder),
-        _memory(workers or cores()),
+        _memory(workers or min(cores(), MOST_THREADS)),
         _seconds(plan, folder, workers),
     )
 

@@ -20,12 +20,12 @@ from mmconvert.disks import is_far, is_near
 from mmconvert.errors import CheckpointError, MMConvertError, cannot_read, cannot_write
 
 BAND = 512 << 10  # bytes that one buffer holds, in the processor's cache
-CALL = 1 << 20  # bytes that one call moves across a network
+CALL = 1 << 20  # bytes that one call moves across a network, or where threads take turns
 # Bytes that one call writes, up to a multiple of them in the file. Larger ones make the kernel
 # allocate page cache in pieces of 2 MiB, which a virtual machine may first have to fetch from its
 # host (measured on Linux 6.18, ext4: 0.18 s for each GB with 256 KiB, 0.3 to 2 with 1 MiB).
 PIECE = 256 << 10
-WINDOW = 4 << 20  # bytes of a source that one thread has mapped at a time
+WINDOW = 2 << 20  # bytes of a source that one thread has mapped at a time
 KERNEL_PIECE = 8 << 20  # bytes that one call inside the kernel copies
 IOV_MAX = 1024  # buffers of one vectored call, on Linux and macOS
 MOST_PIECES = 8192  # of buffers that one thread keeps, of 184 bytes each
@@ -207,7 +207,7 @@ def copy_range(files: Files, source: Path, start: int, target: Path, at: int, nb
         done = _copied_from_memory(files, span, target, at)
     elif is_far(source) and is_far(target):
         done = _copied_elsewhere(files, span, target, at)
-    size = CALL if is_far(source) or is_far(target) else BAND
+    size = CALL if files.crowded or is_far(source) or is_far(target) else BAND
     while done < nbytes:
         buffer = BUFFERS.get("copy", min(size - (at + done) % size, nbytes - done))
         read_pieces(files, source, start + done, [buffer])

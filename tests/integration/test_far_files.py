@@ -10,7 +10,7 @@ import pytest
 from commands import hf_to_mm, layout
 from mmconvert.disks import is_far, is_near, kind_of
 from mmconvert.executor.execute import jobs_of
-from mmconvert.executor.jobs import IN_FLIGHT, run_jobs
+from mmconvert.executor.jobs import MOST_THREADS, run_jobs
 from mmconvert.plan.plan import Copy, Plan
 from mmconvert.stored import StoredTensor, Target
 from mmread import compare_mm
@@ -41,7 +41,7 @@ def copied(folder: Path, workers: int) -> Seen:
 def test_many_large_reads_at_a_time(tmp_path: Path) -> None:
     """Far more than one thread and the kernel's own reading ahead have under way."""
     one, many = copied(tmp_path / "one", 1).found, copied(tmp_path / "many", 0).found
-    assert many["most"] >= max(2 * one["most"], IN_FLIGHT - 4)
+    assert many["most"] >= max(2 * one["most"], MOST_THREADS - 4)
     assert many["nbytes"] / many["reads"] >= 100 << 10  # the kernel cuts them; no page faults
 
 
