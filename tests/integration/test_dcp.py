@@ -6,7 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 import dcpranks
 import mmconvert
 from cli import run_cli
+from mmconvert.formats.dcp.metadata import read_metadata
+from mmconvert.formats.reading import current, watched
 from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_hf
 
@@ -152,6 +154,27 @@ def test_tools_take_it(hf: Path, folder: Path, tmp_path: Path) -> None:
     opened = mmconvert.open(folder)
     name = "model.model.model.language_model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(opened[name], weights(hf)[name.removeprefix("model.model.")])
+
+
+def test_metadata_is_watched_though_it_is_read_once(hf: Path, folder: Path, tmp_path: Path) -> None:
+    """It is among the files that a conversion has read, whoever has read it before; and what has
+    changed is read again.
+    """
+
+    @watched
+    def states() -> Mapping[Path, object]:
+        read_metadata(out / "release")
+        return current().states
+
+    out = tmp_path / "dcp"
+    shutil.copytree(folder, out)
+    ok("inspect", out)
+    assert out / "release/.metadata" in states()
+    words = ("--load_dir", out, "--save_dir", tmp_path / "back", "--model_assets_dir", hf)
+    ok(QWEN3, "dcp_to_hf", *words)
+    data = (out / "release/.metadata").read_bytes()
+    (out / "release/.metadata").write_bytes(data.replace(b"q_proj", b"x_proj"))
+    assert "x_proj" in refused(3, QWEN3, "dcp_to_hf", *words, "--overwrite")
 
 
 def test_a_missing_tensor_is_an_error(hf: Path, folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mmconvert.errors import CheckpointError, FormatError, TensorError, cannot_r
 from mmconvert.formats.containers.pickles import Global, Inert, load_pickle
 from mmconvert.formats.containers.torch_objects import MAX_DIMS, TORCH_DTYPE
 from mmconvert.formats.dcp.tiles import tile
-from mmconvert.formats.reading import opened
+from mmconvert.formats.reading import State, note, opened
 from mmconvert.narrow import is_array, is_dict, is_sequence, is_tuple
 from mmconvert.stored import ITEM_SIZE
 
@@ -78,14 +78,14 @@ def read_metadata(folder: Path) -> Metadata:
     path = folder / NAME
     if not path.is_file():
         raise _unfinished(folder)
-    seen = path.stat()
-    return _read(path, (seen.st_ino, seen.st_mtime_ns, seen.st_size))
+    note([path])
+    return _read(path, State.of(path.stat()))
 
 
 @lru_cache(maxsize=2)
-def _read(path: Path, version: tuple[int, ...]) -> Metadata:
-    """The file as it is now: what it is like may be asked several times, and takes seconds."""
-    del version
+def _read(path: Path, state: State) -> Metadata:
+    """The file in this state: it is asked for several times, and large ones take seconds."""
+    del state
     try:
         with opened(path) as file:
             data = file.read(MAX_METADATA + 1)
