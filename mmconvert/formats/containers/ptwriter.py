@@ -81,6 +81,9 @@ class _Emitter:
     def __init__(self) -> None:
         self.out = bytearray(b"\x80\x02")
         self.memo: dict[bytes, int] = {}
+        # Of tensors of one dtype and shape, which layers have many of: what stands before and
+        # behind the storage's key.
+        self.forms: dict[tuple[str, tuple[int, ...]], tuple[bytes, bytes]] = {}
 
     def shared(self, code: bytes) -> None:
         """Code whose object is used again and again: globals and the strings in each tensor."""
@@ -165,6 +168,17 @@ class _Emitter:
         self.out += (b"", b"s", b"u")[min(len(items), 2)]
 
     def tensor(self, slot: TensorSlot) -> None:
+        form = (slot.dtype, slot.shape)
+        if (found := self.forms.get(form)) is None:
+            known, start = len(self.memo), len(self.out)
+            found = self.new_form(slot)
+            del self.out[start:]
+            if len(self.memo) == known:  # so the next one is written with the same bytes
+                self.forms[form] = found
+        self.out += found[0] + _text(slot.key) + found[1]
+
+    def new_form(self, slot: TensorSlot) -> tuple[bytes, bytes]:
+        """What stands before and behind the storage's key; ``out`` is left as it comes."""
         if slot.dtype not in _STORAGE_NAME:
             raise RequestError(
                 f"a tensor of dtype {slot.dtype} cannot be written to a .pt file",
@@ -176,11 +190,12 @@ class _Emitter:
         strides = tuple(
             prod(max(n, 1) for n in slot.shape[i + 1 :]) for i in range(len(slot.shape))
         )
+        start = len(self.out)
         self.shared(b"ctorch._utils\n_rebuild_tensor_v2\n")
         self.out += b"(("
         self.shared(_text("storage"))
         self.shared(f"ctorch\n{_STORAGE_NAME[slot.dtype]}\n".encode())
-        self.out += _text(slot.key)
+        middle = len(self.out)
         self.shared(_text("cpu"))
         self.integer(prod(slot.shape))
         self.out += b"tQ"
@@ -190,6 +205,7 @@ class _Emitter:
         self.out += b"\x89"
         self.shared(b"ccollections\nOrderedDict\n")
         self.out += b")RtR"
+        return bytes(self.out[start:middle]), bytes(self.out[middle:])
 
 
 def _text(text: str) -> bytes:
