@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -392,3 +394,23 @@ def test_the_guides_line_of_finetuning(folder: Path, tmp_path: Path) -> None:
     config.write_text(config.read_text().replace('user_prompt: ""', 'user_prompt: "Q: "'))
     done = run_cli(*words, "--hf_dir", folder / "hf", cwd=tmp_path, check=2)
     assert "user_prompt" in done.stderr
+
+
+@pytest.mark.nightly
+def test_torchrun_trains_as_the_command_does(folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "finetune_qwenvl_9.6b.yaml"
+    config.write_text(YAML.format(data=folder / "train.json", coco=folder / "coco"))
+    words = ["run_qwenvl.py", "--config", config, "--load_checkpoint", folder / "x.ckpt"]
+    words += ["--vocab_file", folder / "hf" / "qwen.tiktoken", "--hf_dir", folder / "hf"]
+    run_cli(*words, "--save", tmp_path / "one", check=0)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    line = [*torchrun, "--standalone", "-m", "mmconvert", *words, "--save", tmp_path / "two"]
+    done = subprocess.run(
+        [str(word) for word in line], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("as: mm-convert finetune") == 1  # one process speaks
+    saved = [tmp_path / name / "loss.jsonl" for name in ("one", "two")]
+    one, two = (losses(path.read_text().splitlines()) for path in saved)
+    assert two == pytest.approx(one, rel=1e-4)
