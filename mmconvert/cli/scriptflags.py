@@ -203,13 +203,14 @@ def check_layout(layout: Layout, model: ModelJson | None, script: Script) -> Non
             f"the script has PP {pp} and VPP {vpp}, {source} has PP {expected.pp_size} and VPP "
             f"{expected.vpp_size}",
             "the same sizes in the script, in model.json and in the checkpoint",
+            "give --pipeline-model-parallel-size and the virtual stages of the checkpoint",
         )
     if expected != layout:
         raise LayoutError(
             f"the checkpoint's layout is {layout.describe()}; the script and model.json say "
             f"{expected.describe()}",
             "one layout",
-            "mm-convert resplit brings the checkpoint to another layout",
+            "give the checkpoint's sizes (--tensor-model-parallel-size ...), or resplit it",
         )
 
 

@@ -97,7 +97,7 @@ def read_file(path: Path) -> tuple[WeightFile, dict[str, object]]:
     found = weight_path(path)
     if found is None:
         raise CheckpointError(
-            f"{path} holds no adapter",
+            f"{path} holds no adapter" if path.exists() else f"{path} does not exist",
             f"{SAFETENSORS} and {CONFIG}, as PEFT saves them",
             "give the folder of the adapter; an MM checkpoint of LoRA training goes with "
             "lora_mm_to_hf",
