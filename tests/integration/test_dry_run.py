@@ -274,11 +274,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_is_too_small(cases: dict[str, Case], disk: Path) -> None:
     """A warning; what else there is to say is said, and the probe does no harm."""
     done = cases["omni hf_to_mm"].run(disk / "out", "--dry-run")
-    assert "warning: " in done.stderr and "GB free" in done.stderr
+    assert "warning: " in done.stderr and "MB free" in done.stderr
     assert "files:" in done.stdout and "time: " in done.stdout
     assert list(disk.iterdir()) == []
     assert shutil.disk_usage(disk).used < 100_000
-    refused(cases["omni hf_to_mm"].run(disk / "out", check=None), 2, "GB free", out=disk / "out")
+    refused(cases["omni hf_to_mm"].run(disk / "out", check=None), 2, "MB free", out=disk / "out")
 
 
 def test_a_disk_without_files_that_have_no_name(

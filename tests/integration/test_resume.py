@@ -22,6 +22,7 @@ from commands import QWEN2VL, Done, copied, layout, litter, refused, target, unt
 from filesystems import file_system
 from mmconvert.executor.journal import PREFIX
 from mmconvert.playground.checkpoints import make_hf
+from mmconvert.words import amount
 from stopping import noted, staging, stopped
 
 ROWS = 128 << 10  # of the word embedding, 18 MiB: larger than what is put together in one job
@@ -158,7 +159,7 @@ def test_a_killed_run_goes_on(
     assert expected.report["resumed_bytes"] == 0
     share = f"({100 * moved / whole:.0f} %)"
     assert "note: an interrupted run of the same request left" in done.stderr
-    assert share in done.stderr and f"{moved / 1e9:.2f} GB" in done.stderr
+    assert f"{amount(moved)} {share}" in done.stderr
 
 
 def test_the_speed_is_that_of_this_run(works: dict[str, Work], out: Path) -> None:
