@@ -180,22 +180,28 @@ def mm_convert(work: Path, words: tuple[str, ...]) -> None:
         sys.exit(f"{done.stderr}the command ended with exit code {done.returncode}")
 
 
-def runtime_says(mm: Path, hf: Path) -> list[str]:
+def runtime_says(mm: Path, hf: Path, adapter: Path | None = None) -> list[str]:
     """What an MM checkpoint says of the pictures, in its own layout: as ``generate``, in Python."""
     from mmconvert.runtime import commands
     from mmconvert.runtime.answers import How
     from mmconvert.runtime.conversation import prompt
+    from mmconvert.runtime.lora import LoraFolders
+
+    lora = None if adapter is None else LoraFolders(adapter, None)
 
     return [
         commands.generate(
-            mm, hf, prompt(QUESTION, [hf.parent / "pictures" / f"{name}.png"], ()), how=How(most=24)
+            mm,
+            hf,
+            prompt(QUESTION, [hf.parent / "pictures" / f"{name}.png"], ()),
+            how=How(most=24, lora=lora),
         ).text
         for name in CAPTIONS
     ]
 
 
-def transformers_says(hf: Path, pictures: Path) -> list[str]:
-    """What transformers says of them, by its own model, tokenizer and processor."""
+def transformers_says(hf: Path, pictures: Path, adapter: Path | None = None) -> list[str]:
+    """What transformers says of them, by its own model, tokenizer and processor, with PEFT's."""
     import torch
     from PIL import Image
     from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
@@ -203,6 +209,10 @@ def transformers_says(hf: Path, pictures: Path) -> list[str]:
     speaker: Any = AutoTokenizer.from_pretrained(hf)
     processor: Any = Qwen2VLImageProcessor.from_pretrained(hf)
     network: Any = Qwen2VLForConditionalGeneration.from_pretrained(hf, dtype=torch.float32).eval()
+    if adapter is not None:
+        from peft import PeftModel
+
+        network = PeftModel.from_pretrained(network, adapter).eval()
     answers: list[str] = []
     for name in CAPTIONS:
         with Image.open(pictures / f"{name}.png") as picture:

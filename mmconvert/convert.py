@@ -16,7 +16,7 @@ from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.events import Events
 from mmconvert.executor.apart import check_apart
 from mmconvert.formats import manifest
-from mmconvert.formats.base import Format, NoLayout, Opening, Placing, StoredCheckpoint
+from mmconvert.formats.base import Format, ModelPart, NoLayout, Opening, Placing, StoredCheckpoint
 from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.model import Model, idle_patterns
 from mmconvert.formats.reading import watched
@@ -24,7 +24,8 @@ from mmconvert.formats.registry import load
 from mmconvert.names import number, summarise
 from mmconvert.plan.padding import in_words, pad_vocabulary, padded_size, vocabulary_keys
 from mmconvert.plan.plan import Side, build, carry, in_dtype
-from mmconvert.plan.products import Adapter, ProductPlaces, merged, substituted
+from mmconvert.plan.products import Adapter, ProductPlaces, merged
+from mmconvert.plan.substitution import substituted
 from mmconvert.result import Result
 from mmconvert.run import Conversion
 
@@ -73,12 +74,14 @@ class End:
         path: the checkpoint's.
         layout: in the format's own ``Layout``: asserts of the source, asks for the target.
         flags: how its flags begin, for messages.
+        part: see :class:`mmconvert.formats.base.Opening`.
     """
 
     format: str
     path: Path
     layout: object = None
     flags: str = ""
+    part: ModelPart = ""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ def convert(
         encoders_only=asked.encoders_only,
         canonical=asked.canonical,
         text_dir=asked.text_dir,
+        part=asked.source.part,
     )
     source = reader.open(asked.source.path, told)
     _check_adapter(source, writer)

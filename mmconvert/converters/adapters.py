@@ -136,10 +136,11 @@ def part_spans(row: Row, rows: int, dims: Dims, name: str) -> list[list[Span]]:
     if lengths is None or (unknown and unknown not in dims):
         sizes = [dims.get(name, "?") for name in row.rows]
         raise TensorError(
-            f"{name} has {rows} rows; how they are those of {len(row.hf)} tensors is not known "
+            f"{name} has {rows} rows; how they lie in Hugging Face's layers is not known "
             f"({', '.join(row.rows)}: {sizes}"
             + (f"; {unknown} {dims.get(unknown, '?')})" if unknown else ")"),
             "the sizes of the base model, with its number of heads",
-            "give the folder of the base model, which needs no more than its config.json",
+            "give the folder of the base model as --cfg.hf_config.hf_dir: no more than its "
+            "config.json is needed",
         )
     return row.fuse.maps(lengths, dims)

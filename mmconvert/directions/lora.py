@@ -55,7 +55,7 @@ def lora_hf_to_mm(
     given, canonical = cfg.parallel_config, common.enable_canonical_hf_struct
     like = base_model(family, cfg.base_hf_dir or named_base(adapter))
     if cfg.base_mm_dir is not None:
-        base = load("mm").open(cfg.base_mm_dir, Opening(family, options, like=like))
+        base = load("mm").open(cfg.base_mm_dir, Opening(family, options, like=like, part="base"))
         if base.model.adapter is not None:
             raise RequestError(f"{cfg.base_mm_dir} is an adapter", "the base model in MM format")
         like = base.model
@@ -96,7 +96,7 @@ def lora_mm_to_hf(
     base = cfg.base_model or (str(hf_dir) if hf_dir is not None else "")
     asked = Request(
         "lora_mm_to_hf",
-        End("mm", cfg.mm_dir, cfg.parallel_config, PARALLEL),
+        End("mm", cfg.mm_dir, cfg.parallel_config, PARALLEL, "adapter"),
         End("peft", cfg.save_hf_dir, PEFTChoices(cfg.lora_alpha, names=names, base_model=base)),
         canonical=common.enable_canonical_hf_struct is True,
         cfg=cfg,
@@ -113,7 +113,7 @@ def lora_resplit(
     flags = ("--cfg.source_parallel_config.", "--cfg.target_parallel_config.")
     asked = Request(
         "lora_resplit",
-        End("mm", cfg.source_dir, cfg.source_parallel_config, flags[0]),
+        End("mm", cfg.source_dir, cfg.source_parallel_config, flags[0], "adapter"),
         End("mm", cfg.target_dir, cfg.target_parallel_config, flags[1]),
         cfg=cfg,
         like=base_model(family, cfg.hf_config.hf_dir),
@@ -152,7 +152,9 @@ def lora_merge(
         _check_said(adapter, cfg)
     flags = "--cfg.target_parallel_config."
     given = cfg.target_parallel_config
-    source = End(kind, cfg.base_dir, cfg.parallel_config if kind == "mm" else None, PARALLEL)
+    source = End(
+        kind, cfg.base_dir, cfg.parallel_config if kind == "mm" else None, PARALLEL, "base"
+    )
     if target == "mm" and given == ParallelConfig():
         given = cfg.parallel_config if kind == "hf" else layout_of(family, cfg, options, like)
     asked = Request(
@@ -197,7 +199,7 @@ def base_kind(base: Path) -> str:
         raise CheckpointError(
             f"{base} is a {load(kind).title}",
             "a base model, Hugging Face or MM",
-            "see --cfg.base_dir",
+            "give the base model as --cfg.base_dir, the adapter as --cfg.lora_dir",
         )
     return kind
 
@@ -206,7 +208,7 @@ def layout_of(
     family: Family, cfg: LoraMerge, options: Options, like: Model | None
 ) -> ParallelConfig:
     """The layout of the base model, which the merged one keeps."""
-    base = load("mm").open(cfg.base_dir, Opening(family, options, like=like))
+    base = load("mm").open(cfg.base_dir, Opening(family, options, like=like, part="base"))
     return as_flags(base.layout) if isinstance(base.layout, Layout) else ParallelConfig()
 
 

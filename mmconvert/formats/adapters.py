@@ -60,7 +60,7 @@ def open_adapter(
         CheckpointError: no adapter, or nothing tells its alpha.
     """
     if recognise(path) == "mm":
-        stored = load("mm").open(path, Opening(family, options, like=like))
+        stored = load("mm").open(path, Opening(family, options, like=like, part="adapter"))
         if stored.model.adapter is None:
             raise CheckpointError(
                 f"{path} is a whole model, no adapter", "the folder of a LoRA training"

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from mmconvert.config import Options
 from mmconvert.converters.family import Family
@@ -53,6 +53,9 @@ class NoLayout:
         return {}
 
 
+ModelPart = Literal["", "base", "adapter"]
+
+
 @dataclass(frozen=True)
 class Opening:
     """What a reader is told of a checkpoint.
@@ -67,6 +70,7 @@ class Opening:
         encoders_only: the text decoder is left out.
         canonical: q, k, v and gate, up are apart (``enable_canonical_hf_struct``).
         text_dir: another folder that the text decoder is taken from.
+        part: which one is meant, where adapters lie beside the weights that they change.
         faults: where those go after which the reader can go on.
     """
 
@@ -79,6 +83,7 @@ class Opening:
     encoders_only: bool = False
     canonical: bool = False
     text_dir: Path | None = None
+    part: ModelPart = ""
     faults: Faults = STRICT
 
 

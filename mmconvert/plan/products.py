@@ -19,8 +19,6 @@ from mmconvert.plan.plan import (
     Plan,
     Side,
     Term,
-    Whole,
-    Zeros,
     exchanged,
     join,
     matrix,
@@ -43,6 +41,13 @@ class Delta(NamedTuple):
     term: Term
 
 
+class TrainedTokens(NamedTuple):
+    """Rows of an embedding that were trained, and their numbers there."""
+
+    rows: StoredTensor
+    numbers: tuple[int, ...]
+
+
 @dataclass
 class Adapter:
     """An adapter that is to be merged.
@@ -53,6 +58,7 @@ class Adapter:
         deltas: what it adds.
         replicas: copies of one matrix that must be equal.
         replaced: tensors that stand in the place of the base's, by name in hub spelling.
+        tokens: rows that do, and which of the base's each of them is.
         notes: what is worth knowing of it, in words.
     """
 
@@ -61,6 +67,7 @@ class Adapter:
     deltas: list[Delta] = field(default_factory=list[Delta])
     replicas: list[Comparison] = field(default_factory=list[Comparison])
     replaced: dict[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
+    tokens: dict[str, TrainedTokens] = field(default_factory=dict[str, TrainedTokens])
     notes: list[str] = field(default_factory=list[str])
 
 
@@ -123,66 +130,6 @@ class ProductPlaces:
         return ProductPlace(key, part_spans(row, height, self._dims, key.name())[number], turned)
 
 
-def substituted(
-    src: Side, places: ProductPlaces, adapters: Iterable[Adapter]
-) -> tuple[Side, list[Zeros], set[int]]:
-    """A side in which an adapter's whole tensors stand in the place of the base model's.
-
-    Returns:
-        the side; the rectangles of the base model's tensors that count no more; the tensors that
-        take the dtype of what they replace.
-    """
-    side = replace(src, stored=list(src.stored), wholes=dict(src.wholes))
-    gone: list[Zeros] = []
-    new: set[int] = set()
-    for adapter in adapters:
-        for name, tensor in adapter.replaced.items():
-            _check_tied(adapter.where, name, places)
-            place = places.find(name, NO_EXPERT)
-            if place is None:
-                raise _no_place(adapter.where, tensor.name)
-            whole = side.wholes[place.key]
-            rows = sum(span.length for span in place.spans)
-            if tensor.shape[:1] != (rows,) or tensor.shape[1:] != whole.shape[1:]:
-                raise TensorError(
-                    f"{adapter.where}: {tensor.name} is {list(tensor.shape)}; the base model's is "
-                    f"{[rows, *whole.shape[1:]]}",
-                    "a tensor of the base model's size",
-                    "give the base model that the adapter was trained on",
-                )
-            new.add(len(side.stored))
-            kept, lost = _without(whole, place.spans)
-            gone += [Zeros(place.key, b.tensor, b.row, b.col, b.rows, b.cols) for b in lost]
-            width = matrix(whole.shape)[1]
-            number = len(side.stored)
-            kept += [Block(number, s.start, 0, s.whole, 0, s.length, width) for s in place.spans]
-            side.wholes[place.key] = replace(whole, copies=[kept])
-            side.stored.append(tensor)
-    return side, gone, new
-
-
-def _without(whole: Whole, spans: Sequence[Span]) -> tuple[list[Block], list[Block]]:
-    """The blocks of a whole outside some of its rows; those inside, and of all other copies."""
-    kept: list[Block] = []
-    lost = [block for blocks in whole.copies[1:] for block in blocks]
-    taken = sorted((s.whole, s.whole + s.length) for s in spans)
-    for b in whole.copies[0]:
-        row, end = b.whole_row, b.whole_row + b.rows
-        for first, last in [*taken, (end, end)]:
-            upto = min(max(first, row), end)
-            kept += [_rows(b, row, upto)] if row < upto else []
-            below = min(max(last, upto), end)
-            lost += [_rows(b, upto, below)] if upto < below else []
-            row = below
-    return kept, lost
-
-
-def _rows(block: Block, first: int, last: int) -> Block:
-    """Some rows of a block, as the whole counts them."""
-    row = block.row + first - block.whole_row
-    return block._replace(row=row, whole_row=first, rows=last - first)
-
-
 def merged(plan: Plan, dst: Side, places: ProductPlaces, adapters: Iterable[Adapter]) -> Plan:
     """The plan that also adds the products of adapters.
 
@@ -198,10 +145,10 @@ def merged(plan: Plan, dst: Side, places: ProductPlaces, adapters: Iterable[Adap
         replicas += [_moved(check, first) for check in adapter.replicas]
         notes += adapter.notes
         for name, expert, term in adapter.deltas:
-            _check_tied(adapter.where, name, places)
+            check_tied(adapter.where, name, places)
             place = places.find(name, expert)
             if place is None:
-                raise _no_place(adapter.where, term.name)
+                raise no_place(adapter.where, term.name)
             added = _added(len(terms), term, place, dst, adapter.where)
             turned = term.transposed != place.turned
             terms.append(_numbered(term, first)._replace(transposed=turned))
@@ -211,7 +158,8 @@ def merged(plan: Plan, dst: Side, places: ProductPlaces, adapters: Iterable[Adap
     )
 
 
-def _no_place(where: str, name: str) -> TensorError:
+def no_place(where: str, name: str) -> TensorError:
+    """The error of an adapter of what the base model does not have."""
     return TensorError(
         f"{where}: {name} is adapted, and the base model has no such tensor",
         "an adapter of this very model",
@@ -219,7 +167,7 @@ def _no_place(where: str, name: str) -> TensorError:
     )
 
 
-def _check_tied(where: str, name: str, places: ProductPlaces) -> None:
+def check_tied(where: str, name: str, places: ProductPlaces) -> None:
     """Raises RequestError for an adapter of embeddings that are tied: it adapts one of two uses."""
     if name in places.tied:
         raise RequestError(

@@ -224,6 +224,11 @@ def test_errors_say_what_is_wrong(hf: Path, tmp_path: Path) -> None:
     refuse({n: t.contiguous() for n, t in half.items()}, 3, "columns there", flags=base)
 
 
+def test_what_belongs_to_a_residual_model_is_told(hf: Path, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "a", matrices(hf, only="down_proj"), init_lora_weights="pissa")
+    assert "residual" in to_mm(folder, tmp_path / "mm").stderr
+
+
 def test_merging_refuses_what_would_be_wrong(hf: Path, tmp_path: Path) -> None:
     mine, out = matrices(hf, only=r"layers\.0\.self_attn\.q_proj"), tmp_path / "out"
     pissa = save_adapter(tmp_path / "a", mine, init_lora_weights="pissa_niter_4")
@@ -415,6 +420,35 @@ def test_layers_without_adapters_count(hf: Path, tmp_path: Path) -> None:
     (mm / "mmconvert.json").unlink()
     no = run(QWEN25, "lora_mm_to_hf", *back, *out, check=3)
     refused(no, 3, "2 of 6 layers have adapters", "llm_pp_layers")
+
+
+def test_base_and_adapter_in_one_checkpoint(hf: Path, tmp_path: Path) -> None:
+    """As MindSpeed-MM's ``lora_save_full_weight`` leaves it: each command takes its part."""
+    mine = matrices(hf, only=r"^model\.layers.*(o|down)_proj")
+    peft, mm, lora = save_adapter(tmp_path / "a", mine), tmp_path / "mm", tmp_path / "lora"
+    grids = layout("[1,1]", "[2,0]", 2)
+    run(QWEN25, "hf_to_mm", "--cfg.hf_config.hf_dir", hf, "--cfg.mm_dir", mm, *grids)
+    to_mm(peft, lora, *grids)
+    for path in mm.rglob("model_optim_rng.pt"):
+        content = torch.load(path, weights_only=False)
+        there = torch.load(lora / path.relative_to(mm), weights_only=False)["model"]
+        adapted = {name.rpartition(".lora_")[0] for name in there}
+        wrapped: Tensors = {}
+        for name, tensor in content["model"].items():
+            module, _, leaf = name.rpartition(".")
+            wrapped[f"{module}.base_layer.{leaf}" if module in adapted else name] = tensor
+        content["model"] = {**wrapped, **there}
+        torch.save(content, path)
+    (mm / "mmconvert.json").unlink()
+    given = ("--cfg.hf_config.hf_dir", hf, "--cfg.lora_alpha", "8")
+    out = ("--cfg.save_hf_dir", tmp_path / "b")
+    run(QWEN25, "lora_mm_to_hf", "--cfg.mm_dir", mm, *given, *out, "--cfg.names", "old")
+    same(mine, adapter(tmp_path / "b"))
+    merge(QWEN25, mm, [mm], tmp_path / "one", *given, "--cfg.to", "hf")
+    merge(QWEN25, hf, [peft], tmp_path / "two")
+    same(weights(tmp_path / "two"), weights(tmp_path / "one"))
+    words = ("--cfg.mm_dir", mm, "--cfg.hf_config.hf_dir", hf, "--cfg.save_hf_dir", tmp_path / "c")
+    refused(run(QWEN25, "mm_to_hf", *words, check=3), 3, "lora_merge", out=tmp_path / "c")
 
 
 def test_doctor_says_whether_an_adapter_fits(hf: Path, tmp_path: Path) -> None:

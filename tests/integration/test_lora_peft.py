@@ -63,6 +63,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "bias": ({"bias": "lora_only"}, torch.bfloat16),
     "lora_bias": ({"lora_bias": True}, torch.bfloat16),
     "modules_to_save": ({"modules_to_save": ["lm_head", "merger.ln_q"]}, torch.bfloat16),
+    "tokens": ({"trainable_token_indices": {"embed_tokens": [3, 1, 7]}}, torch.bfloat16),
     "embedding": ({"target_modules": [*SOME, "embed_tokens"]}, torch.float32),
     "convolution": ({"target_modules": [*SOME, "patch_embed.proj"]}, torch.float32),
 }

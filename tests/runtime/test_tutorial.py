@@ -121,6 +121,49 @@ def test_the_tutorial_does_what_its_page_says(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about a model of their own
+def test_adapters_teach_the_trained_model_other_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At TP2 PP2: the captions change places, by adapters alone. The runtime, PEFT, and models that
+    were merged in either format say them word for word.
+    """
+    pytest.importorskip("peft")
+    tutorial = script()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", ENV["PYTHONPATH"])
+    tutorial.pictures(Path("pictures"))
+    tutorial.conversations(Path("captions.json"))
+    tutorial.model(Path("hf"))
+    for step in (0, 3, 5):  # to MM, trained, and back
+        tutorial.mm_convert(tmp_path, tutorial.STEPS[step][1])
+    words = list(tutorial.CAPTIONS.values())
+    expected = [*words[1:], words[0]]
+    items = json.loads(Path("captions.json").read_text())
+    for item, caption in zip(items, expected, strict=True):
+        item["messages"][1]["content"] = caption
+    Path("others.json").write_text(json.dumps(items))
+    here, there = ("--mm_dir", "trained", "--hf_dir", "hf_trained"), Path("hf_trained")
+    schedule = "--train_iters 60 --micro_batch_size 3 --global_batch_size 6 --lr 5e-3 --min_lr 5e-4"
+    targets = "--lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2"
+    asked = (*schedule.split(), "--warmup_iters", "5", "--lora-r", "8", *targets.split())
+    call("finetune", *here, "--data", "others.json", "--save", "lora", *asked)
+    assert tutorial.transformers_says(there, Path("pictures")) == words
+    assert tutorial.runtime_says(Path("trained"), there, Path("lora")) == expected
+
+    converter = "Qwen2VLConverter"
+    back = ("--cfg.mm_dir", "lora", "--cfg.hf_config.hf_dir", there, "--cfg.save_hf_dir", "adapter")
+    call(converter, "lora_mm_to_hf", *back)
+    assert tutorial.transformers_says(there, Path("pictures"), Path("adapter")) == expected
+    for base, adapter, out in (("hf_trained", "adapter", "one"), ("trained", "lora", "two")):
+        given = ("--cfg.base_dir", base, "--cfg.lora_dir", adapter, "--cfg.save_dir", out)
+        call(converter, "lora_merge", *given, "--cfg.hf_config.hf_dir", there)
+    call("verify", "one", "two")
+    assert tutorial.transformers_says(Path("one"), Path("pictures")) == expected
+    assert tutorial.runtime_says(Path("two"), Path("one")) == expected
+
+
 def test_the_commands_of_the_runtimes_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mmconvert.adapters import BASE_LAYER, MARK
@@ -252,6 +252,25 @@ def is_adapter(names: Iterable[str]) -> bool:
     """Whether these are the matrices of an adapter, as training saves them, and nothing else."""
     listed = list(names)
     return bool(listed) and all(MARK in name and BASE_LAYER not in name for name in listed)
+
+
+def part_of(checkpoint: MMCheckpoint, part: str) -> MMCheckpoint:
+    """Of a checkpoint in which adapters lie beside the weights that they change (MindSpeed-MM's
+    ``lora_save_full_weight``), the ``base`` model or the ``adapter`` alone.
+    """
+    names = {name for tensors in checkpoint.parts.values() for name in tensors}
+    if not part or not any(BASE_LAYER in name for name in names):
+        return checkpoint
+    keep = part == "adapter"
+    parts = {
+        chunk: {
+            name.replace(BASE_LAYER, "."): tensor
+            for name, tensor in tensors.items()
+            if is_adapter([name]) == keep
+        }
+        for chunk, tensors in checkpoint.parts.items()
+    }
+    return replace(checkpoint, parts=parts)
 
 
 def _counts_ep(names: Iterable[str], parts: Iterable[Chunk], root: Path) -> bool:

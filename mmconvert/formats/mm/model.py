@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mmconvert.adapters import BASE_LAYER
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.configs import Dims
 from mmconvert.converters.family import Family, Variant
@@ -13,6 +14,7 @@ from mmconvert.converters.rows import OUTPUT_LAYER, Module, bound, encoders, mm_
 from mmconvert.errors import CheckpointError, RequestError, TensorError
 from mmconvert.executor.compare import same_bytes
 from mmconvert.formats import manifest
+from mmconvert.formats.base import ModelPart
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.mm.adapters import check_converter, mm_adapter, noted_traits, variant_of
 from mmconvert.formats.mm.chart import Chart
@@ -28,7 +30,7 @@ from mmconvert.formats.mm.detect import (
     detect_layout,
     layer_lists,
 )
-from mmconvert.formats.mm.folder import MMCheckpoint, is_adapter, open_mm
+from mmconvert.formats.mm.folder import MMCheckpoint, is_adapter, open_mm, part_of
 from mmconvert.formats.mm.source import TRANSPOSED, Parts, mm_source
 from mmconvert.formats.model import Model, Notes, dropped_by, drops_too_much
 from mmconvert.formats.recognise import mm_form_of
@@ -77,6 +79,19 @@ class OpenedMM:
         )
 
 
+def _check_form(family: Family, checkpoint: MMCheckpoint, folder: Path) -> None:
+    """Raises FormError for what is no plain model."""
+    fault = mm_form_of(checkpoint.parts.values(), checkpoint.folder, family)
+    if fault is None:
+        return
+    if any(BASE_LAYER in name for part in checkpoint.parts.values() for name in part):
+        fault.fix = (
+            f"merge both: lora_merge --cfg.base_dir {folder} --cfg.lora_dir {folder}; "
+            "lora_mm_to_hf takes the adapter alone"
+        )
+    raise fault
+
+
 def mm_model(
     family: Family,
     folder: Path,
@@ -86,6 +101,7 @@ def mm_model(
     *,
     prefix: str,
     encoders_only: bool = False,
+    part: ModelPart = "",
     faults: Faults = STRICT,
 ) -> OpenedMM:
     """Opens an MM checkpoint: its model, its layout, its tensors by chunk.
@@ -94,17 +110,17 @@ def mm_model(
         given: what the user says of its layout; compared with what is found.
         model: the HF checkpoint that it came from, if known: gives sizes.
         prefix: how the layout's flags begin, for messages.
+        part: see :class:`mmconvert.formats.base.Opening`.
         faults: where those go after which reading goes on.
 
     Raises:
         CheckpointError: not a checkpoint of this family, or damaged.
     """
-    checkpoint = open_mm(folder, faults)
+    checkpoint = part_of(open_mm(folder, faults), part)
     if is_adapter({name for part in checkpoint.parts.values() for name in part}):
         adapter, layout, _ = mm_adapter(family, checkpoint, given, model, options, prefix=prefix)
         return OpenedMM(adapter, layout, Chart(checkpoint, adapter.modules), None, faults=faults)
-    if (fault := mm_form_of(checkpoint.parts.values(), checkpoint.folder, family)) is not None:
-        raise fault
+    _check_form(family, checkpoint, folder)
     notes = Notes(f"{checkpoint.folder}: {note}" for note in checkpoint.notes)
     content, stale = manifest.read(checkpoint.root)
     notes.words += [stale] if stale else []

@@ -132,6 +132,7 @@ def open_mm_stored(path: Path, told: Opening) -> MMStored:
         told.options,
         prefix=told.flags,
         encoders_only=told.encoders_only,
+        part=told.part,
         faults=told.faults,
     )
     model = opened.model

@@ -16,8 +16,10 @@ from mmconvert.formats.hf import bin as hf_bin
 from mmconvert.formats.hf.folder import read_json_file
 from mmconvert.formats.peft.names import Names, unwrapped
 from mmconvert.formats.peft.stacks import Wrapped, experts, matched
+from mmconvert.formats.peft.tokens import TOKENS, token_numbers
 from mmconvert.names import NO_EXPERT, number, summarise
 from mmconvert.plan.plan import matrix
+from mmconvert.plan.products import TrainedTokens
 from mmconvert.stored import StoredTensor
 
 SAFETENSORS = "adapter_model.safetensors"
@@ -63,6 +65,7 @@ class PEFTFolder:
         biases: of B (``lora_bias``), by the name of the weight.
         embeddings: names of the weights that embedding matrices change.
         replaced: whole tensors that stand in the place of the model's, by hub name.
+        tokens: rows of an embedding that do, by hub name.
         spelling: the prefix that the first name has before the model's own path.
     """
 
@@ -75,6 +78,7 @@ class PEFTFolder:
     biases: dict[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
     embeddings: dict[str, LoraPair] = field(default_factory=dict[str, LoraPair])
     replaced: dict[str, StoredTensor] = field(default_factory=dict[str, StoredTensor])
+    tokens: dict[str, TrainedTokens] = field(default_factory=dict[str, TrainedTokens])
 
 
 def weight_path(path: Path) -> Path | None:
@@ -98,9 +102,8 @@ def read_file(path: Path) -> tuple[WeightFile, dict[str, object]]:
     if found is None:
         raise CheckpointError(
             f"{path} holds no adapter" if path.exists() else f"{path} does not exist",
-            f"{SAFETENSORS} and {CONFIG}, as PEFT saves them",
-            "give the folder of the adapter; an MM checkpoint of LoRA training goes with "
-            "lora_mm_to_hf",
+            f"{SAFETENSORS} and {CONFIG}, as PEFT saves them, or an MM checkpoint of LoRA training",
+            "give the adapter's own folder",
         )
     file = hf_bin.read_bin(found) if found.suffix == ".bin" else read_weight_file(found)
     if not any(parse_key(tensor.name) for tensor in file.tensors):
@@ -182,9 +185,14 @@ def _other(found: PEFTFolder, names: Names, tensor: StoredTensor, unknown: list[
     """A tensor that is no matrix of an adapter: a bias, or one of ``modules_to_save``."""
     plain = tensor.name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
     module, dot, kind = plain.rpartition(".")
-    hit = names.path(module, dot + kind)
+    token = tensor.name.removesuffix(TOKENS) if tensor.name.endswith(TOKENS) else ""
+    hit = names.path(token) if token else names.path(module, dot + kind)
     if hit is None:
         unknown.append(tensor.name)
+    elif token:
+        found.tokens[hit[1]] = TrainedTokens(
+            tensor, token_numbers(found.config, f"{found.file.path.parent / CONFIG}", token)
+        )
     else:
         found.replaced[hit[1]] = tensor
 

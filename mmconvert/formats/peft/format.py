@@ -28,6 +28,7 @@ from mmconvert.formats.peft.folder import (
     weight_path,
 )
 from mmconvert.formats.peft.folding import fold_notes, uniform
+from mmconvert.formats.peft.merge import residual_note
 from mmconvert.formats.peft.names import Names
 from mmconvert.formats.peft.side import (
     adapter_side,
@@ -130,6 +131,7 @@ class PEFT(Format):
         if settings.dropout:
             words.append(f"dropout {settings.dropout:g} is of training, and not carried")
         words += untrained(folder)
+        words += residual_note(folder)
         model = Model(
             family,
             variant,
@@ -271,6 +273,7 @@ def refuse_others(folder: PEFTFolder) -> None:
         "embeddings": [part.a.name for part in folder.embeddings.values()],
         "DoRA's magnitudes": [tensor.name for tensor in folder.magnitudes.values()],
         "biases of B (lora_bias)": [tensor.name for tensor in folder.biases.values()],
+        "trained tokens": [tokens.rows.name for tokens in folder.tokens.values()],
         "whole tensors (modules_to_save, bias)": [t.name for t in folder.replaced.values()],
     }
     for what, names in others.items():

@@ -26,7 +26,9 @@ def peft_adapter(folder: PEFTFolder, factor: float, *, base_is_residual: bool) -
     check_base(folder.config, str(folder.file.path.parent / CONFIG), base_is_residual)
     if folder.settings.alpha is None:
         folder.settings.scale("", 1)  # raises: nothing tells it
-    found = Adapter(str(folder.file.path.parent), replaced=dict(folder.replaced))
+    found = Adapter(
+        str(folder.file.path.parent), replaced=dict(folder.replaced), tokens=dict(folder.tokens)
+    )
     found.notes += untrained(folder)
     if folder.config.get("fan_in_fan_out") is True:
         found.notes.append("fan_in_fan_out is set: it means no linear layer here, as for PEFT")
@@ -83,3 +85,14 @@ def check_base(config: Mapping[str, object], where: str, base_is_residual: bool)
             "convert the adapter with PEFT (path_initial_model_for_weight_conversion), or give the "
             "residual model as base with --cfg.base_is_residual",
         )
+
+
+def residual_note(folder: PEFTFolder) -> list[str]:
+    """A warning where an adapter belongs to a changed base model, which is not at hand here."""
+    start = folder.config.get("init_lora_weights")
+    if not isinstance(start, str) or not RESIDUAL.fullmatch(start.lower()):
+        return []
+    return [
+        f"warning: init_lora_weights is {start!r}: the adapter belongs to a changed base model, "
+        "its residual, and makes a wrong one of the original"
+    ]

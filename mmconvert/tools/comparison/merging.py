@@ -10,7 +10,8 @@ from mmconvert.executor import compare
 from mmconvert.executor.jobs import load_numpy
 from mmconvert.formats.adapters import open_adapter
 from mmconvert.plan.plan import Comparison, Key, Side, build
-from mmconvert.plan.products import ProductPlaces, merged, substituted
+from mmconvert.plan.products import ProductPlaces, merged
+from mmconvert.plan.substitution import substituted
 from mmconvert.stored import Target
 from mmconvert.tools.comparison.pairing import open_pair
 
