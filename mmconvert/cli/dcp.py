@@ -14,7 +14,7 @@ from typing import Any, cast
 from mmconvert.cli.arguments import Command, read
 from mmconvert.cli.commands import DCP_CONVERTERS
 from mmconvert.cli.conversions import show
-from mmconvert.cli.dcpflags import FORMS, Form
+from mmconvert.cli.dcpflags import FORMS, FlagNames
 from mmconvert.cli.screen import screen_events
 from mmconvert.config.dcp import DCPLayout
 from mmconvert.errors import RequestError
@@ -45,7 +45,7 @@ def run(converter: str, words: list[str]) -> int:
     return 0
 
 
-def _help(converter: str, forms: Mapping[str, Form]) -> str:
+def _help(converter: str, forms: Mapping[str, FlagNames]) -> str:
     width = max(map(len, forms))
     lines = [f"  {verb:<{width}}  {form.text}" for verb, form in forms.items()]
     of = f"   ({DCP_CONVERTERS[converter]})" if converter in DCP_CONVERTERS else ""

@@ -64,7 +64,7 @@ FLAGS: Mapping[str, tuple[Any, object, str]] = {
 }
 
 
-class Form(NamedTuple):
+class FlagNames(NamedTuple):
     """A command: what its flags are called.
 
     Attributes:
@@ -109,14 +109,14 @@ _TO = ("ranks", "num_workers")
 _NAMES = ("dcp_prefix", "hf_prefix")
 _ANY = (*_NAMES, "tie_weight_mapping", "fused_linear_names")
 _QWEN3_VL = {
-    "hf_to_dcp": Form("hf_dir", "dcp_dir", "dcp_dir", ("tie_weight", "is_lora_base", *_TO)),
-    "dcp_to_hf": Form(
+    "hf_to_dcp": FlagNames("hf_dir", "dcp_dir", "dcp_dir", ("tie_weight", "is_lora_base", *_TO)),
+    "dcp_to_hf": FlagNames(
         *("model_assets_dir", "load_dir", "save_dir"), ("to_bf16", "is_lora_base", "num_workers")
     ),
-    "lora_hf_to_dcp": Form(
+    "lora_hf_to_dcp": FlagNames(
         *("hf_dir", "dcp_dir", "dcp_dir"), _TO, about="PEFT adapter -> DCP, to train on."
     ),
-    "merge_mm_lora_dcp_weight_to_base_hf": Form(
+    "merge_mm_lora_dcp_weight_to_base_hf": FlagNames(
         *("base_hf_dir", "lora_dcp_dir", "save_merged_hf_dir"),
         ("lora_target_modules", "scaling", "num_workers"),
         about="Base model + adapter of FSDP2 training -> Hugging Face.",
@@ -124,38 +124,38 @@ _QWEN3_VL = {
 }
 _BF16 = ("to_bf16", "num_workers")
 # The forms of each converter, by verb. A script of the trainer has one, and no verb.
-FORMS: Mapping[str, Mapping[str, Form]] = {
+FORMS: Mapping[str, Mapping[str, FlagNames]] = {
     "Qwen3VLConverter": _QWEN3_VL,
     "Mistral3Converter": _QWEN3_VL,
     "Qwen35Converter": {
-        "hf_to_dcp": Form("hf_dir", "dcp_dir", "dcp_dir", (*_ANY, *_TO)),
-        "dcp_to_hf": Form(
+        "hf_to_dcp": FlagNames("hf_dir", "dcp_dir", "dcp_dir", (*_ANY, *_TO)),
+        "dcp_to_hf": FlagNames(
             *("origin_hf_dir", "dcp_dir", "save_hf_dir"),
             (*_ANY, "trust_remote_code", "keep_origin_mtp_weights", *_BF16),
         ),
     },
     "ExpertMergeDcpConverter": {
-        "hf_to_dcp": Form(
+        "hf_to_dcp": FlagNames(
             *("hf_dir", "save_dir", "save_dir"), (*_NAMES, *_TO), {"dcp_prefix": "model."}
         ),
-        "dcp_to_hf": Form(
+        "dcp_to_hf": FlagNames(
             *("hf_dir", "dcp_dir", "save_dir"), (*_NAMES, *_BF16), {"dcp_prefix": "model."}
         ),
     },
     "GenericDCPConverter": {
-        "hf_to_dcp": Form("hf_dir", "dcp_dir", "dcp_dir", (*_ANY, *_TO)),
-        "dcp_to_hf": Form(
+        "hf_to_dcp": FlagNames("hf_dir", "dcp_dir", "dcp_dir", (*_ANY, *_TO)),
+        "dcp_to_hf": FlagNames(
             *("model_assets_dir", "load_dir", "save_dir"), (*_ANY, "trust_remote_code", *_BF16)
         ),
     },
     "mindspeed_mm.fsdp.tasks.checkpoint.converter": {
-        "hf_to_dcp": Form("hf_dir", "dcp_dir", "dcp_dir", ("model_id", *_TO)),
-        "dcp_to_hf": Form("origin_hf_dir", "dcp_dir", "hf_dir", ("model_id", *_BF16)),
+        "hf_to_dcp": FlagNames("hf_dir", "dcp_dir", "dcp_dir", ("model_id", *_TO)),
+        "dcp_to_hf": FlagNames("origin_hf_dir", "dcp_dir", "hf_dir", ("model_id", *_BF16)),
     },
     "hf_to_dcp.py": {
-        "hf_to_dcp": Form("hf_dir", "dcp_dir", "dcp_dir", ("prefix", "sharded", *_TO))
+        "hf_to_dcp": FlagNames("hf_dir", "dcp_dir", "dcp_dir", ("prefix", "sharded", *_TO))
     },
     "merge_dcp_to_hf.py": {
-        "dcp_to_hf": Form("model_assets_dir", "load_dir", "save_dir", ("prefix", *_BF16))
+        "dcp_to_hf": FlagNames("model_assets_dir", "load_dir", "save_dir", ("prefix", *_BF16))
     },
 }

@@ -19,7 +19,7 @@ MOST = 8192  # bytes around the data of an item that is remembered; torch has 16
 FORMS = 64  # items remembered of one size
 
 
-class Form(NamedTuple):
+class RememberedItem(NamedTuple):
     """An item that was read.
 
     Attributes:
@@ -40,7 +40,7 @@ class Alike:
     """Remembers items."""
 
     def __init__(self) -> None:
-        self.forms: dict[int, list[Form]] = {}
+        self.forms: dict[int, list[RememberedItem]] = {}
 
     def find(self, path: Path, file: BinaryIO, item: Item, name: str) -> StoredTensor | None:
         """The tensor of an item that is like one read before; None if none is."""
@@ -64,7 +64,7 @@ class Alike:
         places = Archive(path, file, (item.offset, item.nbytes)).checksums()
         differing = [(at if at < start else at - tensor.nbytes, n) for at, n in places]
         relative = tensor._replace(offset=start)
-        known.append(Form(start, end, _without(around, differing), differing, relative))
+        known.append(RememberedItem(start, end, _without(around, differing), differing, relative))
 
 
 def _around(file: BinaryIO, item: Item, start: int, end: int) -> bytes | None:
