@@ -206,6 +206,8 @@ def check(rank: int, alpha: float, dropout: float) -> None:
         raise RequestError(f"--lora_alpha is {alpha}", "a number above 0")
     if dropout:
         raise RequestError(
-            f"--lora_dropout is {dropout}", "0: no random numbers are drawn in a training here",
-            "leave it out",
+            f"--lora_dropout is {dropout}",
+            "0, the default of MindSpeed-MM: nothing is drawn in a training here, so that every "
+            "layout and every restart learns the same",
+            "leave it out; a lower --lora_r or fewer iterations work against overfitting too",
         )  # fmt: skip
