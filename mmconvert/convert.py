@@ -22,8 +22,9 @@ from mmconvert.formats.model import Model, idle_patterns
 from mmconvert.formats.reading import watched
 from mmconvert.formats.registry import load
 from mmconvert.names import number, summarise
+from mmconvert.plan.build import build, carry, in_dtype
 from mmconvert.plan.padding import in_words, pad_vocabulary, padded_size, vocabulary_keys
-from mmconvert.plan.plan import Side, build, carry, in_dtype
+from mmconvert.plan.plan import Side
 from mmconvert.plan.products import Adapter, ProductPlaces, merged
 from mmconvert.plan.substitution import substituted
 from mmconvert.result import Result

@@ -16,7 +16,8 @@ from mmconvert.formats.hf.model import hf_model
 from mmconvert.formats.hf.side import hf_side
 from mmconvert.formats.mm.target import mm_target
 from mmconvert.formats.model import target_layout
-from mmconvert.plan.plan import Copy, Plan, build, in_dtype
+from mmconvert.plan.build import build, in_dtype
+from mmconvert.plan.plan import Copy, Plan
 from mmconvert.plan.proof import prove
 from mmconvert.sharding.layout import Chunk, Rank
 from mmconvert.stored import ITEM_SIZE

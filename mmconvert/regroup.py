@@ -41,7 +41,8 @@ from mmconvert.formats.mm.instances import Instance, instances
 from mmconvert.formats.mm.source import as_stored_in_hf
 from mmconvert.formats.reading import watched
 from mmconvert.names import EXPERT, NO_LAYER, number, summarise
-from mmconvert.plan.plan import Block, Key, Side, Whole, build, in_dtype, matrix
+from mmconvert.plan.build import build, in_dtype
+from mmconvert.plan.plan import Block, Key, Side, Whole, matrix
 from mmconvert.result import Result
 from mmconvert.run import Conversion
 from mmconvert.stored import StoredTensor

@@ -21,7 +21,8 @@ from mmconvert.formats.peft.names import Names, renamed
 from mmconvert.formats.reading import watched
 from mmconvert.formats.recognise import family_by_hf_names
 from mmconvert.narrow import is_array
-from mmconvert.plan.plan import Block, Key, Side, Whole, build, matrix
+from mmconvert.plan.build import build
+from mmconvert.plan.plan import Block, Key, Side, Whole, matrix
 from mmconvert.result import Result
 from mmconvert.run import Conversion
 from mmconvert.stored import Target

@@ -41,7 +41,7 @@ def golden(record: str, step: str = "hf_to_mm") -> str:
     return f"golden/test_golden.py::test_{step}[{record}]"
 
 
-SPANS, PLAN, PROOF = "sharding/spans.py", "plan/plan.py", "plan/proof.py"
+SPANS, PLAN, PROOF = "sharding/spans.py", "plan/build.py", "plan/proof.py"
 BLOCKS, SOURCE, DETECT = "converters/blocks.py", "formats/mm/source.py", "formats/mm/detect.py"
 INSTANCES, EXECUTE, VALUES = "formats/mm/instances.py", "executor/execute.py", "executor/values.py"
 TP2, PP4 = golden("qwen2vl-2b/tp2_pp1"), golden("qwen2vl-2b/tp1_pp4")

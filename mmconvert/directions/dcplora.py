@@ -22,8 +22,9 @@ from mmconvert.formats.dcp.output import folder_images, sharded, whole_pieces
 from mmconvert.formats.peft.folder import read_file
 from mmconvert.formats.reading import watched
 from mmconvert.names import NO_EXPERT, NO_LAYER, number, summarise
+from mmconvert.plan.build import build
 from mmconvert.plan.parts import whole_of
-from mmconvert.plan.plan import Block, Key, Side, Term, Whole, build, matrix
+from mmconvert.plan.plan import Block, Key, Side, Term, Whole, matrix
 from mmconvert.plan.products import Adapter, Delta
 from mmconvert.result import Result
 from mmconvert.run import Conversion

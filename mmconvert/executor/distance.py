@@ -14,7 +14,8 @@ from mmconvert.errors import TensorError
 from mmconvert.executor.blockio import Region, read_compact
 from mmconvert.executor.fileio import BAND, Files
 from mmconvert.executor.jobs import JOB_SIZE, Job, run_jobs
-from mmconvert.plan.plan import Copy, Key, Side, Whole, join, matrix, zeros_of
+from mmconvert.plan.build import join, zeros_of
+from mmconvert.plan.plan import Copy, Key, Side, Whole, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 NOTHING = -1  # the tensor of a side that stores nothing there: its elements are zero

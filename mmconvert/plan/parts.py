@@ -7,7 +7,8 @@ from dataclasses import replace
 from itertools import product
 from math import prod
 
-from mmconvert.plan.plan import Block, Side, Whole, join, matrix
+from mmconvert.plan.build import join
+from mmconvert.plan.plan import Block, Side, Whole, matrix
 from mmconvert.stored import StoredTensor
 
 

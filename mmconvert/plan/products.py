@@ -11,18 +11,8 @@ from mmconvert.converters.configs import Dims
 from mmconvert.converters.rows import ZEROS, Module, Row
 from mmconvert.errors import RequestError, TensorError
 from mmconvert.names import EXPERT, NO_EXPERT
-from mmconvert.plan.plan import (
-    Block,
-    Comparison,
-    Copy,
-    Key,
-    Plan,
-    Side,
-    Term,
-    exchanged,
-    join,
-    matrix,
-)
+from mmconvert.plan.build import join
+from mmconvert.plan.plan import Block, Comparison, Copy, Key, Plan, Side, Term, exchanged, matrix
 from mmconvert.sharding.spans import Span
 from mmconvert.stored import FLOATS, StoredTensor
 

@@ -27,16 +27,9 @@ from mmconvert.formats.peft.folder import named_base
 from mmconvert.formats.reading import steady
 from mmconvert.formats.registry import load, of_naming, recognise
 from mmconvert.names import NO_LAYER
+from mmconvert.plan.build import build, in_dtype
 from mmconvert.plan.joined import join_plans
-from mmconvert.plan.plan import (
-    Block,
-    Key,
-    Plan,
-    Whole,
-    build,
-    in_dtype,
-    matrix,
-)
+from mmconvert.plan.plan import Block, Key, Plan, Whole, matrix
 from mmconvert.plan.proof import prove
 from mmconvert.stored import StoredTensor, Target
 

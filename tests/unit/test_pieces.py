@@ -20,7 +20,8 @@ from mmconvert.formats.containers.ckpt_layout import ckpt_image
 from mmconvert.formats.containers.image import create
 from mmconvert.formats.mindspore.side import Spread, device_source, device_target, whole_spread
 from mmconvert.names import NO_LAYER
-from mmconvert.plan.plan import Copy, Key, Plan, Whole, build, matrix
+from mmconvert.plan.build import build
+from mmconvert.plan.plan import Copy, Key, Plan, Whole, matrix
 from mmconvert.plan.proof import prove
 from mmconvert.sharding.slices import Slicing
 from mmconvert.sharding.spans import Part, Span

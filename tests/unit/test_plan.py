@@ -9,7 +9,8 @@ import pytest
 
 from mmconvert.errors import MMConvertError, TensorError
 from mmconvert.names import NO_LAYER
-from mmconvert.plan.plan import Block, Key, Plan, Side, Whole, build, build_comparison
+from mmconvert.plan.build import build, build_comparison
+from mmconvert.plan.plan import Block, Key, Plan, Side, Whole
 from mmconvert.plan.proof import prove
 from mmconvert.stored import StoredTensor, Target
 

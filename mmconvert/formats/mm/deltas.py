@@ -13,7 +13,8 @@ from mmconvert.errors import CheckpointError
 from mmconvert.formats.base import StoredCheckpoint
 from mmconvert.formats.mm.instances import experts_of, instances
 from mmconvert.formats.mm.means import differing, mean_note
-from mmconvert.plan.plan import Block, Comparison, Key, Term, Whole, join, matrix
+from mmconvert.plan.build import join
+from mmconvert.plan.plan import Block, Comparison, Key, Term, Whole, matrix
 from mmconvert.plan.products import Adapter, Delta
 from mmconvert.sharding.spans import Span
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from mmconvert.executor.compare import compare
 from mmconvert.executor.differences import in_words
+from mmconvert.plan.build import join
 from mmconvert.plan.plan import (
     Block,
     Comparison,
@@ -20,7 +21,6 @@ from mmconvert.plan.plan import (
     Term,
     UnstoredBlock,
     Whole,
-    join,
     matrix,
 )
 

@@ -23,7 +23,8 @@ from mmconvert.formats.mindspore.folder import is_ms
 from mmconvert.formats.mindspore.model import check_complete, ms_model
 from mmconvert.formats.reading import watched
 from mmconvert.loading import read_target, torch_tensor
-from mmconvert.plan.plan import Copy, Plan, Side, build, in_dtype
+from mmconvert.plan.build import build, in_dtype
+from mmconvert.plan.plan import Copy, Plan, Side
 from mmconvert.plan.proof import prove
 from mmconvert.runtime.qwenvl.model import QwenVLModel
 from mmconvert.runtime.qwenvl.sizes import Positions, Sizes

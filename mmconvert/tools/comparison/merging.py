@@ -9,7 +9,8 @@ from mmconvert.config import Options
 from mmconvert.executor import compare
 from mmconvert.executor.jobs import load_numpy
 from mmconvert.formats.adapters import open_adapter
-from mmconvert.plan.plan import Comparison, Key, Side, build
+from mmconvert.plan.build import build
+from mmconvert.plan.plan import Comparison, Key, Side
 from mmconvert.plan.products import ProductPlaces, merged
 from mmconvert.plan.substitution import substituted
 from mmconvert.stored import Target

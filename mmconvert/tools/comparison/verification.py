@@ -14,7 +14,8 @@ from mmconvert.formats import manifest
 from mmconvert.formats.adapters import holds_adapter
 from mmconvert.formats.reading import steady
 from mmconvert.names import number, summarise
-from mmconvert.plan.plan import Key, Side, build_comparison
+from mmconvert.plan.build import build_comparison
+from mmconvert.plan.plan import Key, Side
 from mmconvert.tools.comparison.pairing import open_pair
 
 

@@ -13,7 +13,8 @@ from mmconvert.formats.faults import Collected
 from mmconvert.formats.mm.model import OpenedMM
 from mmconvert.formats.mm.source import TRANSPOSED
 from mmconvert.names import number, summarise
-from mmconvert.plan.plan import Comparison, Key, Side, join, matrix
+from mmconvert.plan.build import join
+from mmconvert.plan.plan import Comparison, Key, Side, matrix
 from mmconvert.tools.doctor.report import DoctorReport
 
 UNSURE = "; give --hf_dir to see whether the model has such experts"

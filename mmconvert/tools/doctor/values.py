@@ -20,17 +20,9 @@ from mmconvert.formats.faults import Collected
 from mmconvert.formats.mm.model import OpenedMM
 from mmconvert.formats.model import Model
 from mmconvert.names import number
+from mmconvert.plan.build import build_comparison, join, zeros_of
 from mmconvert.plan.dtypes import CAST_ALL, mixed_dtypes
-from mmconvert.plan.plan import (
-    Comparison,
-    Key,
-    Side,
-    Whole,
-    build_comparison,
-    join,
-    matrix,
-    zeros_of,
-)
+from mmconvert.plan.plan import Comparison, Key, Side, Whole, matrix
 from mmconvert.plan.reorder import reorder
 from mmconvert.stored import ITEM_SIZE, StoredTensor
 from mmconvert.tools.doctor.report import DoctorReport
