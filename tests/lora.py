@@ -113,9 +113,9 @@ def products(tensors: Tensors, scale: float, r: int = 4) -> Tensors:
         if name.endswith(".lora_A.weight"):
             module = name.removesuffix(".lora_A.weight")
             b = tensors[f"{module}.lora_B.weight"]
-            count = a.shape[0] // r
-            each = b.reshape(b.shape[0], r, count).permute(2, 0, 1)
-            one = a.reshape(count, r, -1)
+            count = a.shape[0] // r if ".experts" in module else 1
+            each = b.reshape(b.shape[0], -1, count).permute(2, 0, 1)
+            one = a.reshape(count, a.shape[0] // count, -1)
             found[module] = scale * (each.double() @ one.double()).flatten(0, 1)
     return found
 

@@ -204,7 +204,7 @@ def test_errors_say_what_is_wrong(hf: Path, tmp_path: Path) -> None:
         refused(to_mm(folder, mm, *flags, check=code), code, *expected, out=mm)
 
     names = list(mine)
-    refuse({n: t for n, t in mine.items() if n != names[0]}, 3, "stands alone")
+    refuse({n: t for n, t in mine.items() if n != names[0]}, 3, "is unpaired")
     refuse(mine, 3, "peft_type is 'LOHA'", peft_type="LOHA")
     refuse(mine, 3, "gives it the rank 5", r=5)
     other = {n.replace("self_attn", "attention"): t for n, t in mine.items()}

@@ -186,5 +186,5 @@ def test_stacks_that_do_not_fit(base: Path, peft: Path, tmp_path: Path) -> None:
 
     refuse(mine, "gives it the rank 5", r=5)
     stack = next(name for name in mine if "experts.lora_A" in name)
-    refuse({n: t for n, t in mine.items() if n != stack}, "stands alone", "lora_A")
+    refuse({n: t for n, t in mine.items() if n != stack}, "is unpaired", "lora_A")
     refuse({**mine, stack: mine[stack][:, :-1].contiguous()}, "fits no parameter", "down_proj")
