@@ -19,7 +19,7 @@ USUAL_BUCKET = 40_000_000  # elements, up to 40 data-parallel ranks
 MOST_GUESSES = 6  # places where a bucket may or may not end, of which all combinations are tried
 
 
-class Places(NamedTuple):
+class BufferPlaces(NamedTuple):
     """Where parameters begin in the file, in elements, and how many elements that has."""
 
     starts: tuple[int, ...]
@@ -31,7 +31,7 @@ def padded(number: int, divisor: int) -> int:
     return -(-number // divisor) * divisor
 
 
-def places(sizes: Sequence[int], shared: Sequence[bool], buckets: Buckets) -> Places:
+def places(sizes: Sequence[int], shared: Sequence[bool], buckets: Buckets) -> BufferPlaces:
     """Where a run with these buckets has its parameters.
 
     Args:
@@ -54,12 +54,12 @@ def places(sizes: Sequence[int], shared: Sequence[bool], buckets: Buckets) -> Pl
             base += at - begin
             at = begin = padded(at, BUCKET)
             filled = False
-    return Places(tuple(starts), base + at - begin)
+    return BufferPlaces(tuple(starts), base + at - begin)
 
 
 def observed(
     starts: Sequence[int], sizes: Sequence[int], shared: Sequence[bool], total: int
-) -> list[Places]:
+) -> list[BufferPlaces]:
     """Where parameters lie in the file, by where they begin in the buffer itself.
 
     A bucket certainly ends where the next parameter begins later than it could; where it may, both
@@ -80,13 +80,13 @@ def observed(
             gaps |= {after - end}
             guesses += 1
         cuts.append(tuple(sorted(gaps)))
-    found: dict[Places, None] = {}
+    found: dict[BufferPlaces, None] = {}
     for chosen in product(*cuts):
         gone, mine = starts[0], [0]
         for start, cut in zip(starts[1:], chosen, strict=True):
             gone += cut
             mine.append(start - gone)
-        made = Places(tuple(mine), mine[-1] + sizes[-1])
+        made = BufferPlaces(tuple(mine), mine[-1] + sizes[-1])
         if made.total == total:
             found[made] = None
     return list(found)

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from mmconvert.errors import CheckpointError
 from mmconvert.executor.compare import compare
-from mmconvert.formats.mm.optimizer.buffers import USUAL_BUCKET, Places, observed, places
+from mmconvert.formats.mm.optimizer.buffers import USUAL_BUCKET, BufferPlaces, observed, places
 from mmconvert.formats.mm.optimizer.reading import (
     ALONE,
     Buffer,
-    Entry,
     Group,
+    OptimizerEntry,
     RankState,
     arguments,
 )
@@ -52,7 +52,7 @@ class Guess(NamedTuple):
     named: bool = False
 
 
-class Param(NamedTuple):
+class LearntParam(NamedTuple):
     """A parameter that is taken to learn."""
 
     chunk: Chunk
@@ -204,7 +204,7 @@ def _fit(rank: RankState, guess: Guess) -> list[Learnt]:
     return _fit_groups(rank, params)
 
 
-def _params(rank: RankState, guess: Guess) -> Iterator[Param]:
+def _params(rank: RankState, guess: Guess) -> Iterator[LearntParam]:
     """What learns in a rank file, in the order of its names; one of two that are one tensor."""
     views = rank.views if rank.kind == "distributed" else frozenset[StoredTensor]()
     seen: set[tuple[int, int]] = set()
@@ -216,10 +216,12 @@ def _params(rank: RankState, guess: Guess) -> Iterator[Param]:
             if not views and (name.startswith(guess.frozen) or name.endswith(BUFFERS)):
                 continue
             seen.add(region)
-            yield Param(chunk, name, weight, guess.key(name, weight))
+            yield LearntParam(chunk, name, weight, guess.key(name, weight))
 
 
-def _check_keys(rank: RankState, params: Sequence[Param]) -> dict[GroupKey, tuple[Entry, int]]:
+def _check_keys(
+    rank: RankState, params: Sequence[LearntParam]
+) -> dict[GroupKey, tuple[OptimizerEntry, int]]:
     """The optimizer and the number of each group."""
     found = {
         group.key: (entry, number)
@@ -236,16 +238,16 @@ def _check_keys(rank: RankState, params: Sequence[Param]) -> dict[GroupKey, tupl
     return found
 
 
-def _fit_groups(rank: RankState, params: Sequence[Param]) -> list[Learnt]:
+def _fit_groups(rank: RankState, params: Sequence[LearntParam]) -> list[Learnt]:
     """Parameters by their numbers in the groups."""
     named = [g for e in rank.entries for g in e.groups if g.names]
     if named:
         params = _by_name(rank, params, named)
     groups = _check_keys(rank, params)
-    by_group: dict[GroupKey, list[Param]] = {}
+    by_group: dict[GroupKey, list[LearntParam]] = {}
     for param in params:
         by_group.setdefault(param.group, []).append(param)
-    learnt: dict[Param, Learnt] = {}
+    learnt: dict[LearntParam, Learnt] = {}
     for key, mine in by_group.items():
         entry, number = groups[key]
         numbers = entry.groups[number].params or ()
@@ -268,7 +270,9 @@ def _fit_groups(rank: RankState, params: Sequence[Param]) -> list[Learnt]:
     return [learnt[param] for param in params]
 
 
-def _by_name(rank: RankState, params: Sequence[Param], groups: Sequence[Group]) -> list[Param]:
+def _by_name(
+    rank: RankState, params: Sequence[LearntParam], groups: Sequence[Group]
+) -> list[LearntParam]:
     """The parameters in the groups that name them."""
     of = {name: group.key for group in groups for name in group.names}
     mine = {name_in(rank, param.chunk, param.name): param for param in params}
@@ -296,7 +300,7 @@ def param_name(virtual: int | None, name: str) -> str:
     return name if virtual is None else f"model{virtual}.{name}"
 
 
-def _learnt(rank: RankState, param: Param, fields: Mapping[str, StoredTensor]) -> Learnt:
+def _learnt(rank: RankState, param: LearntParam, fields: Mapping[str, StoredTensor]) -> Learnt:
     shape = param.weight.shape
     for kept, tensor in fields.items():
         if tensor.shape not in ((), shape):
@@ -308,10 +312,10 @@ def _learnt(rank: RankState, param: Param, fields: Mapping[str, StoredTensor]) -
 
 
 # ------------------------------------------------------------------------------- buffers
-def _fit_buffers(rank: RankState, params: Sequence[Param], buckets: Buckets) -> list[Learnt]:
+def _fit_buffers(rank: RankState, params: Sequence[LearntParam], buckets: Buckets) -> list[Learnt]:
     """Parameters by their places in the buffers."""
     _check_keys(rank, params)
-    found: dict[Param, Learnt] = {}
+    found: dict[LearntParam, Learnt] = {}
     several = len(rank.entries) > 1
     for number, entry in enumerate(rank.entries):
         mine = [p for p in params if not several or p.group.expert == bool(number)]
@@ -322,15 +326,15 @@ def _fit_buffers(rank: RankState, params: Sequence[Param], buckets: Buckets) -> 
             if not held or held[0].dtypes[0] != some[0].weight.dtype:
                 raise MismatchError(f"{rank.pt.path} has no buffer for {some[0].name}")
             for one in _fit_buffer(rank, some[::-1], held.pop(0), buckets):
-                found[Param(*one[:4])] = one
+                found[LearntParam(*one[:4])] = one
         if held:
             raise MismatchError(f"{rank.pt.path} has {len(held)} buffers too many")
     return [found[param] for param in params if param in found]
 
 
-def _by_buffer(params: Sequence[Param]) -> list[list[Param]]:
+def _by_buffer(params: Sequence[LearntParam]) -> list[list[LearntParam]]:
     """Parameters by chunk and dtype, in the order of the buffers."""
-    found: dict[tuple[Chunk, str], list[Param]] = {}
+    found: dict[tuple[Chunk, str], list[LearntParam]] = {}
     for param in params:
         found.setdefault((param.chunk, param.weight.dtype), []).append(param)
     chunks = dict.fromkeys(param.chunk for param in params)
@@ -338,7 +342,7 @@ def _by_buffer(params: Sequence[Param]) -> list[list[Param]]:
 
 
 def _fit_buffer(
-    rank: RankState, params: Sequence[Param], buffer: Buffer, buckets: Buckets
+    rank: RankState, params: Sequence[LearntParam], buffer: Buffer, buckets: Buckets
 ) -> list[Learnt]:
     """The parameters of one buffer, in its order."""
     ways = _ways(rank, params, buffer, buckets)
@@ -360,8 +364,8 @@ def _fit_buffer(
 
 
 def _ways(
-    rank: RankState, params: Sequence[Param], buffer: Buffer, buckets: Buckets
-) -> list[Places]:
+    rank: RankState, params: Sequence[LearntParam], buffer: Buffer, buckets: Buckets
+) -> list[BufferPlaces]:
     """Where parameters may lie, given in the order of the buffer."""
     chunk = params[0].chunk
     shared = [param.name.endswith(EMBEDDINGS) for param in params]
@@ -382,12 +386,12 @@ def _ways(
     return [way] if way.total == buffer.total else []
 
 
-def _size(param: Param) -> int:
+def _size(param: LearntParam) -> int:
     rows, cols = matrix(param.weight.shape)
     return rows * cols
 
 
-def _within(rank: RankState, param: Param, buffer: Buffer, at: int) -> Learnt:
+def _within(rank: RankState, param: LearntParam, buffer: Buffer, at: int) -> Learnt:
     """A parameter's part of a buffer's fields."""
     fields = {
         name: flat._replace(

@@ -67,7 +67,7 @@ class Buffer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Entry:
+class OptimizerEntry:
     """One optimizer of a rank file.
 
     Attributes:
@@ -101,7 +101,7 @@ class RankState:
     pt: PtFile
     kind: Kind
     chunks: Mapping[Chunk, Mapping[str, StoredTensor]]
-    entries: Sequence[Entry]
+    entries: Sequence[OptimizerEntry]
     listed: bool = False
 
     @property
@@ -254,7 +254,7 @@ def is_plain(value: object) -> bool:
 
 
 # ---------------------------------------------------------------------------------- plain
-def _plain(path: Path, entry: object, kind: Kind) -> Entry:
+def _plain(path: Path, entry: object, kind: Kind) -> OptimizerEntry:
     found = _inner(path, entry)
     inner = found if kind == "fp32" else _inner(path, found.get("optimizer"))
     states = inner.get("state")
@@ -268,7 +268,7 @@ def _plain(path: Path, entry: object, kind: Kind) -> Entry:
     if kind == "plain":
         masters = _masters(path, next(found[name] for name in MASTERS if name in found))
     groups = _groups(path, inner.get("param_groups"))
-    return Entry(groups, state, masters, scaler=_scaler(path, found))
+    return OptimizerEntry(groups, state, masters, scaler=_scaler(path, found))
 
 
 def _fields(path: Path, number: int, kept: object) -> dict[str, StoredTensor]:
@@ -329,12 +329,12 @@ def _scaler(path: Path, found: Mapping[object, object]) -> object:
 
 
 # ---------------------------------------------------------------------------- distributed
-def _distributed(path: Path, entry: object, beside: Path, tree: object) -> Entry:
+def _distributed(path: Path, entry: object, beside: Path, tree: object) -> OptimizerEntry:
     found = _inner(path, entry)
     inner = _inner(path, found.get("optimizer"))
     buffers = None if tree is None else _buffers(beside, tree)
     groups = _groups(path, inner.get("param_groups"))
-    return Entry(groups, buffers=buffers, scaler=_scaler(path, found))
+    return OptimizerEntry(groups, buffers=buffers, scaler=_scaler(path, found))
 
 
 def _buffers(path: Path, tree: object) -> list[Buffer]:

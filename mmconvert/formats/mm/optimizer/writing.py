@@ -26,7 +26,7 @@ _DTYPES = {dtype: Global("torch", name) for name, dtype in TORCH_DTYPE.items()}
 _NOT_CARRIED = ("data_parallel_size", "world_size", "rank", "local_rank")
 
 
-class Param(NamedTuple):
+class WrittenParam(NamedTuple):
     """A parameter that learns, to be written.
 
     Attributes:
@@ -67,13 +67,13 @@ class StateWriter:
     ) -> None:
         self._state, self._layout, self._targets = state, layout, targets
         self._shared = tied and layout.pp_size > 1
-        self._params: dict[Rank, list[Param]] = {}
-        found: dict[Rank, list[Param]] = {}
+        self._params: dict[Rank, list[WrittenParam]] = {}
+        found: dict[Rank, list[WrittenParam]] = {}
         for number, group in placed.groups.items():
             target = targets[number]
             assert target.chunk is not None  # noqa: S101 - narrows the type of an MM target
             fields = placed.fields.get(number, {})
-            param = Param(target, group, fields, target.chunk.virtual)
+            param = WrittenParam(target, group, fields, target.chunk.virtual)
             found.setdefault(target.chunk.rank, []).append(param)
         for rank, params in found.items():
             self._params[rank] = sorted(
@@ -107,7 +107,7 @@ class StateWriter:
         return StateFiles(content, beside)
 
     # ------------------------------------------------------------------------------- entries
-    def _entry(self, params: Sequence[Param], expert: bool) -> dict[str, object]:
+    def _entry(self, params: Sequence[WrittenParam], expert: bool) -> dict[str, object]:
         """One optimizer."""
         kind = self._state.kind
         keys = self._keys(params, expert)
@@ -142,7 +142,7 @@ class StateWriter:
             ]
         return entry
 
-    def _keys(self, params: Sequence[Param], expert: bool) -> list[GroupKey]:
+    def _keys(self, params: Sequence[WrittenParam], expert: bool) -> list[GroupKey]:
         """The groups, as a run of this layout has them."""
         own = list(dict.fromkeys(p.group for p in params))
         if not self._state.everywhere:
@@ -160,7 +160,7 @@ class StateWriter:
             values["is_expert_parallel"] = key.expert
         return values
 
-    def _name(self, param: Param) -> str:
+    def _name(self, param: WrittenParam) -> str:
         several = self._layout.vpp_size > 1
         return param_name(param.virtual if several else None, param.target.name)
 
@@ -168,13 +168,13 @@ class StateWriter:
         target = self._targets[number]
         return Slot(target.dtype, target.shape, number)
 
-    def _slots(self, param: Param) -> dict[str, object]:
+    def _slots(self, param: WrittenParam) -> dict[str, object]:
         """The moments of a parameter."""
         fields = sorted(param.fields.items(), key=lambda item: item[0] != STEP)
         return {name: self._slot(number) for name, number in fields if name != MASTER}
 
     # ------------------------------------------------------------------------------- buffers
-    def _buffers(self, params: Sequence[Param]) -> dict[object, object]:
+    def _buffers(self, params: Sequence[WrittenParam]) -> dict[object, object]:
         """The content of distrib_optim.pt: by chunk and dtype, the last parameter first."""
         tree: dict[object, object] = {"buckets_coalesced": True}
         for virtual in range(self._layout.vpp_size):
@@ -184,7 +184,7 @@ class StateWriter:
                 tree[len(tree) - 1] = {(_DTYPES[dtype], _DTYPES["F32"]): self._buffer(mine)}
         return tree
 
-    def _buffer(self, params: Sequence[Param]) -> dict[str, object]:
+    def _buffer(self, params: Sequence[WrittenParam]) -> dict[str, object]:
         """The fields of a buffer, with the parameters in its order."""
         sizes = [prod(p.target.shape) for p in params]
         chunk = params[0].target.chunk
