@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmconvert.errors import CheckpointError, RequestError
+from mmconvert.formats.mm.optimizer.guesses import is_expert
 from mmconvert.formats.mm.optimizer.order import registered
-from mmconvert.formats.mm.optimizer.pairing import is_expert, param_name
+from mmconvert.formats.mm.optimizer.pairing import param_name
 from mmconvert.runtime.engine import Engine
 from mmconvert.runtime.lora import is_adapter
 from mmconvert.runtime.savedstate import MASTER, Kept, as_megatron, by_name

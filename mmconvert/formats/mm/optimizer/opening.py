@@ -9,13 +9,8 @@ from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.formats.base import Opening
 from mmconvert.formats.mm.optimizer.order import Order
 from mmconvert.formats.mm.optimizer.pairing import paired
-from mmconvert.formats.mm.optimizer.reading import (
-    ALONE,
-    RankState,
-    arguments,
-    is_plain,
-    read_rank_state,
-)
+from mmconvert.formats.mm.optimizer.rankstate import ALONE, RankState, arguments
+from mmconvert.formats.mm.optimizer.reading import is_plain, read_rank_state
 from mmconvert.formats.mm.optimizer.state import (
     KINDS,
     Buckets,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from mmconvert.errors import CheckpointError, RequestError
-from mmconvert.formats.containers.pickles import Global, Inert
-from mmconvert.formats.containers.ptfile import PtFile, read_pt, read_tree
+from mmconvert.formats.containers.pickles import Global
+from mmconvert.formats.containers.ptfile import read_pt, read_tree
 from mmconvert.formats.containers.torch_objects import TORCH_DTYPE
+from mmconvert.formats.mm.optimizer.rankstate import ALONE, Buffer, Group, OptimizerEntry, RankState
 from mmconvert.formats.mm.optimizer.state import (
     FIELDS,
     MASTER,
@@ -25,7 +23,6 @@ from mmconvert.narrow import is_array, is_dict, is_tuple
 from mmconvert.sharding.layout import Chunk, Rank
 from mmconvert.stored import StoredTensor
 
-ALONE = "leave --optimizer out: the weights alone are resplit"
 MASTERS = ("fp32_from_fp16_params", "fp32_from_fp16")
 # Of optimizers whose state is no plain copy of Adam's, by what their state has.
 OTHERS = {
@@ -34,98 +31,6 @@ OTHERS = {
     "momentum_buffer": "it is of SGD or Muon, not of Adam",
     "shard_main_param_res": "--reuse-fp32-param keeps its masters in halves",
 }
-
-
-class Group(NamedTuple):
-    """A group of parameters.
-
-    Attributes:
-        key: what it is told by.
-        values: its learning rate and so on.
-        params: the numbers of its parameters; None in a distributed optimizer's.
-        names: of its parameters, where it has them.
-    """
-
-    key: GroupKey
-    values: Mapping[str, object]
-    params: tuple[int, ...] | None
-    names: tuple[str, ...] = ()
-
-
-class Buffer(NamedTuple):
-    """A flat buffer of a distributed optimizer.
-
-    Attributes:
-        dtypes: of its parameters and of their gradients.
-        fields: flat tensors by field.
-        total: their elements.
-    """
-
-    dtypes: tuple[str, str]
-    fields: Mapping[str, StoredTensor]
-    total: int
-
-
-@dataclass(frozen=True)
-class OptimizerEntry:
-    """One optimizer of a rank file.
-
-    Attributes:
-        state: what it keeps of each parameter, by number.
-        masters: fp32 copies of the 16-bit parameters, group by group; None in fp32 training.
-        buffers: of a distributed optimizer; None where another rank's file has them.
-        scaler: of the loss.
-    """
-
-    groups: Sequence[Group]
-    state: Mapping[int, Mapping[str, StoredTensor]] = field(
-        default_factory=dict[int, Mapping[str, StoredTensor]]
-    )
-    masters: Sequence[Sequence[StoredTensor]] | None = None
-    buffers: Sequence[Buffer] | None = None
-    scaler: object = None
-
-
-@dataclass(frozen=True)
-class RankState:
-    """The optimizers of one rank file.
-
-    Attributes:
-        pt: the file.
-        chunks: the weights of each model chunk, in the order of the file.
-        entries: its optimizers: one, or a dense one and that of the experts.
-        listed: they stand in a list.
-    """
-
-    rank: Rank
-    pt: PtFile
-    kind: Kind
-    chunks: Mapping[Chunk, Mapping[str, StoredTensor]]
-    entries: Sequence[OptimizerEntry]
-    listed: bool = False
-
-    @property
-    def everywhere(self) -> bool:
-        """Whether it has the groups of all ranks, as Megatron saves them from 0.13 on."""
-        groups = [group for entry in self.entries for group in entry.groups]
-        return any(g.params == () or "default_config" in g.values for g in groups)
-
-    @cached_property
-    def views(self) -> frozenset[StoredTensor]:
-        """The weights that are views into a common buffer: those that learn with a distributed
-        optimizer. None where each has a storage of its own.
-        """
-        held: dict[str, list[StoredTensor]] = {}
-        for weights in self.chunks.values():
-            for weight in weights.values():
-                held.setdefault(self.pt.storage_of(weight)[1], []).append(weight)
-        sizes = self.pt.storage_bytes
-        return frozenset(
-            weight
-            for storage, weights in held.items()
-            if len(weights) > 1 or weights[0].nbytes < sizes.get(storage, 0)
-            for weight in weights
-        )
 
 
 def read_rank_state(
@@ -381,10 +286,3 @@ def _buffer(path: Path, dtypes: object, found: object) -> Buffer:
         raise _damaged(path, f"has a buffer without {missing[0]}")
     assert isinstance(total, int)  # noqa: S101 - it is the shape of tensors
     return Buffer((names[0], names[1]), fields, total)
-
-
-def arguments(pt: PtFile) -> dict[str, object]:
-    """The arguments of training that a rank file holds; {} without them."""
-    found = pt.content.get("args")
-    state = found.state if isinstance(found, Inert) else None
-    return {str(k): v for k, v in state.items()} if is_dict(state) else {}

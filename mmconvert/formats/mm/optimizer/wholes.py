@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mmconvert.errors import CheckpointError, RequestError
-from mmconvert.formats.mm.optimizer.pairing import is_expert
+from mmconvert.formats.mm.optimizer.guesses import is_expert
 from mmconvert.formats.mm.optimizer.state import (
     FIELDS,
     MASTER,

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from mmconvert.formats.containers.ptwriter import Namespace, Slot
 from mmconvert.formats.containers.torch_objects import TORCH_DTYPE, Global
 from mmconvert.formats.mm.optimizer.buffers import places
-from mmconvert.formats.mm.optimizer.pairing import EMBEDDINGS, HALF, param_name
+from mmconvert.formats.mm.optimizer.guesses import EMBEDDINGS
+from mmconvert.formats.mm.optimizer.pairing import HALF, param_name
 from mmconvert.formats.mm.optimizer.state import (
     MASTER,
     STEP,
