@@ -19,19 +19,23 @@ class Order:
 
     def learn(self, names: Iterable[str]) -> None:
         """Takes over the order of one model chunk's names."""
-        last: dict[tuple[str, ...], str] = {}
+        siblings: dict[tuple[str, ...], dict[str, None]] = {}
         for name in names:
             path: tuple[str, ...] = ()
             for word in name.split("."):
                 step = NUMBER if word.isdigit() else word
-                self._insert(path, last.get(path, ""), step)
-                last[path] = step
+                siblings.setdefault(path, {})[step] = None
                 path = (*path, step)
+        for path, steps in siblings.items():
+            self._merge(self._children.setdefault(path, []), list(steps))
 
-    def _insert(self, path: tuple[str, ...], before: str, word: str) -> None:
-        known = self._children.setdefault(path, [])
-        if word not in known:
-            known.insert(known.index(before) + 1 if before else len(known), word)
+    def _merge(self, known: list[str], steps: list[str]) -> None:
+        """New siblings stand behind the one before them, or before the next that is known."""
+        for i, step in enumerate(steps):
+            if step in known:
+                continue
+            after = next((known.index(s) for s in steps[i + 1 :] if s in known), len(known))
+            known.insert(known.index(steps[i - 1]) + 1 if i else after, step)
 
     def arrange(self) -> None:
         """Brings known siblings into the order of :data:`SIBLINGS`; others stay in their places."""

@@ -1,0 +1,340 @@
+"""resplit --optimizer: the state of every layout is that of the others, or is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import stopping
+from cli import run_cli
+from commands import (
+    QWEN2VL,
+    copied,
+    hf_to_mm,
+    layout,
+    mm_to_hf,
+    rank_files,
+    refused,
+    resplit,
+    target,
+)
+from optimizerstate import ITERATION, Kind, Parts, assemble, make_parts
+
+LAYOUTS: dict[str, tuple[Any, ...]] = {
+    "one rank": ("[4]", "[2]", 1),
+    "tp 2": ("[4]", "[2]", 2),
+    "tp 2, vit_tp 1": ("[4]", "[2]", 2, "vit_tp_size=1"),
+    "pp 2": ("[1,3]", "[2,0]", 1),
+    "tp 2 pp 2": ("[0,4]", "[1,1]", 2),
+    "vpp 2": ("[[1,1],[1,1]]", "[[2,0],[0,0]]", 1),
+    "tp 2 vpp 2": ("[[0,1],[1,2]]", "[[1,1],[0,0]]", 2),
+}
+States = Callable[[str, Kind], Path]
+
+
+@pytest.fixture(scope="module")
+def states(untied_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> States:
+    """Gives the checkpoint of training in a layout, with a kind of optimizer."""
+    folder = tmp_path_factory.mktemp("states")
+    parts: Parts = make_parts(untied_hf, folder)
+    made: dict[tuple[str, Kind], Path] = {}
+
+    def state(name: str, kind: Kind) -> Path:
+        if (name, kind) not in made:
+            to = folder / f"{len(made)}"
+            flags = layout(*LAYOUTS[name])
+            made[name, kind] = assemble(lambda hf, mm: hf_to_mm(hf, mm, *flags), parts, to, kind)
+        return made[name, kind]
+
+    return state
+
+
+def load(path: Path) -> dict[Any, Any]:
+    """What a file of an output holds; nothing but plain values and tensors."""
+    with torch.serialization.safe_globals([Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+def same(a: object, b: object, where: str = "") -> None:
+    """Two trees are the same to the bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        assert list(map(str, a)) == list(map(str, b)) or set(a) == set(b), where
+        if "model" in where.rpartition("[")[2]:
+            assert list(a) == list(b), where
+        for key in a:
+            same(a[key], b[key], f"{where}[{key}]")
+    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (one, two) in enumerate(zip(a, b, strict=True)):
+            same(one, two, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def same_state(found: Path, expected: Path) -> None:
+    """Two checkpoints have the same files with the same content, but for the arguments."""
+    files = sorted(path.relative_to(expected) for path in expected.rglob("*.pt"))
+    assert sorted(path.relative_to(found) for path in found.rglob("*.pt")) == files
+    for file in files:
+        a = load(found / file)
+        b = torch.load(expected / file, weights_only=False)
+        for content in (a, b):
+            content.pop("args", None)
+        same(a, b, str(file))
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.sampled_from(list(LAYOUTS)),
+    st.sampled_from(list(LAYOUTS)),
+    st.sampled_from(["plain", "distributed"]),
+)
+def test_any_layout_to_any_other(
+    states: States, tmp_path_factory: pytest.TempPathFactory, first: str, second: str, kind: Kind
+) -> None:
+    out = tmp_path_factory.mktemp("out")
+    resplit(states(first, kind), out / "mm", *target(*LAYOUTS[second]), "--optimizer")
+    same_state(out / "mm", states(second, kind))
+
+
+def test_what_goes_with_it(states: States, out: Path) -> None:
+    source = states("one rank", "plain")
+    done = resplit(source, out, *target(*LAYOUTS["tp 2 pp 2"]), "--optimizer", "--digests")
+    assert "mixed precision, iteration 7" in done.stderr
+    assert (out / "latest_checkpointed_iteration.txt").read_text() == str(ITERATION)
+    content = load(rank_files(out)["mp_rank_01_001"])
+    assert content["opt_param_scheduler"] == {"num_steps": 56, "lr_decay_style": "cosine"}
+    assert vars(content["args"]) == {"tensor_model_parallel_size": 2, "lr": 1e-5}
+    assert "mm" in done.stderr  # an argument that is no plain value
+    noted = json.loads((out / "mmconvert.json").read_text())
+    assert noted["optimizer"] == {"kind": "plain", "iteration": ITERATION}
+    assert any(name.startswith("optimizer.exp_avg.") for name in noted["digests"])
+    looked = run_cli("inspect", out).stdout
+    assert "optimizer" in looked
+
+
+def test_without_the_flag_the_note_names_it(states: States, tmp_path: Path) -> None:
+    for kind in ("plain", "distributed"):
+        done = resplit(states("one rank", kind), tmp_path / kind, *target("[4]", "[2]", 2))
+        assert "resplit --optimizer takes it along" in done.stderr
+        size = int(done.stderr.partition("optimizer (")[2].split()[0])
+        weights = sum(t.numel() for t in _weights(tmp_path / kind))
+        assert size > 8 * weights / 2
+        assert (tmp_path / kind / "latest_checkpointed_iteration.txt").read_text() == "release"
+
+
+def _weights(mm: Path) -> list[torch.Tensor]:
+    return [t for path in rank_files(mm).values() for t in load(path)["model"].values()]
+
+
+def test_a_dry_run_writes_nothing(states: States, out: Path) -> None:
+    done = resplit(
+        states("pp 2", "distributed"), out, *target("[4]", "[2]"), "--optimizer", "--dry-run",
+        "--json",
+    )  # fmt: skip
+    said = json.loads(done.stdout)
+    assert not out.exists()
+    assert {Path(f["path"]).name for f in said["files"]} == {
+        "model_optim_rng.pt",
+        "distrib_optim.pt",
+    }
+
+
+def test_a_killed_run_goes_on(states: States, tmp_path: Path) -> None:
+    source, out = states("one rank", "distributed"), tmp_path / "mm"
+    words = [QWEN2VL, "resplit", "--cfg.source_dir", source, "--cfg.target_dir", out,
+             *target(*LAYOUTS["tp 2 pp 2"]), "--optimizer"]  # fmt: skip
+    stopping.stopped(*words, number=signal.SIGKILL, count=2)
+    assert not out.exists()
+    done = run_cli(*words)
+    assert "an interrupted run of the same request" in done.stderr
+    same_state(out, states("tp 2 pp 2", "distributed"))
+
+
+# ------------------------------------------------------------------------------- refusals
+FC1 = "text_decoder.decoder.layers.1.mlp.linear_fc1.weight"
+
+
+def _swap(content: dict) -> None:
+    """Two masters of one shape change places, as their moments do not."""
+    for group in content["optimizer"]["fp32_from_fp16_params"]:
+        shapes = [tuple(t.shape) for t in group]
+        first = next(i for i, shape in enumerate(shapes) if shape in shapes[i + 1 :])
+        other = shapes.index(shapes[first], first + 1)
+        group[first], group[other] = group[other], group[first]
+
+
+def _nudge(content: dict) -> None:
+    master = content["optimizer"]["fp32_from_fp16_params"][0][0]
+    master.view(-1)[5] *= 1.01
+
+
+def _edit_weight(content: dict) -> None:
+    content["model"][FC1][3, 4] += 0.5
+
+
+def _shorter(content: dict) -> None:
+    content["optimizer"]["fp32_from_fp16_params"][0].pop()
+
+
+def _other_optimizer(content: dict) -> None:
+    for kept in content["optimizer"]["optimizer"]["state"].values():
+        kept["momentum_buffer"] = kept.pop("exp_avg")
+
+
+def _bf16_moments(content: dict) -> None:
+    state = content["optimizer"]["optimizer"]["state"]
+    state[0]["exp_avg"] = state[0]["exp_avg"].bfloat16()
+
+
+def _precision_aware(content: dict) -> None:
+    state = content["optimizer"]["optimizer"]["state"]
+    state[0]["master_param"] = state[0]["exp_avg"]
+
+
+def _fp16_scaler(content: dict) -> None:
+    content["optimizer"]["grad_scaler"] = {"scale": torch.ones(1)}
+
+
+def _fp32(content: dict) -> None:
+    content["optimizer"] = content["optimizer"]["optimizer"]
+
+
+def _other_iteration(content: dict) -> None:
+    content["iteration"] = 8
+
+
+def _halves(content: dict) -> None:
+    content["args"].reuse_fp32_param = True
+
+
+REFUSED: dict[str, tuple[Callable[[dict], None], int, tuple[str, ...]]] = {
+    "masters swapped": (_swap, 3, ("the optimizer state is not of these weights",)),
+    "a master one step off": (_nudge, 3, ("not of these weights", "master")),
+    "a weight edited": (_edit_weight, 3, ("not of these weights", FC1)),
+    "a master missing": (_shorter, 3, ("cannot be told", "has no master")),
+    "an optimizer without moments": (_other_optimizer, 2, ("momentum_buffer", "SGD")),
+    "moments in bf16": (_bf16_moments, 2, ("exp_avg in BF16",)),
+    "precision-aware": (_precision_aware, 2, ("--use-precision-aware-optimizer",)),
+    "fp16's scaler": (_fp16_scaler, 2, ("grad_scaler",)),
+    "fp32 training": (_fp32, 2, ("fp32 training",)),
+    "another iteration": (_other_iteration, 3, ("iteration 8",)),
+    "masters in halves": (_halves, 2, ("--reuse-fp32-param",)),
+    "no optimizer": (lambda c: c.pop("optimizer"), 3, ("no optimizer state",)),
+}
+
+
+@pytest.mark.parametrize(("edit", "code", "words"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused(
+    edit: Callable[[dict], None], code: int, words: tuple[str, ...], states: States, out: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    mm = copied(states("one rank", "plain"), tmp_path / "mm")
+    path = rank_files(mm)["mp_rank_00"]
+    content = torch.load(path, weights_only=False)
+    edit(content)
+    torch.save(content, path)
+    done = resplit(mm, out, *target("[4]", "[2]", 2), "--optimizer", check=None)
+    refused(done, code, *words, out=out)
+
+
+def _legacy(tree: dict) -> None:
+    del tree["buckets_coalesced"]
+
+
+def _too_long(tree: dict) -> None:
+    ((_, fields),) = tree[0].items()
+    for name in ("param", "exp_avg", "exp_avg_sq"):
+        fields[name] = torch.cat([fields[name], torch.zeros(64)])
+    fields["numel_unpadded"] += 64
+
+
+DAMAGED: dict[str, tuple[Callable[[dict], None], int, tuple[str, ...]]] = {
+    "before February 2024": (_legacy, 2, ("February 2024",)),
+    "another length": (_too_long, 3, ("cannot be told", "elements")),
+}
+
+
+@pytest.mark.parametrize(("edit", "code", "words"), DAMAGED.values(), ids=DAMAGED.keys())
+def test_damaged_buffers(
+    edit: Callable[[dict], None], code: int, words: tuple[str, ...], states: States, out: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    mm = copied(states("tp 2", "distributed"), tmp_path / "mm")
+    path = rank_files(mm)["mp_rank_01"].with_name("distrib_optim.pt")
+    tree = torch.load(path, weights_only=False)
+    edit(tree)
+    torch.save(tree, path)
+    refused(
+        resplit(mm, out, *target("[4]", "[2]"), "--optimizer", check=None), code, *words, out=out
+    )
+
+
+def test_a_missing_file_of_buffers(states: States, out: Path, tmp_path: Path) -> None:
+    mm = copied(states("tp 2", "distributed"), tmp_path / "mm")
+    path = rank_files(mm)["mp_rank_01"].with_name("distrib_optim.pt")
+    path.unlink()
+    done = resplit(mm, out, *target("[4]", "[2]"), "--optimizer", check=None)
+    refused(done, 3, str(path), "is not there", out=out)
+
+
+def test_half_a_file_of_buffers(states: States, out: Path, tmp_path: Path) -> None:
+    mm = copied(states("tp 2", "distributed"), tmp_path / "mm")
+    path = rank_files(mm)["mp_rank_01"].with_name("distrib_optim.pt")
+    os.truncate(path, path.stat().st_size // 2)
+    done = resplit(mm, out, *target("[4]", "[2]"), "--optimizer", check=None)
+    refused(done, 3, str(path), out=out)
+
+
+def test_moments_that_differ_between_ranks(states: States, out: Path, tmp_path: Path) -> None:
+    """A norm stands on both ranks; --replicas first takes rank 0's moments, with a warning."""
+    mm = copied(states("tp 2", "plain"), tmp_path / "mm")
+    path = rank_files(mm)["mp_rank_01"]
+    content = torch.load(path, weights_only=False)
+    inner = content["optimizer"]["optimizer"]
+    group = next(g for g in inner["param_groups"] if g["wd_mult"] == 0)
+    norm = next(
+        n for n in group["params"] if tuple(inner["state"][n]["exp_avg"].shape) == (144,)
+        or inner["state"][n]["exp_avg"].dim() == 1
+    )  # fmt: skip
+    inner["state"][norm]["exp_avg"] += 1
+    torch.save(content, path)
+    flags = target("[4]", "[2]")
+    done = resplit(mm, out, *flags, "--optimizer", check=None)
+    refused(done, 3, "copies of one tensor differ: optimizer.exp_avg", "--replicas", out=out)
+    done = resplit(mm, out, *flags, "--optimizer", "--replicas", "first")
+    assert "warning" in done.stderr
+    same_state(out, states("one rank", "plain"))
+
+
+def test_flags_that_change_the_weights(states: States, out: Path, untied_hf: Path) -> None:
+    source = states("one rank", "plain")
+    done = resplit(source, out, "--optimizer", "--dtype", "fp32", check=None)
+    refused(done, 2, "--dtype fp32", out=out)
+    done = mm_to_hf(source, untied_hf, out, "--optimizer", check=None)
+    refused(done, 2, "--optimizer", out=out)
+
+
+def test_the_weights_are_those_of_a_resplit_alone(states: States, tmp_path: Path) -> None:
+    source, flags = states("pp 2", "plain"), target(*LAYOUTS["tp 2 vpp 2"])
+    resplit(source, tmp_path / "alone", *flags)
+    resplit(source, tmp_path / "both", *flags, "--optimizer")
+    for rank, path in rank_files(tmp_path / "alone").items():
+        alone, both = load(path)["model0"], load(rank_files(tmp_path / "both")[rank])["model0"]
+        assert alone.keys() == both.keys()
+        same([alone[name] for name in alone], [both[name] for name in alone], rank)
