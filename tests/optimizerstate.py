@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -48,7 +48,7 @@ def make_parts(hf: Path, folder: Path) -> Parts:
 
 
 # The modules of the model, those before others that are registered first.
-WORDS: list[str] = """
+WORDS: Sequence[str] = """
     image_encoder text_decoder patch_embed embedding blocks decoder encoder projector layers
     input_layernorm self_attention pre_mlp_layernorm layernorm linear_proj linear_qkv mlp
     linear_fc1 linear_fc2 final_layernorm output_layer word_embeddings proj weight bias
