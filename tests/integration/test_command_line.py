@@ -785,7 +785,7 @@ def test_help_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> 
     assert "None}" not in shown
 
 
-JSON_ERRORS: dict[str, tuple[str, ...]] = {
+ANY_ERRORS: dict[str, tuple[str, ...]] = {
     "a word": ("inpsect",),
     "a flag": (QWEN2VL, "hf_to_mm", "--cfg.mm_dri", "x"),
     "a folder": ("inspect", "none"),
@@ -796,7 +796,7 @@ JSON_ERRORS: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("words", JSON_ERRORS.values(), ids=JSON_ERRORS.keys())
+@pytest.mark.parametrize("words", ANY_ERRORS.values(), ids=ANY_ERRORS.keys())
 def test_every_error_says_what_expected_and_fix(words: tuple[str, ...]) -> None:
     done = run_cli(*words, "--json")
     told = json.loads(done.stdout)
