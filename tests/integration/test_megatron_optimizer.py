@@ -3,7 +3,7 @@
 Megatron trains in one layout and saves; the checkpoint is resplit with its optimizer; Megatron
 loads that in the other layout and takes one more step. What it saves then must be, to the bit and
 in every number of its groups, what a resplit of the unsplit run's next checkpoint gives. All
-differences are 0 (megatron-core 0.16.1 and 0.12.1, torch 2.13).
+differences are 0 (megatron-core 0.16.1, torch 2.13).
 """
 
 from __future__ import annotations
