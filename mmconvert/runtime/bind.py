@@ -10,6 +10,7 @@ absent is an error. The converter's tables have no part in it, so that errors ca
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from mmconvert.runtime.parallel import (
     OfOwnPart,
     PartOf,
     RowParallel,
+    TakenTogether,
     TensorGroup,
     View,
     VocabEmbedding,
@@ -100,9 +102,11 @@ class Binder:
         low = self.shard.low(mm, self._named(mm, hf), sizes, self.group, None)
         biased = [suffix for suffix, place in pieces.items() if _linear(*place).bias is not None]
         bias = self._take(f"{mm}.bias", (rows,), divided=True) if biased else None
-        for suffix, (parent, attribute) in pieces.items():
+        together = TakenTogether([parts[suffix][0] for suffix in pieces])
+        for number, (suffix, (parent, attribute)) in enumerate(pieces.items()):
             part, mine = parts[suffix]
-            setattr(parent, attribute, PartOf(weight, bias, part, self.group, low))
+            taken = partial(together.take, number=number) if len(pieces) > 1 else None
+            setattr(parent, attribute, PartOf(weight, bias, part, self.group, low, taken))
             self.bind(f"{mm}.weight", f"{hf}{suffix}.weight", weight, part, mine)
             if bias is None:
                 continue
