@@ -1,7 +1,4 @@
-"""A training goes on in another layout as if nothing had happened.
-
-Largest relative difference of a loss from the unsplit run (torch 2.13, CPU): 3e-7.
-"""
+"""A training goes on in another layout as if nothing had happened."""
 
 from __future__ import annotations
 
