@@ -23,7 +23,9 @@ FIRST_MATRIX = "image_encoder.encoder.blocks.layers.0.mlp.linear_fc1.weight"
 def play(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("playground") / "play"
     done = run_cli("playground", folder, check=0)
-    listed = [line.split()[0] for line in done.stdout.splitlines()[1:]]
+    _, *lines, after = done.stdout.splitlines()
+    assert after == f"next: cd {folder}, then mm-convert inspect hf"
+    listed = [line.split()[0] for line in lines]
     assert listed == [item.name for item in ITEMS]
     assert all((folder / name).exists() for name in listed)
     return folder

@@ -114,8 +114,8 @@ def test_a_silent_video_has_its_frames_alone(hf: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "videos", "sounds", "what"),
     [
-        ("<audio><video>?", ["a.mp4"], ["other.wav"], "<audio> does not stand behind each"),
-        ("<video><video><audio>?", ["a.mp4"] * 2, ["other.wav"], "<audio> does not stand behind"),
+        ("<audio><video>?", ["a.mp4"], ["other.wav"], "is followed by an <audio>"),
+        ("<video><video><audio>?", ["a.mp4"] * 2, ["other.wav"], "is followed by an <audio>"),
         ("<video><video>?", ["a.mp4", "silent.mp4"], [], "silent.mp4 has no sound"),
     ],
 )

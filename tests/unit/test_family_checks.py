@@ -28,7 +28,7 @@ WRONG = {
     "two transposed": (row(N, H, f"{H}2", transposed=True), "for one"),
     "tied to nothing": (row(N, H, tied_to="text_decoder.nothing"), "has no row"),
     "an index without a list": (row(N, "model.{index}.new"), "{index} without only="),
-    "a name twice": (row("text_decoder.layers.{}.qkv", H), "stands in 2 rows"),
+    "a name twice": (row("text_decoder.layers.{}.qkv", H), "is in 2 rows"),
 }
 
 

@@ -49,5 +49,5 @@ def run(words: list[str]) -> int:
         print(one_line(f"wrote {asked.path}: {amount(size)} in {time.monotonic() - began:.2f} s"))
         for item in ITEMS:
             print(f"  {item.name:<12} {item.about}")
-        print(f"next: cd {quote(str(asked.path))}, then mm-convert inspect hf")
+        print(one_line(f"next: cd {quote(str(asked.path))}, then mm-convert inspect hf"))
     return 0
