@@ -231,7 +231,11 @@ def split_in_two(count: int, first: bool) -> list[int]:
 
 
 @each_model
-@pytest.mark.parametrize("canonical", [False, True], ids=["fused", "canonical"])
+@pytest.mark.parametrize(
+    "canonical",
+    [False, pytest.param(True, marks=pytest.mark.nightly)],
+    ids=["fused", "canonical"],
+)
 def test_there_and_back(
     name: str, model: str, canonical: bool, sources: dict[str, Path], tmp_path: Path
 ) -> None:
