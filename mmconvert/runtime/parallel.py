@@ -161,7 +161,7 @@ class TakenTogether:
     """The parts of one packed tensor, which layers of one module use one after the other.
 
     Taken one by one, each would send back a gradient of the whole tensor, zeros but for its own
-    rows: a third of the time of a step with few tokens.
+    rows.
     """
 
     def __init__(self, parts: Sequence[View]) -> None:
