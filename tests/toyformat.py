@@ -17,7 +17,7 @@ from mmconvert.converters.rows import Module
 from mmconvert.formats import contents
 from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage, Piece, one_run, small
-from mmconvert.formats.hf.folder import read_json_file
+from mmconvert.formats.jsonfile import read_json_file
 from mmconvert.formats.model import Model
 from mmconvert.formats.reading import opened
 from mmconvert.formats.wholes import claimed, one_each, plain

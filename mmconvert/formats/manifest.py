@@ -10,7 +10,7 @@ from mmconvert.converters.configs import Dims
 from mmconvert.converters.family import Variant
 from mmconvert.errors import MMConvertError
 from mmconvert.formats.containers.allocate import write_file
-from mmconvert.formats.hf.folder import read_json_file
+from mmconvert.formats.jsonfile import read_json_file
 from mmconvert.formats.reading import State
 from mmconvert.narrow import is_array, is_object, is_texts
 from mmconvert.version import VERSION

@@ -22,7 +22,8 @@ from mmconvert.formats.containers.ptfile import read_pt
 from mmconvert.formats.containers.safetensors import WeightFile, read_weight_file
 from mmconvert.formats.hf import bin as hf_bin
 from mmconvert.formats.hf.choice import ADAPTER, SAFETENSORS
-from mmconvert.formats.hf.folder import HFCheckpoint, read_config, read_json_file
+from mmconvert.formats.hf.folder import HFCheckpoint, read_config
+from mmconvert.formats.jsonfile import read_json_file
 from mmconvert.formats.mm.rankfiles import part_names, rank_parts
 from mmconvert.formats.recognise import family_of, ms_family
 from mmconvert.formats.registry import load, recognise

@@ -22,7 +22,7 @@ from mmconvert.converters.rows import Module, in_naming, row
 from mmconvert.errors import RequestError
 from mmconvert.formats import registry
 from mmconvert.formats.base import NoLayout, Opening, Placed, Placing
-from mmconvert.formats.hf.folder import read_json_file
+from mmconvert.formats.jsonfile import read_json_file
 from mmconvert.formats.model import Model
 from mmconvert.formats.naming import side_in, target_in
 from mmconvert.sharding.spans import COLUMN, GATED, ROW, Interleave, heads

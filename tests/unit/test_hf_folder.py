@@ -16,7 +16,8 @@ from mmconvert import converters
 from mmconvert.config import Options
 from mmconvert.errors import CheckpointError, FormatError, MMConvertError
 from mmconvert.formats.containers.image import create
-from mmconvert.formats.hf.folder import INDEX, open_hf, read_config
+from mmconvert.formats.hf.choice import INDEX
+from mmconvert.formats.hf.folder import open_hf, read_config
 from mmconvert.formats.hf.model import config_model, hf_model
 from mmconvert.formats.hf.output import weight_images
 from mmconvert.playground.checkpoints import make_hf, nested_config

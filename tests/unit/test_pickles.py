@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from mmconvert.errors import FormatError, RequestError
 from mmconvert.formats.containers.pickles import Global, Inert, StorageRef, TensorRef, load_pickle
-from mmconvert.formats.containers.ptwriter import TensorSlot, emit_state
+from mmconvert.formats.containers.ptpickle import TensorSlot, emit_state
 
 
 def load(data: bytes) -> Any:

@@ -7,7 +7,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from mmconvert.formats.containers.image import FileImage, Piece, one_run, small
-from mmconvert.formats.containers.ptwriter import Laid, Scalar, object_archive, tensor_archive
+from mmconvert.formats.containers.ptpickle import Scalar
+from mmconvert.formats.containers.ptwriter import Laid, object_archive, tensor_archive
 from mmconvert.formats.dcp import metadata
 from mmconvert.formats.dcp.metadata import NAME, Entry, Item
 from mmconvert.formats.dcp.metadata_writer import metadata_bytes

@@ -8,28 +8,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmconvert.causes.folders import PARTS, TRACKER, other_form, stale_index
-from mmconvert.errors import CheckpointError, FormatError, TensorError, blamed, cannot_read
-from mmconvert.formats.containers.safetensors import WeightFile, parse_json
+from mmconvert.errors import CheckpointError, blamed
+from mmconvert.formats.containers.safetensors import WeightFile
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.hf import bin as hf_bin
 from mmconvert.formats.hf.bin import read_weights
 from mmconvert.formats.hf.choice import (
     INDEX,
     ORDER,
-    SAFETENSORS,
     SINGLE,
     choose,
     not_read,
     weight_files,
 )
-from mmconvert.formats.reading import opened
-from mmconvert.names import number, summarise
-from mmconvert.narrow import is_object
+from mmconvert.formats.hf.index import absent, check_map, partial_single, suffix_of, weight_map
+from mmconvert.formats.jsonfile import read_json_file, read_small
+from mmconvert.names import summarise
 from mmconvert.stored import StoredTensor
 
-MAX_JSON = 64 << 20  # bytes
 ANOTHER_CONFIG = "take config.json from the model's page"
-MAX_NAME = 200  # characters of a file name; no file system takes more than 255 bytes
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # ORGANISATION/MODEL
 
@@ -61,34 +58,6 @@ class HFCheckpoint:
     def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor by name."""
         return {t.name: t for file in self.files for t in file.tensors}
-
-
-def read_json_file(path: Path) -> dict[str, object]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: unreadable; FormatError: not a JSON object.
-    """
-    value = parse_json(read_small(path), path)
-    if not is_object(value):
-        raise FormatError(f"{path}: not a JSON object", "an object in braces")
-    return value
-
-
-def read_small(path: Path) -> bytes:
-    """The bytes of a file of a model's size.
-
-    Raises:
-        CheckpointError: unreadable; FormatError: too large.
-    """
-    try:
-        with opened(path) as file:
-            text = file.read(MAX_JSON + 1)
-    except OSError as error:
-        raise cannot_read(path, error) from error
-    if len(text) > MAX_JSON:
-        raise FormatError(f"{path}: larger than {MAX_JSON} bytes", "a JSON file of a model")
-    return text
 
 
 def _without_weights(folder: Path) -> CheckpointError | None:
@@ -180,47 +149,22 @@ def chosen(folder: Path, config: Mapping[str, object]) -> str:
     if name != SINGLE or not (folder / INDEX).is_file():
         return name
     try:
-        return INDEX if set(read_index(folder).values()) == {SINGLE} else name
+        return INDEX if set(weight_map(folder / INDEX).values()) == {SINGLE} else name
     except CheckpointError:  # transformers does not look at it either
         return name
-
-
-def partial_single(file: WeightFile) -> TensorError | None:
-    """The fault of a single file that holds a part of the model alone, where an index beside it
-    lists the whole: transformers would start the rest from random numbers.
-    """
-    folder = file.path.parent
-    if file.path.name != SINGLE or not (folder / INDEX).is_file():
-        return None
-    try:
-        listed = set(read_index(folder))
-    except CheckpointError:
-        return None
-    held = {tensor.name for tensor in file.tensors}
-    if not held < listed:
-        return None
-    return TensorError(
-        f"{file.path} holds {len(held)} of the {len(listed)} tensors that {INDEX} lists; "
-        "transformers reads this file, and not those of the index",
-        "the whole model in the file, or no such file",
-        f"move {file.path} away, if the files of the index are the model",
-        cause="partial-weight-file",
-        path=file.path,
-        aside=[file.path],
-    )
 
 
 def _indexed(
     folder: Path, config: Mapping[str, object], index: str, faults: Faults
 ) -> HFCheckpoint:
     path = folder / index
-    suffix = hf_bin.SUFFIX if index == hf_bin.INDEX else SAFETENSORS
-    weight_map = faults.attempt(lambda: _map_of(path, suffix), {})
-    if not weight_map:
+    listed = faults.attempt(lambda: weight_map(path), {})
+    if not listed:
+        suffix = suffix_of(index)
         names = [name for name in weight_files(folder) if name.endswith(suffix)]
         return _files(HFCheckpoint(folder, config, [], None), names, faults)
     raw = read_small(path)
-    names = sorted(set(weight_map.values()))
+    names = sorted(set(listed.values()))
     there = [name for name in names if (folder / name).is_file()]
     found = HFCheckpoint(folder, config, [], raw, (), frozenset(names), there == names)
     if not there and (stale := stale_index(path, names)) is not None:
@@ -228,26 +172,10 @@ def _indexed(
         return found
     for name in names:
         if name not in there:
-            faults.add(_absent(path, name, weight_map, len(there)))
+            faults.add(absent(path, name, listed, len(there)))
     found = _files(found, there, faults)
-    fits = _check_map(path, weight_map, found.files, faults)
+    fits = check_map(path, listed, found.files, faults)
     return replace(found, complete=found.complete and fits)
-
-
-def _absent(index: Path, name: str, weight_map: Mapping[str, str], there: int) -> CheckpointError:
-    """A weight file of the index that is not there."""
-    path, names = index.parent / name, set(weight_map.values())
-    link = " (a link to nowhere)" if path.is_symlink() else ""
-    what = "is a folder, a pipe or a device" if path.exists() else f"is not there{link}"
-    inside = [tensor for tensor, file in weight_map.items() if file == name]
-    return CheckpointError(
-        f"{path} {what}; {index.name} puts {number(inside, 'tensor')} into it ({there} of "
-        f"{len(names)} weight files are there)",
-        f"all {len(names)} weight files of the index",
-        "download the missing files again",
-        cause="missing-weight-file",
-        path=path,
-    )
 
 
 def _no_weights(folder: Path) -> CheckpointError:
@@ -271,71 +199,3 @@ def _no_weights(folder: Path) -> CheckpointError:
         cause="no-safetensors",
         path=folder,
     )
-
-
-def read_index(folder: Path, *, pickled: bool = False) -> dict[str, str]:
-    """The weight map of a folder's index: tensor name -> file name.
-
-    Args:
-        pickled: the index of ``pytorch_model*.bin`` files.
-
-    Raises:
-        CheckpointError: unreadable; FormatError: no weight map.
-    """
-    path = folder / (hf_bin.INDEX if pickled else INDEX)
-    return _map_of(path, hf_bin.SUFFIX if pickled else SAFETENSORS)
-
-
-def _map_of(path: Path, suffix: str) -> dict[str, str]:
-    with blamed("damaged-index", path, fix="download the file again"):
-        return _weight_map(path, parse_json(read_small(path), path), suffix)
-
-
-def _weight_map(path: Path, index: object, suffix: str = SAFETENSORS) -> dict[str, str]:
-    weight_map = index.get("weight_map") if is_object(index) else None
-    if not is_object(weight_map) or not weight_map:
-        raise FormatError(f"{path}: there is no weight_map", "an object: tensor name -> file name")
-    found: dict[str, str] = {}
-    for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not _is_plain(name, suffix):
-            raise FormatError(
-                f"{path}: weight_map puts {tensor!r:.80} into {name!r:.80}",
-                f"the name of a *{suffix} file in the same folder, without a path",
-            )
-        found[tensor] = name
-    return found
-
-
-def _is_plain(name: str, suffix: str) -> bool:
-    """Whether it is the name of a file of that kind, without a path."""
-    if not name.endswith(suffix) or "\0" in name:
-        return False
-    return Path(name).name == name and "\\" not in name and len(name) <= MAX_NAME
-
-
-def _check_map(
-    path: Path, weight_map: Mapping[str, str], files: list[WeightFile], faults: Faults
-) -> bool:
-    """Whether every tensor of the index is in its file, and no other."""
-    fits = True
-    for file in files:
-        stored = {tensor.name for tensor in file.tensors}
-        listed = {tensor for tensor, name in weight_map.items() if name == file.path.name}
-        for wrong, words in (
-            (listed - stored, "lacks {} that the index puts into it"),
-            (stored - listed, "holds {} that the index does not list there"),
-        ):
-            if not wrong:
-                continue
-            fault = FormatError(
-                f"{file.path} {words.format(number(wrong, 'tensor'))}: {summarise(wrong)}",
-                f"an index that fits its files ({path.name})",
-                "weight files of two checkpoints are mixed: download the index and all weight "
-                "files from one revision of the model",
-                cause="index-mismatch",
-                path=file.path,
-                tensors=sorted(wrong),
-            )
-            faults.add(fault)
-            fits = False
-    return fits

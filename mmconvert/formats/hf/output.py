@@ -11,7 +11,9 @@ from mmconvert.errors import FormatError
 from mmconvert.formats.containers.image import FileImage, Piece, one_run, small
 from mmconvert.formats.containers.safetensors import parse_json, safetensors_image
 from mmconvert.formats.hf import bin as hf_bin
-from mmconvert.formats.hf.folder import INDEX, SINGLE, HFCheckpoint, read_small
+from mmconvert.formats.hf.choice import INDEX, SINGLE
+from mmconvert.formats.hf.folder import HFCheckpoint
+from mmconvert.formats.jsonfile import read_small
 from mmconvert.formats.untied import untied_config
 from mmconvert.narrow import is_object
 from mmconvert.stored import Target

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mmconvert.errors import CheckpointError
 from mmconvert.formats.hf.choice import ADAPTER, WEIGHTS
-from mmconvert.formats.hf.folder import read_json_file
+from mmconvert.formats.jsonfile import read_json_file
 from mmconvert.names import number, summarise
 
 DOWNLOADS = "what downloads leave behind"

@@ -13,7 +13,7 @@ from mmconvert.errors import CheckpointError, MMConvertError, TensorError
 from mmconvert.executor.compare import is_zero
 from mmconvert.formats.containers.safetensors import WeightFile, read_weight_file
 from mmconvert.formats.hf import bin as hf_bin
-from mmconvert.formats.hf.folder import read_json_file
+from mmconvert.formats.jsonfile import read_json_file
 from mmconvert.formats.peft.names import Names, unwrapped
 from mmconvert.formats.peft.stacks import Wrapped, experts, matched
 from mmconvert.formats.peft.tokens import TOKENS, token_numbers

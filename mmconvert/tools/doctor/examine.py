@@ -8,7 +8,8 @@ from pathlib import Path
 from mmconvert.causes.folders import other_form
 from mmconvert.errors import MMConvertError
 from mmconvert.events import Events
-from mmconvert.formats.hf.folder import INDEX, has_weights
+from mmconvert.formats.hf.choice import INDEX
+from mmconvert.formats.hf.folder import has_weights
 from mmconvert.formats.mm.folder import iterations
 from mmconvert.formats.mm.ranks import TRACKER, has_ranks
 from mmconvert.formats.registry import load, recognise

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
-from mmconvert.formats.containers.ptwriter import Namespace, Slot
+from mmconvert.formats.containers.ptpickle import Namespace
+from mmconvert.formats.containers.ptwriter import Slot
 from mmconvert.formats.containers.torch_objects import TORCH_DTYPE, Global
 from mmconvert.formats.mm.optimizer.buffers import places
 from mmconvert.formats.mm.optimizer.guesses import EMBEDDINGS
