@@ -55,10 +55,11 @@ def _help(converter: str, forms: Mapping[str, FlagNames]) -> str:
 
 
 def _convert(converter: str, verb: str, command: Command, events: Any) -> Any:  # noqa: ANN401 - imported below
-    from mmconvert.convert import End, Request, convert
+    from mmconvert.convert import convert
     from mmconvert.converters.family import Carried
     from mmconvert.directions import dcplora
     from mmconvert.formats.dcp.generic import generic_family
+    from mmconvert.request import End, Request
 
     form, options = FORMS[converter][verb], command.options
     given = cast("dict[str, Any]", vars(command.cfg))

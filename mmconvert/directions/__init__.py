@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmconvert.convert import End, Request
+from mmconvert.request import End, Request
 
 SOURCE, TARGET = "--cfg.source_parallel_config.", "--cfg.target_parallel_config."
 

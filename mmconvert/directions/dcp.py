@@ -6,10 +6,11 @@ from functools import partial
 
 from mmconvert.config import Options
 from mmconvert.config.dcp import DCPLayout, DCPToHF, DCPToMM, HFToDCP, HFToMMDCP, MMToDCP
-from mmconvert.convert import PARALLEL, End, Request, convert
+from mmconvert.convert import convert
 from mmconvert.converters.family import Family
 from mmconvert.errors import LayoutError
 from mmconvert.events import Events
+from mmconvert.request import PARALLEL, End, Request
 from mmconvert.result import Result
 
 

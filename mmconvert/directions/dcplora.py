@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmconvert.adapters import MM_A, MM_B, PREFIX, WEIGHT, parse_key
 from mmconvert.config import Options
-from mmconvert.convert import End, Request, convert
+from mmconvert.convert import convert
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.events import Events
 from mmconvert.executor.apart import check_apart
@@ -26,6 +26,7 @@ from mmconvert.plan.build import build
 from mmconvert.plan.parts import whole_of
 from mmconvert.plan.plan import Block, Key, Side, Term, Whole, matrix
 from mmconvert.plan.products import Adapter, Delta
+from mmconvert.request import End, Request
 from mmconvert.result import Result
 from mmconvert.run import Conversion
 from mmconvert.stored import StoredTensor, Target

@@ -16,7 +16,7 @@ from mmconvert.config.lora import (
     LoraResplit,
     PEFTChoices,
 )
-from mmconvert.convert import PARALLEL, End, Request, convert
+from mmconvert.convert import convert
 from mmconvert.converters.family import Family
 from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.events import Events
@@ -30,6 +30,7 @@ from mmconvert.formats.peft.folder import named_base, read_file
 from mmconvert.formats.reading import watched
 from mmconvert.formats.registry import load, recognise
 from mmconvert.plan.products import Adapter
+from mmconvert.request import PARALLEL, End, Request
 from mmconvert.result import Result
 from mmconvert.sharding.layout import Layout, grid_flag
 

@@ -6,10 +6,11 @@ from dataclasses import fields, replace
 
 from mmconvert.config import Options
 from mmconvert.config.mindspore import DeviceConfig, HFToMS, MSResplit, MSToHF, RankFolders
-from mmconvert.convert import PARALLEL, End, Request, convert
+from mmconvert.convert import convert
 from mmconvert.converters.family import Family
 from mmconvert.directions import TARGET
 from mmconvert.events import Events
+from mmconvert.request import PARALLEL, End, Request
 from mmconvert.result import Result
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from mmconvert.config import HFToMM, MMToHF, Options, Resplit
-from mmconvert.convert import PARALLEL, End, Request, convert
+from mmconvert.convert import convert
 from mmconvert.converters.family import Family
 from mmconvert.directions import SOURCE, TARGET
 from mmconvert.events import Events
 from mmconvert.formats.reading import watched
+from mmconvert.request import PARALLEL, End, Request
 from mmconvert.result import Result
 
 

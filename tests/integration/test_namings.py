@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import mmconvert
 import toyformat
 from mmconvert.config import ParallelConfig
-from mmconvert.convert import End, Request, convert
+from mmconvert.convert import convert
 from mmconvert.converters.checks import faults
 from mmconvert.converters.configs import Dims, read_dims
 from mmconvert.converters.family import Family, Variant
@@ -25,6 +25,7 @@ from mmconvert.formats.base import NoLayout, Opening, Placed, Placing
 from mmconvert.formats.jsonfile import read_json_file
 from mmconvert.formats.model import Model
 from mmconvert.formats.naming import side_in, target_in
+from mmconvert.request import End, Request
 from mmconvert.sharding.spans import COLUMN, GATED, ROW, Interleave, heads
 from mmconvert.testing import contract
 

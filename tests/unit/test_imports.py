@@ -47,7 +47,7 @@ FILES_ROOM = {
     "sharding",
     "config",
 }
-STORY = {*FILES_ROOM, "result", "estimate", "convert", "run"}
+STORY = {*FILES_ROOM, "result", "estimate", "request", "convert", "run"}
 ALLOWED: dict[str, set[str]] = {
     **{name: set[str]() for name in ANYONE},
     "sharding": set(),
@@ -61,11 +61,12 @@ ALLOWED: dict[str, set[str]] = {
     "formats": {"causes", "config", "converters", "executor", "plan", "sharding", "stored"},
     "estimate": {"executor", "plan", "stored"},
     "result": {"estimate", "executor", "formats", "plan"},
-    "run": STORY - {"convert"},
+    "request": {"config", "converters", "formats", "plan"},
+    "run": STORY - {"convert", "request"},
     "convert": STORY,
     "directions": STORY,
     "renaming": {*STORY, "directions"},
-    "regroup": STORY - {"convert"},
+    "regroup": STORY - {"convert", "request"},
     "loading": FILES_ROOM,
     "lazy": {*FILES_ROOM, "loading"},
     "datasets": set(),
@@ -356,6 +357,7 @@ IDLE = (
     *("mmconvert.formats.dcp", "mmconvert.formats.mindspore", "mmconvert.formats.peft"),
     *("mmconvert.formats.mm.adapters", "mmconvert.formats.mm.detect", "mmconvert.formats.mm.model"),
     *("mmconvert.formats.mm.opening", "mmconvert.formats.mm.optimizer"),
+    "mmconvert.formats.mm.tpsize",
     *("difflib", "numpy", "pickle", "rich", "tempfile", "typeguard", "tyro", "yaml"),
 )
 
