@@ -15,7 +15,8 @@ from mmconvert.executor import agreement, compare, group, journal, staging
 from mmconvert.executor.casts import DTYPES
 from mmconvert.executor.differences import TensorDifference, in_words
 from mmconvert.executor.moving import Moved, Staged, move
-from mmconvert.executor.output import FileOutput, Output
+from mmconvert.executor.output import Output
+from mmconvert.executor.outputfile import FileOutput
 from mmconvert.formats import manifest, reading
 from mmconvert.formats.base import Placed
 from mmconvert.formats.containers.image import create, finish

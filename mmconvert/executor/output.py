@@ -276,30 +276,3 @@ class Output:
 def _read_only(folder: Path) -> bool:
     """Whether a folder's disk can only be read, as far as the system tells."""
     return hasattr(os, "statvfs") and bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
-
-
-class FileOutput(Output):
-    """A target that is one file: the one of its name in the staging folder."""
-
-    manifest = False
-
-    def _check_free(self) -> None:
-        if self.final.is_dir():
-            raise OutputError(
-                f"{self.final} is a folder", "the name of a file", "add the file's name to the path"
-            )
-        if not os.path.lexists(self.final):
-            return
-        if not self._overwrite:
-            raise OutputError(
-                f"{self.final} exists",
-                "a file that does not exist yet",
-                "choose another name, or give --overwrite to replace it",
-            )
-        if not self.final.is_file():
-            raise OutputError(f"{self.final} is no regular file", "a file, or a new name")
-
-    def _put_in_place(self) -> None:
-        made = self.folder / self.final.name
-        self._placed = identity(made)
-        os.replace(made, self.final)

@@ -14,7 +14,8 @@ import inprocess
 from commands import copied, layout, litter, none, refused, snapshot
 from filesystems import bind, disk, file_system
 from mmconvert.errors import Interrupted, OutputError
-from mmconvert.executor.output import FileOutput, Output
+from mmconvert.executor.output import Output
+from mmconvert.executor.outputfile import FileOutput
 from mmread import compare_mm
 
 MODEL = "qwen2vl-2b"
