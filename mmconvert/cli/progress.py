@@ -58,7 +58,7 @@ class TrainingScreen:
 
     def interrupted(self, how: str) -> int:
         """That it was interrupted, and what to do; the exit code."""
-        from mmconvert.runtime.mmfiles import last_saved
+        from mmconvert.runtime.iterations import last_saved
 
         last = last_saved(self.save)
         if last is None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mmconvert.errors import TensorError
 from mmconvert.runtime.bind import Binder, even
-from mmconvert.runtime.parallel import View, share, whole
+from mmconvert.runtime.collectives import share
+from mmconvert.runtime.parallel import View, whole
 
 
 def separate_qkv(binder: Binder, attn: Any, groups: int, mm: str, hf: str) -> None:  # noqa: ANN401 - HF's attention

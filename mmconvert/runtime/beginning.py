@@ -9,8 +9,9 @@ from mmconvert.errors import CheckpointError, OutputError, RequestError
 from mmconvert.formats.mm.ranks import TRACKER
 from mmconvert.runtime.engine import load_folder
 from mmconvert.runtime.families import Architecture
+from mmconvert.runtime.iterations import iteration_folder
 from mmconvert.runtime.launch import replicas_for
-from mmconvert.runtime.mmfiles import LoadableCheckpoint, iteration_folder, with_adapters
+from mmconvert.runtime.mmfiles import LoadableCheckpoint, with_adapters
 from mmconvert.runtime.trainplan import Start, TrainingPlan
 
 

@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name torch's own pages use
 
 from mmconvert.errors import TensorError
+from mmconvert.runtime.collectives import TensorGroup, share
 from mmconvert.runtime.parallel import (
     OfOwnPart,
     PartOf,
     RowParallel,
     TakenTogether,
-    TensorGroup,
     View,
     VocabEmbedding,
     VocabHead,
-    share,
     whole,
 )
 from mmconvert.runtime.shard import Binding, Shard

@@ -9,7 +9,7 @@ from mmconvert.causes.quantised import left_over
 from mmconvert.errors import MMConvertError, RequestError
 from mmconvert.names import number
 from mmconvert.runtime import inputs
-from mmconvert.runtime.answers import AnsweringModel, Chat, How, Reply, Several
+from mmconvert.runtime.answers import AnsweringModel, How, Reply
 from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.beginning import Load, beginning, fitted
 from mmconvert.runtime.conversation import Speaker, prompt
@@ -21,6 +21,7 @@ from mmconvert.runtime.lora import LoraFolders
 from mmconvert.runtime.media import Media
 from mmconvert.runtime.mmfiles import with_adapters
 from mmconvert.runtime.pictures import drawn_picture
+from mmconvert.runtime.questions import Chat, Several
 from mmconvert.runtime.samples import Sample
 from mmconvert.runtime.sounds import drawn_sound
 from mmconvert.runtime.training import Training

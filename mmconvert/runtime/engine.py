@@ -21,11 +21,11 @@ from mmconvert.runtime import losses as averages
 from mmconvert.runtime import mesh as meshes
 from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.border import Border
+from mmconvert.runtime.collectives import sum_over
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.losses import LossType
 from mmconvert.runtime.mesh import Mesh
 from mmconvert.runtime.mmfiles import LoadableCheckpoint, chunk_tensors, read_rank
-from mmconvert.runtime.parallel import sum_over
 from mmconvert.runtime.pipeline import Loss, pipeline_stage, schedule
 from mmconvert.runtime.stage import Stage
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from mmconvert.errors import RequestError, TensorError
 from mmconvert.runtime.bind import Binder, even
+from mmconvert.runtime.collectives import TensorGroup, copy_in, share, sum_out
 from mmconvert.runtime.lora import Adapted, Low
-from mmconvert.runtime.parallel import TensorGroup, copy_in, share, sum_out, whole
+from mmconvert.runtime.parallel import whole
 
 
 class ExpertGroup(NamedTuple):

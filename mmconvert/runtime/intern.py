@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from mmconvert.runtime.attention import per_head_qkv
 from mmconvert.runtime.bind import Binder
+from mmconvert.runtime.collectives import share
 from mmconvert.runtime.encoders import LayerRange, Point, Seen, kept, layer_points
-from mmconvert.runtime.parallel import SlicedNorm, share
+from mmconvert.runtime.parallel import SlicedNorm
 from mmconvert.runtime.vision import PROJECTOR
 
 ENCODER = "image_encoder.encoder"

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from mmconvert.errors import DatasetError, MMConvertError, RequestError
-from mmconvert.runtime import mmfiles
+from mmconvert.runtime import iterations
 from mmconvert.runtime.checking import BackgroundCheck
 from mmconvert.runtime.journal import Interval, Line, TrainingLog
 from mmconvert.runtime.parameters import gather
@@ -277,7 +277,7 @@ class Loop:
             self._journal.sync()
         folder = self._trainee.write(number)
         if rolling and self._rolling and self._place.lead:
-            mmfiles.remove(self._plan.save, self._rolling)
+            iterations.remove(self._plan.save, self._rolling)
         dist.barrier()
         self._rolling = number if rolling else self._rolling
         self._saved, self._clock = number, time.monotonic()

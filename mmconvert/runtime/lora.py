@@ -25,7 +25,8 @@ from torch.nn import functional as F  # noqa: N812 - the name torch's own pages 
 
 from mmconvert.adapters import MM_A, MM_B, Settings, of_training
 from mmconvert.errors import CheckpointError, RequestError
-from mmconvert.runtime.parallel import TensorGroup, View, copy_in, sum_out
+from mmconvert.runtime.collectives import TensorGroup, copy_in, sum_out
+from mmconvert.runtime.parallel import View
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from mmconvert.runtime.collectives import TensorGroup
 from mmconvert.runtime.experts import ExpertGroup
-from mmconvert.runtime.parallel import TensorGroup
 from mmconvert.sharding.layout import Layout, Rank
 from mmconvert.sharding.stages import first_stage, last_stage
 

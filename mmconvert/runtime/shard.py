@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from mmconvert.adapters import MM_A, MM_B
 from mmconvert.errors import TensorError
 from mmconvert.names import number
+from mmconvert.runtime.collectives import TensorGroup
 from mmconvert.runtime.lora import LoraPlan, Low, drawn
-from mmconvert.runtime.parallel import TensorGroup, View
+from mmconvert.runtime.parallel import View
 
 
 class Binding(NamedTuple):

@@ -22,7 +22,7 @@ from mmconvert.adapters import MM_A
 from mmconvert.formats.mm.optimizer.order import registered
 from mmconvert.names import number
 from mmconvert.runtime import engine as engines
-from mmconvert.runtime import mmfiles
+from mmconvert.runtime import iterations
 from mmconvert.runtime.agreement import agree
 from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.checking import BackgroundCheck
@@ -30,12 +30,13 @@ from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.dataset import Feed, Order, Share
 from mmconvert.runtime.experts import about_routers
 from mmconvert.runtime.families import Architecture
+from mmconvert.runtime.freezing import freeze, freeze_base
 from mmconvert.runtime.launch import Emit
 from mmconvert.runtime.loop import Known, Loop, ProcessPlace, check_numbers
 from mmconvert.runtime.lora import LoraPlan, arguments, kept
 from mmconvert.runtime.media import Media
 from mmconvert.runtime.mmfiles import LoadableCheckpoint
-from mmconvert.runtime.optimizer import Optimizer, freeze, freeze_base
+from mmconvert.runtime.optimizer import Optimizer
 from mmconvert.runtime.prepare import Prepare
 from mmconvert.runtime.samples import Sample
 from mmconvert.runtime.stopping import Stop
@@ -180,14 +181,14 @@ class TrainingRun:
                 number - self._origin, batch, plan.steps
             )
         if mesh.lead:
-            mmfiles.begin(plan.save, number)
+            iterations.begin(plan.save, number)
         dist.barrier()
         if mesh.replica == 0:
-            mmfiles.write_rank(plan.save, number, layout, mesh.rank, content)
+            iterations.write_rank(plan.save, number, layout, mesh.rank, content)
         dist.barrier()
         if mesh.lead:
-            mmfiles.finish(plan.save, number)
-        return mmfiles.iteration_folder(plan.save, number)
+            iterations.finish(plan.save, number)
+        return iterations.iteration_folder(plan.save, number)
 
     def _arguments(self, lora: LoraPlan) -> Namespace:
         names = [name for name, _, _ in self._run.parameters() if name.endswith(MM_A)]

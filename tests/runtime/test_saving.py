@@ -15,7 +15,7 @@ import torch
 from commands import RANK_FILE
 from filesystems import disk
 from mmconvert.cli.tools import finetune
-from mmconvert.runtime import mmfiles
+from mmconvert.runtime import iterations
 from mmconvert.sharding.layout import Layout
 from syncing import recorded
 
@@ -25,12 +25,12 @@ LAYOUT = Layout({"vit": 1, "llm": 1}, {"vit": ((1, 0),), "llm": ((1, 1),)}, deco
 
 def save(folder: Path, iteration: int, value: float) -> Path:
     """What the processes of a training do when they save; returns the iteration's folder."""
-    mmfiles.begin(folder, iteration)
+    iterations.begin(folder, iteration)
     for rank in LAYOUT.ranks():
         content: Mapping[str, Any] = {"model": {"weight": torch.full((1000,), value)}}
-        mmfiles.write_rank(folder, iteration, LAYOUT, rank, content)
-    mmfiles.finish(folder, iteration)
-    return mmfiles.iteration_folder(folder, iteration)
+        iterations.write_rank(folder, iteration, LAYOUT, rank, content)
+    iterations.finish(folder, iteration)
+    return iterations.iteration_folder(folder, iteration)
 
 
 def values(folder: Path) -> set[float]:
@@ -74,7 +74,7 @@ def test_killed_between_two_renames(there: bool, tmp_path: Path) -> None:
     found.rename(former)
     if there:
         save(tmp_path, 3, 2.0)
-    mmfiles.begin(tmp_path, 3)
+    iterations.begin(tmp_path, 3)
     assert values(found) == {2.0 if there else 1.0}
     assert not former.exists()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmconvert.errors import CheckpointError, cannot_write
 from mmconvert.formats.hf.choice import ORDER
-from mmconvert.runtime import mmfiles
+from mmconvert.runtime import iterations
 from mmconvert.runtime.qwenvl.answer import RANKS
 
 OPTIMIZER, WEIGHTS = "optimizer.pt", "model.safetensors"
@@ -42,8 +42,8 @@ def save(
     Raises:
         OutputError: the system refuses.
     """
-    mmfiles.begin(folder, iteration)
-    staging = mmfiles.staging_folder(folder, iteration)
+    iterations.begin(folder, iteration)
+    staging = iterations.staging_folder(folder, iteration)
     try:
         for path in sorted(like[0].iterdir()):
             if _beside(path):
@@ -58,8 +58,8 @@ def save(
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else OSError(0, str(error))
         raise cannot_write(staging, cause) from None
-    mmfiles.finish(folder, iteration)
-    return mmfiles.iteration_folder(folder, iteration)
+    iterations.finish(folder, iteration)
+    return iterations.iteration_folder(folder, iteration)
 
 
 def _beside(path: Path) -> bool:

@@ -23,7 +23,7 @@ from torch import nn
 
 from mmconvert.errors import DatasetError, RequestError
 from mmconvert.names import number
-from mmconvert.runtime import losses, mmfiles
+from mmconvert.runtime import iterations, losses
 from mmconvert.runtime.agreement import agree
 from mmconvert.runtime.beginning import fitted
 from mmconvert.runtime.checking import BackgroundCheck, look_at_pictures
@@ -106,8 +106,8 @@ class QwenVLTrainingRun:
         torch.manual_seed(plan.seed)
         sizes = weights.sizes_of(source.hf_dir, source.like)
         self._settings = self._decides()
-        last = mmfiles.last_saved(plan.save) if job.resume else None
-        folder = mmfiles.iteration_folder(plan.save, last) if last is not None else None
+        last = iterations.last_saved(plan.save) if job.resume else None
+        folder = iterations.iteration_folder(plan.save, last) if last is not None else None
         state = saving.restored(folder, self._settings) if folder is not None else {}
         start = source.checkpoint if folder is None else folder
         self._model = weights.load(sizes, start, torch.float32, device, emit)
@@ -244,7 +244,7 @@ class QwenVLTrainingRun:
         """Writes the checkpoint of an iteration, on process 0."""
         save = self._plan.save
         if self._rank:
-            return mmfiles.iteration_folder(save, number)
+            return iterations.iteration_folder(save, number)
         state: dict[str, Any] = {}
         if self._plan.save_optimizer:
             state = {"optimizer": self._adam.state_dict(), "settings": self._settings}
@@ -270,7 +270,7 @@ def finetune(
     samples, kept = data.read(plan.seed, emit if leads() else lambda event: None)
     if not samples:
         raise DatasetError("there are no samples", "at least one conversation")
-    if not (resume or mmfiles.last_saved(plan.save) is None):
+    if not (resume or iterations.last_saved(plan.save) is None):
         raise RequestError(f"{plan.save} holds checkpoints already", "another --save, or --resume")
     plan = fitted(plan)
     job = QwenVLTraining(source, samples, kept, plan, dtype, resume)
