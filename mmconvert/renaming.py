@@ -15,7 +15,7 @@ from mmconvert.executor.apart import check_apart
 from mmconvert.formats.base import NoLayout, Placed
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.containers.safetensors import safetensors_image
-from mmconvert.formats.peft.folder import SAFETENSORS, read_file
+from mmconvert.formats.peft.files import SAFETENSORS, read_file
 from mmconvert.formats.peft.format import variant_of_keys
 from mmconvert.formats.peft.names import Names, renamed
 from mmconvert.formats.reading import watched

@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmconvert.datasets.jsonlist import ListWriter, read_items
+from mmconvert.datasets.jsonlist import read_items
+from mmconvert.datasets.listwriter import ListWriter
 from mmconvert.datasets.llava import KINDS, MEDIA, SHOWN, Converter, ItemCounts
 from mmconvert.errors import DatasetError
 from mmconvert.events import Events

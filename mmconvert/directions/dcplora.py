@@ -19,7 +19,7 @@ from mmconvert.formats.dcp.format import VERSION_3, Shards
 from mmconvert.formats.dcp.generic import GenericFamily, generic_family
 from mmconvert.formats.dcp.naming import Naming, Rules
 from mmconvert.formats.dcp.output import folder_images, sharded, whole_pieces
-from mmconvert.formats.peft.folder import read_file
+from mmconvert.formats.peft.files import read_file
 from mmconvert.formats.reading import watched
 from mmconvert.names import NO_EXPERT, NO_LAYER, number, summarise
 from mmconvert.plan.build import build

@@ -26,7 +26,7 @@ from mmconvert.formats.base import Opening
 from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.mm.adapters import noted_traits
 from mmconvert.formats.model import Model
-from mmconvert.formats.peft.folder import named_base, read_file
+from mmconvert.formats.peft.files import named_base, read_file
 from mmconvert.formats.reading import watched
 from mmconvert.formats.registry import load, recognise
 from mmconvert.plan.products import Adapter

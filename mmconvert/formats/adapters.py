@@ -16,7 +16,8 @@ from mmconvert.formats.mm.deltas import mm_deltas
 from mmconvert.formats.mm.folder import is_adapter, open_mm
 from mmconvert.formats.mm.ranks import is_mm
 from mmconvert.formats.model import Model
-from mmconvert.formats.peft.folder import named_base, open_peft
+from mmconvert.formats.peft.files import named_base
+from mmconvert.formats.peft.folder import open_peft
 from mmconvert.formats.peft.format import variant_of_keys
 from mmconvert.formats.peft.merge import peft_adapter
 from mmconvert.formats.peft.names import Names

@@ -23,7 +23,7 @@ from mmconvert.executor.digests import digests
 from mmconvert.formats.base import Described, Format, NoLayout, Opening, Placing, StoredCheckpoint
 from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.hf.side import hf_target
-from mmconvert.formats.peft.folder import named_base
+from mmconvert.formats.peft.files import named_base
 from mmconvert.formats.reading import steady
 from mmconvert.formats.registry import load, of_naming, recognise
 from mmconvert.names import NO_LAYER

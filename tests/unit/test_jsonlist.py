@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmconvert.datasets import jsonlist
-from mmconvert.datasets.jsonlist import ListWriter, read_items
+from mmconvert.datasets import jsonlist, listwriter
+from mmconvert.datasets.jsonlist import read_items
+from mmconvert.datasets.listwriter import ListWriter
 from mmconvert.errors import DatasetError, OutputError
 
 VALUE = st.recursive(
@@ -128,14 +129,14 @@ def fill(path: Path, items: list[Any], **more: Any) -> None:
 @settings(max_examples=100, deadline=None)
 @given(ITEMS, st.booleans(), st.integers(1, 100))
 def test_files_are_those_of_json_dump(items: list[Any], ascii_only: bool, chunk: int) -> None:
-    before = jsonlist.CHUNK
+    before = listwriter.CHUNK
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "new" / "x.json"
         try:
-            jsonlist.CHUNK = chunk
+            listwriter.CHUNK = chunk
             fill(path, items, ascii_only=ascii_only)
         finally:
-            jsonlist.CHUNK = before
+            listwriter.CHUNK = before
         assert path.read_text("utf-8") == json.dumps(items, ensure_ascii=ascii_only)
         assert os.listdir(path.parent) == ["x.json"]
 

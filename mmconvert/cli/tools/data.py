@@ -17,7 +17,7 @@ from mmconvert.words import one_line
 
 if TYPE_CHECKING:
     from mmconvert.datasets.convert import DataResult
-    from mmconvert.datasets.jsonlist import ListWriter
+    from mmconvert.datasets.listwriter import ListWriter
     from mmconvert.datasets.llava import Converter
 
 PROG = "mm-convert data"
@@ -119,8 +119,9 @@ def _read(name: str, form: type[Form], words: list[str]) -> Form:
 
 def _to_mllm(words: list[str]) -> int:
     asked = _read("llava-to-mllm", MLLM, words)
-    from mmconvert.datasets.jsonlist import ListWriter
-    from mmconvert.datasets.llava import Images, ToMLLM
+    from mmconvert.datasets.forms import ToMLLM
+    from mmconvert.datasets.listwriter import ListWriter
+    from mmconvert.datasets.llava import Images
 
     images = Images(asked.coco_path, asked.image_prefix, "dotted" if asked.relative else "full")
     common = asked.common
@@ -137,8 +138,9 @@ def _to_mllm(words: list[str]) -> int:
 
 def _to_qwenvl(words: list[str]) -> int:
     asked = _read("llava-to-qwenvl", QwenVLData, words)
-    from mmconvert.datasets.jsonlist import ListWriter
-    from mmconvert.datasets.llava import Images, ToQwenVL
+    from mmconvert.datasets.forms import ToQwenVL
+    from mmconvert.datasets.listwriter import ListWriter
+    from mmconvert.datasets.llava import Images
 
     common = asked.common
     converter = ToQwenVL(

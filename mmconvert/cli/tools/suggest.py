@@ -78,7 +78,8 @@ class SuggestFlags:
 def run(words: list[str]) -> int:
     """Balances, and shows."""
     asked = read_plain(SuggestFlags, freeze_joined(words), "mm-convert suggest", TEXT)
-    from mmconvert.tools.suggest.suggestion import Goal, suggest
+    from mmconvert.tools.suggest.balanced import suggest
+    from mmconvert.tools.suggest.suggestion import Goal
     from mmconvert.tools.suggest.workload import Workload
 
     expected = Goal(

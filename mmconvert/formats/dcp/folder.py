@@ -10,8 +10,8 @@ from pathlib import Path
 from mmconvert.errors import CheckpointError
 from mmconvert.formats.dcp.items import Items, orphans
 from mmconvert.formats.dcp.metadata import NAME, Metadata, read_metadata
-from mmconvert.formats.mm.folder import tracker_text
 from mmconvert.formats.mm.ranks import TRACKER
+from mmconvert.formats.mm.tracker import tracker_text
 from mmconvert.names import number, summarise
 from mmconvert.stored import StoredTensor
 

@@ -18,15 +18,8 @@ from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.containers.safetensors import safetensors_image
 from mmconvert.formats.model import AdapterModel, Model
 from mmconvert.formats.peft.config import config_text
-from mmconvert.formats.peft.folder import (
-    SAFETENSORS,
-    PEFTFolder,
-    named_base,
-    open_peft,
-    read_file,
-    untrained,
-    weight_path,
-)
+from mmconvert.formats.peft.files import SAFETENSORS, named_base, read_file, weight_path
+from mmconvert.formats.peft.folder import PEFTFolder, open_peft, untrained
 from mmconvert.formats.peft.folding import fold_notes, uniform
 from mmconvert.formats.peft.merge import residual_note
 from mmconvert.formats.peft.names import Names

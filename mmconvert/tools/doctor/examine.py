@@ -10,8 +10,8 @@ from mmconvert.errors import MMConvertError
 from mmconvert.events import Events
 from mmconvert.formats.hf.choice import INDEX
 from mmconvert.formats.hf.folder import has_weights
-from mmconvert.formats.mm.folder import iterations
 from mmconvert.formats.mm.ranks import TRACKER, has_ranks
+from mmconvert.formats.mm.tracker import iterations
 from mmconvert.formats.registry import load, recognise
 from mmconvert.formats.single import MS_FILE, is_zip, open_file
 from mmconvert.tools.doctor.adapter import examine_adapter

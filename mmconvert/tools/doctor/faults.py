@@ -7,9 +7,9 @@ from pathlib import Path
 
 from mmconvert.errors import FormError, MMConvertError
 from mmconvert.formats.faults import Collected
-from mmconvert.formats.mm.folder import newest, tracker_word
 from mmconvert.formats.mm.ranks import TRACKER
 from mmconvert.formats.mm.source import TRANSPOSED
+from mmconvert.formats.mm.tracker import newest, tracker_word
 from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.shell import (
     drop_flags,
