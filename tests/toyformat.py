@@ -15,8 +15,9 @@ from mmconvert import converters
 from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.rows import Module
 from mmconvert.formats import contents
-from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint
+from mmconvert.formats.base import Format, Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage, Piece, one_run, small
+from mmconvert.formats.contents import Look
 from mmconvert.formats.jsonfile import read_json_file
 from mmconvert.formats.model import Model
 from mmconvert.formats.reading import opened

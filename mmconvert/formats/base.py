@@ -21,11 +21,10 @@ from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.model import Model
 from mmconvert.plan.plan import Key, Side, Whole
-from mmconvert.sharding.layout import Layout
 from mmconvert.stored import StoredTensor, Target
 
 if TYPE_CHECKING:
-    from mmconvert.formats.contents import Box
+    from mmconvert.formats.contents import Look
 
 
 class Described(Protocol):
@@ -174,37 +173,6 @@ class Placed:
     not_copied: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     transposed: frozenset[str] = frozenset()
     single: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Look:
-    """What was seen.
-
-    Attributes:
-        kind: as in JSON: the name of the format, or which kind of file it is.
-        title: the kind in words.
-        family: the family's name; "" if it is not known.
-        listing: every stored tensor.
-        wholes: tensors by name, each whole; their blocks refer to ``stored``.
-        stored: the tensors that the wholes are made of.
-        boxes: what each file, rank or model chunk holds.
-        unit: what a box is, in words.
-        iteration: of training, where it tells.
-        layout: of an MM checkpoint.
-        notes: what is worth knowing, in words.
-    """
-
-    kind: str
-    title: str
-    family: str
-    listing: Sequence[StoredTensor]
-    wholes: Mapping[str, Whole]
-    stored: Sequence[StoredTensor]
-    boxes: Sequence[Box]
-    unit: str = "file"
-    iteration: str = ""
-    layout: Layout | None = None
-    notes: Sequence[str] = ()
 
 
 class Format(ABC):

@@ -9,6 +9,7 @@ from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.rows import ZEROS, Module, Row, encoders
 from mmconvert.formats.hf.folder import HFCheckpoint
 from mmconvert.names import NO_LAYER, TemplateIndex
+from mmconvert.plan.plan import Whole
 from mmconvert.sharding.layout import Chunk, Layout
 from mmconvert.sharding.stages import flat
 from mmconvert.stored import StoredTensor
@@ -92,6 +93,37 @@ class Box:
                 for h in self.holdings
             ],
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What was seen.
+
+    Attributes:
+        kind: as in JSON: the name of the format, or which kind of file it is.
+        title: the kind in words.
+        family: the family's name; "" if it is not known.
+        listing: every stored tensor.
+        wholes: tensors by name, each whole; their blocks refer to ``stored``.
+        stored: the tensors that the wholes are made of.
+        boxes: what each file, rank or model chunk holds.
+        unit: what a box is, in words.
+        iteration: of training, where it tells.
+        layout: of an MM checkpoint.
+        notes: what is worth knowing, in words.
+    """
+
+    kind: str
+    title: str
+    family: str
+    listing: Sequence[StoredTensor]
+    wholes: Mapping[str, Whole]
+    stored: Sequence[StoredTensor]
+    boxes: Sequence[Box]
+    unit: str = "file"
+    iteration: str = ""
+    layout: Layout | None = None
+    notes: Sequence[str] = ()
 
 
 @dataclass

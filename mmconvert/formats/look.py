@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmconvert.errors import CheckpointError
-from mmconvert.formats.base import Look
+from mmconvert.formats.contents import Look
 from mmconvert.formats.registry import load, recognise
 
 

@@ -16,7 +16,6 @@ from mmconvert.converters.family import Family
 from mmconvert.converters.rows import hf_templates
 from mmconvert.errors import CheckpointError, MMConvertError, cannot_read
 from mmconvert.formats import contents
-from mmconvert.formats.base import Look
 from mmconvert.formats.containers.ckpt import read_ckpt
 from mmconvert.formats.containers.ptfile import read_pt
 from mmconvert.formats.containers.safetensors import WeightFile, read_weight_file
@@ -101,7 +100,7 @@ def open_file(path: Path) -> WeightParts:
     return WeightParts(RANK_FILE, {name: parts[name] for name in part_names(path, parts)})
 
 
-def look(path: Path) -> Look:
+def look(path: Path) -> contents.Look:
     """Looks at one file.
 
     Raises:
@@ -123,7 +122,7 @@ def look(path: Path) -> Look:
         weights = WeightFile(path, b"", {}, list(found.values()))
         boxes = contents.of_hf(HFCheckpoint(path.parent, config, [weights], None), family)
         notes, name, unit = file.notes, family.name if family else "", "file"
-    return Look(
+    return contents.Look(
         kind=file.kind,
         title=TITLES[file.kind],
         family=name,

@@ -24,7 +24,7 @@ from mmconvert.runtime.samples import NAMED, Sample
 LOOKING = 30.0  # seconds for the ends of files
 DECODING = 5.0  # seconds for decoding before the first step
 THREADS = 4
-Look = Callable[[Sample], None]  # decodes the files of a sample, or raises RequestError
+Decode = Callable[[Sample], None]  # decodes the files of a sample, or raises RequestError
 Say = Callable[[str], None]
 
 
@@ -49,7 +49,7 @@ class Checks:
         ends, decoding: seconds for each way of looking.
     """
 
-    look: Look = look_at_pictures
+    look: Decode = look_at_pictures
     strict: bool = False
     ends: float = LOOKING
     decoding: float = DECODING
@@ -114,7 +114,7 @@ class Checks:
         return replace(sample, fault=fault)
 
 
-def fault_of(look: Look, sample: Sample) -> str:
+def fault_of(look: Decode, sample: Sample) -> str:
     """What is wrong with the files of a sample; "" if nothing is."""
     try:
         look(sample)
@@ -138,7 +138,7 @@ class BackgroundCheck:
 
     samples: Sequence[Sample]
     order: Iterable[int]
-    look: Look
+    look: Decode
     _found: SimpleQueue[tuple[int, str]] = field(default_factory=SimpleQueue[tuple[int, str]])
     _ended: threading.Event = field(default_factory=threading.Event)
 

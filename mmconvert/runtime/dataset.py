@@ -17,7 +17,7 @@ import torch
 
 from mmconvert.errors import DatasetError, RequestError
 from mmconvert.runtime.batch import IGNORED, Batch, alike
-from mmconvert.runtime.checking import Checks, Look, look_at_pictures
+from mmconvert.runtime.checking import Checks, Decode, look_at_pictures
 from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.dialects import read_source
 from mmconvert.runtime.encoding import Encoder
@@ -47,7 +47,7 @@ class Data:
     strict: bool = False
 
     def read(
-        self, seed: int, say: Callable[[str], None], look: Look = look_at_pictures
+        self, seed: int, say: Callable[[str], None], look: Decode = look_at_pictures
     ) -> tuple[list[Sample], list[Sample]]:
         """(samples for training, samples for evaluations).
 

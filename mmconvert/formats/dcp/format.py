@@ -14,7 +14,7 @@ from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.rows import Module
 from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.formats import contents, manifest
-from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint
+from mmconvert.formats.base import Format, Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.containers.safetensors import WeightFile
 from mmconvert.formats.dcp.folder import RELEASE, TRACKER, find_dcp, is_torch_dist, open_dcp
@@ -128,7 +128,7 @@ class DCP(Format):
         names = list(read_metadata(found[0]).tensors) if found else []
         return family_of_names([name for name in names if name.startswith(MODEL)])
 
-    def look(self, path: Path) -> Look:
+    def look(self, path: Path) -> contents.Look:
         """Its tensors under flat names, each whole."""
         checkpoint, family = open_dcp(path), self.family(path)
         wholes: dict[str, Whole] = {}
@@ -146,7 +146,7 @@ class DCP(Format):
             files.setdefault(tensor.path, []).append(tensor._replace(name=inner))
         weights = [WeightFile(file, b"", {}, found) for file, found in sorted(files.items())]
         as_checkpoint = HFCheckpoint(checkpoint.folder, {}, weights, None)
-        return Look(
+        return contents.Look(
             kind=self.name,
             title="DCP folder",
             family=family.name if family else "",

@@ -14,9 +14,10 @@ from mmconvert.converters.family import Family
 from mmconvert.converters.rows import Module
 from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.formats import manifest
-from mmconvert.formats.base import Look, NoLayout, Opening, Placed, Placing, StoredCheckpoint
+from mmconvert.formats.base import NoLayout, Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.containers.ptwriter import pt_image
+from mmconvert.formats.contents import Look
 from mmconvert.formats.dcp.folder import (
     COMMON,
     RELEASE,

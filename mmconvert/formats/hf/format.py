@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from mmconvert.converters.family import Family
 from mmconvert.converters.rows import Module
 from mmconvert.errors import CheckpointError, TensorError
 from mmconvert.formats import reading
-from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint
+from mmconvert.formats.base import Format, Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.hf.choice import INDEX
@@ -29,6 +29,9 @@ from mmconvert.plan.padding import in_words, pad_vocabulary, vocabulary_keys
 from mmconvert.plan.plan import Key, Side, Whole
 from mmconvert.stored import SCALED, Target
 from mmconvert.words import parse_size
+
+if TYPE_CHECKING:
+    from mmconvert.formats.contents import Look
 
 CONFIG = Path("config.json")
 
@@ -113,7 +116,7 @@ class HuggingFace(Format):
         from mmconvert.formats import contents
 
         wholes, stored = plain(found.items())
-        return Look(
+        return contents.Look(
             kind=self.name,
             title="Hugging Face checkpoint",
             family=family.name if family else "",

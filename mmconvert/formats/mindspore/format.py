@@ -19,7 +19,6 @@ from mmconvert.formats import contents
 from mmconvert.formats.base import (
     Described,
     Format,
-    Look,
     Opening,
     Placed,
     Placing,
@@ -122,7 +121,7 @@ class MindSpore(Format):
             raise faults.errors[0]
         return ms_family(names)
 
-    def look(self, path: Path) -> Look:
+    def look(self, path: Path) -> contents.Look:
         """Its file, or its ranks; its wholes put together as the strategy files say."""
         model = ms_model(path, None, Options())
         side, single = model.side(), path.is_file()
@@ -130,7 +129,7 @@ class MindSpore(Format):
         found = [tensor for part in files for tensor in part.values()]
         family = ms_family(tensor.name for tensor in found)
         parts = {path.name if single else f"rank_{n}": part for n, part in enumerate(files)}
-        return Look(
+        return contents.Look(
             kind="ms_file" if single else self.name,
             title="MindSpore file" if single else "MindSpore checkpoint",
             family=family.name if family else "",

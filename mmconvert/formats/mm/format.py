@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from mmconvert.config import Options, ParallelConfig
 from mmconvert.converters.family import Family
 from mmconvert.errors import MMConvertError
-from mmconvert.formats.base import Format, Look, Opening, Placed, Placing
+from mmconvert.formats.base import Format, Opening, Placed, Placing
 from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.mm.output import rank_images
 from mmconvert.formats.mm.ranks import TRACKER, is_mm
@@ -23,6 +23,7 @@ from mmconvert.sharding.layout import RANK_FOLDER, Chunk, Layout
 from mmconvert.stored import StoredTensor, Target
 
 if TYPE_CHECKING:
+    from mmconvert.formats.contents import Look
     from mmconvert.formats.mm.opening import MMStored  # reading takes much that writing need not
 
 
@@ -58,7 +59,7 @@ class MM(Format):
 
         stored = self.open(path, Opening(self.family(path), Options()))
         model, layout, side = stored.model, stored.ranks, stored.opened.side()
-        return Look(
+        return contents.Look(
             kind=self.name,
             title="MM checkpoint",
             family=model.family.name,

@@ -13,9 +13,10 @@ from mmconvert.converters.adapters import derived, restricted
 from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.rows import Module
 from mmconvert.errors import CheckpointError, RequestError, TensorError
-from mmconvert.formats.base import Format, Look, Opening, Placed, Placing, StoredCheckpoint
+from mmconvert.formats.base import Format, Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage, small
 from mmconvert.formats.containers.safetensors import safetensors_image
+from mmconvert.formats.contents import Look
 from mmconvert.formats.model import AdapterModel, Model
 from mmconvert.formats.peft.config import config_text
 from mmconvert.formats.peft.files import SAFETENSORS, named_base, read_file, weight_path
