@@ -18,15 +18,17 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from mmconvert import convert, converters, lazy
+from mmconvert import converters, lazy
 from mmconvert.config import CommonModelConfig, HFConfig, HFToMM, MMToHF, Options, ParallelConfig
 from mmconvert.config.mindspore import RankFolders
+from mmconvert.convert import convert
 from mmconvert.converters.family import Family
 from mmconvert.directions import mm
 from mmconvert.errors import LayoutError
 from mmconvert.events import Events
 from mmconvert.formats import recognise, registry
 from mmconvert.lazy import Tensors
+from mmconvert.request import End, Request
 from mmconvert.result import Result
 from mmconvert.sharding.stages import parse_grid
 from mmconvert.tools import inspection
@@ -231,17 +233,17 @@ def convert_to(
     """
     path, original = Path(source), None if hf_dir is None else Path(hf_dir)
     start = registry.recognise(path) or "mm"
-    asked = convert.Request(
+    asked = Request(
         "resplit" if start == to else f"{start}_to_{to}",
-        convert.End(start, path, layout_of(registry.load(start).Layout, source_layout)),
-        convert.End(to, Path(target), layout_of(registry.load(to).Layout, layout)),
+        End(start, path, layout_of(registry.load(start).Layout, source_layout)),
+        End(to, Path(target), layout_of(registry.load(to).Layout, layout)),
         original=original,
     )
     if converter:
         family = converters.load(converter)
     else:
         family = recognise.family_of(*(p for p in (original, path) if p is not None), naming="")
-    return convert.convert(family, asked, options, events)
+    return convert(family, asked, options, events)
 
 
 def verify(

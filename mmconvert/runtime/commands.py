@@ -153,7 +153,7 @@ def chat(
     tell: Callable[[MMConvertError], None],
     how: How,
 ) -> None:
-    """A conversation with an MM checkpoint: see :class:`mmconvert.runtime.answers.Chat`.
+    """A conversation with an MM checkpoint: see :class:`mmconvert.runtime.questions.Chat`.
 
     Raises:
         MMConvertError: as :func:`validate`.
