@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -17,6 +18,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("same", deadline=None, database=None, derandomize=True)
 settings.register_profile("nightly", deadline=None, database=None, print_blob=True)
 settings.load_profile("same")
+
+
+def pytest_collection() -> None:
+    """Nothing that imports leave behind is worth collecting."""
+    gc.disable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What the libraries made stays until the end: no collection looks at it again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,11 @@ import pytest
 from _pytest.mark import ParameterSet
 
 
+def night(*values: object) -> ParameterSet:
+    """One case that is nightly."""
+    return pytest.param(*values, marks=pytest.mark.nightly)
+
+
 def nightly(names: Iterable[str], but: tuple[str, ...]) -> list[ParameterSet]:
     """All cases, nightly all but those named, of which each must be one of them."""
     known = list(names)

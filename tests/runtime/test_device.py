@@ -19,6 +19,11 @@ from typing import Any
 
 import pytest
 
+from mmconvert.errors import RequestError
+from mmconvert.runtime import needs
+from mmconvert.runtime.device import backend, device
+from nights import night
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 PLUGIN = """
@@ -106,9 +111,12 @@ def choice(device: str, env: dict[str, str], *libraries: str) -> str:
     return done.stdout.strip()
 
 
-def test_a_plain_machine_computes_on_its_cpu() -> None:
-    assert choice("auto", {}) == "cpu gloo"
-    assert choice("cuda", {}).startswith("--device cuda: torch finds no such device")
+def test_a_plain_machine_computes_on_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(needs.DEVICE, "auto")
+    assert (device().type, backend(device())) == ("cpu", "gloo")
+    monkeypatch.setenv(needs.DEVICE, "cuda")
+    with pytest.raises(RequestError, match="--device cuda: torch finds no such device"):
+        device()
 
 
 def test_an_npu_needs_its_plugin_and_its_libraries(plugin: dict[str, str]) -> None:
@@ -127,24 +135,40 @@ def test_a_plugin_without_cann_does_not_stop_torch(plugin: dict[str, str]) -> No
     assert not Path(plugin["LOADED"]).exists()
 
 
+CANNOT = (
+    "torch_npu 2.13.0 is installed and cannot be loaded beside torch "
+    f"{version('torch')}: libhccl.so: cannot open shared object file: No such file or directory"
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [("auto", CANNOT), night("npu", CANNOT), night("cpu", "cpu gloo")]
+)
 def test_a_plugin_that_cannot_be_loaded_is_named(
-    plugin: dict[str, str], cann: dict[str, str]
+    asked: str, expected: str, plugin: dict[str, str], cann: dict[str, str]
 ) -> None:
-    broken = {**plugin, **cann, "ASCEND": "too old"}
-    for device in ("auto", "npu"):
-        assert choice(device, broken) == (
-            "torch_npu 2.13.0 is installed and cannot be loaded beside torch "
-            f"{version('torch')}: libhccl.so: cannot open shared object file: "
-            "No such file or directory"
-        )
-    assert choice("cpu", broken) == "cpu gloo"
+    assert choice(asked, {**plugin, **cann, "ASCEND": "too old"}) == expected
 
 
-def test_an_npu_is_taken_where_there_is_one(plugin: dict[str, str], cann: dict[str, str]) -> None:
-    assert choice("auto", {**plugin, **cann}, "transformers") == "npu hccl"
-    assert choice("npu", {**plugin, **cann}) == "npu hccl"
-    off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    assert choice("npu", {**plugin, **cann, **off}) == "npu hccl"  # asked for by name
+OFF = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "env", "libraries"),
+    [
+        ("auto", {}, ["transformers"]),
+        night("npu", {}, []),
+        ("npu", OFF, []),  # asked for by name
+    ],
+)
+def test_an_npu_is_taken_where_there_is_one(
+    asked: str,
+    env: dict[str, str],
+    libraries: list[str],
+    plugin: dict[str, str],
+    cann: dict[str, str],
+) -> None:
+    assert choice(asked, {**plugin, **cann, **env}, *libraries) == "npu hccl"
 
 
 def test_the_cpu_is_taken_where_it_is_asked_for(

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +17,7 @@ import talking
 import tinyfamilies
 from cli import run_cli
 from commands import RANK_FILE, copied, rank_files, refused
+from forked import Forked
 from inprocess import call
 from mmconvert.errors import CheckpointError, LostProcessError, RequestError
 from mmconvert.runtime import commands, needs, trouble
@@ -51,57 +49,28 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 
 # ------------------------------------------------------------------------ a training under way
 @contextmanager
-def training(work: Work, save: Path) -> Iterator[subprocess.Popen[str]]:
-    """A long training that has done its first steps and saved one; in a session of its own."""
+def training(work: Work, save: Path) -> Iterator[Forked]:
+    """A long training that has done its first steps and saved one."""
     words = work.words("finetune", "--data", work.data, "--save", save)
-    words += ["--train_iters", "5000", "--save_interval", "3"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mmconvert", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert process.stdout is not None
+    with closing(Forked([*words, "--train_iters", "5000", "--save_interval", "3"])) as process:
         for line in process.stdout:
             if "4/5000" in line:
                 break
         yield process
-    finally:
-        for pid in members(process.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.communicate()  # closes its pipes too
 
 
-def members(session: int) -> list[int]:
-    """The processes of a session that are alive."""
-    found: list[int] = []
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError, ValueError, IndexError):
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
-
-
-def workers(process: subprocess.Popen[str]) -> list[int]:
+def workers(process: Forked) -> list[int]:
     """The four processes that compute."""
-    found = [pid for pid in members(process.pid) if pid != process.pid]
+    found = [pid for pid in process.members() if pid != process.pid]
     assert len(found) == 4
     return found
 
 
-def ends(process: subprocess.Popen[str]) -> tuple[int, str]:
+def ends(process: Forked) -> tuple[int, str]:
     """Exit code and stderr; no process of the run is left soon after."""
-    _, errors = process.communicate(timeout=60)
-    until = time.monotonic() + 20
-    while (left := members(process.pid)) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert left == []
+    code, errors = process.ends()
     assert "Traceback" not in errors
-    return process.returncode, errors
+    return code, errors
 
 
 def whole_checkpoint(save: Path) -> None:
@@ -232,17 +201,10 @@ def test_a_missing_rank_folder_is_named(work: Work, tmp_path: Path) -> None:
 
 def test_an_interrupted_answer_says_nothing_of_conversions(work: Work) -> None:
     words = work.words("generate", "--prompt", "x", "--max_new_tokens", "100000")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mmconvert", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.read(1)
-    os.killpg(process.pid, signal.SIGINT)
-    code, errors = ends(process)
+    with closing(Forked(words)) as process:
+        assert process.stdout.read(1)
+        os.killpg(process.pid, signal.SIGINT)
+        code, errors = ends(process)
     assert code == 130
     assert errors.splitlines()[-1] == "interrupted"
 

@@ -1,0 +1,86 @@
+"""mm-convert in a process of its own, forked from this one: torch is imported already.
+
+For signals and deaths of a command that trains or answers: starting Python and importing torch and
+transformers would take longer than what is tried.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from mmconvert.cli import main
+
+
+class Forked:
+    """A command in a session of its own; its first process has the session's number."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        ours, theirs = os.pipe()
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - see `close`
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become(words, theirs, self._errors.fileno())
+        os.close(theirs)
+        self.stdout = os.fdopen(ours, encoding="utf-8")
+
+    def members(self) -> list[int]:
+        """The processes of the session that are alive."""
+        found: list[int] = []
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError, ValueError, IndexError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) == self.pid and fields[0] != "Z":
+                    found.append(int(entry.name))
+        return found
+
+    def ends(self) -> tuple[int, str]:
+        """Exit code and stderr; no process of the session is left soon after."""
+        until = time.monotonic() + 60
+        pipe = self.stdout.fileno()
+        while select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
+            if not os.read(pipe, 1 << 16):
+                break
+        else:
+            raise TimeoutError("its processes still hold their stdout")
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        until = time.monotonic() + 20
+        while (left := self.members()) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert left == []
+        self._errors.seek(0)
+        return code, self._errors.read()
+
+    def close(self) -> None:
+        """Kills what is left, and closes its streams."""
+        for pid in self.members():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with suppress(ChildProcessError):  # `ends` has seen it end
+            os.waitpid(self.pid, 0)
+        self.stdout.close()
+        self._errors.close()
+
+
+def _become(words: Sequence[str], out: int, errors: int) -> NoReturn:
+    """What the entry point does, in a child that never returns to the test."""
+    code = 70
+    try:
+        os.setsid()
+        os.dup2(out, 1)
+        os.dup2(errors, 2)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        code = main(list(words))
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
