@@ -27,6 +27,7 @@ from mmconvert.runtime import commands
 from mmconvert.runtime.answers import AnsweringModel, How
 from mmconvert.runtime.conversation import prompt
 from mmconvert.runtime.sampling import Sampling
+from nights import night
 
 MOST = 16
 QUESTION = "What is this?"
@@ -51,7 +52,7 @@ CASES = [
     Case("qwen2_vl", ("[1,3]", "[3,0]", 2), lively),
     Case("qwen2_vl", ("[1,3]", "[3,0]", 1), lively, 1.3),
     Case("qwen2_5_vl", ("[0,4]", "[2,1]", 1), lambda: tiny.tiny_model("qwen2_5_vl")),
-    Case("qwen3_vl", ("[0,4]", "[2,1]", 2), lambda: tiny.tiny_model("qwen3_vl")),
+    night(Case("qwen3_vl", ("[0,4]", "[2,1]", 2), lambda: tiny.tiny_model("qwen3_vl"))),
     Case(
         "qwen3_vl_moe",
         ("[1,3]", "[3,0]", 1, "ep_size=2"),
@@ -60,7 +61,13 @@ CASES = [
     Case("glm4v", ("[1,3]", "[3,0]", 2), lambda: tiny.tiny_model("glm4v")),
     Case("omni", ("[[0,1],[1,2]]", "[[2,1],[0,0]]", 1), tinyfamilies.omni_thinker),
     Case("intern-qwen2", ("[4]", "[3]", 2), lambda: tinyfamilies.native_intern("intern-qwen2")),
-    Case("intern-llama", ("[2,2]", "[3,0]", 1), lambda: tinyfamilies.native_intern("intern-llama")),
+    night(
+        Case(
+            "intern-llama",
+            ("[2,2]", "[3,0]", 1),
+            lambda: tinyfamilies.native_intern("intern-llama"),
+        )
+    ),
     Case(
         "intern-internlm2",
         ("[1,3]", "[3,0]", 2),

@@ -17,7 +17,7 @@ import tinyfamilies as models
 from mmconvert.errors import FormError
 from mmconvert.runtime import commands
 from mmconvert.runtime.verdict import ValidationReport
-from nights import nightly
+from nights import night, nightly
 
 
 class Case(NamedTuple):
@@ -84,9 +84,8 @@ TODAY = (
     *("one process", "windows across a border", "vpp 2 in one process", "tp 2 pp 2 vpp 2"),
     *("tied over two stages", "bf16, two ranks", "omni", "omni tp 2 with encoders at tp 1"),
     *("internvl qwen2, uneven", "internvl llama, norms, uneven", "internvl internlm2"),
-    *("qwen3 over stages", "qwen3 tp 2 pp 2 vpp 2", "experts tp 2 ep 2", "experts pp 2 vpp 2"),
-    "experts ep 2, bf16",
-    *("glm over stages", "glm tp 2", "internvl qwen3, tp 2 pp 2"),
+    *("qwen3 tp 2 pp 2 vpp 2", "experts tp 2 ep 2", "experts pp 2 vpp 2", "experts ep 2, bf16"),
+    *("glm over stages", "internvl qwen3, tp 2 pp 2"),
 )
 
 
@@ -123,7 +122,7 @@ def test_the_canonical_structure_computes_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tied", "tp"), [(True, 1), (False, 2)], ids=["tied", "tp 2"])
+@pytest.mark.parametrize(("tied", "tp"), [night(True, 1), (False, 2)], ids=["tied", "tp 2"])
 def test_a_padded_vocabulary_computes_the_same(tied: bool, tp: int, tmp_path: Path) -> None:
     """The rows of zeros give no logits and get no gradients."""
     hf = models.make("qwen2_vl", tmp_path / "hf", tied=tied)
@@ -133,7 +132,7 @@ def test_a_padded_vocabulary_computes_the_same(tied: bool, tp: int, tmp_path: Pa
     assert report.passed, report.as_dict()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_hetero_tp_of_four_ranks(tmp_path: Path) -> None:
     """Text at tp 4, encoders at tp 1, as the Omni guide has it."""
     case = Case("omni4", "[4]", "[3]", 4, ENCODERS_TP_1)
@@ -152,7 +151,7 @@ def test_internvl_in_the_names_of_transformers_own_class(tmp_path: Path) -> None
 LEFT = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
 
 
-@pytest.mark.parametrize(("kind", "where"), [("qwen2_vl", ""), ("qwen2_5_vl", "text_config")])
+@pytest.mark.parametrize(("kind", "where"), [night("qwen2_vl", ""), ("qwen2_5_vl", "text_config")])
 def test_a_quantization_config_over_plain_weights(kind: str, where: str, tmp_path: Path) -> None:
     """What a merged QLoRA leaves in config.json: noted, and transformers does not quantise."""
     hf = models.make(kind, tmp_path / "hf")
