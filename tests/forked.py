@@ -1,7 +1,7 @@
-"""mm-convert in a process of its own, forked from this one: torch is imported already.
+"""A command in a process of its own, forked from this one: torch is imported already.
 
-For signals and deaths of a command that trains or answers: starting Python and importing torch and
-transformers would take longer than what is tried.
+For the signals and deaths of a command that trains or answers: starting Python and importing torch
+and transformers would take longer than what is tried.
 """
 
 from __future__ import annotations
@@ -12,23 +12,21 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from mmconvert.cli import main
-
 
 class Forked:
-    """A command in a session of its own; its first process has the session's number."""
+    """What returns an exit code, in a session whose number is that of its first process."""
 
-    def __init__(self, words: Sequence[str]) -> None:
+    def __init__(self, program: Callable[[], int]) -> None:
         ours, theirs = os.pipe()
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - see `close`
         self.pid = os.fork()
         if self.pid == 0:
-            _become(words, theirs, self._errors.fileno())
+            _become(program, theirs, self._errors.fileno())
         os.close(theirs)
         self.stdout = os.fdopen(ours, encoding="utf-8")
 
@@ -70,7 +68,7 @@ class Forked:
         self._errors.close()
 
 
-def _become(words: Sequence[str], out: int, errors: int) -> NoReturn:
+def _become(program: Callable[[], int], out: int, errors: int) -> NoReturn:
     """What the entry point does, in a child that never returns to the test."""
     code = 70
     try:
@@ -79,7 +77,7 @@ def _become(words: Sequence[str], out: int, errors: int) -> NoReturn:
         os.dup2(errors, 2)
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        code = main(list(words))
+        code = program()
         sys.stdout.flush()
         sys.stderr.flush()
     finally:

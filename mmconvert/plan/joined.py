@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mmconvert.errors import MMConvertError
 from mmconvert.plan.plan import Comparison, Copy, Plan
@@ -19,9 +20,10 @@ def join_plans(there: Plan, back: Plan, number: Sequence[int]) -> Plan:
     Raises:
         MMConvertError: bytes that ``back`` reads and ``there`` does not write.
     """
-    written: dict[int, list[Copy]] = defaultdict(list)
+    copied: dict[int, list[Copy]] = defaultdict(list)
     for c in there.copies:
-        written[c.dst].append(c)
+        copied[c.dst].append(c)
+    written = defaultdict(lambda: _Written([]), {k: _Written(found) for k, found in copied.items()})
     filled: dict[int, list[Rect]] = defaultdict(list)
     for fill in there.fills:
         filled[fill.tensor].append(Rect(*fill[2:]))
@@ -40,9 +42,28 @@ def join_plans(there: Plan, back: Plan, number: Sequence[int]) -> Plan:
     return plan
 
 
-def _through(written: Iterable[Copy], read: Copy) -> Iterator[Copy]:
+class _Written:
+    """The copies into one tensor, found by place along the axis that divides it more."""
+
+    def __init__(self, copies: Sequence[Copy]) -> None:
+        rows, columns = ({c.dst_row for c in copies}, {c.dst_col for c in copies})
+        self._copies, self._by_rows = copies, len(rows) >= len(columns)
+        places = [(c.dst_row, c.rows) if self._by_rows else (c.dst_col, c.cols) for c in copies]
+        self._longest = max((length for _, length in places), default=0)
+        order = sorted((start, i) for i, (start, _) in enumerate(places))
+        self._starts, self._order = [s for s, _ in order], [i for _, i in order]
+
+    def near(self, read: Copy) -> Iterator[Copy]:
+        """Those that a read may touch, in the order in which they were planned."""
+        start, length = (read.src_row, read.rows) if self._by_rows else (read.src_col, read.cols)
+        first = bisect_right(self._starts, start - self._longest)
+        last = bisect_left(self._starts, start + length)
+        return (self._copies[i] for i in sorted(self._order[first:last]))
+
+
+def _through(written: _Written, read: Copy) -> Iterator[Copy]:
     """What a read of a written tensor reads in truth."""
-    for w in written:
+    for w in written.near(read):
         row, col = max(w.dst_row, read.src_row), max(w.dst_col, read.src_col)
         rows = min(w.dst_row + w.rows, read.src_row + read.rows) - row
         cols = min(w.dst_col + w.cols, read.src_col + read.cols) - col
@@ -60,7 +81,7 @@ def _through(written: Iterable[Copy], read: Copy) -> Iterator[Copy]:
 
 
 def _replicas(
-    written: dict[int, list[Copy]], back: Plan, number: Sequence[int]
+    written: Mapping[int, _Written], back: Plan, number: Sequence[int]
 ) -> Iterator[Comparison]:
     """The comparisons of replicas that are not of one and the same bytes."""
     for key, c in back.replicas:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from runpy import run_path
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from cli import run_cli
 from commands import copied, layout, rank_files
+from forked import Forked
 from mmconvert import converters
 from mmconvert.cli.commands import TOOLS
 from mmconvert.converters.family import Variant
@@ -71,16 +73,22 @@ def test_the_manifest_has_the_keys_that_its_page_lists(playground: Path) -> None
     assert all(f"`{key}`" in section for key in manifest["variant"])
 
 
+def _demo() -> int:
+    os.environ |= {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    run_path(str(ROOT / "examples" / "demo.py"))["main"]()
+    return 0
+
+
 @pytest.mark.slow
 def test_the_demo_prints_what_is_shown() -> None:
     shown = next(
         b.text for b in blocks(DOC / "index.md", "text") if "The demo has passed." in b.text
     )
-    demo = [sys.executable, str(ROOT / "examples" / "demo.py")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
-    done = subprocess.run(demo, env=env, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    got = TIMES.sub("TIME", "\n".join(line.rstrip() for line in done.stdout.splitlines()))
+    with closing(Forked(_demo)) as demo:
+        printed = demo.stdout.read()
+        code, errors = demo.ends()
+    assert code == 0, errors
+    got = TIMES.sub("TIME", "\n".join(line.rstrip() for line in printed.splitlines()))
     for part in TIMES.sub("TIME", shown).split("...\n"):
         lines = [line.rstrip() for line in part.strip("\n").splitlines()]
         assert "\n".join(lines) in got
@@ -281,8 +289,9 @@ def tiny_vl(out: Path) -> Path:
 
 
 @pytest.fixture
-def package(tmp_path: Path) -> dict[str, str]:
-    """The page's family as an installed package, by the page's entry point; its environment."""
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The page's family as an installed package, by the page's entry point, here and in processes
+    of the environment returned."""
     (source,) = blocks(EXTEND, "python")
     (entry,) = blocks(EXTEND, "toml")
     match = re.fullmatch(r'\[project\.entry-points\."(.+)"\]\n(\w+) = "(.+)"\n', entry.text)
@@ -293,7 +302,9 @@ def package(tmp_path: Path) -> dict[str, str]:
     (site / "tiny_vl.py").write_text(source.text)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-vl\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[{match[1]}]\n{match[2]} = {match[3]}\n")
-    return {"PYTHONPATH": f"{site}:{ROOT}"}
+    monkeypatch.syspath_prepend(site)
+    yield {"PYTHONPATH": f"{site}:{ROOT}"}
+    sys.modules.pop("tiny_vl", None)
 
 
 def test_the_family_of_the_page_converts_there_and_back(
@@ -306,20 +317,20 @@ def test_the_family_of_the_page_converts_there_and_back(
     run_cli("TinyVLConverter", "hf_to_mm", *convert, *flags, env=package, check=0)
     assert len(rank_files(mm)) == 4
     export = (*convert, "--cfg.save_hf_dir", back)
-    run_cli("TinyVLConverter", "mm_to_hf", *export, env=package, check=0)
+    run_cli("TinyVLConverter", "mm_to_hf", *export, check=0)
     assert (back / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
     resplit = ("--cfg.source_dir", mm, "--cfg.target_dir", one)
-    run_cli("TinyVLConverter", "resplit", *resplit, env=package, check=0)
-    run_cli("verify", hf, one, env=package, check=0)
-    run_cli("verify", "--quick", hf, back, env=package, check=0)
-    run_cli("diff", mm, back, env=package, check=0)
-    run_cli("doctor", mm, "--hf_dir", hf, env=package, check=0)
-    run_cli("roundtrip", hf, env=package, check=0)
-    assert "TinyVLConverter" in run_cli("suggest", hf, "--pp", "2", env=package, check=0).stdout
-    assert "Tiny-VL" in run_cli("inspect", mm, env=package, check=0).stdout
+    run_cli("TinyVLConverter", "resplit", *resplit, check=0)
+    run_cli("verify", hf, one, check=0)
+    run_cli("verify", "--quick", hf, back, check=0)
+    run_cli("diff", mm, back, check=0)
+    run_cli("doctor", mm, "--hf_dir", hf, check=0)
+    run_cli("roundtrip", hf, check=0)
+    assert "TinyVLConverter" in run_cli("suggest", hf, "--pp", "2", check=0).stdout
+    assert "Tiny-VL" in run_cli("inspect", mm, check=0).stdout
     auto = ("--cfg.hf_config.hf_dir", hf, "--cfg.mm_dir", tmp_path / "auto")
-    run_cli("AutoConverter", "hf_to_mm", *auto, env=package, check=0)
-    run_cli("verify", hf, tmp_path / "auto", env=package, check=0)
+    run_cli("AutoConverter", "hf_to_mm", *auto, check=0)
+    run_cli("verify", hf, tmp_path / "auto", check=0)
     model = torch.load(next(iter(rank_files(one).values())), weights_only=True)["model"]
     packed = model["image_encoder.encoder.blocks.layers.2.self_attention.linear_qkv.weight"]
     qkv = load_file(hf / "model.safetensors")["vision.blocks.2.qkv.weight"]
@@ -337,5 +348,5 @@ def test_the_family_of_the_page_is_one_that_must_be_complete(
     assert len(kept) == len(lines) - 1
     module.write_text("".join(kept))
     words = ["--cfg.hf_config.hf_dir", hf, "--cfg.mm_dir", tmp_path / "mm"]
-    done = run_cli("TinyVLConverter", "hf_to_mm", *words, env=package, check=3)
+    done = run_cli("TinyVLConverter", "hf_to_mm", *words, check=3)
     assert "vision.blocks.0.fc1.bias" in done.stderr

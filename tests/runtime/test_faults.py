@@ -19,6 +19,7 @@ from cli import run_cli
 from commands import RANK_FILE, copied, rank_files, refused
 from forked import Forked
 from inprocess import call
+from mmconvert.cli import main
 from mmconvert.errors import CheckpointError, LostProcessError, RequestError
 from mmconvert.runtime import commands, needs, trouble
 from mmconvert.runtime.launch import Emit, launch
@@ -52,7 +53,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 def training(work: Work, save: Path) -> Iterator[Forked]:
     """A long training that has done its first steps and saved one."""
     words = work.words("finetune", "--data", work.data, "--save", save)
-    with closing(Forked([*words, "--train_iters", "5000", "--save_interval", "3"])) as process:
+    words += ["--train_iters", "5000", "--save_interval", "3"]
+    with closing(Forked(lambda: main(words))) as process:
         for line in process.stdout:
             if "4/5000" in line:
                 break
@@ -201,7 +203,7 @@ def test_a_missing_rank_folder_is_named(work: Work, tmp_path: Path) -> None:
 
 def test_an_interrupted_answer_says_nothing_of_conversions(work: Work) -> None:
     words = work.words("generate", "--prompt", "x", "--max_new_tokens", "100000")
-    with closing(Forked(words)) as process:
+    with closing(Forked(lambda: main(words))) as process:
         assert process.stdout.read(1)
         os.killpg(process.pid, signal.SIGINT)
         code, errors = ends(process)
