@@ -92,6 +92,7 @@ class Answering:
     def __call__(self, device: torch.device, emit: Emit) -> None:
         """Emits :class:`Ready`, and for each prompt every :class:`Step` and then :class:`Ended`."""
         run = engines.load(self.arch, self.stored, device, DTYPES[self.dtype])
+        run.only_answer()
         answers = Generation(run, self.stop, self.how)
         emit(Ready.READY)
         while (asked := self.prompts.next(device)) is not None:

@@ -10,7 +10,6 @@ absent is an error. The converter's tables have no part in it, so that errors ca
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,11 +17,10 @@ from torch.nn import functional as F  # noqa: N812 - the name torch's own pages 
 
 from mmconvert.errors import TensorError
 from mmconvert.runtime.collectives import TensorGroup, share
+from mmconvert.runtime.packed import PackedLinears, PartOf
 from mmconvert.runtime.parallel import (
     OfOwnPart,
-    PartOf,
     RowParallel,
-    TakenTogether,
     View,
     VocabEmbedding,
     VocabHead,
@@ -101,11 +99,12 @@ class Binder:
         low = self.shard.low(mm, self._named(mm, hf), sizes, self.group, None)
         biased = [suffix for suffix, place in pieces.items() if _linear(*place).bias is not None]
         bias = self._take(f"{mm}.bias", (rows,), divided=True) if biased else None
-        together = TakenTogether([parts[suffix][0] for suffix in pieces])
+        views = [parts[suffix][0] for suffix in pieces]
+        joint = PackedLinears(weight, bias, views, self.group) if views != [whole] else None
         for number, (suffix, (parent, attribute)) in enumerate(pieces.items()):
             part, mine = parts[suffix]
-            taken = partial(together.take, number=number) if len(pieces) > 1 else None
-            setattr(parent, attribute, PartOf(weight, bias, part, self.group, low, taken))
+            mine_in = None if joint is None else (joint, number)
+            setattr(parent, attribute, PartOf(weight, bias, part, self.group, low, mine_in))
             self.bind(f"{mm}.weight", f"{hf}{suffix}.weight", weight, part, mine)
             if bias is None:
                 continue

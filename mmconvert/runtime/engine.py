@@ -26,6 +26,7 @@ from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.losses import LossType
 from mmconvert.runtime.mesh import Mesh
 from mmconvert.runtime.mmfiles import LoadableCheckpoint, chunk_tensors, read_rank
+from mmconvert.runtime.packed import PartOf
 from mmconvert.runtime.pipeline import Loss, pipeline_stage, schedule
 from mmconvert.runtime.stage import Stage
 
@@ -99,6 +100,16 @@ class Engine:
         for stage in self.stages:
             both = keep and stage.text is not None
             stage.cache = transformers.DynamicCache() if both else None
+
+    def only_answer(self) -> None:
+        """Gives up what only learning and saving need; packed rows are put as they compute."""
+        self.extras = {}
+        for stage in self.stages:
+            stage.shard.tree = nn.Module()
+            stage.shard.bindings, stage.shard.void = [], []
+            for layer in stage.modules():
+                if isinstance(layer, PartOf):
+                    layer.unpack()
 
     def loss(self, batches: Sequence[Batch], kind: LossType = "per_token") -> tuple[float, float]:
         """Loss of this replica's micro-batches, without gradients, and what they count.

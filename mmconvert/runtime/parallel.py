@@ -10,7 +10,7 @@ of a row-parallel one is (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,83 +26,6 @@ View = Callable[[Tensor], Tensor]
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself: the view of what is neither packed nor divided."""
     return tensor
-
-
-class _Taken(torch.autograd.Function):
-    """Parts of a tensor, by rows; all their gradients go back as one."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, parts: Sequence[View]) -> tuple[Tensor, ...]:  # noqa: ANN401 - torch's
-        """The rows of each part."""
-        ctx.parts, ctx.shape = parts, tensor.shape
-        return tuple(part(tensor) for part in parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401 - torch's
-        """The gradient of the tensor; rows of no part have none."""
-        rows = torch.arange(ctx.shape[0], device=grads[0].device)
-        places = [part(rows) for part in ctx.parts]
-        full = sum(map(len, places)) == len(rows)
-        made = (torch.empty if full else torch.zeros)(
-            ctx.shape, dtype=grads[0].dtype, device=grads[0].device
-        )
-        for place, grad in zip(places, grads, strict=True):
-            made.index_copy_(0, place, grad)
-        return made, None
-
-
-class TakenTogether:
-    """The parts of one packed tensor, which layers of one module use one after the other.
-
-    Taken one by one, each would send back a gradient of the whole tensor, zeros but for its own
-    rows.
-    """
-
-    def __init__(self, parts: Sequence[View]) -> None:
-        self._parts = parts
-        self._pending: dict[int, Tensor] = {}
-        self._state: tuple[int, int, bool] | None = None
-
-    def take(self, tensor: Tensor, number: int) -> Tensor:
-        """One part. Each is taken once; another time begins with new ones."""
-        state = (id(tensor), tensor._version, torch.is_grad_enabled())
-        if number not in self._pending or self._state != state:
-            self._pending = dict(enumerate(_Taken.apply(tensor, self._parts)))
-            self._state = state
-        return self._pending.pop(number)
-
-
-class PartOf(nn.Module):
-    """A linear layer whose weight is a part of a packed column-parallel tensor.
-
-    Args:
-        weight: the packed tensor, (rows on this rank, in).
-        bias: packed likewise, (rows on this rank,).
-        part: takes the rows of this layer out of a packed tensor, in this layer's order.
-        low: the packed tensor's adapter, if it has one.
-        taken: takes the weight's rows together with those of other layers; ``part`` without.
-    """
-
-    def __init__(
-        self,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
-        part: View,
-        group: TensorGroup,
-        low: Any = None,  # noqa: ANN401 - lora.Low, which is built on this module
-        taken: View | None = None,
-    ) -> None:
-        super().__init__()
-        self.weight, self.bias, self.low = weight, bias, low
-        self._part, self._group = part, group
-        self._taken = taken or part
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., this layer's rows on this rank)."""
-        bias = None if self.bias is None else self._part(self.bias)
-        x = copy_in(x, self._group)
-        out = F.linear(x, self._taken(self.weight), bias)
-        return out if self.low is None else out + self.low.rows(x, self._part)
 
 
 class RowParallel(nn.Module):
