@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F  # noqa: N812 - the name torch's own pages use
 
 import talking
 import tinyfamilies
 from cli import run_cli
 from commands import rank_files, refused
+from lora import randomised
 from mmconvert.errors import RequestError
 from mmconvert.runtime import reference
 from mmconvert.runtime.beginning import Load, beginning
@@ -264,3 +265,38 @@ def test_experts_have_adapters_of_their_own(tmp_path: Path) -> None:
         for ours, theirs in zip(curves[0], curve, strict=True):
             assert math.isclose(ours[1], theirs[1], rel_tol=1e-4)
             assert math.isclose(ours[3], theirs[3], rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_adapters_of_stacked_experts(hub: bool, tmp_path: Path) -> None:
+    """PEFT's ``target_parameters``, whichever way round the base has its stacks."""
+    hf = talking.make("qwen3_vl_moe", tmp_path / "hf")
+    arch = architecture(hf)
+    plain = arch.model_class().from_pretrained(hf, config=arch.config, dtype=torch.float32).eval()
+    feed = Feed(Speaker(arch, hf), read_samples([talking.write_data(tmp_path)], 0), 1, 1)
+    (batch,) = feed.step(0)
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    asked = LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["o_proj"], target_parameters=stacks)
+    with torch.no_grad():
+        before = reference.forward(arch, plain, batch)
+        made = randomised(get_peft_model(plain, asked))
+        after = reference.forward(arch, plain, batch)
+    made.save_pretrained(tmp_path / "adapter")
+    if hub:  # inputs first, as the hub has them
+        path = hf / "model.safetensors"
+        stored = load_file(path)
+        for name in [
+            n for n in stored if n.endswith(("experts.gate_up_proj", "experts.down_proj"))
+        ]:
+            stored[name] = stored[name].transpose(1, 2).contiguous()
+        save_file(stored, path, metadata={"format": "pt"})
+    mm = tinyfamilies.convert("qwen3_vl_moe", hf, tmp_path / "mm", "[4]", "[3]", 1, "ep_size=2")
+    words = ("--mm_dir", mm, "--hf_dir", hf, "--lora_dir", tmp_path / "adapter")
+    assert "equal" in run_cli("validate", *words, check=0).stdout
+    judge, _ = reference.load_reference(
+        arch, hf, torch.float32, torch.device("cpu"), tmp_path / "adapter"
+    )
+    with torch.no_grad():
+        told = reference.forward(arch, judge, batch)
+    assert float((after - before).abs().max()) > 1e-2
+    assert float((after - told).abs().max()) < 1e-5 * max(1.0, float(after.abs().max()))
