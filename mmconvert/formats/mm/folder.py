@@ -93,7 +93,9 @@ def open_mm(root: Path, faults: Faults = STRICT) -> MMCheckpoint:
         pp, ep = 1, pp
     virtual = len(next(iter(chunks.values())))
     left = [
-        f"{what} ({count} bytes) left out{HINTS.get(what, '')}" for what, count in notes.items()
+        f"{what} ({count} bytes) left out{HINTS.get(what, '')}"
+        for what, count in notes.items()
+        if count
     ]
     numbers = ranks.numbers
     return MMCheckpoint(root, folder, iteration, tp, pp, virtual, parts, left, ep, whole, numbers)
