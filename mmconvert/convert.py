@@ -205,7 +205,11 @@ def _notes(
     models = [source.model] if original is None else [original.model, source.model]
     notes += [*source.model.notes, *idle_patterns(options, *models)]
     names = [tensor.name for tensor in models[0].carried]
-    what = "stay in hf_dir and return from it" if original is None else "copied from hf_dir"
+    if original is not None:
+        what = "copied from hf_dir"
+    else:
+        what = "stays in hf_dir and returns" if len(names) == 1 else "stay in hf_dir and return"
+        what += " from it"
     notes = list(dict.fromkeys(notes))  # the source may be the original
     return notes + ([f"{number(names, 'tensor')} {what}: {summarise(names)}"] if names else [])
 

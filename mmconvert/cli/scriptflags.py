@@ -185,25 +185,31 @@ def _refuse(flag: str, name: str, own: Sequence[str]) -> None:
 def check_layout(layout: Layout, model: ModelJson | None, script: Script) -> None:
     """The layout of the checkpoint is the one that the script and model.json name.
 
+    A size that the script does not give is the checkpoint's.
+
     Raises:
         LayoutError: it is another; both are printed.
     """
-    size = script.sizes.get("tp", 1)
-    tp = dict.fromkeys(layout.tp, size)
+    given = script.sizes
+    tp = dict.fromkeys(layout.tp, given["tp"]) if "tp" in given else dict(layout.tp)
     if script.hetero and model is not None:
         tp |= {key: n for key, n in model.tp().items() if key in tp}
     grids = dict(layout.grids)
-    pp, vpp = script.sizes.get("pp", 1), script.sizes.get("vpp", 1)
+    staged = "pp" in given or "vpp" in given
+    pp = given.get("pp", 1) if staged else layout.pp_size
+    vpp = given.get("vpp", 1) if staged else layout.vpp_size
     if pp * vpp > 1 and model is not None:
         grids |= {key: grid for key, grid in model.grids().items() if key in grids}
-    expected = Layout(tp, grids, script.sizes.get("ep", 1), decoder=layout.decoder)
+    expected = Layout(tp, grids, given.get("ep", layout.ep), decoder=layout.decoder)
     if (expected.pp_size, expected.vpp_size) != (pp, vpp):
         source = script.model or "the checkpoint"
+        virtual = f" --virtual-pipeline-model-parallel-size {expected.vpp_size}"
+        virtual = virtual if expected.vpp_size > 1 else ""
         raise LayoutError(
             f"the script has PP {pp} and VPP {vpp}, {source} has PP {expected.pp_size} and VPP "
             f"{expected.vpp_size}",
             "the same sizes in the script, in model.json and in the checkpoint",
-            "give --pipeline-model-parallel-size and the virtual stages of the checkpoint",
+            f"give --pipeline-model-parallel-size {expected.pp_size}{virtual}",
         )
     if expected != layout:
         raise LayoutError(

@@ -217,16 +217,20 @@ def _columns(attr: object, path: Path) -> Columns:
 
 
 # ----------------------------------------------------------------------------------- InternVL
+TOP_READ = {  # not by _Keys
+    "dataset_type", "basic_parameters", "preprocess_parameters", "tokenizer_config",
+    "template_name",
+}  # fmt: skip
 TOP_IDLE = {
-    "basic_parameters", "preprocess_parameters", "tokenizer_config", "dataset_type", "image_size",
-    "patch_size", "down_sample_ratio", "group_by_length", "sampling_method", "use_text_processer",
-    "is_multimodal", "mm_use_im_start_end", "template_name", "patch_size_t", "attr",
+    "image_size", "patch_size", "down_sample_ratio", "group_by_length", "sampling_method",
+    "use_text_processer", "is_multimodal", "mm_use_im_start_end", "patch_size_t", "attr",
 }  # fmt: skip
 
 
 def _multimodal(param: dict[str, Any], path: Path) -> DataJson:
     """InternVL's form."""
-    top = _Keys(param, "dataset_param", path)
+    others = {key: value for key, value in param.items() if key not in TOP_READ}
+    top = _Keys(others, "dataset_param", path)
     given = param.get("basic_parameters")
     parts = cast("list[object]", given) if isinstance(given, list) else [given]
     sources: list[SampleSource] = []

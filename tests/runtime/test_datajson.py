@@ -128,6 +128,8 @@ def test_internvl_has_tiles_and_several_data_sets(tmp_path: Path) -> None:
     assert found.prepare.tiling == Tiling(True, True, 1, 6, square=True)
     assert found.prepare.template == "internlm2-chat"
     assert [source.share for source in found.train] == [1.0, 2.0]
+    idle = "down_sample_ratio, group_by_length, image_size, patch_size, use_text_processer"
+    assert found.notes == (f"note: {tmp_path / 'data.json'}: no effect here: {idle}",)
     assert found.train[0].folders == (Path("data/ai2d"),)
     with pytest.raises(RequestError, match=r"repeat_time is 1\.5"):
         read_data_json(

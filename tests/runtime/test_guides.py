@@ -235,6 +235,8 @@ def test_an_inference_file_asks_as_the_flags_do(guide: Guide) -> None:
     more = ("--max_new_tokens", "3", "--dtype", "bf16", "--json")
     same = run_cli("generate", *flags, *more, cwd=guide.folder, check=0)
     assert json.loads(done.stdout) == json.loads(same.stdout)
+    words = ("--load", "mm", "--mm-model", "inference_2b.json", "--json")  # sizes left out
+    assert run_cli("generate", *words, cwd=guide.folder, check=0).stdout == done.stdout
 
 
 @pytest.mark.slow
