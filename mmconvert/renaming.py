@@ -9,7 +9,7 @@ from mmconvert.adapters import CONFIG
 from mmconvert.config import Options
 from mmconvert.config.lora import RenameLora
 from mmconvert.converters.family import Family
-from mmconvert.errors import CheckpointError, TensorError
+from mmconvert.errors import CheckpointError
 from mmconvert.events import Events
 from mmconvert.executor.apart import check_apart
 from mmconvert.formats.base import NoLayout, Placed
@@ -20,12 +20,12 @@ from mmconvert.formats.peft.format import variant_of_keys
 from mmconvert.formats.peft.names import Names, renamed
 from mmconvert.formats.reading import watched
 from mmconvert.formats.recognise import family_by_hf_names
+from mmconvert.formats.wholes import verbatim
 from mmconvert.narrow import is_array
 from mmconvert.plan.build import build
-from mmconvert.plan.plan import Block, Key, Side, Whole, matrix
+from mmconvert.plan.plan import Side
 from mmconvert.result import Result
 from mmconvert.run import Conversion
-from mmconvert.stored import Target
 
 FSDP2_FILE = "lora_adapter.safetensors"
 
@@ -49,20 +49,8 @@ def rename_lora(
             "an adapter of a family of mm-convert",
         )
     names = Names(family, family.table(variant_of_keys(family, cfg.lora_dir)))
-    src, dst = Side(), Side()
-    for tensor in file.tensors:
-        new = renamed(tensor, family, names, cfg.names)
-        key, shape = Key(new, -1), tensor.shape
-        block = Block(len(src.stored), 0, 0, 0, 0, *matrix(shape))
-        if key in src.wholes:
-            raise TensorError(
-                f"{file.path}: {tensor.name} and another tensor are both {new}",
-                "one spelling of each name",
-            )
-        src.wholes[key] = Whole(shape, tensor.dtype, [[block]])
-        dst.wholes[key] = Whole(shape, tensor.dtype, [[block]])
-        src.stored.append(tensor)
-        dst.targets.append(Target(new, tensor.dtype, shape))
+    new = ((renamed(tensor, family, names, cfg.names), tensor) for tensor in file.tensors)
+    src, dst = verbatim(new, file.path)
     plan = run.prove(build(src, dst))
     images = list(_images(dst, config, family, cfg.names))
     result = Result(cfg.save_dir, False, plan, NoLayout(), 0.0, tuple(images))

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-PREFIX = "text_decoder."
-WORLD = 2
+from megatron_text import model_parallel, process, text_config, text_of
 
 
 class Case(NamedTuple):
@@ -48,9 +47,7 @@ class Outcome(NamedTuple):
 def read_text(case: Case, tp: int, pp: int) -> dict[str, torch.Tensor]:
     """The text decoder in one rank file, without its prefix."""
     folder = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if len(case.stages) > 1 else "")
-    path = case.mm / "release" / folder / "model_optim_rng.pt"
-    weights = torch.load(path, weights_only=True)["model"]
-    return {k.removeprefix(PREFIX): v for k, v in weights.items() if k.startswith(PREFIX)}
+    return text_of(case.mm / "release" / folder / "model_optim_rng.pt")
 
 
 def weights_of(case: Case, tp: int, pp: int) -> dict[str, torch.Tensor]:
@@ -73,7 +70,6 @@ def build(text: dict[str, Any], case: Case, pp: int) -> torch.nn.Module:
     """Megatron's text model, or one pipeline stage of it."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     pipeline: dict[str, Any] = {}
     if case.pp > 1:
@@ -84,28 +80,10 @@ def build(text: dict[str, Any], case: Case, pp: int) -> torch.nn.Module:
             "num_layers_in_last_pipeline_stage": case.stages[-1],
         }
     rope = text["rope_parameters"]
-    config = TransformerConfig(
+    config = text_config(
+        text,
         num_layers=sum(case.stages),
-        hidden_size=text["hidden_size"],
-        num_attention_heads=text["num_attention_heads"],
-        num_query_groups=text["num_key_value_heads"],
-        ffn_hidden_size=text["intermediate_size"],
         tensor_model_parallel_size=case.tp,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        normalization="RMSNorm",
-        layernorm_epsilon=text["rms_norm_eps"],
-        activation_func=torch.nn.functional.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        add_qkv_bias=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
         mrope_section=rope["mrope_section"],
         **pipeline,
     )
@@ -145,25 +123,17 @@ def forward(
 
 def run(rank: int, folder: Path, text: dict[str, Any], cases: list[Case]) -> None:
     """One rank of all cases; leaves an Outcome in `folder` for each."""
-    torch.set_num_threads(1)
-    torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue] - the rotary embedding asks
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
-    initialize_rng_tracker(inference_rng_tracker=True)
-    given = torch.load(folder / "inputs.pt", weights_only=True)
-    rendezvous = f"file://{folder / 'rendezvous'}"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD)
-    for case in cases:
-        parallel_state.initialize_model_parallel(case.tp, case.pp)
-        tp = parallel_state.get_tensor_model_parallel_rank()
-        pp = parallel_state.get_pipeline_model_parallel_rank()
-        model = build(text, case, pp).eval()
-        # strict=False only in order to report every name; the test wants none.
-        loaded = model.load_state_dict(weights_of(case, tp, pp), strict=False)
-        logits = forward(model, case, pp, given["ids"], given["positions"])
-        outcome = Outcome(list(loaded.missing_keys), list(loaded.unexpected_keys), logits)
-        torch.save(tuple(outcome), folder / f"{case.name}.{rank}.pt")
-        parallel_state.destroy_model_parallel()
-        dist.barrier()
-    dist.destroy_process_group()
+    with process(rank, folder):
+        given = torch.load(folder / "inputs.pt", weights_only=True)
+        for case in cases:
+            with model_parallel(case.tp, case.pp):
+                tp = parallel_state.get_tensor_model_parallel_rank()
+                pp = parallel_state.get_pipeline_model_parallel_rank()
+                model = build(text, case, pp).eval()
+                # strict=False only in order to report every name; the test wants none.
+                loaded = model.load_state_dict(weights_of(case, tp, pp), strict=False)
+                logits = forward(model, case, pp, given["ids"], given["positions"])
+                outcome = Outcome(list(loaded.missing_keys), list(loaded.unexpected_keys), logits)
+                torch.save(tuple(outcome), folder / f"{case.name}.{rank}.pt")

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-WORLD = 2
-TEXT = "text_decoder."
+from megatron_text import PREFIX as TEXT
+from megatron_text import WORLD, model_parallel, process, text_config
 
 
 class Run(NamedTuple):
@@ -123,7 +123,6 @@ def on_cpu() -> Iterator[None]:
 
         return made
 
-    torch.cuda.current_device = lambda: cpu  # pyright: ignore[reportAttributeAccessIssue]
     for name in ("tensor", "zeros", "empty", "ones", "full", "rand"):
         setattr(torch, name, here(getattr(torch, name)))
     plain = torch.Tensor.type
@@ -150,28 +149,12 @@ def chunk_model(
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.module import MegatronModule
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     layers = {n.split(".")[3] for n in weights if n.startswith(f"{TEXT}decoder.layers.")}
-    config = TransformerConfig(
+    config = text_config(
+        text,
         num_layers=max(len(layers), 1),
-        hidden_size=text["hidden_size"],
-        num_attention_heads=text["num_attention_heads"],
-        num_query_groups=text["num_key_value_heads"],
-        ffn_hidden_size=text["intermediate_size"],
         tensor_model_parallel_size=run.tp,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        normalization="RMSNorm",
-        activation_func=torch.nn.functional.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        add_qkv_bias=True,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
         params_dtype=torch.bfloat16,
         bf16=True,
     )
@@ -323,20 +306,11 @@ def save(
 
 def work(rank: int, folder: Path, text: dict[str, Any], runs: list[Run]) -> None:
     """One rank of all runs."""
-    torch.set_num_threads(1)
-    with on_cpu():
+    with process(rank, folder), on_cpu():
         from megatron.core import parallel_state
-        from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
-        initialize_rng_tracker(inference_rng_tracker=True)
-        rendezvous = f"file://{folder / 'rendezvous'}"
-        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD)
         for run in runs:
-            virtual = len(run.llm) if len(run.llm) > 1 else None
-            parallel_state.initialize_model_parallel(run.tp, run.pp, virtual)
-            tp = parallel_state.get_tensor_model_parallel_rank()
-            pp = parallel_state.get_pipeline_model_parallel_rank()
-            train(run, text, tp, pp)
-            parallel_state.destroy_model_parallel()
-            dist.barrier()
-        dist.destroy_process_group()
+            with model_parallel(run.tp, run.pp, len(run.llm) if len(run.llm) > 1 else None):
+                tp = parallel_state.get_tensor_model_parallel_rank()
+                pp = parallel_state.get_pipeline_model_parallel_rank()
+                train(run, text, tp, pp)

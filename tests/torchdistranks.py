@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import megatron_experts
 from megatron_experts import ExpertCase
-from megatron_ranks import WORLD, Case, build, weights_of
+from megatron_ranks import Case, build, weights_of
+from megatron_text import model_parallel, process
 
 KEY = "language_model."
 # The norm before experts, without Transformer Engine and with it.
@@ -24,42 +24,36 @@ def run(rank: int, folder: Path, text: dict[str, Any], cases: list[Case | Expert
     linear as ``CASE.single``. Leaves the names that differ in a file.
     """
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue] - Megatron asks
-    from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.tensor_parallel.random import initialize_rng_tracker
+    with process(rank, folder):
+        for case in cases:
+            layout = {"ep": case.ep} if isinstance(case, ExpertCase) else {"pp": case.pp}
+            with model_parallel(case.tp, **layout):
+                differing = _differing(folder, text, case)
+                torch.save(differing, folder / f"{case.name}.{rank}.differ")
 
-    initialize_rng_tracker(inference_rng_tracker=True)
-    rendezvous = f"file://{folder / 'rendezvous'}"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD)
-    for case in cases:
-        if isinstance(case, ExpertCase):
-            parallel_state.initialize_model_parallel(
-                case.tp, expert_model_parallel_size=case.ep, expert_tensor_parallel_size=case.tp
-            )
-        else:
-            parallel_state.initialize_model_parallel(case.tp, case.pp)
-        tp = parallel_state.get_tensor_model_parallel_rank()
-        model, expected = _built(text, case, tp)
-        state = {k: v for k, v in model.sharded_state_dict(prefix=KEY).items() if "_extra" not in k}
-        for tensor in state.values() if isinstance(case, ExpertCase) else ():
-            tensor.key = tensor.key.replace(FUSED, BEFORE)
-        loaded: Any = dist_checkpointing.load(state, str(folder / "dist" / "release"))
-        found = {k.removeprefix(KEY): v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
-        differing = [
-            name
-            for name in {*expected, *found}
-            if name not in found
-            or name not in expected
-            or not torch.equal(found[name], expected[name].to(found[name].dtype))
-        ]
-        model.load_state_dict(found, strict=False)
-        save(model, folder / f"{case.name}.saved")
-        save(model, folder / f"{case.name}.single", {"singleton_local_shards": True})
-        torch.save(differing, folder / f"{case.name}.{rank}.differ")
-        parallel_state.destroy_model_parallel()
-        dist.barrier()
-    dist.destroy_process_group()
+
+def _differing(folder: Path, text: dict[str, Any], case: Case | ExpertCase) -> list[str]:
+    """The names whose tensors differ in this rank's model of a case, which is saved too."""
+    from megatron.core import dist_checkpointing, parallel_state
+
+    tp = parallel_state.get_tensor_model_parallel_rank()
+    model, expected = _built(text, case, tp)
+    state = {k: v for k, v in model.sharded_state_dict(prefix=KEY).items() if "_extra" not in k}
+    for tensor in state.values() if isinstance(case, ExpertCase) else ():
+        tensor.key = tensor.key.replace(FUSED, BEFORE)
+    loaded: Any = dist_checkpointing.load(state, str(folder / "dist" / "release"))
+    found = {k.removeprefix(KEY): v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
+    differing = [
+        name
+        for name in {*expected, *found}
+        if name not in found
+        or name not in expected
+        or not torch.equal(found[name], expected[name].to(found[name].dtype))
+    ]
+    model.load_state_dict(found, strict=False)
+    save(model, folder / f"{case.name}.saved")
+    save(model, folder / f"{case.name}.single", {"singleton_local_shards": True})
+    return differing
 
 
 def _built(text: dict[str, Any], case: Case | ExpertCase, tp: int) -> tuple[Any, dict[str, Any]]:

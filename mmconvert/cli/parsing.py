@@ -52,32 +52,27 @@ def _grid(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
-@REGISTRY.primitive_rule  # pyright: ignore[reportUnknownMemberType] - open in tyro
-def _patterns(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """The --drop patterns: one word, which ``repeated_joined`` has made of them all."""
-    if info.type != Patterns:  # pyright: ignore[reportUnknownMemberType] - as above
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATTERN",
-        instance_from_str=lambda words: Patterns(json.loads(words[0])),
-        is_instance=lambda value: isinstance(value, Patterns),
-        str_from_instance=lambda patterns: [" ".join(patterns) or "none"],
-    )
+def _repeated(kind: type[Patterns | Folders], metavar: str) -> None:
+    """The values of a flag that may be repeated: one word, which ``repeated_joined`` makes of
+    them all.
+    """
+
+    def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        if info.type != kind:  # pyright: ignore[reportUnknownMemberType] - as above
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=metavar,
+            instance_from_str=lambda words: kind(json.loads(words[0])),
+            is_instance=lambda value: isinstance(value, kind),
+            str_from_instance=lambda values: [" ".join(values) or "none"],
+        )
+
+    REGISTRY.primitive_rule(rule)  # pyright: ignore[reportUnknownMemberType] - open in tyro
 
 
-@REGISTRY.primitive_rule  # pyright: ignore[reportUnknownMemberType] - open in tyro
-def _folders(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """The folders of a repeated flag: one word, as of the patterns."""
-    if info.type != Folders:  # pyright: ignore[reportUnknownMemberType] - as above
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=lambda words: Folders(json.loads(words[0])),
-        is_instance=lambda value: isinstance(value, Folders),
-        str_from_instance=lambda folders: [" ".join(folders) or "none"],
-    )
+_repeated(Patterns, "PATTERN")
+_repeated(Folders, "PATH")
 
 
 def tool(form: type[Form], words: Sequence[str], prog: str, description: str) -> Form:

@@ -22,33 +22,7 @@ class DCPLayout:
     """Tensors of Hugging Face, or whole tensors of MM format under their MM names."""
 
 
-@dataclass(frozen=True)
-class MMToDCP:
-    """MM -> DCP."""
-
-    dcp_dir: Path
-    """Folder to write: release/ with .metadata and *.distcp, and a tracker file."""
-    mm_dir: Path
-    """MM checkpoint."""
-    hf_config: HFConfig
-    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
-    dcp_config: DCPLayout = field(default_factory=DCPLayout)
-
-
-@dataclass(frozen=True)
-class DCPToMM:
-    """DCP -> MM."""
-
-    mm_dir: Path
-    """Folder to write."""
-    dcp_dir: Path
-    """DCP folder, or the folder with its tracker file."""
-    hf_config: OptionalHFConfig = field(default_factory=OptionalHFConfig)
-    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
-    dcp_config: DCPLayout = field(default_factory=DCPLayout)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HFToDCP:
     """Hugging Face -> DCP."""
 
@@ -58,16 +32,41 @@ class HFToDCP:
     dcp_config: DCPLayout = field(default_factory=DCPLayout)
 
 
-@dataclass(frozen=True)
-class DCPToHF:
+@dataclass(frozen=True, kw_only=True)
+class MMToDCP(HFToDCP):
+    """MM -> DCP."""
+
+    mm_dir: Path
+    """MM checkpoint."""
+    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCPSource:
+    """What is read."""
+
+    dcp_dir: Path
+    """DCP folder, or the folder with its tracker file."""
+    dcp_config: DCPLayout = field(default_factory=DCPLayout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCPToMM(DCPSource):
+    """DCP -> MM."""
+
+    mm_dir: Path
+    """Folder to write."""
+    hf_config: OptionalHFConfig = field(default_factory=OptionalHFConfig)
+    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCPToHF(DCPSource):
     """DCP -> Hugging Face."""
 
     save_hf_dir: Path
     """Folder to write."""
-    dcp_dir: Path
-    """DCP folder, or the folder with its tracker file."""
     hf_config: HFConfig
-    dcp_config: DCPLayout = field(default_factory=DCPLayout)
 
 
 @dataclass(frozen=True)

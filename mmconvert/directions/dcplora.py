@@ -21,15 +21,16 @@ from mmconvert.formats.dcp.naming import Naming, Rules
 from mmconvert.formats.dcp.output import folder_images, sharded, whole_pieces
 from mmconvert.formats.peft.files import read_file
 from mmconvert.formats.reading import watched
-from mmconvert.names import NO_EXPERT, NO_LAYER, number, summarise
+from mmconvert.formats.wholes import verbatim
+from mmconvert.names import NO_EXPERT, number, summarise
 from mmconvert.plan.build import build
 from mmconvert.plan.parts import whole_of
-from mmconvert.plan.plan import Block, Key, Side, Term, Whole, matrix
+from mmconvert.plan.plan import Block, Term
 from mmconvert.plan.products import Adapter, Delta
 from mmconvert.request import End, Request
 from mmconvert.result import Result
 from mmconvert.run import Conversion
-from mmconvert.stored import StoredTensor, Target
+from mmconvert.stored import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,8 @@ def to_dcp(
     """
     run = Conversion("lora_hf_to_dcp", asked, asked.out, options, events)
     check_apart(asked.out, [asked.adapter])
-    src, dst = Side(), Side()
-    for tensor in read_file(asked.adapter)[0].tensors:
-        name = _trained_name(tensor, asked.naming)
-        key, block = Key(name, NO_LAYER), Block(len(src.stored), 0, 0, 0, 0, *matrix(tensor.shape))
-        if key in src.wholes:
-            raise TensorError(
-                f"{asked.adapter}: two tensors are both {name}", "one spelling of each"
-            )
-        for side in (src, dst):
-            side.wholes[key] = Whole(tensor.shape, tensor.dtype, [[block]])
-        src.stored.append(tensor)
-        dst.targets.append(Target(name, tensor.dtype, tensor.shape))
+    tensors = read_file(asked.adapter)[0].tensors
+    src, dst = verbatim(((_trained_name(t, asked.naming), t) for t in tensors), asked.adapter)
     written = whole_pieces(dst.targets, {})
     if asked.ranks > 1:
         dst, written = sharded(dst, asked.ranks)

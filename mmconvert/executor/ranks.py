@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from mmconvert.errors import RequestError
 
-TORCHRUN = "TORCHELASTIC_RUN_ID"  # set by torchrun for every process that it starts
+# Set by torchrun for every process that it starts.
+TORCHRUN, RANK, WORLD_SIZE = "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE"
 
 # Rank and number of processes, as Open MPI, and MPICH and its kin, set them for what they start.
 MPI = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
@@ -61,7 +62,7 @@ def of_environment(variables: Mapping[str, str] = os.environ, *, launched: bool)
         RequestError: variables of torchrun's that make no sense.
     """
     if TORCHRUN in variables:
-        return _of_torchrun(variables) if launched else ALONE
+        return of_torchrun(variables) if launched else ALONE
     for own, all_ in (*MPI, *_slurm(variables)):
         rank, size = variables.get(own, ""), variables.get(all_, "")
         if rank.isdecimal() and size.isdecimal() and int(rank) < int(size):
@@ -69,14 +70,19 @@ def of_environment(variables: Mapping[str, str] = os.environ, *, launched: bool)
     return ALONE
 
 
-def _of_torchrun(variables: Mapping[str, str]) -> Ranks:
-    said = f"{variables.get('RANK', '0')}/{variables.get('WORLD_SIZE', '1')}"
+def of_torchrun(variables: Mapping[str, str] = os.environ) -> Ranks:
+    """What torchrun's variables say.
+
+    Raises:
+        RequestError: they make no sense.
+    """
+    said = f"{variables.get(RANK, '0')}/{variables.get(WORLD_SIZE, '1')}"
     try:
         return of_flag(said)
     except RequestError:
         raise RequestError(
             f"torchrun's variables say that this is process {said}",
-            "RANK and WORLD_SIZE, as torchrun sets them",
+            f"{RANK} and {WORLD_SIZE}, as torchrun sets them",
             f"start it by torchrun, or unset {TORCHRUN}",
         ) from None
 

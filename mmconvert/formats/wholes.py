@@ -8,6 +8,7 @@ from pathlib import Path
 from mmconvert.converters.rows import Module, mm_index
 from mmconvert.errors import TensorError
 from mmconvert.formats.faults import Faults
+from mmconvert.names import NO_LAYER
 from mmconvert.plan.plan import Block, Key, Side, Whole, matrix
 from mmconvert.stored import StoredTensor, Target
 
@@ -54,3 +55,25 @@ def one_each(wholes: Mapping[Key, Whole]) -> Side:
         side.wholes[key] = Whole(whole.shape, whole.dtype, [[block]])
         side.targets.append(Target(key.name(), whole.dtype, whole.shape))
     return side
+
+
+def verbatim(named: Iterable[tuple[str, StoredTensor]], path: Path) -> tuple[Side, Side]:
+    """Both sides of a plan that writes every tensor as it is, under another name.
+
+    Args:
+        path: where they are read, for messages.
+
+    Raises:
+        TensorError: two of one name.
+    """
+    src = Side()
+    for name, tensor in named:
+        key, block = Key(name, NO_LAYER), Block(len(src.stored), 0, 0, 0, 0, *matrix(tensor.shape))
+        if key in src.wholes:
+            raise TensorError(
+                f"{path}: {tensor.name} and another tensor are both {name}",
+                "one spelling of each name",
+            )
+        src.wholes[key] = Whole(tensor.shape, tensor.dtype, [[block]])
+        src.stored.append(tensor)
+    return src, one_each(src.wholes)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from mmconvert.errors import MMConvertError, RequestError
-from mmconvert.executor.ranks import TORCHRUN
+from mmconvert.executor.ranks import RANK, TORCHRUN, WORLD_SIZE, of_torchrun
 from mmconvert.names import number
 from mmconvert.runtime import trouble
 from mmconvert.runtime.device import backend, device, take_device
@@ -39,12 +39,12 @@ FAILED = "mmconvert/failed"  # key of torchrun's store: what the first failure w
 
 def under_torchrun() -> bool:
     """Whether torchrun has started this process."""
-    return TORCHRUN in os.environ or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ)
+    return TORCHRUN in os.environ or {RANK, WORLD_SIZE, "MASTER_ADDR"} <= set(os.environ)
 
 
 def leads() -> bool:
     """Whether this process is the one that speaks."""
-    return not under_torchrun() or os.environ.get("RANK", "0") == "0"
+    return not under_torchrun() or os.environ.get(RANK, "0") == "0"
 
 
 def replicas_for(world: int) -> int:
@@ -55,7 +55,7 @@ def replicas_for(world: int) -> int:
         RequestError: torchrun's processes are not whole copies.
     """
     if under_torchrun():
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+        size = of_torchrun().size
         if size % world:
             raise RequestError(
                 f"torchrun started {number(size, 'process', 'processes')}",
@@ -94,7 +94,7 @@ def launch(job: Job, world: int, on_event: Emit) -> object:
 
 
 def _in_torchrun(job: Job, world: int, on_event: Emit) -> object:
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = of_torchrun().size
     if size != world:
         raise RequestError(
             f"torchrun started {number(size, 'process', 'processes')}",

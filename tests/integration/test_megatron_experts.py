@@ -17,7 +17,8 @@ from torch.multiprocessing.spawn import start_processes
 
 import tinymoe
 from inprocess import HF, MM, call
-from megatron_experts import WORLD, ExpertCase, run
+from megatron_experts import ExpertCase, run
+from megatron_text import WORLD
 
 SIZES = [(1, 1), (1, 2), (2, 1)]
 NAMES = [f"tp{tp} ep{ep}" for tp, ep in SIZES]

@@ -21,7 +21,8 @@ from torch.multiprocessing.spawn import start_processes
 
 from api import Shape, to_mm
 from commands import RANK_FILE, resplit, target
-from megatron_training import WORLD, Run, work
+from megatron_text import WORLD
+from megatron_training import Run, work
 from nights import nightly
 from tinymodels import VIT_LAYERS, save, tiny_model
 

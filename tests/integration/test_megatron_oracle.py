@@ -20,7 +20,8 @@ from torch.multiprocessing.spawn import start_processes
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from api import Shape, to_mm
-from megatron_ranks import WORLD, Case, Outcome, run
+from megatron_ranks import Case, Outcome, run
+from megatron_text import WORLD
 from tinymodels import CONVERTERS, TEXT_LAYERS, VIT_LAYERS, inputs, save, tiny_model
 
 TOLERANCE = {1: 1e-5, 2: 1e-4}  # of logits, by tensor-parallel size

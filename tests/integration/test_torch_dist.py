@@ -17,7 +17,8 @@ import tinymoe
 from api import Shape, to_mm
 from cli import run_cli
 from megatron_experts import ExpertCase
-from megatron_ranks import WORLD, Case
+from megatron_ranks import Case
+from megatron_text import WORLD
 from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_hf
 from tinymodels import CONVERTERS, TEXT_LAYERS, VIT_LAYERS, save, tiny_model

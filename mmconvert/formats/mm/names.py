@@ -127,16 +127,8 @@ def _missing_in_layers(chart: Chart, stage: int, faults: Faults) -> None:
             names = _lacking(module, local, layer, there)
             if names:
                 model = f" (layer {layer} of the model)" if layer is not None else ""
-                fault = TensorError(
-                    f"{module.label} layer {local} on {chart.place(stage)}{model} lacks "
-                    f"{number(names, 'tensor')}: {summarise(names)} ({chart.path(stage).name})",
-                    EVERY_TENSOR,
-                    AGAIN,
-                    cause="missing-tensor",
-                    path=chart.path(stage),
-                    tensors=names,
-                )
-                faults.add(fault)
+                where = f"{module.label} layer {local} on {chart.place(stage)}{model}"
+                faults.add(_lacks(chart, stage, where, names))
 
 
 def _lacking(
@@ -199,11 +191,11 @@ def _outer(chart: Chart, module: Module, grid: StageGrid, faults: Faults) -> Non
             elif not places:
                 lost.append(name)
         if lost:
-            faults.add(_lacks(chart, module, lost, where, stage))
+            faults.add(_lacks_outside(chart, module, lost, where, stage))
     for stage in chart.stages():
         absent = [r.mm for r in module.everywhere if r.mm not in chart.names_at(stage)]
         if absent:
-            faults.add(_lacks(chart, module, absent, "which every stage has", stage))
+            faults.add(_lacks_outside(chart, module, absent, "which every stage has", stage))
 
 
 def _misplaced(chart: Chart, name: str, stages: Sequence[int], own: str) -> TensorError:
@@ -221,17 +213,24 @@ def _misplaced(chart: Chart, name: str, stages: Sequence[int], own: str) -> Tens
 
 
 def _lacks(
-    chart: Chart, module: Module, names: Sequence[str], where: str, stage: int
+    chart: Chart, stage: int, who: str, names: Sequence[str], where: str = ""
 ) -> TensorError:
     return TensorError(
-        f"{module.label} lacks {number(names, 'tensor')} {where}, on {chart.place(stage)}: "
-        f"{summarise(names)} ({chart.path(stage).name})",
+        f"{who} lacks {number(names, 'tensor')}{where}: {summarise(names)} "
+        f"({chart.path(stage).name})",
         EVERY_TENSOR,
         AGAIN,
         cause="missing-tensor",
         path=chart.path(stage),
         tensors=names,
     )
+
+
+def _lacks_outside(
+    chart: Chart, module: Module, names: Sequence[str], where: str, stage: int
+) -> TensorError:
+    """Of tensors that stand outside the layers."""
+    return _lacks(chart, stage, module.label, names, f" {where}, on {chart.place(stage)}")
 
 
 def _output_layer(chart: Chart, tied: bool | None, faults: Faults) -> None:
@@ -253,7 +252,8 @@ def _output_layer(chart: Chart, tied: bool | None, faults: Faults) -> None:
     elif places:
         return
     elif tied is False:
-        faults.add(_lacks(chart, text, [OUTPUT_LAYER], "(its embeddings are not tied)", last))
+        why = "(its embeddings are not tied)"
+        faults.add(_lacks_outside(chart, text, [OUTPUT_LAYER], why, last))
     elif tied and first != last:
         what = f"{OUTPUT_LAYER} is missing on {where}: with tied embeddings, the last of several "
         what += "text stages holds a copy of the embedding"
