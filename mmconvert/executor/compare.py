@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 
@@ -33,28 +32,37 @@ def compare(
     Args:
         cast: the dtype in which tensors of two dtypes are compared; "" takes the narrower one.
     """
-    found = Differences(a, b, cast)
-    jobs = comparison_jobs(found, comparisons)
-    run_jobs(jobs, workers, (lambda job, _: progress(job.nbytes)) if progress else None)
-    return found.listed()
+    found: dict[tuple[int, int], TensorDifference] = {}
+
+    def finished(job: Job, result: list[TensorDifference]) -> None:
+        _add(found, result)
+        if progress:
+            progress(job.nbytes)
+
+    run_jobs(comparison_jobs((a, b, cast), comparisons), workers, finished)
+    return [found[pair] for pair in sorted(found)]
 
 
-def comparison_jobs(found: Differences, comparisons: Sequence[Comparison]) -> list[Job]:
-    """The jobs that look for differences; the same comparisons give the same jobs."""
-    most = job_size(comparison_bytes(comparisons, found.a))
+Sides = tuple[Sequence[StoredTensor], Sequence[StoredTensor], str]  # a, b and the dtype to cast to
+
+
+def comparison_jobs(sides: Sides, comparisons: Sequence[Comparison]) -> list[Job]:
+    """The jobs that look for differences and return them; the same comparisons give the same."""
+    a = sides[0]
+    most = job_size(comparison_bytes(comparisons, a))
     batches: list[list[Comparison]] = [[]]
     size = 0
-    for piece in _pieces(comparisons, found.a, most):
+    for piece in _pieces(comparisons, a, most):
         if size >= most:
             batches.append([])
             size = 0
         batches[-1].append(piece)
-        size += comparison_bytes([piece], found.a)
-    return [_job(found, batch, number) for number, batch in enumerate(batches) if batch]
+        size += comparison_bytes([piece], a)
+    return [_job(sides, batch, number) for number, batch in enumerate(batches) if batch]
 
 
 class Differences:
-    """What differs between tensors ``a`` and ``b``, found by several threads."""
+    """What one job finds that differs between tensors ``a`` and ``b``."""
 
     def __init__(
         self, a: Sequence[StoredTensor], b: Sequence[StoredTensor], cast: str = ""
@@ -62,12 +70,11 @@ class Differences:
         """For ``cast`` see :func:`compare`."""
         self.a, self.b = a, b
         self._cast = cast
-        self._lock = threading.Lock()
         self._found: dict[tuple[int, int], TensorDifference] = {}
 
     def listed(self) -> list[TensorDifference]:
-        """One for each pair of tensors at most, in the order of the tensors."""
-        return [self._found[pair] for pair in sorted(self._found)]
+        """One for each pair of tensors at most."""
+        return list(self._found.values())
 
     def look(self, files: Files, piece: Comparison) -> None:
         """Compares rectangles of both."""
@@ -84,12 +91,14 @@ class Differences:
         if one.dtype != other.dtype:
             left, right, dtype = _alike(left, right, (one.dtype, other.dtype), self._cast)
             one, other = one._replace(dtype=dtype), other._replace(dtype=dtype)
-        if _equal(left, right):
-            return
-        difference = _describe(piece, one, other, left, right)
-        with self._lock:
-            known = self._found.get((c.src, c.dst))
-            self._found[c.src, c.dst] = _first(known, difference)
+        if not _equal(left, right):
+            _add(self._found, [_describe(piece, one, other, left, right)])
+
+
+def _add(found: dict[tuple[int, int], TensorDifference], more: Sequence[TensorDifference]) -> None:
+    for difference in more:
+        pair = difference.pair
+        found[pair] = _first(found.get(pair), difference)
 
 
 def _alike(
@@ -132,21 +141,25 @@ def _memcmp() -> Callable[[object, object, int], int]:
     return found
 
 
-def _job(found: Differences, batch: list[Comparison], number: int) -> Job:
-    def run(files: Files) -> None:
-        for piece in _pieces(batch, found.a, BAND):
+def _job(sides: Sides, batch: list[Comparison], number: int) -> Job:
+    a, b, _ = sides
+
+    def run(files: Files) -> list[TensorDifference]:
+        found = Differences(*sides)
+        for piece in _pieces(batch, a, BAND):
             found.look(files, piece)
+        return found.listed()
 
     reads = tuple(
         r
         for piece in batch
         for tensor, row in (
-            (found.a[piece.copy.src], piece.copy.src_row),
-            (found.b[piece.copy.dst], piece.copy.dst_row),
+            (a[piece.copy.src], piece.copy.src_row),
+            (b[piece.copy.dst], piece.copy.dst_row),
         )
         for r in rows_range(tensor, row, piece.copy.rows)
     )
-    return Job((), ("comparisons", number), comparison_bytes(batch, found.a), run, reads)
+    return Job((), ("comparisons", number), comparison_bytes(batch, a), run, reads)
 
 
 def _pieces(
@@ -170,6 +183,7 @@ def _describe(
     found = gaps(left, right, (a.dtype, b.dtype), c.cols)
     return TensorDifference(
         piece.key,
+        (c.src, c.dst),
         a,
         b,
         (c.src_row + found.row, c.src_col + found.col),
@@ -214,7 +228,7 @@ def not_zero(zeros: Sequence[Zeros], tensors: Sequence[StoredTensor]) -> list[Te
             none = tensor._replace(name="zero")
             found.append(
                 TensorDifference(
-                    *(zero.key, tensor, none, index, index),
+                    *(zero.key, (zero.tensor, zero.tensor), tensor, none, index, index),
                     *(gap.left, 0.0, gap.largest, gap.elements),
                 )
             )

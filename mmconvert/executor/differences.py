@@ -13,6 +13,7 @@ class TensorDifference(NamedTuple):
 
     Attributes:
         key: the whole tensor.
+        pair: the numbers of the two tensors, in their checkpoints.
         a, b: the two tensors.
         a_index, b_index: (row, column) of the first difference in each, seen as matrices.
         a_value, b_value: the values there.
@@ -21,6 +22,7 @@ class TensorDifference(NamedTuple):
     """
 
     key: Key
+    pair: tuple[int, int]
     a: StoredTensor
     b: StoredTensor
     a_index: tuple[int, int]

@@ -36,15 +36,19 @@ def digests(
     found: dict[str, str] = {}
 
     def job(key: Key, whole: Whole) -> Job:
-        def run(files: Files) -> None:
-            found[key.name()] = _digest(files, whole, stored)
+        def run(files: Files) -> tuple[str, str]:
+            return key.name(), _digest(files, whole, stored)
 
         return Job((), (key.name(), 0), nbytes(whole), run)
+
+    def finished(job: Job, result: tuple[str, str]) -> None:
+        found.update([result])
+        events.advance(job.nbytes)
 
     jobs = [job(key, whole) for key, whole in wholes.items()]
     jobs.sort(key=lambda job: -job.nbytes)  # the largest first, so that none is left at the end
     events.start("digests", sum(job.nbytes for job in jobs))
-    run_jobs(jobs, workers, lambda job, _: events.advance(job.nbytes))
+    run_jobs(jobs, workers, finished)
     return dict(sorted(found.items()))
 
 

@@ -151,13 +151,18 @@ def distances(
     results: list[dict[Key, Distance]] = [{} for _ in batches]
 
     def job(number: int, nbytes: int, batch: Sequence[tuple[Key, Copy]]) -> Job:
-        def run(files: Files) -> None:
-            results[number] = _look(files, batch, a, b)
+        def run(files: Files) -> tuple[int, dict[Key, Distance]]:
+            return number, _look(files, batch, a, b)
 
         return Job((), ("", 0), nbytes, run)
 
+    def finished(job: Job, result: tuple[int, dict[Key, Distance]]) -> None:
+        results[result[0]] = result[1]
+        if progress:
+            progress(job.nbytes)
+
     jobs = [job(number, nbytes, batch) for number, (nbytes, batch) in enumerate(batches)]
-    run_jobs(jobs, workers, (lambda job, _: progress(job.nbytes)) if progress else None)
+    run_jobs(jobs, workers, finished)
     found = dict.fromkeys(pieces, Distance(Totals(), None))
     for result in results:
         for key, distance in result.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -20,11 +21,14 @@ from mmconvert.disks import is_far, is_near
 from mmconvert.errors import CheckpointError, MMConvertError, cannot_read, cannot_write
 
 BAND = 512 << 10  # bytes that one buffer holds, in the processor's cache
-CALL = 1 << 20  # bytes that one call moves across a network, or where threads take turns
-# Bytes that one call writes, up to a multiple of them in the file. Larger ones make the kernel
-# allocate page cache in pieces of 2 MiB, which a virtual machine may first have to fetch from its
-# host (measured on Linux 6.18, ext4: 0.18 s for each GB with 256 KiB, 0.3 to 2 with 1 MiB).
-PIECE = 256 << 10
+CALL = 1 << 20  # bytes that one call moves across a network
+# Bytes that one call writes, up to a multiple of them in the file: the kernel allocates page cache
+# in pieces of that size. Where the machine owns its memory the larger one is a tenth faster; on a
+# virtual machine whose host takes free memory back, which it does in large pieces, the smaller one
+# is up to three times faster (measured on Linux 6.18, ext4). So both are tried, and timed.
+LARGE, SMALL = 256 << 10, 64 << 10
+WORTH = 1.25  # times that the small one must be faster: less is chance
+TRIAL = 16  # each so many windows, the size that was slower gets another chance
 WINDOW = 2 << 20  # bytes of a source that one thread has mapped at a time
 KERNEL_PIECE = 8 << 20  # bytes that one call inside the kernel copies
 IOV_MAX = 1024  # buffers of one vectored call, on Linux and macOS
@@ -52,14 +56,12 @@ class Files:
     """File descriptors of one thread, opened when first needed.
 
     Attributes:
-        crowded: whether other threads write the same files, and wait while this one does.
         run: what was read last for several views that share it.
     """
 
-    crowded = False
-
     def __init__(self) -> None:
         self._open: dict[tuple[Path, int], int] = {}
+        self._near: dict[Path, bool] = {}
         self.run: Run | None = None
 
     def fd(self, path: Path, mode: int = os.O_RDONLY) -> int:
@@ -71,6 +73,12 @@ class Files:
             except OSError as error:
                 raise _failed(path, error, writing=mode != os.O_RDONLY) from error
         return self._open[key]
+
+    def most(self, path: Path) -> int:
+        """Bytes that one call should write into a file."""
+        if path not in self._near:
+            self._near[path] = is_near(path)
+        return PACE.best if self._near[path] else CALL
 
     def close(self) -> None:
         """Closes them all."""
@@ -94,6 +102,32 @@ def open_files() -> Generator[Files]:
         yield files
     finally:
         files.close()
+
+
+class Pace(threading.local):
+    """How fast one thread writes in pieces of each size."""
+
+    def __init__(self) -> None:
+        self._cost = {LARGE: 0.0, SMALL: 0.0}  # seconds for each byte, recent ones count most
+        self._turn = 0
+
+    @property
+    def best(self) -> int:
+        """The size that was faster of late."""
+        return SMALL if self._cost[SMALL] * WORTH < self._cost[LARGE] else LARGE
+
+    def next(self) -> int:
+        """The size for the next window."""
+        self._turn += 1
+        return self.best if self._turn % TRIAL else LARGE + SMALL - self.best
+
+    def took(self, size: int, seconds: float, nbytes: int) -> None:
+        """Writing a window in pieces of this size took so long."""
+        known = self._cost[size] or seconds / nbytes
+        self._cost[size] = known + (seconds / nbytes - known) / 4
+
+
+PACE = Pace()
 
 
 class Buffers(threading.local):
@@ -168,7 +202,8 @@ def write_pieces(files: Files, path: Path, offset: int, pieces: Sequence[memoryv
         OutputError: the disk is full, or the file cannot be written.
     """
     fd = files.fd(path, os.O_WRONLY)
-    for batch, left in _batches(pieces):
+    for batch in _calls(pieces, offset, files.most(path)):
+        left = sum(map(len, batch))
         while left:
             try:
                 done = positioned.pwritev(fd, batch, offset)
@@ -176,6 +211,20 @@ def write_pieces(files: Files, path: Path, offset: int, pieces: Sequence[memoryv
                 raise _failed(path, error, writing=True) from error
             offset, left = offset + done, left - done
             batch = _after(batch, done) if left else batch
+
+
+def _calls(pieces: Sequence[memoryview], offset: int, most: int) -> Iterator[list[memoryview]]:
+    """Buffers, as many as one call writes; one of its own is cut at multiples of ``most``."""
+    if len(pieces) == 1:
+        piece = pieces[0]
+        first = most - offset % most
+        yield [piece[:first]]
+        for start in range(first, len(piece), most):
+            yield [piece[start : start + most]]
+        return
+    count = min(IOV_MAX, max(1, most // max(1, len(pieces[0]))))
+    for start in range(0, len(pieces), count):
+        yield list(pieces[start : start + count])
 
 
 def _batches(pieces: Sequence[memoryview]) -> Iterator[tuple[list[memoryview], int]]:
@@ -203,11 +252,11 @@ def copy_range(files: Files, source: Path, start: int, target: Path, at: int, nb
         OutputError: the disk is full, or the target cannot be written.
     """
     span, done = ByteRange(source, start, nbytes), 0
-    if not files.crowded and is_near(source) and is_near(target):
+    if is_near(source) and is_near(target):
         done = _copied_from_memory(files, span, target, at)
     elif is_far(source) and is_far(target):
         done = _copied_elsewhere(files, span, target, at)
-    size = CALL if files.crowded or is_far(source) or is_far(target) else BAND
+    size = CALL if is_far(source) or is_far(target) else BAND
     while done < nbytes:
         buffer = BUFFERS.get("copy", min(size - (at + done) % size, nbytes - done))
         read_pieces(files, source, start + done, [buffer])
@@ -236,10 +285,11 @@ def _copied_from_memory(files: Files, span: ByteRange, target: Path, at: int) ->
             pages = first, skip + done + size - first
             with suppress(OSError):  # older than Linux 5.14
                 mapped.madvise(_POPULATE, *pages)
-            end = done + size
+            end, began, piece = done + size, time.perf_counter(), PACE.next()
             while done < end:
-                size = min(PIECE - (at + done) % PIECE, end - done)
-                done += os.pwrite(dst, view[skip + done : skip + done + size], at + done)
+                part = min(piece - (at + done) % piece, end - done)
+                done += os.pwrite(dst, view[skip + done : skip + done + part], at + done)
+            PACE.took(piece, time.perf_counter() - began, size)
             mapped.madvise(mmap.MADV_DONTNEED, *pages)
     return done
 

@@ -1,4 +1,4 @@
-"""Runs jobs over threads, spread over the files; the first failure ends all."""
+"""Runs jobs over processes or threads, spread over the files; the first failure ends all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from importlib import import_module
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mmconvert.disks import is_far
 from mmconvert.executor.casts import Loss
@@ -19,6 +19,7 @@ AHEAD = 4  # jobs whose bytes are asked for before their turn
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 JOB_SIZE = 32 << 20  # bytes of one job, about: large enough for speed, small enough to share out
 LEAST_JOB = 4 << 20  # bytes of one job where all is small
+FORK_LEAST = 128 << 20  # bytes of jobs that are worth the milliseconds that forks take
 # Threads that write one file take turns inside the kernel. More of them are slower (measured on 16
 # cores: 9.9 GB/s into two files with 4 threads, 8.3 with 16; 16.7 into four files with 16).
 FILE_THREADS = 4
@@ -31,24 +32,25 @@ Losses = Mapping[str, Loss]  # by tensor, of the casts of one job
 
 
 class Job(NamedTuple):
-    """Work for one thread: ``run`` moves ``nbytes``.
+    """Work for one thread or process: ``run`` moves ``nbytes``.
 
     Attributes:
         writes: the files that it writes.
         place: orders the jobs that write the same files, along one file.
         nbytes: bytes moved.
-        run: does it; returns what casts have lost.
+        run: does it, maybe in a forked process, so that what it finds is what it returns: of jobs
+            that move bytes, what casts have lost.
         reads: what it reads, as far as it is worth fetching before.
     """
 
     writes: tuple[str, ...]
     place: tuple[str, int]
     nbytes: int
-    run: Callable[[Files], Losses | None]
+    run: Callable[[Files], Any]
     reads: tuple[ByteRange, ...] = ()
 
 
-Done = Callable[[Job, Losses], None]
+Done = Callable[[Job, Any], None]  # a job, and what it has returned
 
 
 def job_size(nbytes: int) -> int:
@@ -80,33 +82,41 @@ def threads_for(jobs: Sequence[Job], asked: int) -> int:
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, finished: Done | None = None) -> None:
-    """Runs jobs over threads; the first failure ends all and is raised.
+    """Runs jobs; the first failure ends all and is raised.
 
     Args:
-        workers: the number of threads at most; 0 chooses it.
-        finished: called after each job with what it lost, by one thread at a time.
+        workers: the number of processes or threads at most; 0 chooses it.
+        finished: called after each job with what it returned, by one thread at a time.
     """
+    queue, count = JobQueue(jobs), threads_for(jobs, workers)
+    if count > 1 and sum(job.nbytes for job in jobs) >= FORK_LEAST:
+        from mmconvert.executor.workers import can_fork, run_in_processes  # of large work alone
+
+        if can_fork():
+            run_in_processes(jobs, queue, count, finished)
+            return
+    _run_in_threads(queue, count, finished)
+
+
+def _run_in_threads(queue: JobQueue, count: int, finished: Done | None) -> None:
     stop = threading.Event()
     telling = threading.Lock()
-    queue = _Queue(jobs)
 
     def work() -> None:
         with open_files() as files:
             while not stop.is_set() and (job := queue.take()) is not None:
                 try:
-                    files.crowded = queue.crowded(job)
                     expect(files, queue.upcoming(job))  # the disk works while we copy
-                    losses = job.run(files) or {}
+                    result = job.run(files)
                 finally:
                     queue.done(job)
                 files.trim()
                 if finished:
                     with telling:
-                        finished(job, losses)
+                        finished(job, result)
 
-    threads = threads_for(jobs, workers)
-    with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(work) for _ in range(threads)]
+    with ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(work) for _ in range(count)]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
             stop.set()
@@ -116,7 +126,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, finished: Done | None = None) ->
             stop.set()
 
 
-class _Queue:
+class JobQueue:
     """Hands out jobs along each file, and spreads the threads over the files.
 
     Two threads that write one file wait for each other inside the kernel, so each next job is
@@ -156,10 +166,6 @@ class _Queue:
             told = self._told[job.writes]
             self._told[job.writes] = max(told, min(AHEAD, len(waiting)))
             return [span for next_job in islice(waiting, told, AHEAD) for span in next_job.reads]
-
-    def crowded(self, job: Job) -> bool:
-        """Whether other threads write a job's files, too."""
-        return any(self._active[path] > 1 for path in job.writes)
 
     def _threads(self, group: tuple[str, ...]) -> int:
         return sum(self._active[path] for path in group)

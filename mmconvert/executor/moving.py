@@ -99,11 +99,11 @@ def _run(
 
     early = EarlySync() if sync else None
 
-    def finished(job: Job, lost: journal.Losses) -> None:
+    def finished(job: Job, lost: journal.Losses | None) -> None:
         if early is not None:
             early.wrote(job.writes)
-        notes.add(job, lost)
-        losses.add(lost)
+        notes.add(job, lost or {})
+        losses.add(lost or {})
         events.advance(job.nbytes)
 
     try:

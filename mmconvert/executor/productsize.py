@@ -102,8 +102,9 @@ def _difference(
     largest: float,
     count: int,
 ) -> TensorDifference:
-    a, b = left[one.b[0].tensor], right[other.b[0].tensor]
-    return TensorDifference(key, a, b, place, place, *values, largest, count)
+    pair = one.b[0].tensor, other.b[0].tensor
+    a, b = left[pair[0]], right[pair[1]]
+    return TensorDifference(key, pair, a, b, place, place, *values, largest, count)
 
 
 def unlike(plan: Plan, stored: Sequence[StoredTensor]) -> list[str]:

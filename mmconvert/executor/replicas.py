@@ -84,14 +84,13 @@ def on_the_way(plan: Plan, repeats: Pairs) -> tuple[Replicas, list[Job]]:
     for src in list(passing):
         if not covers(read[src], *matrix(plan.sources[src].shape), once=False):
             rest += passing.pop(src)
-    jobs = [job._replace(run=_strict(job, found)) for job in comparison_jobs(found, rest)]
-    return Replicas(found, passing, repeats), jobs
+    jobs = comparison_jobs((plan.sources, plan.sources, plan.cast), rest)
+    return Replicas(found, passing, repeats), [job._replace(run=_strict(job)) for job in jobs]
 
 
-def _strict(job: Job, found: Differences) -> Callable[[Files], None]:
+def _strict(job: Job) -> Callable[[Files], None]:
     def run(files: Files) -> None:
-        job.run(files)
-        if found.listed():
+        if job.run(files):
             raise differing()
 
     return run

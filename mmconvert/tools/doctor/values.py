@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -172,27 +171,24 @@ def look_for_nan(
 ) -> None:
     """Reads every value."""
     listed = list(tensors)
-    lock = threading.Lock()
     lines: dict[StoredTensor, str] = {}
-
-    def look(files: Files, tensor: StoredTensor) -> None:
-        try:
-            words = _not_finite(files, tensor)
-        except MMConvertError as error:
-            words = error.what
-        if words:
-            with lock:
-                lines[tensor] = words
-
     events.start("reading values", sum(t.nbytes for t in listed))
 
-    def job(t: StoredTensor) -> Job:
-        def run(files: Files) -> None:
-            look(files, t)
+    def job(tensor: StoredTensor) -> Job:
+        def run(files: Files) -> tuple[StoredTensor, str]:
+            try:
+                return tensor, _not_finite(files, tensor)
+            except MMConvertError as error:
+                return tensor, error.what
 
-        return Job((), (str(t.path), t.offset), t.nbytes, run)
+        return Job((), (str(tensor.path), tensor.offset), tensor.nbytes, run)
 
-    run_jobs([job(t) for t in listed], workers, lambda job, _: events.advance(job.nbytes))
+    def finished(job: Job, result: tuple[StoredTensor, str]) -> None:
+        if result[1]:
+            lines.update([result])
+        events.advance(job.nbytes)
+
+    run_jobs([job(t) for t in listed], workers, finished)
     for tensor in sorted(lines):
         report.add(
             "not-finite",
