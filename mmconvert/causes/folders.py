@@ -26,7 +26,7 @@ _DEEPSPEED = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_\d+_(?:model|optim)_stat
 _VERL = re.compile(r"model_world_size_\d+_rank_\d+\.pt")
 _PART = re.compile(r"part\d+\.safetensors")
 
-Look = Callable[[Path, Sequence[str]], FormError | None]
+FormCheck = Callable[[Path, Sequence[str]], FormError | None]
 
 
 def other_form(folder: Path, sought: str = "") -> FormError | None:
@@ -38,7 +38,7 @@ def other_form(folder: Path, sought: str = "") -> FormError | None:
         sought: ``hf`` or ``mm``, the kind of checkpoint that is looked for; "" takes both.
     """
     names = _listed(folder)
-    looks: list[Look] = [_adapter, _distributed, _fsdp, _deepspeed, _unified, _gguf]
+    looks: list[FormCheck] = [_adapter, _distributed, _fsdp, _deepspeed, _unified, _gguf]
     looks += [_one_rank] if sought != "hf" else []
     looks.append(partial(_below, sought))
     return next((found for look in looks if (found := look(folder, names))), None)

@@ -20,7 +20,7 @@ from mmconvert.config.dcp import DCPLayout
 from mmconvert.errors import RequestError
 from mmconvert.narrow import is_array, is_texts
 
-Given = Mapping[str, Any]  # the flags of a command, by name
+FlagValues = Mapping[str, Any]  # the flags of a command, by name
 
 
 def run(converter: str, words: list[str]) -> int:
@@ -100,7 +100,7 @@ def _naming(dcp_prefix: str, hf_prefix: str) -> Any:  # noqa: ANN401 - imported 
     return Naming(MODEL + dcp_prefix)
 
 
-def _qwen3vl(given: Given) -> Any:  # noqa: ANN401 - as above
+def _qwen3vl(given: FlagValues) -> Any:  # noqa: ANN401 - as above
     from mmconvert.formats.dcp.naming import FUSED, Rules
 
     prefix = "base_model.model.model." if given["is_lora_base"] else "model."
@@ -110,7 +110,7 @@ def _qwen3vl(given: Given) -> Any:  # noqa: ANN401 - as above
     return Rules(_naming(prefix, ""), FUSED, ties=(head,) if tied else ())
 
 
-def _mistral3(given: Given) -> Any:  # noqa: ANN401 - as above
+def _mistral3(given: FlagValues) -> Any:  # noqa: ANN401 - as above
     from mmconvert.formats.dcp.naming import MISTRAL3
 
     rules = _qwen3vl(given)
@@ -119,14 +119,14 @@ def _mistral3(given: Given) -> Any:  # noqa: ANN401 - as above
     return replace(rules, naming=naming, ties=(head,) if rules.ties else ())
 
 
-def _qwen35(given: Given) -> Any:  # noqa: ANN401 - as above
+def _qwen35(given: FlagValues) -> Any:  # noqa: ANN401 - as above
     from mmconvert.formats.dcp.naming import FUSED
 
     rules = _generic(given)
     return replace(rules, fused=rules.fused or FUSED, transposed=True, merged=True)
 
 
-def _generic(given: Given) -> Any:  # noqa: ANN401 - as above
+def _generic(given: FlagValues) -> Any:  # noqa: ANN401 - as above
     from mmconvert.formats.dcp.naming import Rules
 
     naming = _naming(given.get("dcp_prefix", ""), given.get("hf_prefix", ""))
@@ -135,7 +135,7 @@ def _generic(given: Given) -> Any:  # noqa: ANN401 - as above
     return Rules(naming, fused, ties=tuple(ties.items()))
 
 
-def _merge(given: Given) -> Any:  # noqa: ANN401 - as above
+def _merge(given: FlagValues) -> Any:  # noqa: ANN401 - as above
     from mmconvert.formats.dcp.naming import MODEL, Naming, Rules
     from mmconvert.formats.hf.folder import read_config
 
@@ -148,13 +148,13 @@ def _merge(given: Given) -> Any:  # noqa: ANN401 - as above
     return replace(rules, naming=naming if not replaced else rules.naming, flat=False)
 
 
-def _script(given: Given) -> Any:  # noqa: ANN401 - as above
+def _script(given: FlagValues) -> Any:  # noqa: ANN401 - as above
     from mmconvert.formats.dcp.naming import Rules
 
     return Rules(_naming(given["prefix"], ""), one_file=not given.get("sharded"))
 
 
-RULES: Mapping[str, Callable[[Given], Any]] = {
+RULES: Mapping[str, Callable[[FlagValues], Any]] = {
     "Qwen3VLConverter": _qwen3vl,
     "Mistral3Converter": _mistral3,
     "Qwen35Converter": _qwen35,

@@ -78,7 +78,7 @@ class Totals(NamedTuple):
         )
 
 
-class Place(NamedTuple):
+class WorstPlace(NamedTuple):
     """Where the largest difference is: (row, column) in the stored tensors seen as matrices.
 
     A tensor number is NOTHING where that side stores nothing: its value there is zero.
@@ -96,19 +96,19 @@ class Distance(NamedTuple):
     """How far apart one whole tensor is."""
 
     totals: Totals
-    place: Place | None
+    place: WorstPlace | None
 
 
-Pieces = dict[Key, list[Copy]]
+Overlaps = dict[Key, list[Copy]]
 
 
-def pieces_of(a: Side, b: Side, keys: Sequence[Key]) -> Pieces:
+def pieces_of(a: Side, b: Side, keys: Sequence[Key]) -> Overlaps:
     """What must be compared of each whole: its first copy on both sides, element by element.
 
     Raises:
         TensorError: the pieces do not cover a whole exactly.
     """
-    found: Pieces = {}
+    found: Overlaps = {}
     for key in keys:
         left, right = a.wholes[key], b.wholes[key]
         blocks_a, blocks_b = left.copies[0], right.copies[0]
@@ -140,7 +140,7 @@ def _check_cover(key: Key, a: Whole, b: Whole, pieces: Sequence[Copy]) -> None:
 
 
 def distances(
-    pieces: Pieces,
+    pieces: Overlaps,
     a: Sequence[StoredTensor],
     b: Sequence[StoredTensor],
     workers: int,
@@ -170,7 +170,7 @@ def distances(
     return found
 
 
-def nbytes_of(pieces: Pieces, a: Sequence[StoredTensor], b: Sequence[StoredTensor]) -> int:
+def nbytes_of(pieces: Overlaps, a: Sequence[StoredTensor], b: Sequence[StoredTensor]) -> int:
     """Bytes of one side that are compared: what progress counts."""
     return sum(_nbytes(copy, a, b) for copies in pieces.values() for copy in copies)
 
@@ -181,7 +181,7 @@ def _nbytes(copy: Copy, a: Sequence[StoredTensor], b: Sequence[StoredTensor]) ->
 
 
 def _batches(
-    pieces: Pieces, a: Sequence[StoredTensor], b: Sequence[StoredTensor]
+    pieces: Overlaps, a: Sequence[StoredTensor], b: Sequence[StoredTensor]
 ) -> Iterator[tuple[int, list[tuple[Key, Copy]]]]:
     """The work in portions of about JOB_SIZE bytes."""
     batch: list[tuple[Key, Copy]] = []
@@ -258,7 +258,7 @@ def _measured(
         return Distance(totals, None)
     row, col = divmod(m.place, c.cols)
     index_a, index_b = (c.src_row + row, c.src_col + col), (c.dst_row + row, c.dst_col + col)
-    return Distance(totals, Place(c.src, index_a, c.dst, index_b, m.a, m.b))
+    return Distance(totals, WorstPlace(c.src, index_a, c.dst, index_b, m.a, m.b))
 
 
 def _read(files: Files, tensor: StoredTensor, at: tuple[int, int], c: Copy, use: str) -> memoryview:

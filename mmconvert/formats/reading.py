@@ -18,11 +18,10 @@ from typing import BinaryIO, NamedTuple, ParamSpec, TypeVar
 from mmconvert import positioned
 from mmconvert.causes.downloads import LONGEST, not_the_file
 from mmconvert.errors import CheckpointError, cannot_read
+from mmconvert.executor.apart import Identity
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-Identity = tuple[int, int]  # device and inode
 
 
 class State(NamedTuple):

@@ -22,7 +22,7 @@ from mmconvert.runtime.sampling import Sampling
 from mmconvert.sharding.layout import Layout
 
 Say = Callable[[str], None]
-End = Literal["eos", "length", "context"]
+Ending = Literal["eos", "length", "context"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Reply:
     text: str
     tokens: tuple[int, ...]
     prompt_tokens: int
-    end: End
+    end: Ending
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -162,7 +162,7 @@ class AnsweringModel:
         """An answer behind ``read`` tokens."""
         if tokens and tokens[-1] in self.stop:
             return Reply(text, tuple(tokens[:-1]), read, "eos")
-        full: End = "length" if len(tokens) == self.how.most else "context"
+        full: Ending = "length" if len(tokens) == self.how.most else "context"
         return Reply(text, tuple(tokens), read, full)
 
     def run(

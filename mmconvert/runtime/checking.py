@@ -25,7 +25,6 @@ LOOKING = 30.0  # seconds for the ends of files
 DECODING = 5.0  # seconds for decoding before the first step
 THREADS = 4
 Decode = Callable[[Sample], None]  # decodes the files of a sample, or raises RequestError
-Say = Callable[[str], None]
 
 
 def look_at_pictures(sample: Sample) -> None:
@@ -54,7 +53,7 @@ class Checks:
     ends: float = LOOKING
     decoding: float = DECODING
 
-    def checked(self, samples: Sequence[Sample], say: Say) -> list[Sample]:
+    def checked(self, samples: Sequence[Sample], say: Callable[[str], None]) -> list[Sample]:
         """The samples, those that are damaged marked: they are left out when their turn comes.
 
         All stay in the list, so that its order is the same however many files were looked at.
@@ -76,7 +75,7 @@ class Checks:
                 say(f"  and {len(faults) - NAMED} more")
         return decoded
 
-    def _by_ends(self, samples: Sequence[Sample], say: Say) -> list[Sample]:
+    def _by_ends(self, samples: Sequence[Sample], say: Callable[[str], None]) -> list[Sample]:
         until = time.monotonic() + self.ends
         known: dict[Path, str] = {}
         found: list[Sample] = []
@@ -88,7 +87,7 @@ class Checks:
             found.append(self._marked(sample, fault) if fault else sample)
         return found
 
-    def _by_decoding(self, samples: Sequence[Sample], say: Say) -> list[Sample]:
+    def _by_decoding(self, samples: Sequence[Sample], say: Callable[[str], None]) -> list[Sample]:
         until = time.monotonic() + self.decoding
         found: list[Sample] = []
         threads = min(THREADS, os.cpu_count() or 1)

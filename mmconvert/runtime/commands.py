@@ -21,6 +21,7 @@ from mmconvert.runtime.lora import LoraFolders
 from mmconvert.runtime.media import Media
 from mmconvert.runtime.mmfiles import with_adapters
 from mmconvert.runtime.pictures import drawn_picture
+from mmconvert.runtime.processes import Emit
 from mmconvert.runtime.questions import Chat, Several
 from mmconvert.runtime.samples import Sample
 from mmconvert.runtime.sounds import drawn_sound
@@ -30,7 +31,6 @@ from mmconvert.runtime.validation import Validation
 from mmconvert.runtime.verdict import ValidationReport
 from mmconvert.sharding.layout import Layout
 
-Note = Callable[[object], None]
 PROMPT = "What is in this picture?"
 
 
@@ -42,7 +42,7 @@ def validate(
     sounds: Sequence[Path],
     dtype: str,
     tolerance: float,
-    note: Note,
+    note: Emit,
     lora: LoraFolders | None = None,
 ) -> ValidationReport:
     """Runs an MM checkpoint and an HF folder on the same inputs.
@@ -74,7 +74,7 @@ def _question(
     words: str,
     images: Sequence[Path],
     sounds: Sequence[Path],
-    note: Note,
+    note: Emit,
 ) -> tuple[Batch, str]:
     """What to compute on, and in words what it is."""
     asked = bool(words or images or sounds)
@@ -175,7 +175,7 @@ def finetune(
     plan: TrainingPlan,
     dtype: str,
     resume: bool,
-    on_event: Note,
+    on_event: Emit,
     expected: Callable[[Layout], None] | None = None,
     load: Load | None = None,
 ) -> TrainingOutcome:

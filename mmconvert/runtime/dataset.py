@@ -25,7 +25,7 @@ from mmconvert.runtime.inputs import joined
 from mmconvert.runtime.prepare import Prepare
 from mmconvert.runtime.samples import Sample, SampleSource
 
-Order = Literal["epoch", "seed", "file", "once"]
+SampleOrder = Literal["epoch", "seed", "file", "once"]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Feed:
         samples: Sequence[Sample],
         size: int,
         count: int,
-        order: Order = "epoch",
+        order: SampleOrder = "epoch",
         seed: int = 0,
         share: Share = Share(),  # noqa: B008 - it does not change
         say: Callable[[str], None] | None = None,

@@ -27,7 +27,7 @@ from mmconvert.runtime.losses import LossType
 from mmconvert.runtime.mesh import Mesh
 from mmconvert.runtime.mmfiles import LoadableCheckpoint, chunk_tensors, read_rank
 from mmconvert.runtime.packed import PartOf
-from mmconvert.runtime.pipeline import Loss, pipeline_stage, schedule
+from mmconvert.runtime.pipeline import LossFunction, pipeline_stage, schedule
 from mmconvert.runtime.stage import Stage
 
 
@@ -209,7 +209,7 @@ class Engine:
             dist.all_reduce(mine[0], group=group)
 
     def _run(
-        self, batches: Sequence[Batch], loss: Loss | None, losses: list[Tensor] | None
+        self, batches: Sequence[Batch], loss: LossFunction | None, losses: list[Tensor] | None
     ) -> list[Tensor]:
         """Runs all micro-batches; the logits of each on the last pipeline rank, else nothing."""
         for stage in self.stages:
@@ -237,7 +237,7 @@ class Engine:
         return list(pipe[-1].output_chunks) if last else []
 
     def _run_alone(
-        self, batches: Sequence[Batch], loss: Loss | None, losses: list[Tensor] | None
+        self, batches: Sequence[Batch], loss: LossFunction | None, losses: list[Tensor] | None
     ) -> list[Tensor]:
         outs: list[Tensor] = []
         for i in range(len(batches)):

@@ -28,8 +28,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 EXPERTS = ".mlp.experts."
 OTHER_PARTS = ("talker.", "token2wav.")  # of Omni, which the thinker does not need
 # Names in the model -> the tensor of one stored tensor: (name, tensor) pairs.
-Naming = Callable[[str, Tensor], list[tuple[str, Tensor]]]
-Change = Callable[[], Tensor]
+RenameRule = Callable[[str, Tensor], list[tuple[str, Tensor]]]
+Computed = Callable[[], Tensor]
 
 
 def mapped(stored: StoredTensor) -> Tensor:
@@ -94,10 +94,10 @@ class Weights:
         arch: Architecture,
         model: Any,  # noqa: ANN401 - HF's model
         tensors: Mapping[str, StoredTensor],
-        naming: Naming,
+        naming: RenameRule,
         dtype: torch.dtype,
         device: torch.device,
-        changes: Mapping[str, Change] | None = None,
+        changes: Mapping[str, Computed] | None = None,
     ) -> None:
         self._dtype, self._device, self._changes = dtype, device, changes or {}
         self._parts = arch.parts(model)
@@ -134,7 +134,7 @@ class Weights:
             for leaf, buffer in module._buffers.items():
                 module._buffers[leaf] = None if buffer is None else buffer.to(self._device)
 
-    def _place(self, stored: StoredTensor, naming: Naming) -> None:
+    def _place(self, stored: StoredTensor, naming: RenameRule) -> None:
         """Finds the parameters that a stored tensor is for; buffers and others are left."""
         meta = torch.empty(stored.shape, dtype=self._dtype, device="meta")
         for i, (name, shape) in enumerate((n, t.shape) for n, t in naming(stored.name, meta)):

@@ -27,7 +27,7 @@ from mmconvert.runtime.device import backend, device, take_device
 from mmconvert.runtime.processes import (
     AFTER_FAULT,
     Emit,
-    Job,
+    RankJob,
     calm,
     patience,
     spawn,
@@ -67,7 +67,7 @@ def replicas_for(world: int) -> int:
     return 1 if here.type == "cpu" else max(1, torch.accelerator.device_count() // world)
 
 
-def launch(job: Job, world: int, on_event: Emit) -> object:
+def launch(job: RankJob, world: int, on_event: Emit) -> object:
     """Runs a job on ``world`` processes.
 
     Args:
@@ -93,7 +93,7 @@ def launch(job: Job, world: int, on_event: Emit) -> object:
     return spawn(job, world, on_event, start_method(here))
 
 
-def _in_torchrun(job: Job, world: int, on_event: Emit) -> object:
+def _in_torchrun(job: RankJob, world: int, on_event: Emit) -> object:
     size = of_torchrun().size
     if size != world:
         raise RequestError(

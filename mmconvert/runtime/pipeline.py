@@ -20,7 +20,7 @@ from mmconvert.runtime.border import Border
 from mmconvert.runtime.mesh import Mesh
 from mmconvert.runtime.stage import Stage
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def pipeline_stage(
@@ -43,7 +43,7 @@ def pipeline_stage(
     )
 
 
-def schedule(pipe: list[PipelineStage], mesh: Mesh, count: int, loss: Loss | None) -> Any:  # noqa: ANN401 - two kinds
+def schedule(pipe: list[PipelineStage], mesh: Mesh, count: int, loss: LossFunction | None) -> Any:  # noqa: ANN401 - two kinds
     """1F1B and its interleaved form for training where the counts allow, GPipe's order else.
 
     Args:

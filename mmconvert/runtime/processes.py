@@ -32,7 +32,7 @@ from mmconvert.runtime.device import backend, take_device
 
 Emit = Callable[[object], None]
 # What a run does on each of its processes: Job(device, emit) -> what process 0 returns.
-Job = Callable[[torch.device, Emit], object]
+RankJob = Callable[[torch.device, Emit], object]
 
 USUAL = "30"  # minutes: process 0 may compute alone for a while
 AFTER_FAULT = 3.0  # seconds that the error behind another process's fault may take to arrive
@@ -63,7 +63,7 @@ def calm(where: torch.device) -> None:
         torch.set_num_threads(1)
 
 
-def spawn(job: Job, world: int, on_event: Emit, method: str) -> object:
+def spawn(job: RankJob, world: int, on_event: Emit, method: str) -> object:
     """Runs a job on ``world`` processes that are forked or started anew; what process 0 returns."""
     context: Any = mp.get_context(method)  # torch's stubs know no Process
     threads = torch.get_num_threads()
@@ -97,7 +97,7 @@ def spawn(job: Job, world: int, on_event: Emit, method: str) -> object:
 
 
 @contextmanager
-def _passing_on(job: Job, processes: Sequence[Any]) -> Generator[Callable[[object], object]]:
+def _passing_on(job: RankJob, processes: Sequence[Any]) -> Generator[Callable[[object], object]]:
     """Passes a SIGTERM on to processes that end by themselves then, once they have spoken.
 
     A second one, or one before that, ends the run as Ctrl-C does.
@@ -227,7 +227,9 @@ def _watch(parent: int) -> None:
     os._exit(1)
 
 
-def _child(job: Job, rank: int, world: int, meeting: str, pipe: Connection, parent: int) -> None:
+def _child(
+    job: RankJob, rank: int, world: int, meeting: str, pipe: Connection, parent: int
+) -> None:
     """One process of the run."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the run

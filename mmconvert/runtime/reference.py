@@ -29,7 +29,7 @@ from mmconvert.runtime.batch import Batch, appended
 from mmconvert.runtime.families import ORIGINAL, Architecture
 from mmconvert.runtime.hfweights import (
     EXPERTS,
-    Change,
+    Computed,
     Weights,
     mapped,
     other_way_round,
@@ -80,7 +80,7 @@ def load_reference(
 
 def _changes(
     adapter: Path, hf_dir: Path, names: Sequence[str], transposed: bool
-) -> dict[str, Change]:
+) -> dict[str, Computed]:
     """What an adapter adds to each weight of a folder: scale * B @ A in float32, as PEFT merges.
 
     Args:

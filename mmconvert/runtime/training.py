@@ -27,7 +27,7 @@ from mmconvert.runtime.agreement import agree
 from mmconvert.runtime.batch import Batch
 from mmconvert.runtime.checking import BackgroundCheck
 from mmconvert.runtime.conversation import Speaker
-from mmconvert.runtime.dataset import Feed, Order, Share
+from mmconvert.runtime.dataset import Feed, SampleOrder, Share
 from mmconvert.runtime.experts import about_routers
 from mmconvert.runtime.families import Architecture
 from mmconvert.runtime.freezing import freeze, freeze_base
@@ -105,7 +105,9 @@ class TrainingRun:
         mesh = run.mesh
         share = Share(mesh.replica, mesh.replicas)
 
-        def feed(samples: Sequence[Sample], order: Order, seed: int, say: Emit | None) -> Feed:
+        def feed(
+            samples: Sequence[Sample], order: SampleOrder, seed: int, say: Emit | None
+        ) -> Feed:
             return Feed(
                 speaker, samples, plan.size, plan.count, order, seed, share, say,
                 strict=job.strict, threads=plan.workers,

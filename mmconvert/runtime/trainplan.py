@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mmconvert.runtime.dataset import Order
+from mmconvert.runtime.dataset import SampleOrder
 from mmconvert.runtime.lora import LoraPlan
 from mmconvert.runtime.losses import LossType
 from mmconvert.runtime.optimizer import Recipe
@@ -60,7 +60,7 @@ class TrainingPlan:
     save_optimizer: bool
     recipe: Recipe
     loss: LossType = "default"
-    order: Order = "epoch"
+    order: SampleOrder = "epoch"
     recompute: bool | frozenset[str] = False
     replicas: int = 1
     workers: int = 1

@@ -22,7 +22,7 @@ from mmconvert.runtime.batch import IGNORED, Batch
 from mmconvert.runtime.border import pooled
 from mmconvert.runtime.checking import BackgroundCheck, Checks, look_at_pictures
 from mmconvert.runtime.conversation import Speaker
-from mmconvert.runtime.dataset import Data, Feed, Order, Share, read_samples, split
+from mmconvert.runtime.dataset import Data, Feed, SampleOrder, Share, read_samples, split
 from mmconvert.runtime.dialects import read_source
 from mmconvert.runtime.encoding import Encoder, nbytes
 from mmconvert.runtime.families import architecture
@@ -183,7 +183,7 @@ def test_the_order_is_the_asked_one_and_every_sample_comes(
 ) -> None:
     samples = read_samples([talking.write_data(tmp_path)], 0)
 
-    def order(kind: Order, seed: int = 0) -> list[str]:
+    def order(kind: SampleOrder, seed: int = 0) -> list[str]:
         feed = Feed(speaker, samples, 1, 1, kind, seed)
         steps = [feed.step(i)[0] for i in range(8)]
         return [speaker.words(b.ids[b.labels != IGNORED].tolist()).strip() for b in steps]

@@ -20,7 +20,7 @@ HINT = (
     "Each line is a question. /image FILE, /video FILE and /audio FILE add to the next one; "
     "/new begins another conversation; Ctrl-D ends."
 )
-Files = tuple[Sequence[Path], Sequence[Path], Sequence[Path]]  # pictures, sounds, videos
+MediaFiles = tuple[Sequence[Path], Sequence[Path], Sequence[Path]]  # pictures, sounds, videos
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class AnswerScreen:
 
 
 def one(
-    mm_dir: Path, hf_dir: Path, how: How, screen: AnswerScreen, words: str, files: Files
+    mm_dir: Path, hf_dir: Path, how: How, screen: AnswerScreen, words: str, files: MediaFiles
 ) -> int:
     """Answers one question."""
     from mmconvert.runtime import commands
@@ -80,7 +80,7 @@ def several(mm_dir: Path, hf_dir: Path, how: How, screen: AnswerScreen, path: Pa
 
 
 def chat(
-    mm_dir: Path, hf_dir: Path, how: How, screen: AnswerScreen, words: str, files: Files
+    mm_dir: Path, hf_dir: Path, how: How, screen: AnswerScreen, words: str, files: MediaFiles
 ) -> int:
     """A conversation on the terminal; ``words`` are the first question, if there are any."""
     from mmconvert.runtime import commands
@@ -93,7 +93,7 @@ def chat(
 class _Lines:
     """Questions from the terminal, or from a pipe."""
 
-    def __init__(self, screen: AnswerScreen, words: str, files: Files) -> None:
+    def __init__(self, screen: AnswerScreen, words: str, files: MediaFiles) -> None:
         self._screen, self._first = screen, words
         self._files: dict[str, list[Path]] = dict(
             zip(("image", "audio", "video"), map(list, files), strict=True)

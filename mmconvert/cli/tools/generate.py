@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mmconvert.runtime.sampling import Sampling
 
 LONGEST = 128  # tokens of an answer
-Files = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")]
+MediaFlag = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")]
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Generated:
     """A conversation on the terminal: each line is a question, which sees those before it."""
     mm_model: MaybePath = None
     """MindSpeed-MM's inference_*.json: the question, its files, and hf_dir; flags come first."""
-    image: Files = ()
+    image: MediaFlag = ()
     """Pictures."""
-    video: Files = ()
+    video: MediaFlag = ()
     """Videos: files (extra media), folders of pictures, or animated pictures."""
-    audio: Files = ()
+    audio: MediaFlag = ()
     """Sounds, for Qwen2.5-Omni: PCM WAV; others, and those of videos, with the extra media."""
     use_audio_in_video: bool = False
     """The sound of a video stands between its frames (Qwen2.5-Omni): that of --audio, one for each

@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 from mmconvert import positioned
 from mmconvert.formats.containers.archive import Archive
-from mmconvert.formats.dcp.metadata import Item
+from mmconvert.formats.dcp.metadata import ItemPlace
 from mmconvert.stored import StoredTensor
 
 MOST = 8192  # bytes around the data of an item that is remembered; torch has 1600
@@ -42,7 +42,7 @@ class Alike:
     def __init__(self) -> None:
         self.forms: dict[int, list[RememberedItem]] = {}
 
-    def find(self, path: Path, file: BinaryIO, item: Item, name: str) -> StoredTensor | None:
+    def find(self, path: Path, file: BinaryIO, item: ItemPlace, name: str) -> StoredTensor | None:
         """The tensor of an item that is like one read before; None if none is."""
         for form in self.forms.get(item.nbytes, ()):
             around = _around(file, item, form.start, form.end)
@@ -51,7 +51,7 @@ class Alike:
                 return form.tensor._replace(name=name, path=path, offset=offset)
         return None
 
-    def add(self, path: Path, file: BinaryIO, item: Item, tensor: StoredTensor) -> None:
+    def add(self, path: Path, file: BinaryIO, item: ItemPlace, tensor: StoredTensor) -> None:
         """Remembers an item that was read in full, if its data lie in one piece."""
         start = tensor.offset - item.offset
         end = start + tensor.nbytes
@@ -67,7 +67,7 @@ class Alike:
         known.append(RememberedItem(start, end, _without(around, differing), differing, relative))
 
 
-def _around(file: BinaryIO, item: Item, start: int, end: int) -> bytes | None:
+def _around(file: BinaryIO, item: ItemPlace, start: int, end: int) -> bytes | None:
     """The bytes of an item before and behind its data; None where the file ends before."""
     head = positioned.pread(file.fileno(), start, item.offset)
     tail = positioned.pread(file.fileno(), item.nbytes - end, item.offset + end)

@@ -10,7 +10,7 @@ from typing import BinaryIO
 from mmconvert.errors import CheckpointError, FormatError
 from mmconvert.formats.containers.ptfile import read_section
 from mmconvert.formats.dcp.alike import Alike
-from mmconvert.formats.dcp.metadata import Entry, Item, Metadata
+from mmconvert.formats.dcp.metadata import Entry, ItemPlace, Metadata
 from mmconvert.formats.reading import opened
 from mmconvert.stored import StoredPart, StoredTensor
 
@@ -50,7 +50,7 @@ class Items:
         filled = tuple(part for part in parts if 0 not in part.tensor.shape)
         return StoredTensor(name, entry.dtype, entry.shape, self.path, 0, parts=filled)
 
-    def piece(self, name: str, dtype: str, sizes: tuple[int, ...], item: Item) -> StoredTensor:
+    def piece(self, name: str, dtype: str, sizes: tuple[int, ...], item: ItemPlace) -> StoredTensor:
         """The tensor that an item holds."""
         path, (file, size) = self.folder / item.file, self.opened(item.file)
         known = self.alike.find(path, file, item, name) if sum(item[1:]) <= size else None
@@ -76,7 +76,7 @@ class Items:
             self.alike.add(path, file, item, found)
         return found
 
-    def value(self, name: str, item: Item) -> object:
+    def value(self, name: str, item: ItemPlace) -> object:
         """What is no tensor, as inert data.
 
         Raises:
@@ -86,7 +86,7 @@ class Items:
             raise FormatError(f"{self.path}: {name} has {item.nbytes} bytes", "a small object")
         return self.content(name, item)
 
-    def content(self, name: str, item: Item) -> object:
+    def content(self, name: str, item: ItemPlace) -> object:
         """What torch.save wrote as this item."""
         file, size = self.opened(item.file)
         if item.offset + item.nbytes > size:

@@ -27,7 +27,7 @@ MAX_METADATA = 1 << 30  # bytes; 140,000 pieces of tensors and their moments hav
 _INT64 = 1 << 63
 
 
-class Item(NamedTuple):
+class ItemPlace(NamedTuple):
     """Where an item lies: its file, below the folder, and the bytes there."""
 
     file: str
@@ -40,7 +40,7 @@ class StoredChunk(NamedTuple):
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    item: Item
+    item: ItemPlace
 
 
 class Entry(NamedTuple):
@@ -64,7 +64,7 @@ class Metadata:
 
     path: Path
     tensors: Mapping[str, Entry]
-    objects: Mapping[str, Item]
+    objects: Mapping[str, ItemPlace]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
 
@@ -121,7 +121,7 @@ def _unfinished(folder: Path) -> CheckpointError:
 class _Reader:
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.stored: dict[tuple[str, tuple[int, ...]], Item] = {}
+        self.stored: dict[tuple[str, tuple[int, ...]], ItemPlace] = {}
 
     def error(self, what: str, expected: str = "what torch.distributed.checkpoint writes"):  # noqa: ANN202 - as named
         return FormatError(f"{self.path}: {what}", expected, "copy the checkpoint again")
@@ -134,7 +134,7 @@ class _Reader:
         if not is_dict(listed):
             raise self.error("state_dict_metadata is no dict")
         tensors: dict[str, Entry] = {}
-        objects: dict[str, Item] = {}
+        objects: dict[str, ItemPlace] = {}
         for name, value in listed.items():
             if not isinstance(name, str):
                 raise self.error(f"a name is a {type(name).__name__}")
@@ -152,7 +152,7 @@ class _Reader:
 
     def check_apart(self) -> None:
         """Raises FormatError for two items that share bytes of a file."""
-        last: tuple[Item, str] | None = None
+        last: tuple[ItemPlace, str] | None = None
         for item, name in sorted((item, name) for (name, _), item in self.stored.items()):
             if last and last[0].file == item.file and sum(last[0][1:]) > item.offset:
                 raise self.error(
@@ -178,7 +178,7 @@ class _Reader:
             raise self.error(f"a {kind} without attributes")
         return cast("dict[str, object]", state)
 
-    def items(self, found: object) -> Iterator[tuple[tuple[str, tuple[int, ...]], Item]]:
+    def items(self, found: object) -> Iterator[tuple[tuple[str, tuple[int, ...]], ItemPlace]]:
         if not is_dict(found):
             raise self.error("storage_data is no dict")
         for key, value in found.items():
@@ -188,7 +188,7 @@ class _Reader:
                 raise self.error("an item without a name")
             yield (name, () if offset is None else self.sizes(offset, name)), self.where(where)
 
-    def where(self, state: Mapping[str, object]) -> Item:
+    def where(self, state: Mapping[str, object]) -> ItemPlace:
         file, offset, nbytes = (state.get(k) for k in ("relative_path", "offset", "length"))
         if not isinstance(file, str) or not _is_plain(file):
             raise self.error(f"an item is in {file!r:.80}", "the name of a file in the folder")
@@ -199,9 +199,9 @@ class _Reader:
                 f"the items in {file} were transformed when they were saved: {descriptors!r:.80}",
                 "plain items",
             )
-        return Item(file, cast("int", offset), cast("int", nbytes))
+        return ItemPlace(file, cast("int", offset), cast("int", nbytes))
 
-    def item(self, name: str, offsets: tuple[int, ...]) -> Item:
+    def item(self, name: str, offsets: tuple[int, ...]) -> ItemPlace:
         """Takes the item of a piece."""
         found = self.stored.pop((name, offsets), None)
         if found is None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mmconvert.errors import RequestError
 from mmconvert.formats.containers.torch_objects import TORCH_DTYPE
-from mmconvert.formats.dcp.metadata import Entry, Item
+from mmconvert.formats.dcp.metadata import Entry, ItemPlace
 
 _META = "torch.distributed.checkpoint.metadata"
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPE.items()}
@@ -19,7 +19,7 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 
 def metadata_bytes(
     tensors: Mapping[str, Entry],
-    objects: Mapping[str, Item],
+    objects: Mapping[str, ItemPlace],
     paths: Mapping[str, Sequence[str]] | None,
 ) -> bytes:
     """The file's bytes.
@@ -155,7 +155,7 @@ def _path(keys: Sequence[str]) -> Callable[[_Pickle], None]:
 
 
 def _stored(
-    out: _Pickle, name: str, offsets: Sequence[int] | None, number: int, item: Item
+    out: _Pickle, name: str, offsets: Sequence[int] | None, number: int, item: ItemPlace
 ) -> None:
     out.begin(_META, "MetadataIndex")
     out.text("fqn")

@@ -10,7 +10,7 @@ from mmconvert.formats.containers.image import FileImage, Piece, one_run, small
 from mmconvert.formats.containers.ptpickle import Scalar
 from mmconvert.formats.containers.ptwriter import Laid, object_archive, tensor_archive
 from mmconvert.formats.dcp import metadata
-from mmconvert.formats.dcp.metadata import NAME, Entry, Item
+from mmconvert.formats.dcp.metadata import NAME, Entry, ItemPlace
 from mmconvert.formats.dcp.metadata_writer import metadata_bytes
 from mmconvert.formats.dcp.naming import MODEL
 from mmconvert.plan.plan import Block, Side, Whole
@@ -112,7 +112,7 @@ def folder_images(
     """
     prefix = f"{folder}/" if folder else ""
     entries: dict[str, list[metadata.StoredChunk]] = {}
-    kept: dict[str, Item] = {}
+    kept: dict[str, ItemPlace] = {}
     files: dict[str, list[int]] = {}
     for number, piece in enumerate(written):
         files.setdefault(piece.file, []).append(number)
@@ -124,7 +124,7 @@ def folder_images(
         for name, value in objects.items() if file == first else ():
             laid = object_archive(value)
             heads += [(at + offset, data) for offset, data in laid.heads]
-            kept[name] = Item(file, at, laid.size)
+            kept[name] = ItemPlace(file, at, laid.size)
             at += laid.size
         for number in sorted(files.get(file, ()), key=lambda n: written[n][:3]):
             one, dtype = written[number], targets[number].dtype
@@ -132,7 +132,7 @@ def folder_images(
             laid = _laid(dtype, one.sizes)
             heads += [(at + offset, data) for offset, data in laid.heads]
             pieces.append(Piece(number, one_run(at + laid.start, targets[number].nbytes)))
-            item = Item(file, at, laid.size)
+            item = ItemPlace(file, at, laid.size)
             entries.setdefault(one.name, []).append(
                 metadata.StoredChunk(one.offsets, one.sizes, item)
             )

@@ -15,7 +15,7 @@ from mmconvert.formats.mm.instances import experts_of, instances
 from mmconvert.names import EXPERT, fill, number, summarise
 from mmconvert.stored import StoredTensor, expert_of, rows_of, stacked, transpose, transpose_each
 
-Tensors = Mapping[str, StoredTensor]
+NamedTensors = Mapping[str, StoredTensor]
 
 
 def known_names(family: Family, names: Sequence[str], variant: Variant | None = None) -> str | None:
@@ -66,7 +66,7 @@ def default_naming(family: Family) -> Naming:
 
 
 def as_hf(
-    tensors: Tensors, family: Family, modules: Sequence[Module], dims: Dims, naming: Naming
+    tensors: NamedTensors, family: Family, modules: Sequence[Module], dims: Dims, naming: Naming
 ) -> dict[str, StoredTensor]:
     """The tensors under names of the hub, with stacks as Hugging Face has them.
 
@@ -102,7 +102,7 @@ def _stack(tensor: StoredTensor, experts: int) -> StoredTensor:
     return stacked(tensor, experts)
 
 
-def _by_rules(tensors: Tensors, family: GenericFamily, dims: Dims) -> dict[str, StoredTensor]:
+def _by_rules(tensors: NamedTensors, family: GenericFamily, dims: Dims) -> dict[str, StoredTensor]:
     """By the rules of a trainer; each Hugging Face tensor must be there."""
     modules = family.table(family.variants[0])
     found: dict[str, StoredTensor] = {}

@@ -7,10 +7,10 @@ from math import prod
 
 from mmconvert.plan.proof import Rect, covers
 
-Piece = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
+Tile = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
 
 
-def tile(pieces: Sequence[Piece], shape: tuple[int, ...]) -> bool:
+def tile(pieces: Sequence[Tile], shape: tuple[int, ...]) -> bool:
     """Whether pieces fill a shape exactly once.
 
     What is cut along at most two dimensions is a matrix of these. Cut along more, every piece must
@@ -39,7 +39,7 @@ def tile(pieces: Sequence[Piece], shape: tuple[int, ...]) -> bool:
     return len({offsets for offsets, _ in pieces}) == len(pieces) == cells
 
 
-def _rect(piece: Piece, rows: int, cols: int) -> Rect:
+def _rect(piece: Tile, rows: int, cols: int) -> Rect:
     offsets, sizes = piece
     return Rect(
         _at(offsets, rows, 0), _at(offsets, cols, 0), _at(sizes, rows, 1), _at(sizes, cols, 1)

@@ -23,7 +23,7 @@ from mmconvert.formats.mm.detect import assert_layout, check_layers, count_exper
 from mmconvert.formats.mm.folder import MMCheckpoint
 from mmconvert.formats.mm.idle import noted_grids, with_idle_layers
 from mmconvert.formats.mm.names import check_layers_of
-from mmconvert.formats.mm.source import Parts, claim_mm
+from mmconvert.formats.mm.source import ChunkTensors, claim_mm
 from mmconvert.formats.model import AdapterModel, Model, Notes
 from mmconvert.names import NO_LAYER, number, summarise
 from mmconvert.narrow import is_array, is_object
@@ -40,7 +40,7 @@ def mm_adapter(
     options: Options,
     *,
     prefix: str,
-) -> tuple[Model, Layout, Parts]:
+) -> tuple[Model, Layout, ChunkTensors]:
     """An adapter in MM format: its model, its layout, its tensors by chunk.
 
     Args:

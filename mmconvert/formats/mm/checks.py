@@ -19,7 +19,7 @@ from mmconvert.formats.mm.detect import (
 from mmconvert.formats.mm.folder import MMCheckpoint
 from mmconvert.formats.mm.names import check_names
 from mmconvert.formats.mm.ranks import COPY
-from mmconvert.formats.mm.source import Parts, claim_mm
+from mmconvert.formats.mm.source import ChunkTensors, claim_mm
 from mmconvert.formats.recognise import by_names
 from mmconvert.names import TemplateIndex, number, summarise
 from mmconvert.sharding.layout import Layout
@@ -100,7 +100,7 @@ def is_without_text(
 
 
 def check_claims(
-    family: Family, modules: tuple[Module, ...], dims: Dims, layout: Layout, parts: Parts
+    family: Family, modules: tuple[Module, ...], dims: Dims, layout: Layout, parts: ChunkTensors
 ) -> None:
     """Raises TensorError for tensors that no row claims, or that stand where they should not."""
     lost = claim_mm(modules, dims, layout, parts)
@@ -184,7 +184,7 @@ def _other_count(
 
 def check_known(
     family: Family,
-    parts: Parts,
+    parts: ChunkTensors,
     index: TemplateIndex[tuple[Module, Row]],
     checkpoint: MMCheckpoint,
     faults: Faults,

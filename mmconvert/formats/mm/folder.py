@@ -14,7 +14,7 @@ from mmconvert.adapters import BASE_LAYER, MARK
 from mmconvert.errors import CheckpointError
 from mmconvert.formats import manifest
 from mmconvert.formats.faults import STRICT, Faults
-from mmconvert.formats.mm.rankfiles import EXTRA_STATE, Parts, extra_state, read_rank_file
+from mmconvert.formats.mm.rankfiles import EXTRA_STATE, FileChunks, extra_state, read_rank_file
 from mmconvert.formats.mm.ranks import (
     DISTRIBUTED,
     RANK_FILE,
@@ -103,17 +103,17 @@ def open_mm(root: Path, faults: Faults = STRICT) -> MMCheckpoint:
 
 def _read(
     ranks: RankFolderNames, faults: Faults
-) -> tuple[dict[Rank, Parts], dict[str, int], dict[Path, int]]:
+) -> tuple[dict[Rank, FileChunks], dict[str, int], dict[Path, int]]:
     """The model chunks of every rank whose file can be read and has the chunks that most have;
     the bytes of everything else by its key, and of ``_extra_state`` by file.
     """
-    files: dict[Rank, Parts] = {}
+    files: dict[Rank, FileChunks] = {}
     notes: dict[str, int] = {}
     states: dict[Path, int] = {}
     for rank, path in ranks.paths.items():
         file, own = path / RANK_FILE, dict[str, int]()
         size = ranks.listed.get(path.name, 0)
-        found = faults.attempt(lambda f=file, s=size, o=own: read_rank_file(f, o, s), Parts())
+        found = faults.attempt(lambda f=file, s=size, o=own: read_rank_file(f, o, s), FileChunks())
         if found:
             files[rank] = found
         states |= {file: own[EXTRA_STATE]} if EXTRA_STATE in own else {}

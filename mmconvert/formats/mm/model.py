@@ -31,7 +31,7 @@ from mmconvert.formats.mm.detect import (
     layer_lists,
 )
 from mmconvert.formats.mm.folder import MMCheckpoint, is_adapter, open_mm, part_of
-from mmconvert.formats.mm.source import TRANSPOSED, Parts, mm_source
+from mmconvert.formats.mm.source import TRANSPOSED, ChunkTensors, mm_source
 from mmconvert.formats.model import Model, Notes, dropped_by, drops_too_much
 from mmconvert.formats.recognise import mm_form_of
 from mmconvert.names import TemplateIndex
@@ -62,7 +62,7 @@ class OpenedMM:
     faults: Faults = STRICT
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> ChunkTensors:
         """Its tensors, by name, by chunk."""
         return self.chart.checkpoint.parts
 
@@ -205,7 +205,7 @@ def _has_stacks(family: Family, variant: Variant) -> bool:
 
 
 def _unpadded(
-    modules: tuple[Module, ...], parts: Parts, layout: Layout, dims: Dims, vocabulary: str
+    modules: tuple[Module, ...], parts: ChunkTensors, layout: Layout, dims: Dims, vocabulary: str
 ) -> int:
     """The rows that the vocabulary has without those that pad it; 0 if none do.
 
@@ -264,7 +264,7 @@ def _without(
 
 
 def _looks_tied(
-    family: Family, variant: Variant, parts: Parts, content: Mapping[str, object] | None
+    family: Family, variant: Variant, parts: ChunkTensors, content: Mapping[str, object] | None
 ) -> bool | None:
     """Whether the output layer is the embedding, where config.json is not at hand.
 

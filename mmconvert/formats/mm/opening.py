@@ -24,7 +24,7 @@ from mmconvert.formats.mm.optimizer.state import GroupKey, OptimizerState
 from mmconvert.formats.mm.optimizer.wholes import PlacedState, groups_of, place_state, with_state
 from mmconvert.formats.mm.optimizer.writing import StateWriter
 from mmconvert.formats.mm.output import rank_images
-from mmconvert.formats.mm.source import Parts, transposed_wholes
+from mmconvert.formats.mm.source import ChunkTensors, transposed_wholes
 from mmconvert.formats.untied import ties, untied_model, untied_side
 from mmconvert.plan.plan import Key, Side
 from mmconvert.plan.reorder import reorder
@@ -52,7 +52,7 @@ class MMStored(StoredCheckpoint):
         return self.opened.layout
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> ChunkTensors:
         """Its tensors, by name, by chunk."""
         return self.opened.parts
 

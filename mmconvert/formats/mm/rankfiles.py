@@ -20,10 +20,10 @@ _PART = re.compile(r"model(0|[1-9]\d{0,3})?")
 EXTRA_STATE = "_extra_state"  # Transformer Engine's per-layer state; None in MM checkpoints
 
 
-Parts = dict[str, dict[str, StoredTensor]]
+FileChunks = dict[str, dict[str, StoredTensor]]
 
 
-def read_rank_file(file: Path, notes: dict[str, int], size: int = 0) -> Parts:
+def read_rank_file(file: Path, notes: dict[str, int], size: int = 0) -> FileChunks:
     """The tensors of one rank file by the key of their model chunk, in the chunks' order.
 
     Args:

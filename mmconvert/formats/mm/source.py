@@ -18,14 +18,14 @@ from mmconvert.sharding.spans import Span
 from mmconvert.stored import StoredTensor, transpose
 
 TRANSPOSED = "experts-transposed"
-Parts = Mapping[Chunk, Mapping[str, StoredTensor]]
+ChunkTensors = Mapping[Chunk, Mapping[str, StoredTensor]]
 
 
 def mm_source(
     modules: Sequence[Module],
     dims: Dims,
     layout: Layout,
-    parts: Parts,
+    parts: ChunkTensors,
     *,
     transposed: bool = False,
     faults: Faults = STRICT,
@@ -67,7 +67,7 @@ def mm_source(
 
 
 def _places(
-    modules: Sequence[Module], dims: Dims, layout: Layout, parts: Parts
+    modules: Sequence[Module], dims: Dims, layout: Layout, parts: ChunkTensors
 ) -> Iterator[tuple[Instance, str, list[StoredTensor], list[Rank]]]:
     """Every place of every tensor: its shards by tp rank, and the ranks that lack theirs."""
     for item, stage, name, eps in placements(modules, layout, dims, every_tied=True):
@@ -211,7 +211,9 @@ def transposed_experts(tensor: StoredTensor) -> TensorError:
     )
 
 
-def claim_mm(modules: Sequence[Module], dims: Dims, layout: Layout, parts: Parts) -> list[str]:
+def claim_mm(
+    modules: Sequence[Module], dims: Dims, layout: Layout, parts: ChunkTensors
+) -> list[str]:
     """MM names that no row claims, or that stand where they should not; ``name (folder)``."""
     index = mm_index(tuple(modules))
     expected: dict[int, set[str]] = {}  # each ep rank has the same names

@@ -17,7 +17,6 @@ from mmconvert.stored import StoredTensor
 # Whether two stored tensors hold the same bytes; None if a tensor is one repeated byte, so that
 # equality says nothing.
 SameBytes = Callable[[StoredTensor, StoredTensor], bool | None]
-Shards = list[StoredTensor]
 
 
 def tp_size(module: Module, checkpoint: MMCheckpoint, dims: Dims, same: SameBytes) -> int:
@@ -79,9 +78,9 @@ def whole_tp_size(module: Module, checkpoint: MMCheckpoint, dims: Dims) -> int:
     return int(count) if count.is_integer() and count > 0 else 1
 
 
-def first_layer(module: Module, checkpoint: MMCheckpoint) -> list[tuple[Row, Shards]]:
+def first_layer(module: Module, checkpoint: MMCheckpoint) -> list[tuple[Row, list[StoredTensor]]]:
     """Rows of the module's outer parts and of one layer, with their shards by tp rank."""
-    found: dict[str, tuple[Row, Shards]] = {}
+    found: dict[str, tuple[Row, list[StoredTensor]]] = {}
     for chunk, tensors in checkpoint.parts.items():
         if chunk.rank.tp or chunk.rank.ep:
             continue
@@ -108,7 +107,7 @@ def _first_names(row: Row, tensors: Mapping[str, StoredTensor]) -> list[str]:
     return list(islice((name for name in names if name in tensors), 1))
 
 
-def explains(rows: Sequence[tuple[Row, Shards]], size: int, dims: Dims) -> bool:
+def explains(rows: Sequence[tuple[Row, list[StoredTensor]]], size: int, dims: Dims) -> bool:
     """Whether a tp size gives every dimension one value throughout a module."""
     known = dict(dims)
     for row, shards in rows:

@@ -17,6 +17,7 @@ import torch
 from mmconvert.errors import RequestError
 from mmconvert.runtime.answers import Reply, Wording
 from mmconvert.runtime.device import device
+from mmconvert.runtime.processes import Emit
 from mmconvert.runtime.qwenvl import prompts, weights
 from mmconvert.runtime.qwenvl.model import Cache, QwenVLModel
 from mmconvert.runtime.qwenvl.prompts import Prompt
@@ -79,7 +80,7 @@ def ask(
     question: Question,
     dtype: str,
     say: Callable[[str], None],
-    note: weights.Note,
+    note: Emit,
     choice: Sampling | None = None,
 ) -> list[Reply]:
     """The answers, one for each row; ``say`` gets the words of the first as they come.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmconvert.errors import DatasetError, RequestError
 from mmconvert.runtime.batch import IGNORED
-from mmconvert.runtime.dataset import Order
+from mmconvert.runtime.dataset import SampleOrder
 from mmconvert.runtime.qwenvl import prompts
 from mmconvert.runtime.qwenvl.sizes import QUERIES, Sizes
 from mmconvert.runtime.qwenvl.tokenizer import END, IMAGE, IMAGE_END, SLOT, Tokenizer
@@ -144,7 +144,13 @@ class Lessons:
     """
 
     def __init__(
-        self, teacher: Teacher, samples: Sequence[Sample], order: Order, seed: int, *, strict: bool
+        self,
+        teacher: Teacher,
+        samples: Sequence[Sample],
+        order: SampleOrder,
+        seed: int,
+        *,
+        strict: bool,
     ) -> None:
         self._teacher, self._samples, self._strict = teacher, samples, strict
         self._order, self._seed = order, seed

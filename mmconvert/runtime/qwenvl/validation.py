@@ -17,6 +17,7 @@ from mmconvert.errors import RequestError
 from mmconvert.names import number, summarise
 from mmconvert.runtime.device import device
 from mmconvert.runtime.pictures import drawn_picture
+from mmconvert.runtime.processes import Emit
 from mmconvert.runtime.qwenvl import prompts, weights
 from mmconvert.runtime.qwenvl.answer import DTYPES, RANKS, generate
 from mmconvert.runtime.qwenvl.model import QwenVLModel
@@ -38,7 +39,7 @@ def validate(
     dtype: str,
     tolerance: float,
     like: Positions,
-    note: weights.Note,
+    note: Emit,
 ) -> ValidationReport:
     """Runs a MindSpore checkpoint and a Hugging Face folder on the same inputs.
 
@@ -72,7 +73,7 @@ def validate(
 
 
 def _compare(
-    sizes: Sizes, checkpoint: Path, hf_dir: Path, note: weights.Note
+    sizes: Sizes, checkpoint: Path, hf_dir: Path, note: Emit
 ) -> tuple[dict[str, torch.dtype], list[str]]:
     """The checkpoint's dtypes, and the names of tensors whose values differ, rounded to these."""
     empty = weights.skeleton(sizes, torch.float32)
@@ -89,7 +90,7 @@ def _compare(
 
 
 def _question(
-    sizes: Sizes, vocab: Path, words: str, pictures: Sequence[Path], note: weights.Note
+    sizes: Sizes, vocab: Path, words: str, pictures: Sequence[Path], note: Emit
 ) -> tuple[Prompt, str]:
     """What to compute on, and in words what it is."""
     asked: list[prompts.Picture] = [*pictures] or [drawn_picture()]

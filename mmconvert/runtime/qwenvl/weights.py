@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,12 +26,12 @@ from mmconvert.loading import read_target, torch_tensor
 from mmconvert.plan.build import build, in_dtype
 from mmconvert.plan.plan import Copy, Plan, Side
 from mmconvert.plan.proof import prove
+from mmconvert.runtime.processes import Emit
 from mmconvert.runtime.qwenvl.model import QwenVLModel
 from mmconvert.runtime.qwenvl.sizes import Positions, Sizes
 from mmconvert.stored import StoredTensor
 
 ENCODER = next(m.key for m in FAMILY.table(FAMILY.variants[0]) if m.role == "encoder")
-Note = Callable[[object], None]
 
 
 def sizes_of(hf_dir: Path, positions: Positions = "hub") -> Sizes:
@@ -69,7 +69,7 @@ def load(
     path: Path,
     dtype: torch.dtype,
     device: torch.device,
-    note: Note = lambda _: None,
+    note: Emit = lambda _: None,
     stored: Mapping[str, torch.dtype] | None = None,
 ) -> QwenVLModel:
     """The model with the weights of a checkpoint.
@@ -92,7 +92,7 @@ def load(
     return model
 
 
-def tensors(model: QwenVLModel, path: Path, note: Note) -> Iterator[tuple[str, Tensor]]:
+def tensors(model: QwenVLModel, path: Path, note: Emit) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a checkpoint under its name on the hub, as it is stored."""
     expected = {
         name: StoredTensor(name, "F32", tuple(p.shape), path, 0)

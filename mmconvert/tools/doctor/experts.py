@@ -18,7 +18,7 @@ from mmconvert.plan.plan import Comparison, Key, Side, matrix
 from mmconvert.tools.doctor.report import DoctorReport
 
 UNSURE = "; give --hf_dir to see whether the model has such experts"
-Expert = tuple[Key, ...]  # the wholes of one expert
+ExpertWholes = tuple[Key, ...]  # the wholes of one expert
 
 
 def told_as_one(found: Collected) -> None:
@@ -79,10 +79,10 @@ def look_at_twins(
     )
 
 
-def _experts(opened: OpenedMM, side: Side) -> dict[int, dict[int, Expert]]:
+def _experts(opened: OpenedMM, side: Side) -> dict[int, dict[int, ExpertWholes]]:
     """The wholes of every expert, by layer and number."""
     rows = {r.mm for m in opened.model.modules for r in m.layer if r.of_expert}
-    found: dict[int, dict[int, Expert]] = {}
+    found: dict[int, dict[int, ExpertWholes]] = {}
     for key in side.wholes:
         if key.mm in rows:
             layer = found.setdefault(key.layer, {})
@@ -90,10 +90,12 @@ def _experts(opened: OpenedMM, side: Side) -> dict[int, dict[int, Expert]]:
     return found
 
 
-def _alike(side: Side, layer: Mapping[int, Expert]) -> list[tuple[Expert, Expert]]:
+def _alike(
+    side: Side, layer: Mapping[int, ExpertWholes]
+) -> list[tuple[ExpertWholes, ExpertWholes]]:
     """Experts of a layer whose matrices begin with the same row as those of an earlier one."""
-    first: dict[tuple[bytes, ...], Expert] = {}
-    pairs: list[tuple[Expert, Expert]] = []
+    first: dict[tuple[bytes, ...], ExpertWholes] = {}
+    pairs: list[tuple[ExpertWholes, ExpertWholes]] = []
     with open_files() as files:
         for _, expert in sorted(layer.items()):
             begins: list[bytes] = []
@@ -107,8 +109,8 @@ def _alike(side: Side, layer: Mapping[int, Expert]) -> list[tuple[Expert, Expert
 
 
 def _equal(
-    side: Side, pairs: Sequence[tuple[Expert, Expert]], workers: int, events: Events
-) -> list[tuple[Expert, Expert]]:
+    side: Side, pairs: Sequence[tuple[ExpertWholes, ExpertWholes]], workers: int, events: Events
+) -> list[tuple[ExpertWholes, ExpertWholes]]:
     """Those of the pairs whose values are all equal."""
     listed = [
         Comparison(b, copy)

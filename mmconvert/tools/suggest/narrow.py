@@ -16,7 +16,7 @@ from typing import NamedTuple
 from mmconvert.tools.suggest.chains import Problem, level
 from mmconvert.tools.suggest.effort import Effort
 
-State = tuple[int, ...]  # layers placed of each encoder
+LayersPlaced = tuple[int, ...]  # layers placed of each encoder
 
 
 class BalancedLayers(NamedTuple):
@@ -37,7 +37,7 @@ class _Best(NamedTuple):
 
     room: int
     squares: int
-    came_from: State
+    came_from: LayersPlaced
 
 
 def layouts(
@@ -55,8 +55,8 @@ def layouts(
         EffortSpent: too much to search.
     """
     text, pp = problem.text, problem.pp
-    start: State = (0,) * len(problem.encoders)
-    reached: list[dict[State, _Best]] = [{start: _Best(0, 0, start)}]
+    start: LayersPlaced = (0,) * len(problem.encoders)
+    reached: list[dict[LayersPlaced, _Best]] = [{start: _Best(0, 0, start)}]
     fewest = max(0, problem.stages - text.layers)  # a stage beyond these has a text layer
     for stage in range(pp):
         if stage >= fewest:
@@ -69,19 +69,19 @@ def layouts(
             reached.append(after if every else _furthest(problem, after))
 
 
-def _prefix(problem: Problem, state: State) -> int:
+def _prefix(problem: Problem, state: LayersPlaced) -> int:
     return sum(t.upto(count) for t, count in zip(problem.encoders, state, strict=True))
 
 
 def _advance(
-    problem: Problem, bound: int, states: dict[State, _Best], stage: int, effort: Effort
-) -> dict[State, _Best]:
+    problem: Problem, bound: int, states: dict[LayersPlaced, _Best], stage: int, effort: Effort
+) -> dict[LayersPlaced, _Best]:
     """The states after a stage that holds encoder layers only."""
     unit, chunks = problem.text.layer, problem.vpp - 1
     encoders = sum(t.total for t in problem.encoders)
     # What is left must fit the ranks that are left, whatever its order: an upper bound.
     ahead = (problem.pp - stage - 1) * bound - problem.text.before - problem.text.after
-    after: dict[State, _Best] = {}
+    after: dict[LayersPlaced, _Best] = {}
     for state in sorted(states):
         here = states[state]
         done = _prefix(problem, state)
@@ -100,7 +100,7 @@ def _advance(
     return after
 
 
-def _furthest(problem: Problem, states: dict[State, _Best]) -> dict[State, _Best]:
+def _furthest(problem: Problem, states: dict[LayersPlaced, _Best]) -> dict[LayersPlaced, _Best]:
     """Without states that have placed no more of any encoder than another.
 
     Without virtual stages the further state can do what the other can: from any layout of the
@@ -109,19 +109,19 @@ def _furthest(problem: Problem, states: dict[State, _Best]) -> dict[State, _Best
     """
     if problem.vpp > 1 or problem.text.layers < problem.stages:
         return states
-    kept: list[State] = []
+    kept: list[LayersPlaced] = []
     for state in sorted(states, reverse=True):
         if not any(all(a <= b for a, b in zip(state, k, strict=True)) for k in kept):
             kept.append(state)
     return {state: states[state] for state in kept}
 
 
-def _cuts(problem: Problem, state: State, bound: int) -> Iterator[tuple[State, int]]:
+def _cuts(problem: Problem, state: LayersPlaced, bound: int) -> Iterator[tuple[LayersPlaced, int]]:
     """The states that one more stage can lead to, with the stage's cost, at most ``bound``."""
-    partial: list[tuple[State, int]] = [((), 0)]
+    partial: list[tuple[LayersPlaced, int]] = [((), 0)]
     for encoder, placed in zip(problem.encoders, state, strict=True):
         base = encoder.upto(placed)
-        longer: list[tuple[State, int]] = []
+        longer: list[tuple[LayersPlaced, int]] = []
         for head, cost in partial:
             for count in range(placed, encoder.layers + 1):
                 total = cost + encoder.upto(count) - base
@@ -133,7 +133,11 @@ def _cuts(problem: Problem, state: State, bound: int) -> Iterator[tuple[State, i
 
 
 def _finish(
-    problem: Problem, bound: int, reached: list[dict[State, _Best]], stage: int, state: State
+    problem: Problem,
+    bound: int,
+    reached: list[dict[LayersPlaced, _Best]],
+    stage: int,
+    state: LayersPlaced,
 ) -> BalancedLayers | None:
     """Puts the rest of the encoders on ``stage``, which is the first with text layers."""
     path = [state]
