@@ -75,13 +75,16 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return found
 
 
-def write_checkpoint(folder: Path, files: int = 2, layers: float = 1.0) -> int:
+def write_checkpoint(
+    folder: Path, files: int = 2, layers: float = 1.0, *, sparse: bool = False
+) -> int:
     """Writes the checkpoint in ``files`` weight files; returns its bytes.
 
     Args:
         folder: created if need be.
         files: number of weight files of about equal size.
         layers: share of the text and vision layers to keep (1.0: the real 4.4 GB).
+        sparse: its data are holes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads(json.dumps(CONFIG))
@@ -99,7 +102,7 @@ def write_checkpoint(folder: Path, files: int = 2, layers: float = 1.0) -> int:
     noise = np.random.default_rng(0).integers(0, 256, 16 << 20, np.uint8).tobytes()
     for i, run in enumerate(runs, 1):
         file = f"model-{i:05d}-of-{files:05d}.safetensors"
-        write_weights(folder / file, run, noise)
+        write_weights(folder / file, run, b"" if sparse else noise)
         weight_map |= dict.fromkeys(run, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
