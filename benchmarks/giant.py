@@ -2,8 +2,8 @@
 
     python benchmarks/giant.py [--rounds 5] [--folder DIR]
 
-Qwen2-VL-72B, its real sizes in sparse files (144 GB of holes), to tp 8, pp 4. The second line leaves
-the probe out, which moves a sample of the bytes to tell how long the whole will take.
+Qwen2-VL-72B, its real sizes in sparse files (144 GB of holes), to tp 8, pp 4. The second line
+leaves the probe out, which moves a sample of the bytes to tell how long the whole will take.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ class Options:
     """Do not wait until the output is on the disk: for benchmarks and scratch disks. A loss of
     power may then leave zeros in a checkpoint that is finished."""
     workers: int = 0
-    """Number of threads; 0 takes one for each core."""
+    """Number of processes, or threads, that share the work; 0 takes one for each core."""
     ranks: str = ""
     """This is process I of N that write the output together: I/N, from 0/4 to 3/4. Not given: as
     mpirun or Slurm has started it, else alone."""

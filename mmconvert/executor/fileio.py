@@ -222,7 +222,8 @@ def _calls(pieces: Sequence[memoryview], offset: int, most: int) -> Iterator[lis
         for start in range(first, len(piece), most):
             yield [piece[start : start + most]]
         return
-    count = min(IOV_MAX, max(1, most // max(1, len(pieces[0]))))
+    width = len(pieces[0]) if pieces else 0
+    count = min(IOV_MAX, max(1, most // max(1, width)))
     for start in range(0, len(pieces), count):
         yield list(pieces[start : start + count])
 

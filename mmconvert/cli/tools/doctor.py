@@ -45,7 +45,7 @@ class Patient:
     values: bool = False
     """Read all data, and search it for NaN and infinity."""
     workers: int = 0
-    """Number of threads; 0 takes one for each core."""
+    """Number of processes, or threads, that share the work; 0 takes one for each core."""
     json: bool = False
     """Print the result as JSON."""
     quiet: bool = False

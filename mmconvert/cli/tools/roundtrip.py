@@ -41,7 +41,7 @@ class Trip:
     drop: Patterns = NO_PATTERNS
     """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
     workers: int = 0
-    """Number of threads; 0 takes one for each core."""
+    """Number of processes, or threads, that share the work; 0 takes one for each core."""
     json: bool = False
     """Print the result, or the error, as JSON."""
     quiet: bool = False

@@ -36,7 +36,7 @@ class VerifyFlags:
     vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"
     """How the MM checkpoints order the rows of the vision encoder's q, k and v."""
     workers: int = 0
-    """Number of threads; 0 takes one for each core."""
+    """Number of processes, or threads, that share the work; 0 takes one for each core."""
     json: bool = False
     """Print the result, or the error, as JSON."""
     quiet: bool = False
