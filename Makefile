@@ -17,7 +17,7 @@ PY := $(VENV)/bin/python
 # The tests start hundreds of processes: none of them should compile what another has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo tutorial test quick nightly lint docs release-check mindspore-env npu-wheel transformers4 bench clean
+.PHONY: demo tutorial test quick nightly lint style types suite docs release-check mindspore-env npu-wheel transformers4 bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or later is needed"'
@@ -31,13 +31,21 @@ demo: $(VENV)/ready
 tutorial: $(VENV)/ready
 	$(PY) examples/tutorial.py tutorial-output
 
-lint: $(VENV)/ready
+lint: style types
+
+style: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/ready
 	$(VENV)/bin/pyright --pythonpath $(PY)
 
-test: lint
+suite: $(VENV)/ready
 	$(PY) -m pytest -n auto --dist worksteal
+
+# Types are looked at beside the tests: pyright alone would leave all cores but one idle.
+test: style
+	@$(MAKE) --no-print-directory -j 2 types suite
 
 quick: $(VENV)/ready
 	$(PY) -m pytest -n auto --dist worksteal -m 'not slow and not nightly'
