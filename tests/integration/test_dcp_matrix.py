@@ -15,6 +15,7 @@ from cli import run_cli
 from commands import refused, snapshot
 from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_hf, compare_mm
+from nights import night
 from qwenvl import make_qwenvl
 from stopping import noted, staging, stopped
 
@@ -98,6 +99,16 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return made(hf, ["mm", "dcp", "torch_dist"])
 
 
+# For what does not depend on the model: the one with experts, which has all kinds of tensors.
+one_model = pytest.mark.parametrize("model", ["qwen3vl-30b-a3b"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def qwenvl(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A model that MindSpore has."""
+    return made(make_qwenvl(tmp_path_factory.mktemp("qwenvl") / "hf"), ["ms", "dcp"])
+
+
 def same_files(a: Path, b: Path) -> None:
     """All but the manifest, which has times."""
     one, two = (
@@ -123,25 +134,25 @@ def test_every_cell(cell: tuple[str, str, str], model: Made, tmp_path: Path) -> 
     same_files(out, model.by_format[to])
 
 
-def test_the_table_is_all_there(model: Made) -> None:
+def test_the_table_is_all_there() -> None:
     """16 cells of four formats: all but from Hugging Face to itself, and torch_dist to itself."""
     assert len(MM_CELLS) == 14
     assert len(MS_CELLS) == 8
 
 
 @pytest.mark.parametrize("cell", MS_CELLS, ids=lambda cell: cell[2])
-def test_every_cell_of_mindspore(cell: tuple[str, str, str], tmp_path: Path) -> None:
-    hf = make_qwenvl(tmp_path / "hf")
-    have = made(hf, ["ms", "dcp"])
+def test_every_cell_of_mindspore(cell: tuple[str, str, str], qwenvl: Made, tmp_path: Path) -> None:
+    have = qwenvl
     kind, to, _ = cell
     out = tmp_path / ("out.ckpt" if to == "ms" else "out")
-    run_cli(*words_of(cell, have.by_format[kind], out, hf), check=0)
+    run_cli(*words_of(cell, have.by_format[kind], out, have.hf), check=0)
     assert mmconvert.verify(out, have.by_format["ms"]).equal
     assert mmconvert.verify(out, have.by_format["dcp"]).equal
     if to == "ms":
         assert out.read_bytes() == have.by_format["ms"].read_bytes()
 
 
+@one_model
 def test_from_python(model: Made, tmp_path: Path) -> None:
     """convert_to, open and inspect, by what stands in the folders."""
     layout = {"tp_size": 2, "llm_pp_layers": [1, 1], "vit_pp_layers": [2, 0]}
@@ -202,6 +213,7 @@ def test_a_changed_value_is_seen(kind: str, model: Made, tmp_path: Path) -> None
     assert "final_layernorm" in run_cli("diff", out, model.hf, check=1).stdout
 
 
+@one_model
 @pytest.mark.parametrize("verb", ["hf_to_dcp", "dcp_to_torch_dist", "torch_dist_to_dcp"])
 def test_dry_run(verb: str, model: Made, tmp_path: Path) -> None:
     """It says the files and their sizes, all of which come true, and writes none."""
@@ -219,6 +231,7 @@ def test_dry_run(verb: str, model: Made, tmp_path: Path) -> None:
     assert made.items() <= listed.items()
 
 
+@one_model
 @pytest.mark.parametrize("verb", ["hf_to_dcp", "mm_to_torch_dist", "dcp_to_hf"])
 def test_it_goes_on_after_a_kill(verb: str, model: Made, tmp_path: Path) -> None:
     cell = next(cell for cell in CELLS if cell[2] == verb)
@@ -233,6 +246,7 @@ def test_it_goes_on_after_a_kill(verb: str, model: Made, tmp_path: Path) -> None
     same_files(out, model.by_format[cell[1]])
 
 
+@one_model
 def test_digests(model: Made, tmp_path: Path) -> None:
     """verify --quick compares DCP, torch_dist and MM by their digests alone."""
     for kind in ("mm", "dcp", "torch_dist"):
@@ -244,6 +258,7 @@ def test_digests(model: Made, tmp_path: Path) -> None:
         assert json.loads(said.stdout)["by_digest"] is True
 
 
+@one_model
 def test_an_existing_folder_is_kept(model: Made, tmp_path: Path) -> None:
     """--overwrite replaces an output, and no folder that holds anything else."""
     for kind in ("dcp", "torch_dist"):
@@ -260,7 +275,7 @@ def test_an_existing_folder_is_kept(model: Made, tmp_path: Path) -> None:
         assert (tmp_path / kind / "release/__0_0.distcp").stat().st_mtime_ns > before.st_mtime_ns
 
 
-DEEPSEEK = pytest.param("deepseekvl2", marks=pytest.mark.slow)
+DEEPSEEK = night("deepseekvl2")
 
 
 @pytest.mark.parametrize("name", ["internvl2-8b", "glm4.1v-9b", DEEPSEEK])
