@@ -119,7 +119,9 @@ def test_a_mark_of_byte_order_is_no_part_of_the_file(tmp_path: Path) -> None:
     [
         ("[0,4]", "[3,0]", 1),
         pytest.param(("[1,3]", "[3,0]", 1), marks=pytest.mark.nightly),
-        ("[4]", "[3]", 2, "vit_tp_size=1", "audio_tp_size=1"),
+        pytest.param(
+            ("[4]", "[3]", 2, "vit_tp_size=1", "audio_tp_size=1"), marks=pytest.mark.nightly
+        ),
     ],
     ids=["pp 2, encoders alone", "pp 2", "tp 2, encoders at tp 1"],
 )

@@ -90,7 +90,7 @@ TODAY = ("ep 2, two replicas, optimizer divided", "pp 2 ep 2")
 
 @pytest.fixture(scope="module")
 def alone(hf: Path, data: Path) -> talking.Curve:
-    what = talking.plan(hf.parent / "alone", 6, count=4, loss="per_token")
+    what = talking.plan(hf.parent / "alone", 4, count=4, loss="per_token")
     return talking.learn(mm(hf, ONE), hf, [data], what)
 
 
@@ -99,7 +99,7 @@ def test_the_layout_has_no_part_in_what_is_learnt(
     name: str, hf: Path, data: Path, alone: talking.Curve, tmp_path: Path
 ) -> None:
     layout, more = LAYOUTS[name]
-    what = talking.plan(tmp_path / "save", 6, count=4, loss="per_token", **more)
+    what = talking.plan(tmp_path / "save", 4, count=4, loss="per_token", **more)
     curve = talking.learn(mm(hf, layout), hf, [data], what)
     assert [line[1] for line in curve] == pytest.approx([line[1] for line in alone], rel=1e-6)
     assert [line[3] for line in curve] == pytest.approx([line[3] for line in alone], rel=1e-5)
@@ -136,7 +136,7 @@ def test_a_restart_goes_on_to_the_bit_and_converts(hf: Path, data: Path, tmp_pat
     back, other = tmp_path / "back", tmp_path / "other"
     mm_to_hf(whole, hf, back, converter=CONVERTER)
     run_cli("verify", back, whole, check=0)
-    resplit(whole, other, *target("[1,3]", "[3,0]", 1, "ep_size=4"), converter=CONVERTER)
+    resplit(whole, other, *target("[4]", "[3]", 1, "ep_size=4"), converter=CONVERTER)
     report = validated(other, back)
     assert report.passed, report.as_dict()
 
@@ -227,7 +227,10 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+SEEN_TODAY = ("two experts swapped", "router rows swapped", "deepstack mergers swapped")
+
+
+@pytest.mark.parametrize("name", nightly(MUTATIONS, but=SEEN_TODAY))
 def test_a_mutation_fails_at_its_layer(name: str, hf: Path, tmp_path: Path) -> None:
     broken, mutation = copied(mm(hf, EP_2), tmp_path / "mm"), MUTATIONS[name]
     for rank in mutation.ranks:

@@ -19,7 +19,7 @@ from mmconvert.runtime.journal import Line
 from mmconvert.runtime.samples import SampleSource
 from nights import nightly
 
-STEPS, HALF = 6, 3
+STEPS, HALF = 4, 2
 
 
 class Case(NamedTuple):
