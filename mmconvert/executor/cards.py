@@ -71,7 +71,7 @@ class Cards:
         """
         staging.make(self.folder)
         self._fd = _locked(self.lock_path(self.rank), os.O_RDWR | os.O_CREAT)
-        threading.Thread(target=self._live, daemon=True).start()
+        threading.Thread(target=self._live, name="ranks", daemon=True).start()
 
     def lock_path(self, rank: int) -> Path:
         """The file that a process locks."""

@@ -92,8 +92,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, finished: Done | None = None) ->
     if count > 1 and sum(job.nbytes for job in jobs) >= FORK_LEAST:
         from mmconvert.executor.workers import can_fork, run_in_processes  # of large work alone
 
-        if can_fork():
-            run_in_processes(jobs, queue, count, finished)
+        if can_fork() and run_in_processes(jobs, queue, count, finished):
             return
     _run_in_threads(queue, count, finished)
 

@@ -64,7 +64,7 @@ class Worker:
         parent = os.getpid()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads: see can_fork
-            self._pid = os.fork()
+            self._pid = _forked(inbox, outbox, self._orders, self.answers)
         if not self._pid:
             for worker in (*others, self):  # else the end of this process would go unnoticed
                 worker.hang_up()
@@ -116,8 +116,12 @@ class Worker:
 
 def run_in_processes(
     jobs: Sequence[Job], queue: JobQueue, count: int, finished: Done | None
-) -> None:
-    """Runs jobs in ``count`` processes; the first failure ends all and is raised."""
+) -> bool:
+    """Runs jobs in ``count`` processes, or as many as there can be; the first failure is raised.
+
+    Returns:
+        whether there could be any: if not, nothing was done.
+    """
     import select  # not on Windows as it is here
 
     _prctl()  # loaded once, for all
@@ -148,10 +152,21 @@ def run_in_processes(
                 employ(worker)
                 if finished:
                     finished(job, result)
+        return bool(workers)
     finally:  # also after Ctrl-C: no job outlives this call
         for worker in workers:
             worker.end()
         gc.unfreeze()
+
+
+def _forked(*pipes: int) -> int:
+    """A new process, or its parent's view of it; without one the pipes are closed."""
+    try:
+        return os.fork()
+    except OSError:
+        for descriptor in pipes:
+            os.close(descriptor)
+        raise
 
 
 def _fork(workers: list[Worker], jobs: Sequence[Job], count: int) -> None:
@@ -161,8 +176,9 @@ def _fork(workers: list[Worker], jobs: Sequence[Job], count: int) -> None:
     came: list[int] = []
     before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in SIGNALS}
     try:
-        for _ in range(count):
-            workers.append(Worker(jobs, workers))
+        with suppress(OSError):  # no more are allowed here: fewer do as well
+            for _ in range(count):
+                workers.append(Worker(jobs, workers))
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

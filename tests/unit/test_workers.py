@@ -14,7 +14,7 @@ import pytest
 
 from commands import QWEN2VL, layout
 from mmconvert.errors import LostProcessError, TensorError
-from mmconvert.executor import workers
+from mmconvert.executor import jobs, workers
 from mmconvert.executor.fileio import Files
 from mmconvert.executor.jobs import Job, JobQueue
 from mmconvert.executor.workers import run_in_processes
@@ -36,10 +36,10 @@ sys.exit(main())
 
 
 def run(bodies: list[Callable[[Files], Any]], count: int = 2) -> list[Any]:
-    jobs = [Job((f"file{i % 2}",), ("", i), 1, body) for i, body in enumerate(bodies)]
+    work = [Job((f"file{i % 2}",), ("", i), 1, body) for i, body in enumerate(bodies)]
     found: dict[int, Any] = {}
     run_in_processes(
-        jobs, JobQueue(jobs), count, lambda job, result: found.update({job.place[1]: result})
+        work, JobQueue(work), count, lambda job, result: found.update({job.place[1]: result})
     )
     return [found[i] for i in range(len(bodies))]
 
@@ -90,6 +90,29 @@ def test_a_process_that_is_killed_is_told() -> None:
 
     with pytest.raises(LostProcessError, match="exit code -9"):
         run([lambda _: time.sleep(0.2), die])
+
+
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_where_few_processes_are_allowed_those_do_it(
+    allowed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork, forks, before = os.fork, iter(range(allowed)), os.listdir("/proc/self/fd")
+
+    def limited() -> int:
+        if next(forks, None) is None:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", limited)
+    monkeypatch.setattr(jobs, "FORK_LEAST", 0)
+    monkeypatch.setattr(workers, "can_fork", lambda: True)
+    found: list[int] = []
+    slow = [Job((), ("", i), 1, lambda _: time.sleep(0.01) or os.getpid()) for i in range(9)]
+    jobs.run_jobs(slow, 4, lambda job, pid: found.append(pid))
+    assert len(found) == 9
+    assert (set(found) == {os.getpid()}) if not allowed else (os.getpid() not in found)
+    assert len(set(found)) == max(1, allowed)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_no_process_is_forked_beside_threads_of_others() -> None:
