@@ -6,6 +6,7 @@
 # make mindspore-env  a CPU MindSpore for the tests that compare with it; prints its interpreter
 # make npu-wheel  torch_npu in a folder of its own, for tests that run beside it; prints the folder
 # make transformers4  transformers 4.57 in a folder of its own, for tests beside it; prints the folder
+# make megatron12  the optimizers of Megatron-Core 0.12.1 go on from checkpoints that were resplit
 # make docs   the site, below site/; a broken link is an error
 # make release-check  wheel and source package: built, checked, installed, tried
 # make bench  conversions against `cp -r`, side by side (writes 18 GB below benchmarks/data)
@@ -17,7 +18,7 @@ PY := $(VENV)/bin/python
 # The tests start hundreds of processes: none of them should compile what another has compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo tutorial test quick nightly lint style types suite docs release-check mindspore-env npu-wheel transformers4 bench clean
+.PHONY: demo tutorial test quick nightly lint style types suite docs release-check mindspore-env npu-wheel transformers4 megatron12 bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or later is needed"'
@@ -69,8 +70,12 @@ npu-wheel: $(VENV)/ready
 transformers4: $(VENV)/ready
 	@tests/with_transformers4/setup.sh $(PY) .transformers4
 
+megatron12: $(VENV)/ready
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target .megatron12 megatron-core==0.12.1
+	PYTHONPATH=.megatron12 $(PY) -m pytest -n 0 tests/integration/test_megatron_optimizer.py
+
 bench: $(VENV)/ready
 	$(PY) benchmarks/convert.py
 
 clean:
-	rm -rf $(VENV) .venv-mindspore .npu-wheel .transformers4 benchmarks/data tutorial-output
+	rm -rf $(VENV) .venv-mindspore .npu-wheel .transformers4 .megatron12 benchmarks/data tutorial-output

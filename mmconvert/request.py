@@ -27,6 +27,10 @@ ONLY_READ = {
         "--optimizer carries the optimizer state of an MM checkpoint over; {verb} reads none",
         "--optimizer with resplit",
     ),
+    "optimizer_kind": (
+        "--optimizer-kind is for optimizer state that is carried over; {verb} carries none",
+        "--optimizer-kind with resplit --optimizer",
+    ),
 }
 ONLY_WRITTEN = {
     "max_shard_size": (
@@ -37,6 +41,10 @@ ONLY_WRITTEN = {
     "optimizer": (
         "--optimizer carries the optimizer state over to an MM checkpoint; {verb} writes none",
         "--optimizer with resplit",
+    ),
+    "optimizer_kind": (
+        "--optimizer-kind is for optimizer state that is carried over; {verb} writes none",
+        "--optimizer-kind with resplit --optimizer",
     ),
     "crc": ("--crc adds a checksum to .ckpt files; none is written here", ""),
 }

@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_text import model_parallel, process, text_config, text_of
+from megatron_text import (
+    expert_count,
+    expert_options,
+    model_parallel,
+    process,
+    text_config,
+    text_of,
+)
 
 
 class ExpertCase(NamedTuple):
@@ -37,23 +44,9 @@ def build(text: dict[str, Any], case: ExpertCase) -> torch.nn.Module:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    experts = text.get("num_experts") or text["num_local_experts"]
-    config = text_config(
-        text,
-        kv_channels=text["head_dim"],
-        num_moe_experts=experts,
-        moe_ffn_hidden_size=text["moe_intermediate_size"],
-        moe_router_topk=text["num_experts_per_tok"],
-        moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="allgather",
-        moe_grouped_gemm=False,
-        tensor_model_parallel_size=case.tp,
-        expert_model_parallel_size=case.ep,
-        expert_tensor_parallel_size=case.tp,
-        sequence_parallel=False,
-        qk_layernorm=True,
-        add_qkv_bias=False,
-    )
+    experts = expert_count(text)
+    options = expert_options(text, case.tp, case.ep)
+    config = text_config(text, **options, sequence_parallel=False)
     return GPTModel(
         config,
         get_gpt_layer_local_spec(
@@ -71,10 +64,7 @@ def build(text: dict[str, Any], case: ExpertCase) -> torch.nn.Module:
 def run(rank: int, folder: Path, text: dict[str, Any], cases: list[ExpertCase]) -> None:
     """One rank of all cases; leaves names that did not fit, and logits."""
     from megatron.core import parallel_state
-    from megatron.core.transformer.moe import moe_utils
 
-    # Without Transformer Engine this name is asked for and never defined.
-    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
     with process(rank, folder):
         ids = torch.load(folder / "ids.pt", weights_only=True)
         for case in cases:

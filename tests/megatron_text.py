@@ -53,16 +53,43 @@ def text_config(text: dict[str, Any], **more: Any) -> Any:
     return TransformerConfig(**{**options, **more})
 
 
+def expert_count(text: dict[str, Any]) -> int:
+    """The experts of a layer; 0 without any."""
+    return text.get("num_experts") or text.get("num_local_experts") or 0
+
+
+def expert_options(text: dict[str, Any], tp: int, ep: int) -> dict[str, Any]:
+    """Megatron's options for local experts, and norms of q and k."""
+    from megatron.core.transformer.moe import moe_utils
+
+    # Without Transformer Engine this name is asked for and never defined.
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
+    return {
+        "kv_channels": text["head_dim"],
+        "num_moe_experts": expert_count(text),
+        "moe_ffn_hidden_size": text["moe_intermediate_size"],
+        "moe_router_topk": text["num_experts_per_tok"],
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",
+        "moe_grouped_gemm": False,
+        "tensor_model_parallel_size": tp,
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": tp,
+        "qk_layernorm": True,
+        "add_qkv_bias": False,
+    }
+
+
 @contextmanager
-def process(rank: int, folder: Path) -> Iterator[None]:
-    """One process of WORLD, which meet in a folder."""
+def process(rank: int, folder: Path, world: int = WORLD) -> Iterator[None]:
+    """One process of several, which meet in a folder."""
     torch.set_num_threads(1)
     torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue] - Megatron asks
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
     initialize_rng_tracker(inference_rng_tracker=True)
     rendezvous = f"file://{folder / 'rendezvous'}"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     yield
     dist.destroy_process_group()
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_text import PREFIX as TEXT
-from megatron_text import WORLD, model_parallel, process, text_config
+from megatron_text import expert_count, expert_options, model_parallel, process, text_config
 
 
 class Run(NamedTuple):
@@ -33,6 +33,8 @@ class Run(NamedTuple):
         distributed: with the distributed optimizer.
         frozen: beginnings of names that do not learn.
         bucket: elements of a bucket of gradients that are reduced while others are computed.
+        ep: expert-parallel size, for models with experts.
+        fused: its Adam has the step in the groups; else it is torch's.
     """
 
     source: Path
@@ -44,14 +46,26 @@ class Run(NamedTuple):
     tied: bool = False
     frozen: tuple[str, ...] = ()
     bucket: int = 0
+    ep: int = 1
+    fused: bool = False
 
     @property
     def pp(self) -> int:
         return len(self.llm[0])
 
 
+class Place(NamedTuple):
+    """A rank's coordinates."""
+
+    tp: int
+    pp: int
+    ep: int
+
+
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW with its step in the groups, as Apex, Transformer Engine and MindSpeed have it."""
+    """AdamW with its step in the groups, as Apex, Transformer Engine and MindSpeed have it; in the
+    arithmetic of torch's own, so that either can go on from the other.
+    """
 
     def __init__(
         self, params: Any, lr: float, betas: Any, eps: float, weight_decay: float, **_: Any
@@ -74,12 +88,12 @@ class FusedAdam(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 mean, square = state["exp_avg"], state["exp_avg_sq"]
-                mean.mul_(first).add_(grad, alpha=1 - first)
-                square.mul_(second).addcmul_(grad, grad, value=1 - second)
-                size = group["lr"] / (1 - first ** group["step"])
-                scale = (square / (1 - second ** group["step"])).sqrt_().add_(group["eps"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.addcdiv_(mean, scale, value=-size)
+                mean.lerp_(grad, 1 - first)
+                square.mul_(second).addcmul_(grad, grad, value=1 - second)
+                scale = square.sqrt() / (1 - second ** group["step"]) ** 0.5
+                size = group["lr"] / (1 - first ** group["step"])
+                parameter.addcdiv_(mean, scale.add_(group["eps"]), value=-size)
 
 
 def use_fused(fused: bool) -> None:
@@ -139,7 +153,15 @@ def on_cpu() -> Iterator[None]:
         out.copy_(summed.chunk(dist.get_world_size(group))[dist.get_rank(group)])
 
     dist.reduce_scatter_tensor = scatter
+    _without_fp8()
     yield
+
+
+def _without_fp8() -> None:
+    """Lets Megatron before 0.13 step without Transformer Engine, whose fp8 it asks for."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    distrib_optimizer.quantize_param_shard = lambda *_: None  # pyright: ignore
 
 
 def chunk_model(
@@ -151,13 +173,16 @@ def chunk_model(
     from megatron.core.transformer.module import MegatronModule
 
     layers = {n.split(".")[3] for n in weights if n.startswith(f"{TEXT}decoder.layers.")}
+    count = expert_count(text)
+    options = expert_options(text, run.tp, run.ep) if count else {}
     config = text_config(
         text,
+        **{"tensor_model_parallel_size": run.tp, **options},
         num_layers=max(len(layers), 1),
-        tensor_model_parallel_size=run.tp,
         params_dtype=torch.bfloat16,
         bf16=True,
     )
+    spec = {"num_experts": count, "moe_grouped_gemm": False, "qk_layernorm": True} if count else {}
 
     class Model(MegatronModule):
         def __init__(self) -> None:
@@ -175,7 +200,7 @@ def chunk_model(
         last = f"{TEXT}decoder.final_layernorm.weight" in names
         made = GPTModel(
             config,
-            get_gpt_layer_local_spec(normalization="RMSNorm"),
+            get_gpt_layer_local_spec(normalization="RMSNorm", **spec),
             vocab_size=text["vocab_size"],
             max_sequence_length=64,
             pre_process=first,
@@ -205,21 +230,22 @@ def chunk_model(
     return model
 
 
-def rank_file(folder: Path, run: Run, tp: int, pp: int) -> Path:
+def rank_file(folder: Path, run: Run, place: Place) -> Path:
     """Where a rank's weights are, in the iteration that the tracker names."""
     word = (folder / "latest_checkpointed_iteration.txt").read_text()
     inner = word if word == "release" else f"iter_{int(word):07d}"
-    name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if run.pp > 1 else "")
+    name = f"mp_rank_{place.tp:02d}" + (f"_{place.pp:03d}" if run.pp > 1 else "")
+    name += f"_{place.ep:03d}" if run.ep > 1 else ""
     return folder / inner / name / "model_optim_rng.pt"
 
 
-def train(run: Run, text: dict[str, Any], tp: int, pp: int) -> None:
+def train(run: Run, text: dict[str, Any], place: Place) -> None:
     """Loads, takes the steps, saves."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    path = rank_file(run.source, run, tp, pp)
+    path, pp = rank_file(run.source, run, place), place.pp
     with torch.serialization.safe_globals([Namespace]):
         content = torch.load(path, weights_only=True)
     parts = sorted(key for key in content if key.startswith("model"))
@@ -234,7 +260,7 @@ def train(run: Run, text: dict[str, Any], tp: int, pp: int) -> None:
         DistributedDataParallel(m.config, ddp, m, disable_bucketing=bool(i or pp or not run.bucket))
         for i, m in enumerate(chunks)
     ]
-    use_fused(run.distributed)
+    use_fused(run.fused)
     optimizer: Any = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam", lr=1e-2, min_lr=1e-3, weight_decay=0.1, bf16=True, clip_grad=0.0,
@@ -255,7 +281,7 @@ def train(run: Run, text: dict[str, Any], tp: int, pp: int) -> None:
             optimizer.load_parameter_state(str(path.with_name("distrib_optim.pt")))
     for step in range(done, done + run.steps):
         one_step(models, optimizer, scheduler, step)
-    save(run, chunks, parts, optimizer, scheduler, done + run.steps, (tp, pp))
+    save(run, chunks, parts, optimizer, scheduler, done + run.steps, place)
 
 
 def one_step(models: list[Any], optimizer: Any, scheduler: Any, step: int) -> None:
@@ -271,15 +297,16 @@ def one_step(models: list[Any], optimizer: Any, scheduler: Any, step: int) -> No
 
 def save(
     run: Run, chunks: list[Any], parts: list[str], optimizer: Any, scheduler: Any, done: int,
-    place: tuple[int, int],
+    place: Place,
 ) -> None:  # fmt: skip
     """Saves as Megatron's checkpointing does."""
     from megatron.core import parallel_state
 
-    tp, pp = place
     args = Namespace(
         tensor_model_parallel_size=run.tp, pipeline_model_parallel_size=run.pp, num_layers=4,
-        consumed_train_samples=8 * done, data_parallel_size=WORLD // run.tp // run.pp,
+        consumed_train_samples=8 * done,
+        data_parallel_size=dist.get_world_size() // run.tp // run.pp,
+        expert_model_parallel_size=run.ep,
         overlap_grad_reduce=bool(run.bucket), ddp_bucket_size=run.bucket or None,
         params_dtype=torch.bfloat16, lr=1e-2, mm=object,
     )  # fmt: skip
@@ -295,22 +322,26 @@ def save(
     if dist.get_rank() == 0:
         tracker.write_text(str(done))
     dist.barrier()
-    path = rank_file(run.target, run, tp, pp)
+    path = rank_file(run.target, run, place)
     path.parent.mkdir(parents=True, exist_ok=True)
     if run.distributed:
         optimizer.save_parameter_state(str(path.with_name("distrib_optim.pt")))
-    if parallel_state.get_data_parallel_rank() == 0:
+    if parallel_state.get_expert_data_parallel_rank() == 0:
         torch.save(content, path)
     dist.barrier()
 
 
-def work(rank: int, folder: Path, text: dict[str, Any], runs: list[Run]) -> None:
+def work(rank: int, folder: Path, world: int, text: dict[str, Any], runs: list[Run]) -> None:
     """One rank of all runs."""
-    with process(rank, folder), on_cpu():
+    with process(rank, folder, world), on_cpu():
         from megatron.core import parallel_state
 
         for run in runs:
-            with model_parallel(run.tp, run.pp, len(run.llm) if len(run.llm) > 1 else None):
-                tp = parallel_state.get_tensor_model_parallel_rank()
-                pp = parallel_state.get_pipeline_model_parallel_rank()
-                train(run, text, tp, pp)
+            virtual = len(run.llm) if len(run.llm) > 1 else None
+            with model_parallel(run.tp, run.pp, virtual, run.ep):
+                place = Place(
+                    parallel_state.get_tensor_model_parallel_rank(),
+                    parallel_state.get_pipeline_model_parallel_rank(),
+                    parallel_state.get_expert_model_parallel_rank(),
+                )
+                train(run, text, place)

@@ -33,6 +33,8 @@ _ADAPTER = re.compile(
     r"(?:^|\.)(?:base_layer|lora_[A-Za-z_]+|hada_\w+|lokr_\w+|ia3_l|vera_lambda_\w|oft_[rs]"
     r"|modules_to_save|original_module|token_adapter)(?:\.|$)"
 )
+# Experts of one layer in one tensor each for both linears, or numbered behind them.
+_GROUPED = re.compile(r"\.experts\.(?:weight[12]|linear_fc[12]\.weight\d+)$")
 # Words that wrappers put into names, and what they are.
 WRAPPERS = {
     "module": "DistributedDataParallel, DeepSpeed",
@@ -65,6 +67,7 @@ def unusable(
         or adapter(list(others), folder)
         or empty(list(weights.values()))
         or wrapped(list(tensors), known)
+        or grouped(list(others))
     )
     return found and FormError(found.cause, f"{folder}: {found.what}", found.expected, found.fix)
 
@@ -141,6 +144,20 @@ def wrapped(names: Sequence[str], known: Callable[[str], bool]) -> FormError | N
         return None
     found = next(word for word in WRAPPERS if any(word in name.split(".") for name in names))
     return _wrapped(f"names have {found}. in them", found, names)
+
+
+def grouped(names: Collection[str]) -> FormError | None:
+    """Experts side by side: Megatron's GroupedMLP, or the grouped ones of Transformer Engine."""
+    found = sorted(name for name in names if _GROUPED.search(name))
+    if not found:
+        return None
+    return FormError(
+        "grouped-experts",
+        f"{number(found, 'tensor')} of grouped experts (--moe-grouped-gemm): {summarise(found, 2)}",
+        "a tensor for each expert: mlp.experts.local_experts.0.linear_fc1.weight and so on",
+        "save the checkpoint once from a run without --moe-grouped-gemm; nothing here proves how "
+        "the experts stand in a group",
+    )
 
 
 def _plain(name: str) -> str:

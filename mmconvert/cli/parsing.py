@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from difflib import get_close_matches
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -91,6 +91,8 @@ def command(
     """
     flat, flags = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
     config, options, screen = forms
+    if bare:
+        options = _without(options, {field.name for field in dataclasses.fields(config)})
     form = dataclasses.make_dataclass(
         "Form",
         [
@@ -102,6 +104,18 @@ def command(
     made = parse(form, words, prog, description, config=(tyro.conf.DisallowNone,))  # pyright: ignore[reportUnknownVariableType] - a class made here
     found = cast("Any", made)
     return found.cfg, found.conversion, found.screen
+
+
+def _without(form: type, names: set[str]) -> type:
+    """A class of flags without those that another has too: these keep their defaults."""
+    hints = get_type_hints(form)
+    hidden: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(form):
+        if field.name in names:  # a name of its own, for tyro looks at that of hidden flags too
+            other = tyro.conf.arg(name=f"options.{field.name}")
+            kind = Annotated[(hints[field.name], tyro.conf.Fixed, tyro.conf.Suppress, other)]
+            hidden.append((field.name, kind, dataclasses.field(default=field.default)))
+    return dataclasses.make_dataclass(form.__name__, hidden, bases=(form,), frozen=True)
 
 
 def parse(

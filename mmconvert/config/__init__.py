@@ -23,6 +23,7 @@ MaybeBool = Union[None, bool]  # noqa: UP007 - see above
 
 
 DType = Literal["keep", "bf16", "fp16", "fp32"]
+OptimizerKind = Literal["same", "plain", "distributed"]
 
 
 class Patterns(tuple[str, ...]):
@@ -204,6 +205,9 @@ class Options:
     optimizer: bool = False
     """resplit carries the optimizer state, the schedule and the iteration of training over too, if
     it is proven to be of the weights."""
+    optimizer_kind: OptimizerKind = "same"
+    """With --optimizer: the state as a run without --use-distributed-optimizer loads it (plain), or
+    as one with it (distributed: distrib_optim.pt); the same kind as the source's if not given."""
     crc: bool = False
     """Add the checksum to each .ckpt that save_checkpoint adds with crc_check=True; MindSpore
     before 2.1 cannot read such files."""

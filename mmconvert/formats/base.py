@@ -97,6 +97,7 @@ class StoredCheckpoint(ABC):
         layout: how it is laid out; None where it holds whole tensors only.
         iteration: of training, where the checkpoint tells.
         inputs: other files and folders that were read with it.
+        training: what training goes on with besides tensors, by name, where its state is read too.
     """
 
     format: str
@@ -105,6 +106,7 @@ class StoredCheckpoint(ABC):
     layout: Described | None = None
     iteration: str = ""
     inputs: tuple[Path, ...] = ()
+    training: Mapping[str, object] = field(default_factory=dict[str, object])
 
     @abstractmethod
     def side(self, modules: tuple[Module, ...] | None = None, *, as_hf: bool = False) -> Side:

@@ -111,6 +111,7 @@ class Look:
         iteration: of training, where it tells.
         layout: of an MM checkpoint.
         notes: what is worth knowing, in words.
+        optimizer: what state of an optimizer lies beside the weights, as JSON; empty without one.
     """
 
     kind: str
@@ -124,6 +125,7 @@ class Look:
     iteration: str = ""
     layout: Layout | None = None
     notes: Sequence[str] = ()
+    optimizer: Mapping[str, object] = field(default_factory=dict[str, object])
 
 
 @dataclass

@@ -35,6 +35,7 @@ class Inspection:
         boxes: what each weight file, or each model chunk of each rank, holds.
         title: the kind in words.
         unit: what a box is, in words.
+        optimizer: what state of an optimizer lies beside the weights; empty without one.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Inspection:
     boxes: list[Box] = field(default_factory=list[Box])
     title: str = ""
     unit: str = "file"
+    optimizer: dict[str, object] = field(default_factory=dict[str, object])
 
     def as_dict(self) -> dict[str, object]:
         """The JSON form: keys as documented in docs/json.md."""
@@ -64,6 +66,8 @@ class Inspection:
             "notes": self.notes,
             "contents": [box.as_dict() for box in self.boxes],
         }
+        if self.optimizer:
+            out["optimizer"] = self.optimizer
         if self.layout is not None:
             out["layout"] = layout_dict(self.layout)
         return out
@@ -103,4 +107,5 @@ def inspect(path: Path) -> Inspection:
         list(found.boxes),
         found.title,
         found.unit,
+        dict(found.optimizer),
     )

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from cli import run_cli
 from commands import refused
+from mmconvert.cli.dcpflags import FORMS
 from mmread import compare_hf
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning")
@@ -344,3 +345,38 @@ def test_what_is_no_adapter_of_the_base(tmp_path: Path) -> None:
     only = ("--lora_dcp_dir", tmp_path / "lora", "--lora_target_modules", "v_proj")
     refused(run_cli(*merge, *only), 3, "layers.7")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [(name, verb) if len(forms) > 1 else (name,)
+              for name, forms in FORMS.items() for verb in forms]
+)  # fmt: skip
+def test_every_command_has_help(words: tuple[str, ...]) -> None:
+    shown = run_cli(*words, "-h", check=0).stdout
+    assert f"mm-convert {' '.join(words)} [-h]" in shown
+    done = run_cli(*words, "--hf_dirr", "x", check=None)
+    refused(done, 2, "--hf_dirr")
+
+
+# -------------------------------------------------------------------- without any table
+def test_a_model_that_no_family_knows_is_compared_by_names(tmp_path: Path, tied_hf: Path) -> None:
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    tensors = {f"model.layers.{n}.proj.weight": torch.randn(8, 4) for n in range(3)}
+    tensors["lm_head.weight"] = torch.randn(6, 4)
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    (hf / "config.json").write_text(json.dumps({"model_type": "of_nobody"}))
+    words = ("GenericDCPConverter", "hf_to_dcp", "--hf_dir", hf, "--quiet", "--dcp_dir")
+    run_cli(*words, tmp_path / "dcp", "--ranks", "3")
+    run_cli(*words, tmp_path / "named", "--dcp_prefix", "policy.")
+    for pair in (("hf", "dcp"), ("named", "hf"), ("hf", "hf")):
+        done = run_cli("verify", *(tmp_path / name for name in pair), check=0)
+        assert "equal: 4 tensors" in done.stdout
+    tensors["lm_head.weight"][2, 1] += 1
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    done = run_cli("verify", hf, tmp_path / "named", check=1)
+    assert "lm_head.weight" in done.stdout
+    found = json.loads(run_cli("diff", tmp_path / "dcp", hf, "--json", check=1).stdout)
+    assert [odd["tensor"] for odd in found["top"]] == ["lm_head.weight"]
+    done = run_cli("verify", hf, tied_hf, check=None)
+    refused(done, 3, "of_nobody")

@@ -9,7 +9,7 @@ differences are 0 (megatron-core 0.16.1, torch 2.13).
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,37 +19,46 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import start_processes
 
-from api import Shape, to_mm
-from commands import RANK_FILE, resplit, target
-from megatron_text import WORLD
+import tinymoe
+from commands import RANK_FILE, hf_to_mm, layout, resplit, target
 from megatron_training import Run, work
 from nights import nightly
 from tinymodels import VIT_LAYERS, save, tiny_model
 
-CONVERTER = "Qwen2VLConverter"
 STEPS = 3
 Grid = list[list[int]]
 
 
 class Form(NamedTuple):
-    """A layout: text layers by virtual stage and pipeline rank, and the tensor-parallel size."""
+    """A layout: text layers by virtual stage and pipeline rank, sizes of tp and ep."""
 
     llm: Grid
     tp: int = 1
+    ep: int = 1
+    vision: int = VIT_LAYERS
 
-    @property
-    def vit(self) -> Grid:
-        """The vision encoder on the first stage."""
-        return [[VIT_LAYERS if not (v or p) else 0 for p in range(len(row))]
-                for v, row in enumerate(self.llm)]  # fmt: skip
+    def flags(self) -> tuple[str, str, int, str]:
+        """The layout in flags; the vision encoder is on the first stage."""
+        vit = [[self.vision if not (v or p) else 0 for p in range(len(row))]
+               for v, row in enumerate(self.llm)]  # fmt: skip
+        llm, vision = (str(grid).replace(" ", "") for grid in (self.llm, vit))
+        return llm, vision, self.tp, f"ep_size={self.ep}"
 
 
 ONE, TP2 = Form([[4]]), Form([[4]], 2)
 PP2, VPP2 = Form([[1, 3]]), Form([[1, 1], [1, 1]])
+EP1, EP2, EP4 = (Form([[3]], 1, ep, 3) for ep in (1, 2, 4))
+TP2_EP2, PP2_EP2 = Form([[3]], 2, 2, 3), Form([[1, 2]], 1, 2, 3)
+VPP2_EP2 = Form([[1, 1], [1, 0]], 1, 2, 3)
 
 
 class Case(NamedTuple):
-    """From which layout to which, and how Megatron trains."""
+    """From which layout to which, and how Megatron trains.
+
+    Attributes:
+        then: the kind of optimizer that goes on, where it is another; it is fused.
+        fused: with its step in the groups; not given: where it is distributed.
+    """
 
     first: Form
     second: Form
@@ -57,6 +66,13 @@ class Case(NamedTuple):
     tied: bool = False
     frozen: tuple[str, ...] = ()
     bucket: int = 0
+    then: str = ""
+    fused: bool | None = None
+
+    @property
+    def ends_distributed(self) -> bool:
+        """Whether the optimizer that goes on is distributed."""
+        return self.then == "distributed" if self.then else self.distributed
 
 
 CASES = {
@@ -72,12 +88,40 @@ CASES = {
     "distributed: buckets, frozen": Case(ONE, PP2, True, frozen=("image_encoder.encoder",),
                                          bucket=30_000),
     "distributed: buckets to tp 2": Case(PP2, TP2, True, bucket=30_000),
+    "plain, torch's, to distributed, tied": Case(TP2, PP2, tied=True, then="distributed"),
+    "plain, fused, to distributed, buckets": Case(PP2, ONE, frozen=("image_encoder.encoder",),
+                                                  bucket=30_000, then="distributed", fused=True),
+    "distributed to plain, tied": Case(VPP2, TP2, True, tied=True, then="plain", fused=True),
 }  # fmt: skip
+
+
 # Both optimizers, tensor ranks, stages and virtual stages on either side, tied, frozen, in buckets.
 TODAY = (
     *("tp 2 to pp 2, tied", "pp 2 to one rank, frozen encoder", "virtual stages to tp 2, tied"),
     *("distributed: tp 2 to pp 2, tied", "distributed: one rank to virtual stages"),
     *("distributed: buckets, frozen", "distributed: buckets to tp 2"),
+    *("plain, torch's, to distributed, tied", "distributed to plain, tied"),
+)
+# On four processes, so that experts have a data-parallel group of their own.
+EXPERTS = {
+    "ep 2 to one rank": Case(EP2, EP1),
+    "one rank to tp 2 ep 2": Case(EP1, TP2_EP2),
+    "tp 2 ep 2 to ep 4, frozen encoder": Case(TP2_EP2, EP4, frozen=("image_encoder.encoder",)),
+    "ep 2 to pp 2 ep 2": Case(EP2, PP2_EP2),
+    "distributed: ep 2 to one rank": Case(EP2, EP1, True),
+    "distributed: one rank to ep 4": Case(EP1, EP4, True),
+    "distributed: ep 2 to tp 2 ep 2": Case(EP2, TP2_EP2, True),
+    "distributed: tp 2 ep 2 to pp 2 ep 2": Case(TP2_EP2, PP2_EP2, True),
+    "distributed: pp 2 ep 2 to virtual stages, buckets": Case(PP2_EP2, VPP2_EP2, True,
+                                                              bucket=10_000),
+    "distributed to plain: ep 2 to tp 2 ep 2": Case(EP2, TP2_EP2, True, then="plain", fused=True),
+    "plain to distributed: ep 4 to ep 2": Case(EP4, EP2, then="distributed", fused=True),
+}  # fmt: skip
+
+
+EXPERTS_TODAY = (
+    *("one rank to tp 2 ep 2", "distributed: ep 2 to one rank"),
+    *("distributed: tp 2 ep 2 to pp 2 ep 2", "distributed to plain: ep 2 to tp 2 ep 2"),
 )
 
 
@@ -88,58 +132,113 @@ class Trained(NamedTuple):
     expected: Path
 
 
-@pytest.fixture(scope="module")
-def trained(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Trained]:
-    """The cases that are to be tried, trained by as few processes as there can be."""
+class Source(NamedTuple):
+    """A Hugging Face checkpoint, and the settings of its text decoder."""
+
+    hf: Path
+    text: dict[str, Any]
+
+
+def _needs_megatron() -> None:
     if find_spec("megatron") is None or find_spec("megatron.core") is None:
         pytest.skip("megatron-core is not installed (it is in the extra dev)")
     import_module("megatron.core.models.gpt")  # once; the ranks are forked
     import_module("megatron.core.optimizer")
     torch.set_num_threads(1)  # threads do not survive that
+
+
+def _asked(
+    request: pytest.FixtureRequest, test: Callable[..., None], cases: dict[str, Case]
+) -> dict[str, Case]:
+    """The cases that are to be tried: they are trained by as few processes as there can be."""
+    asked = {item.name for item in request.session.items}
+    return {n: case for n, case in cases.items() if f"{test.__name__}[{n}]" in asked}
+
+
+@pytest.fixture(scope="module")
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Trained]:
+    _needs_megatron()
     folder = tmp_path_factory.mktemp("megatron")
-    hf: dict[bool, Path] = {}
-    text: dict[str, Any] = {}
+    sources: list[Source] = []
     for tied in (False, True):
         model = tiny_model("qwen2_vl", tied=tied, dtype=torch.bfloat16)
-        hf[tied] = save(model, folder / f"hf{tied}")
-        text = model.config.text_config.to_dict()
+        sources.append(Source(save(model, folder / f"hf{tied}"), _text(model)))
+    return _trained(folder, _asked(request, test_megatron_goes_on, CASES), sources, world=2)
+
+
+@pytest.fixture(scope="module")
+def experts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Trained]:
+    _needs_megatron()
+    folder = tmp_path_factory.mktemp("megatron_experts")
+    model = tinymoe.qwen3vl_moe().bfloat16()
+    source = Source(tinymoe.save(model, folder / "hf"), _text(model))
+    cases = _asked(request, test_megatron_goes_on_with_experts, EXPERTS)
+    return _trained(folder, cases, [source], world=4)
+
+
+def _text(model: Any) -> dict[str, Any]:
+    return model.config.text_config.to_dict()
+
+
+def _trained(
+    folder: Path, cases: dict[str, Case], sources: list[Source], world: int
+) -> dict[str, Trained]:
+    """Trains in the first layouts, resplits, trains in the second ones.
+
+    Args:
+        sources: of models whose embeddings are not tied, and are tied.
+    """
     first: list[Run] = []
     second: list[Run] = []
     found: dict[str, Trained] = {}
-    asked = {item.name for item in request.session.items}
-    cases = {n: c for n, c in CASES.items() if f"{test_megatron_goes_on.__name__}[{n}]" in asked}
     for number, (name, case) in enumerate(cases.items()):
         here = folder / str(number)
         here.mkdir()
-        to_mm(CONVERTER, hf[case.tied], here / "mm", Shape(case.first.vit, *case.first))
-        how = (case.distributed, case.tied, case.frozen, case.bucket)
+        hf = sources[case.tied].hf
+        hf_to_mm(hf, here / "mm", *layout(*case.first.flags()), converter="AutoConverter")
+        how = (case.tied, case.frozen, case.bucket)
+        fused = case.distributed if case.fused is None else case.fused
+        a, kind = case.first, case.distributed
         for steps in (STEPS, STEPS + 1):
-            first.append(Run(here / "mm", here / f"a{steps}", *case.first, steps, *how))
-        second.append(Run(here / f"b{STEPS}", here / "b", *case.second, 1, *how))
+            to = here / f"a{steps}"
+            run = Run(here / "mm", to, a.llm, a.tp, steps, kind, *how, a.ep, fused)
+            first.append(run)
+        b, kind = case.second, case.ends_distributed
+        run = Run(
+            here / f"b{STEPS}",
+            here / "b",
+            b.llm,
+            b.tp,
+            1,
+            kind,
+            *how,
+            b.ep,
+            fused or bool(case.then),
+        )
+        second.append(run)
         found[name] = Trained(here / "b", here / f"b{STEPS + 1}")
-    _train(folder / "first", text, first)
+    _train(folder / "first", world, sources[0].text, first)
     for run, case in zip(second, cases.values(), strict=True):
         for steps in (STEPS, STEPS + 1):
             source, to = run.target.parent / f"a{steps}", run.target.parent / f"b{steps}"
-            known = ["--cfg.hf_config.hf_dir", str(hf[case.tied])]
-            resplit(source, to, *_flags(case.second), "--optimizer", *known)
-    _train(folder / "second", text, second)
+            known = ["--cfg.hf_config.hf_dir", str(sources[case.tied].hf)]
+            flags = [*target(*case.second.flags()), "--optimizer", *known]
+            flags += ["--optimizer-kind", case.then] if case.then else []
+            resplit(source, to, *flags, converter="AutoConverter")
+    _train(folder / "second", world, sources[0].text, second)
     return found
 
 
-def _flags(form: Form) -> list[str]:
-    llm, vit = (str(grid).replace(" ", "") for grid in (form.llm, form.vit))
-    return target(llm, vit, form.tp)
-
-
-def _train(folder: Path, text: dict[str, Any], runs: list[Run]) -> None:
+def _train(folder: Path, world: int, text: dict[str, Any], runs: list[Run]) -> None:
     folder.mkdir()
-    start_processes(work, (folder, text, runs), nprocs=WORLD, start_method="fork")
+    start_processes(work, (folder, world, text, runs), nprocs=world, start_method="fork")
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> Any:
     with torch.serialization.safe_globals([Namespace]):
         return torch.load(path, weights_only=path.name != RANK_FILE)
 
@@ -165,15 +264,27 @@ def _differences(a: object, b: object, where: str = "") -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", nightly(CASES, but=TODAY))
 def test_megatron_goes_on(trained: dict[str, Trained], name: str) -> None:
-    found, expected = trained[name]
+    _same(trained[name], distributed=CASES[name].ends_distributed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", nightly(EXPERTS, but=EXPERTS_TODAY))
+def test_megatron_goes_on_with_experts(experts: dict[str, Trained], name: str) -> None:
+    _same(experts[name], distributed=EXPERTS[name].ends_distributed)
+
+
+def _same(pair: Trained, *, distributed: bool) -> None:
+    """What Megatron saved is what it should have saved, to the bit."""
+    found, expected = pair
     files = sorted(path.relative_to(found) for path in found.rglob("*.pt"))
     assert files == sorted(path.relative_to(expected) for path in expected.rglob("*.pt"))
-    assert len(files) == len(list(found.rglob(RANK_FILE))) * (1 + CASES[name].distributed)
+    assert len(files) == len(list(found.rglob(RANK_FILE))) * (1 + distributed)
     for file in files:
         a, b = _load(found / file), _load(expected / file)
-        for content in (a, b):
-            content.pop("rng_state", None)
-            content.pop("args", None)
-            for part in [key for key in content if str(key).startswith("model")]:
-                content[part] = {n: t for n, t in content[part].items() if t is not None}
+        if file.name == RANK_FILE:
+            for content in (a, b):
+                content.pop("rng_state", None)
+                content.pop("args", None)
+                for part in [key for key in content if str(key).startswith("model")]:
+                    content[part] = {n: t for n, t in content[part].items() if t is not None}
         assert list(_differences(a, b)) == []

@@ -19,6 +19,7 @@ import stopping
 from cli import run_cli
 from commands import (
     QWEN2VL,
+    RANK_FILE,
     copied,
     hf_to_mm,
     layout,
@@ -223,6 +224,10 @@ def _halves(content: dict) -> None:
     content["args"].reuse_fp32_param = True
 
 
+def _two(content: dict) -> None:
+    content["optimizer"] = [content["optimizer"], content["optimizer"]]
+
+
 REFUSED: dict[str, tuple[Callable[[dict], None], int, tuple[str, ...]]] = {
     "masters swapped": (_swap, 3, ("the optimizer state is not of these weights",)),
     "a master one step off": (_nudge, 3, ("not of these weights", "master")),
@@ -234,6 +239,7 @@ REFUSED: dict[str, tuple[Callable[[dict], None], int, tuple[str, ...]]] = {
     "fp16's scaler": (_fp16_scaler, 2, ("grad_scaler",)),
     "fp32 training": (_fp32, 2, ("fp32 training",)),
     "another iteration": (_other_iteration, 3, ("iteration 8",)),
+    "an optimizer for each chunk": (_two, 2, ("--overlap-param-gather-with-optimizer-step",)),
     "masters in halves": (_halves, 2, ("--reuse-fp32-param",)),
     "no optimizer": (lambda c: c.pop("optimizer"), 3, ("no optimizer state",)),
 }
@@ -338,3 +344,241 @@ def test_the_weights_are_those_of_a_resplit_alone(states: States, tmp_path: Path
         alone, both = load(path)["model0"], load(rank_files(tmp_path / "both")[rank])["model0"]
         assert alone.keys() == both.keys()
         same([alone[name] for name in alone], [both[name] for name in alone], rank)
+
+
+# ---------------------------------------------------------------------------------- kinds
+def test_another_kind_of_optimizer(states: States, tmp_path: Path) -> None:
+    """What a plain optimizer saved as a distributed one would have saved it, and back."""
+    cases: list[tuple[str, Kind, Kind]] = [
+        ("pp 2", "plain", "distributed"),
+        ("tp 2 vpp 2", "distributed", "plain"),
+    ]
+    for first, kind, other in cases:
+        flags = (*target(*LAYOUTS["tp 2 pp 2"]), "--optimizer", "--optimizer-kind", other)
+        done = resplit(states(first, kind), tmp_path / other, *flags)
+        assert "optimizer state (" in done.stderr
+        same_state(tmp_path / other, states("tp 2 pp 2", other))
+
+
+def _step_beside(content: dict, odd: int = -1) -> None:
+    """The step in a tensor of each parameter, as torch's AdamW has it; that of one may differ."""
+    inner = content["optimizer"]["optimizer"]
+    for group in inner["param_groups"]:
+        del group["step"]
+    for number, kept in inner["state"].items():
+        kept["step"] = torch.tensor(float(ITERATION + (number == odd)))
+
+
+def _edited(states: States, kind: Kind, tmp_path: Path, edit: Callable[[dict], None]) -> Path:
+    mm = copied(states("one rank", kind), tmp_path / "mm")
+    path = rank_files(mm)["mp_rank_00"]
+    content = torch.load(path, weights_only=False)
+    edit(content)
+    torch.save(content, path)
+    return mm
+
+
+def test_a_step_in_tensors_goes_into_the_groups(states: States, out: Path, tmp_path: Path) -> None:
+    mm = _edited(states, "plain", tmp_path, _step_beside)
+    flags = (*target("[4]", "[2]", 2), "--optimizer", "--optimizer-kind", "distributed")
+    resplit(mm, out, *flags)
+    same_state(out, states("tp 2", "distributed"))
+
+
+def _of_torch(content: dict) -> None:
+    for group in content["optimizer"]["optimizer"]["param_groups"]:
+        group["foreach"] = None
+
+
+def _no_step(content: dict) -> None:
+    for group in content["optimizer"]["optimizer"]["param_groups"]:
+        del group["step"]
+
+
+def _no_gradient(content: dict) -> None:
+    del content["optimizer"]["optimizer"]["state"][3]
+
+
+OTHER_KIND: dict[str, tuple[Kind, Callable[[dict], None], int, tuple[str, ...]]] = {
+    "steps apart": ("plain", lambda c: _step_beside(c, 3), 3, ("at step 7", " at 8;")),
+    "torch's own": ("distributed", _of_torch, 2, ("torch's own AdamW",)),
+    "no step": ("plain", _no_step, 2, ("do not tell the step",)),
+    "no gradient": ("plain", _no_gradient, 2, ("has no exp_avg", "never had a gradient")),
+    "fp32": ("plain", _fp32, 2, ("fp32 training",)),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit", "code", "words"), OTHER_KIND.values(), ids=OTHER_KIND.keys()
+)
+def test_refused_as_another_kind(
+    kind: Kind, edit: Callable[[dict], None], code: int, words: tuple[str, ...], states: States,
+    out: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    mm = _edited(states, kind, tmp_path, edit)
+    other = "plain" if kind == "distributed" else "distributed"
+    flags = (*target("[4]", "[2]"), "--optimizer", "--optimizer-kind", other)
+    refused(resplit(mm, out, *flags, check=None), code, *words, out=out)
+
+
+def test_a_kind_needs_the_state(states: States, out: Path) -> None:
+    done = resplit(states("one rank", "plain"), out, "--optimizer-kind", "plain", check=None)
+    refused(done, 2, "--optimizer too", out=out)
+
+
+# ---------------------------------------------------------------------------------- tools
+def _verified(a: Path, b: Path, *flags: str) -> dict[str, Any]:
+    done = run_cli("verify", a, b, "--optimizer", "--json", *flags, check=None)
+    found = json.loads(done.stdout)
+    assert done.returncode == (0 if found.get("equal") else 1), done.stdout
+    return found
+
+
+def test_verify_compares_the_state(states: States, out: Path, tmp_path: Path) -> None:
+    """In any two layouts, of either kind; without the flag a note says that it is not compared."""
+    source = states("pp 2", "plain")
+    weights = run_cli("verify", source, states("tp 2", "plain"))
+    assert "optimizer state, which is not compared" in weights.stderr
+    others: list[tuple[str, Kind]] = [("tp 2 vpp 2", "plain"), ("tp 2", "distributed")]
+    for other in others:
+        found = _verified(source, states(*other))
+        assert found["equal"] and not found["training"]
+        assert found["tensors"] > 3 * json.loads(run_cli(
+            "verify", source, source, "--json").stdout)["tensors"]  # fmt: skip
+
+    def edit(content: dict) -> None:
+        content["optimizer"]["optimizer"]["state"][2]["exp_avg_sq"].view(-1)[1] += 1
+        content["opt_param_scheduler"]["num_steps"] = 57
+        content["optimizer"]["optimizer"]["param_groups"][0]["lr"] = 0.5
+
+    found = _verified(source, _edited(states, "plain", tmp_path, edit))
+    assert not found["equal"]
+    (odd,) = found["differences"]
+    assert odd["tensor"].startswith("optimizer.exp_avg_sq.")
+    assert {line.partition(":")[0].rpartition(".")[2] for line in found["training"]} == {
+        "num_steps", "lr",
+    }  # fmt: skip
+
+
+def test_verify_says_where_there_is_no_state(states: States, untied_hf: Path, out: Path) -> None:
+    source = states("one rank", "plain")
+    refused(run_cli("verify", source, untied_hf, "--optimizer", check=None), 2, "Hugging Face")
+    resplit(source, out)
+    done = run_cli("verify", source, out, "--optimizer", check=None)
+    refused(done, 3, str(out), "holds no optimizer state")
+
+
+def test_diff_measures_the_state(states: States, tmp_path: Path) -> None:
+    def edit(content: dict) -> None:
+        content["optimizer"]["optimizer"]["state"][2]["exp_avg"] *= 2
+
+    source, other = states("tp 2", "plain"), _edited(states, "plain", tmp_path, edit)
+    found = json.loads(run_cli("diff", source, other, "--optimizer", "--json", check=1).stdout)
+    assert found["changed"] == 1
+    (odd,) = found["top"]
+    assert odd["tensor"].startswith("optimizer.exp_avg.")
+    assert odd["module"].endswith(", exp_avg")
+    assert odd["relative_l2"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "distributed"])
+def test_inspect_tells_what_state_there_is(states: States, kind: Kind) -> None:
+    mm = states("tp 2", kind)
+    found = json.loads(run_cli("inspect", mm, "--json").stdout)
+    weights = found["tensors"]
+    assert found["optimizer"] == {
+        "kind": kind, "step": ITERATION, "iteration": ITERATION, "bytes": 6 * found["bytes"],
+        "parameters": weights, "fault": "",
+    }  # fmt: skip
+    assert f"step {ITERATION}, iteration {ITERATION}" in run_cli("inspect", mm).stdout
+
+
+def test_inspect_says_what_it_cannot_read(states: States, tmp_path: Path) -> None:
+    mm = _edited(states, "plain", tmp_path, _shorter)
+    found = json.loads(run_cli("inspect", mm, "--json").stdout)["optimizer"]
+    assert found["kind"] is None and "has no master" in found["fault"]
+    assert "warning: optimizer state that cannot be read" in run_cli("inspect", mm).stdout
+
+
+def _examined(mm: Path, *flags: str) -> dict[str, str]:
+    done = run_cli("doctor", mm, "--json", *flags, check=None)
+    found = json.loads(done.stdout)
+    assert done.returncode == (0 if found["healthy"] else 3), found
+    return {finding["id"]: finding["what"] for finding in found["findings"]}
+
+
+@pytest.mark.parametrize("kind", ["plain", "distributed"])
+def test_doctor_finds_nothing(states: States, kind: Kind) -> None:
+    done = run_cli("doctor", states("tp 2 vpp 2", kind), "--values")
+    assert "checked: optimizer state: " in done.stdout
+    assert "healthy: 0 errors, 0 warnings" in done.stdout
+
+
+def _lost_moment(content: dict) -> None:
+    del content["optimizer"]["optimizer"]["state"][2]["exp_avg_sq"]
+
+
+def _wrong_size(content: dict) -> None:
+    state = content["optimizer"]["optimizer"]["state"]
+    state[2]["exp_avg"] = torch.cat([state[2]["exp_avg"], state[2]["exp_avg"]])
+
+
+def _not_finite(content: dict) -> None:
+    content["optimizer"]["optimizer"]["state"][2]["exp_avg"].view(-1)[1] = torch.nan
+
+
+ILL: dict[str, tuple[Callable[[dict], None], str, str]] = {
+    "another pairing": (_swap, "optimizer-other-weights", "not of these weights"),
+    "a moment missing": (_lost_moment, "optimizer-damaged", "has no exp_avg_sq"),
+    "another size": (_wrong_size, "optimizer-damaged", "exp_avg of "),
+    "a master missing": (_shorter, "optimizer-damaged", "has no master"),
+    "another step": (_other_iteration, "optimizer-damaged", "iteration 8"),
+    "another optimizer": (_precision_aware, "optimizer-unknown", "precision-aware"),
+    "not a number": (_not_finite, "not-finite", "1 NaN"),
+}
+
+
+@pytest.mark.parametrize(("edit", "finding", "words"), ILL.values(), ids=ILL.keys())
+def test_doctor_names_what_is_wrong(
+    edit: Callable[[dict], None], finding: str, words: str, states: States, tmp_path: Path
+) -> None:
+    found = _examined(_edited(states, "plain", tmp_path, edit), "--values")
+    assert list(found) == [finding]
+    assert words in found[finding]
+
+
+def test_doctor_knows_state_of_another_layout(states: States, tmp_path: Path) -> None:
+    """The optimizer of one rank beside the weights of another layout's, as a copied file has it."""
+    files: dict[Kind, str] = {"plain": RANK_FILE, "distributed": "distrib_optim.pt"}
+    for kind, file in files.items():
+        mm = copied(states("tp 2", kind), tmp_path / kind)
+        path = rank_files(mm)["mp_rank_01"].with_name(file)
+        other = rank_files(states("one rank", kind))["mp_rank_00"].with_name(file)
+        content = torch.load(path, weights_only=False)
+        theirs = torch.load(other, weights_only=False)
+        torch.save(
+            {**content, "optimizer": theirs["optimizer"]} if kind == "plain" else theirs, path
+        )
+        found = _examined(mm)
+        assert list(found) == ["optimizer-damaged"], found
+
+
+def test_doctor_mends_with_the_state(states: States, tmp_path: Path) -> None:
+    """Moments that differ between ranks; the command that it prints keeps the optimizer."""
+    mm = copied(states("tp 2", "plain"), tmp_path / "mm")
+    path = rank_files(mm)["mp_rank_01"]
+    content = torch.load(path, weights_only=False)
+    inner = content["optimizer"]["optimizer"]
+    group = next(g for g in inner["param_groups"] if g["wd_mult"] == 0)
+    inner["state"][group["params"][0]]["exp_avg"] += 1
+    torch.save(content, path)
+    found = json.loads(run_cli("doctor", mm, "--json", check=3).stdout)["findings"]
+    assert {f["id"] for f in found} == {"replicas-differ"}
+    assert "--replicas first --optimizer" in found[0]["command"]
+
+
+def test_doctor_warns_of_state_in_a_release(states: States, tmp_path: Path) -> None:
+    mm = copied(states("one rank", "plain"), tmp_path / "mm")
+    (mm / f"iter_{ITERATION:07d}").rename(mm / "release")
+    (mm / "latest_checkpointed_iteration.txt").write_text("release")
+    assert list(_examined(mm)) == ["optimizer-in-release"]

@@ -463,6 +463,14 @@ def test_a_prefix_in_mm(mm: Path, plain: Path, prefix: str) -> None:
     says(going_back(mm, plain), "wrapped-names", mm, f"every name begins with {prefix}")
 
 
+@pytest.mark.parametrize("leaf", ["weight1", "linear_fc2.weight3"])
+def test_grouped_experts_in_mm(mm: Path, plain: Path, leaf: str) -> None:
+    name = f"text_decoder.decoder.layers.0.mlp.experts.{leaf}"
+    for rank in ("mp_rank_00", "mp_rank_01"):
+        edit_rank(mm, rank, lambda content: content["model"].update({name: torch.ones(4, 4)}))
+    says(going_back(mm, plain), "grouped-experts", mm, name, "--moe-grouped-gemm")
+
+
 @pytest.mark.parametrize("key", ["state_dict", "module", ""])
 def test_weights_under_another_key(mm: Path, plain: Path, key: str) -> None:
     def edit(content: Json) -> None:

@@ -49,6 +49,8 @@ class DiffFlags:
     """Leave out tensors whose names fit this pattern (* and ?); may be repeated."""
     vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"
     """How the MM checkpoints order the rows of the vision encoder's q, k and v."""
+    optimizer: bool = False
+    """Measure optimizer state too: masters and moments of two MM checkpoints of training."""
     workers: int = 0
     """Number of processes, or threads, that share the work; 0 takes one for each core."""
     json: bool = False
@@ -78,7 +80,9 @@ def run(words: list[str]) -> int:
 
     reports = check_reports(pair.html, pair.svg, overwrite=pair.overwrite)
     with screen_events(quiet=pair.quiet) as events:
-        options = Options(workers=pair.workers, drop=pair.drop, vit_qkv=pair.vit_qkv)
+        options = Options(
+            workers=pair.workers, drop=pair.drop, vit_qkv=pair.vit_qkv, optimizer=pair.optimizer
+        )
         found = diff(pair.a, pair.b, options, events)
         for note in found.notes:
             events.note(printable(note, LONG))

@@ -41,7 +41,8 @@ class Patient:
     model_json: MaybePath = None
     """MindSpeed-MM's model.json: its layer lists and sizes are to be the checkpoint's."""
     quick: bool = False
-    """Do not compare copies of tensors; nearly all that is read then are headers."""
+    """Do not compare copies of tensors, nor masters with weights; nearly all that is read then are
+    headers."""
     values: bool = False
     """Read all data, and search it for NaN and infinity."""
     workers: int = 0

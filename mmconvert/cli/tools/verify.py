@@ -13,7 +13,7 @@ from mmconvert.cli.arguments import read_plain
 from mmconvert.cli.screen import screen_events
 from mmconvert.config import NO_PATTERNS, Options, Patterns
 from mmconvert.names import number
-from mmconvert.words import amount
+from mmconvert.words import amount, one_line
 
 DIFFERENT = 1
 SHOWN = 5  # differences that are printed
@@ -35,6 +35,9 @@ class VerifyFlags:
     those noted too. Bytes that a disk has changed by itself are not seen."""
     vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"
     """How the MM checkpoints order the rows of the vision encoder's q, k and v."""
+    optimizer: bool = False
+    """Compare optimizer state too: masters, moments, steps, groups and schedule. Both must be MM
+    checkpoints of training."""
     workers: int = 0
     """Number of processes, or threads, that share the work; 0 takes one for each core."""
     json: bool = False
@@ -54,7 +57,9 @@ def run(words: list[str]) -> int:
     from mmconvert.tools.comparison import verification
 
     with screen_events(quiet=pair.quiet) as events:
-        options = Options(workers=pair.workers, drop=pair.drop, vit_qkv=pair.vit_qkv)
+        options = Options(
+            workers=pair.workers, drop=pair.drop, vit_qkv=pair.vit_qkv, optimizer=pair.optimizer
+        )
         compare = verification.verify_quickly if pair.quick else verification.verify
         verdict = compare(pair.a, pair.b, options, events)
         hint = verification.hint(pair.a, pair.b, verdict, options)
@@ -67,6 +72,7 @@ def run(words: list[str]) -> int:
             "differences": found,
             "by_digest": verdict.by_digest,
             "unequal_digests": list(verdict.unequal),
+            "training": list(verdict.training),
             "hint": hint,
             "not_seen": unseen,
         }
@@ -83,9 +89,10 @@ def run(words: list[str]) -> int:
             )
         words = [in_words(d) for d in verdict.differences]
         words += [f"{name}: the digests differ" for name in verdict.unequal]
+        words += [one_line(f"training goes on otherwise: {line}") for line in verdict.training]
         print("\n".join(words[:SHOWN]), end="\n" if words else "")
         if len(words) > SHOWN:
-            print(f"and {len(words) - SHOWN} more tensors differ")
+            print(f"and {len(words) - SHOWN} more differ")
         if hint:
             print(f"hint: {hint}")
     return 0 if verdict.equal else DIFFERENT

@@ -43,6 +43,7 @@ class MMCheckpoint:
         notes: what beside the weights was found and left alone, in words.
         whole: every rank could be read.
         numbers: how many numbers the names of the rank folders have.
+        optimizer: bytes of the optimizer's state; None without one.
     """
 
     root: Path
@@ -56,6 +57,7 @@ class MMCheckpoint:
     ep_size: int = 1
     whole: bool = True
     numbers: int = 1
+    optimizer: int | None = None
 
 
 def open_mm(root: Path, faults: Faults = STRICT) -> MMCheckpoint:
@@ -97,8 +99,10 @@ def open_mm(root: Path, faults: Faults = STRICT) -> MMCheckpoint:
         for what, count in notes.items()
         if count
     ]
-    numbers = ranks.numbers
-    return MMCheckpoint(root, folder, iteration, tp, pp, virtual, parts, left, ep, whole, numbers)
+    return MMCheckpoint(
+        *(root, folder, iteration, tp, pp, virtual, parts, left, ep, whole, ranks.numbers),
+        optimizer=notes.get(OPTIMIZER),
+    )
 
 
 def _read(

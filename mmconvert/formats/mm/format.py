@@ -33,8 +33,8 @@ class MM(Format):
     name: ClassVar = "mm"
     title: ClassVar = "MM"
     naming: ClassVar = "mm"
-    reads: ClassVar = frozenset({"vit_qkv", "experts", "optimizer"})
-    writes: ClassVar = frozenset({"optimizer"})
+    reads: ClassVar = frozenset({"vit_qkv", "experts", "optimizer", "optimizer_kind"})
+    writes: ClassVar = frozenset({"optimizer", "optimizer_kind"})
     own_names: ClassVar = rf"{re.escape(TRACKER)}|release|iter_\d+|{RANK_FOLDER.pattern}"
     Layout: ClassVar = ParallelConfig
 
@@ -56,9 +56,12 @@ class MM(Format):
     def look(self, path: Path) -> Look:
         """Its ranks; its wholes under MM names with the model's own layer numbers."""
         from mmconvert.formats import contents
+        from mmconvert.formats.mm.opening import state_summary
 
         stored = self.open(path, Opening(self.family(path), Options()))
         model, layout, side = stored.model, stored.ranks, stored.opened.side()
+        optimizer = state_summary(stored.opened)
+        weights = sum(map(len, stored.parts.values()))
         return contents.Look(
             kind=self.name,
             title="MM checkpoint",
@@ -69,7 +72,8 @@ class MM(Format):
             boxes=contents.of_mm(model.modules, layout, stored.parts),
             iteration=stored.iteration,
             layout=layout,
-            notes=model.notes,
+            notes=(*model.notes, *([optimizer.describe(weights)] if optimizer else [])),
+            optimizer={} if optimizer is None else optimizer.as_dict(),
         )
 
     def open(self, path: Path, told: Opening) -> MMStored:

@@ -9,18 +9,20 @@ from pathlib import Path
 
 from mmconvert.config import ParallelConfig
 from mmconvert.converters.rows import Module
-from mmconvert.errors import CheckpointError, RequestError
+from mmconvert.errors import CheckpointError, MMConvertError, RequestError
 from mmconvert.formats.base import Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage
 from mmconvert.formats.mm.model import OpenedMM, mm_model
-from mmconvert.formats.mm.optimizer.opening import (
+from mmconvert.formats.mm.optimizer.opening import check_state, open_state
+from mmconvert.formats.mm.optimizer.state import GroupKey, OptimizerState
+from mmconvert.formats.mm.optimizer.telling import (
+    StateSummary,
     about_of,
-    check_state,
     notes_left,
     notes_of,
-    open_state,
+    summary_of,
+    values_of,
 )
-from mmconvert.formats.mm.optimizer.state import GroupKey, OptimizerState
 from mmconvert.formats.mm.optimizer.wholes import PlacedState, groups_of, place_state, with_state
 from mmconvert.formats.mm.optimizer.writing import StateWriter
 from mmconvert.formats.mm.output import rank_images
@@ -145,9 +147,13 @@ def open_mm_stored(path: Path, told: Opening) -> MMStored:
         )
     checkpoint = opened.chart.checkpoint
     state = None
+    check_state(told, model)
     if told.options.optimizer:
-        check_state(told, model)
         state = open_state(opened.parts, checkpoint.folder, checkpoint.iteration)
+        if told.options.optimizer_kind != "same":
+            from mmconvert.formats.mm.optimizer.kinds import as_kind
+
+            state = as_kind(state, told.options.optimizer_kind)
         model = replace(model, notes=notes_left(model.notes, checkpoint.folder))
     return MMStored(
         format="mm",
@@ -155,6 +161,18 @@ def open_mm_stored(path: Path, told: Opening) -> MMStored:
         model=model,
         layout=opened.layout,
         iteration=checkpoint.iteration,
+        training={} if state is None else values_of(state),
         opened=opened,
         state=state,
     )
+
+
+def state_summary(opened: OpenedMM) -> StateSummary | None:
+    """The optimizer state of a checkpoint at a glance; None without any."""
+    checkpoint = opened.chart.checkpoint
+    if checkpoint.optimizer is None:
+        return None
+    try:
+        return summary_of(open_state(opened.parts, checkpoint.folder, checkpoint.iteration))
+    except MMConvertError as error:
+        return StateSummary(None, fault=error.what)

@@ -32,6 +32,7 @@ from mmconvert.tools.comparison.diffresult import (
 )
 from mmconvert.tools.comparison.opened import Opened
 from mmconvert.tools.comparison.pairing import open_pair
+from mmconvert.tools.comparison.states import differing, kept_of, leave_out_steps
 
 COPIES = (
     "of copies of one tensor (other tp ranks, tied embeddings) the first is compared; "
@@ -54,6 +55,7 @@ def diff(a: Path, b: Path, options: Options | None = None, events: Events | None
     if options.workers < 0:
         raise RequestError(f"--workers is {options.workers}", "a number of threads, or 0")
     left, right = open_pair(a, b, options)
+    leave_out_steps(left, right)
     _check_structure(left, right)
     notes = _notes(left, right, options)
     notes += _add_carried(left, right)
@@ -79,6 +81,7 @@ def diff(a: Path, b: Path, options: Options | None = None, events: Events | None
         nbytes,
         notes,
         places.colours,
+        differing(left.training, right.training),
     )
     found.notes.extend(_findings(found))
     return found
@@ -147,6 +150,7 @@ def _findings(found: Diff) -> list[str]:
         f"and {b} in B: compared as numbers"
         for (a, b), count in dtypes.items()
     ]
+    notes += [f"training goes on otherwise: {line}" for line in found.training]
     odd = found.odd()
     if odd:
         notes.append(
@@ -179,7 +183,9 @@ class _Places:
     def tensor(self, key: Key, distance: Distance) -> TensorDistance:
         """A whole's distance with everything that has a name."""
         whole, other = self._a.side.wholes[key], self._b.side.wholes[key]
-        module, layer, r = self._rows.get(key.mm, (NOT_CONVERTED, "out", None))
+        kept, mm = kept_of(key)
+        module, layer, r = self._rows.get(mm, (NOT_CONVERTED, "out", None))
+        module += f", {kept}" if kept else ""
         at = distance.place
         return TensorDistance(
             *(key.name(), self._hf_names(key, r), module, layer or key.layer),

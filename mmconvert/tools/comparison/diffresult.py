@@ -90,6 +90,7 @@ class Diff:
         nbytes: bytes of A that were compared.
         notes: what is worth knowing.
         colours: of the modules, by their MM names.
+        training: in what training would go on otherwise, in words.
     """
 
     a: Facts
@@ -101,11 +102,13 @@ class Diff:
     nbytes: int
     notes: list[str] = field(default_factory=list[str])
     colours: Mapping[str, str] = field(default_factory=dict[str, str])
+    training: list[str] = field(default_factory=list[str])
 
     @property
     def equal(self) -> bool:
         """Whether both hold the same tensors with the same numbers."""
-        return not (self.changed() or self.only_a or self.only_b or self.other_shapes)
+        parts = (self.changed(), self.only_a, self.only_b, self.other_shapes, self.training)
+        return not any(parts)
 
     @property
     def totals(self) -> Totals:

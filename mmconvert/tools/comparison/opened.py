@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmconvert.formats.model import Model
@@ -21,6 +22,7 @@ class Opened:
         side: its wholes, vision q, k and v interleaved.
         layout: of an MM checkpoint; None for others.
         iteration: of training, where it tells.
+        training: see :class:`mmconvert.formats.base.StoredCheckpoint`.
     """
 
     path: Path
@@ -29,3 +31,4 @@ class Opened:
     side: Side
     layout: Layout | None
     iteration: str
+    training: Mapping[str, object] = field(default_factory=dict[str, object])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmconvert.config import Options
 from mmconvert.converters.family import Family, any_family
-from mmconvert.errors import CheckpointError
+from mmconvert.errors import CheckpointError, RequestError
 from mmconvert.formats import manifest
 from mmconvert.formats.base import Opening, StoredCheckpoint
 from mmconvert.formats.registry import load, recognise
@@ -16,6 +16,7 @@ from mmconvert.narrow import is_object
 from mmconvert.plan.padding import pad_vocabulary
 from mmconvert.plan.plan import Side
 from mmconvert.sharding.layout import Layout
+from mmconvert.tools.comparison.named import open_named
 from mmconvert.tools.comparison.opened import Opened
 
 
@@ -28,9 +29,19 @@ def open_pair(a: Path, b: Path, options: Options, *, untie: bool = False) -> tup
 
     Raises:
         CheckpointError: one cannot be read, or they are of two families.
+        RequestError: optimizer state is asked for, where none is read.
     """
     kinds = [recognise(path) or "mm" for path in (a, b)]
+    for kind, path in zip(map(load, kinds), (a, b), strict=True):
+        if options.optimizer and "optimizer" not in kind.reads:
+            raise RequestError(
+                f"--optimizer compares optimizer state; of {kind.title} ({path}) none is read",
+                "two MM checkpoints",
+                "leave --optimizer out: the weights are compared",
+            )
     family = _family((a, b), kinds)
+    if not family.converter and "hf" in kinds:
+        return open_named(a, b, (kinds[0], kinds[1]), options)
     told = Opening(family, options, claims=bool(family.converter))
     found: dict[int, StoredCheckpoint] = {}
     order = sorted((0, 1), key=lambda i: (kinds[i] != "hf", load(kinds[i]).needs_sizes))
@@ -61,11 +72,22 @@ def _told_untied(path: Path) -> bool:
 
 
 def _family(paths: tuple[Path, Path], kinds: list[str]) -> Family:
-    """The one family of both; one without a table if neither tells."""
-    found = [load(kind).family(path) for kind, path in zip(kinds, paths, strict=True)]
+    """The one family of both; one without a table if neither is known."""
+    found: list[Family | None] = []
+    unknown: list[CheckpointError] = []
+    for kind, path in zip(kinds, paths, strict=True):
+        try:
+            found.append(load(kind).family(path))
+        except CheckpointError as error:
+            if error.cause != "unsupported-model":
+                raise
+            found.append(None)
+            unknown.append(error)
     known = [family for family in found if family is not None]
     if not known:
         return any_family()
+    if unknown:
+        raise unknown[0]
     for kind in map(load, kinds):
         for path, family in zip(paths, found, strict=True):
             if family is not None and kind.naming not in ("", "hf", family.naming):
@@ -92,4 +114,6 @@ def _opened(stored: StoredCheckpoint, *, canonical: bool) -> Opened:
         model = replace(model, variant=variant, modules=modules)
     side: Side = stored.side(modules)
     layout = stored.layout if isinstance(stored.layout, Layout) else None
-    return Opened(stored.path, stored.format, model, side, layout, stored.iteration)
+    return Opened(
+        *(stored.path, stored.format, model, side, layout, stored.iteration), stored.training
+    )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmconvert.config import Options
-from mmconvert.errors import DifferenceError
+from mmconvert.errors import DifferenceError, MMConvertError
 from mmconvert.events import Events
 from mmconvert.executor import compare
 from mmconvert.executor.differences import TensorDifference
@@ -17,6 +17,7 @@ from mmconvert.names import number, summarise
 from mmconvert.plan.build import build_comparison
 from mmconvert.plan.plan import Key, Side
 from mmconvert.tools.comparison.pairing import open_pair
+from mmconvert.tools.comparison.states import differing, leave_out_steps
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Verdict:
         differences: at most one for each pair of stored tensors; empty if the models are equal.
         unequal: names of whole tensors whose digests differ, where only these were compared.
         by_digest: whether only the digests of both manifests were compared.
+        training: in what training would go on otherwise, in words, where optimizer state was
+            compared.
     """
 
     tensors: int
@@ -36,11 +39,12 @@ class Verdict:
     differences: list[TensorDifference]
     unequal: tuple[str, ...] = ()
     by_digest: bool = False
+    training: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
         """Whether the two are the same model."""
-        return not self.differences and not self.unequal
+        return not self.differences and not self.unequal and not self.training
 
 
 # What a comparison of digests takes on trust, in words.
@@ -89,7 +93,11 @@ def verify(
         from mmconvert.tools.comparison.adapters import verify_adapters
 
         return verify_adapters(a, b, options, events)
-    left, right = (opened.side for opened in open_pair(a, b, options))
+    first, second = open_pair(a, b, options)
+    leave_out_steps(first, second)
+    left, right = first.side, second.side
+    if all("--optimizer" in " ".join(one.model.notes) for one in (first, second)):
+        events.note("both hold optimizer state, which is not compared: verify --optimizer does")
     _leave_out_text(left, right, events)
     _check_alike(a, b, left, right)
     pairs = build_comparison(left, right)
@@ -98,7 +106,8 @@ def verify(
     found = compare.compare(pairs.equal, left.stored, right.stored, options.workers, events.advance)
     found += compare.not_zero(pairs.zeros_a, left.stored)
     found += compare.not_zero(pairs.zeros_b, right.stored)
-    return Verdict(len(left.wholes), nbytes, found)
+    otherwise = tuple(differing(first.training, second.training))
+    return Verdict(len(left.wholes), nbytes, found, training=otherwise)
 
 
 def _leave_out_text(left: Side, right: Side, events: Events) -> None:
@@ -148,7 +157,10 @@ def hint(a: Path, b: Path, verdict: Verdict, options: Options) -> str:
     if not keys or not all("image_encoder" in k and "linear_qkv" in k for k in keys):
         return ""
     order = "interleaved" if options.vit_qkv == "concatenated" else "concatenated"
-    if verify(a, b, replace(options, vit_qkv=order)).differences:
+    try:
+        if verify(a, b, replace(options, vit_qkv=order)).differences:
+            return ""
+    except MMConvertError:  # the number of heads is not known
         return ""
     return (
         f"equal with --vit_qkv {order}: one of them leaves the vision encoder's q, k and v "

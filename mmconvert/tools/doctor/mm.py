@@ -17,12 +17,14 @@ from mmconvert.formats.mm.model import OpenedMM
 from mmconvert.formats.recognise import family_of_parts
 from mmconvert.plan.plan import Side
 from mmconvert.plan.training import cautions
+from mmconvert.stored import StoredTensor
 from mmconvert.tools.doctor.asked import DoctorRequest, Original
 from mmconvert.tools.doctor.experts import look_at_twins, told_as_one
 from mmconvert.tools.doctor.faults import report_faults
 from mmconvert.tools.doctor.modelfile import look_at_model_json
 from mmconvert.tools.doctor.report import DoctorReport
 from mmconvert.tools.doctor.shell import line, operand, resplit, unused
+from mmconvert.tools.doctor.training import side_with_state, tensors_of
 from mmconvert.tools.doctor.values import (
     look_at_dtypes,
     look_at_encoder_qkv,
@@ -44,6 +46,7 @@ def examine_mm(root: Path, asked: DoctorRequest, events: Events, report: DoctorR
     """Everything about an MM folder."""
     original = asked.original(report)
     found, opened, side = Collected(), None, Side()
+    state: list[StoredTensor] = []
     nothing: MMCheckpoint | None = None
     checkpoint = found.attempt(lambda: open_mm(root, found), nothing)
     if checkpoint is not None:
@@ -68,9 +71,9 @@ def examine_mm(root: Path, asked: DoctorRequest, events: Events, report: DoctorR
     report_faults(found, root, report)
     report.kind = "" if report.has(["no-checkpoint"]) else "mm"
     if opened is not None:
-        _look_at_whole(root, opened, side, asked, original, events, report)
+        state = _look_at_whole(root, opened, side, asked, original, events, report)
     if asked.values and checkpoint is not None:
-        tensors = [t for part in checkpoint.parts.values() for t in part.values()]
+        tensors = [t for part in checkpoint.parts.values() for t in part.values()] + state
         look_for_nan(tensors, asked.workers, events, report)
     _look_at_manifest(root, report)
 
@@ -99,15 +102,17 @@ def _look_at_whole(
     original: Original | None,
     events: Events,
     report: DoctorReport,
-) -> None:
+) -> list[StoredTensor]:
+    """What all ranks together tell; returns the tensors of the optimizer's state."""
     look_at_dtypes(side, opened.chart.checkpoint.folder, report)
     _look_at_use(opened, side, report)
     report.checked.append(f"layout: {opened.layout.describe()}")
     look_at_model_json(root, opened.layout, asked, report)
+    full = side_with_state(opened, side, asked, events, report)
     if asked.quick:
         report.skipped.append("copies of tensors (--quick)")
     else:
-        look_at_replicas(side, True, asked.workers, events, report)
+        look_at_replicas(full, True, asked.workers, events, report)
     hf = _side_of(original, opened, report)
     if not asked.quick:
         look_at_twins(opened, side, hf, asked.workers, events, report)
@@ -119,7 +124,9 @@ def _look_at_whole(
         look_at_encoder_qkv(opened, side, hf, asked.workers, events, report)
     else:
         report.skipped.append("the order of vision q, k, v: hf_dir has no readable weights")
-    _commands(root, opened, asked, report)
+    state = tensors_of(full, side)
+    _commands(root, opened, asked, report, with_state=bool(state))
+    return state
 
 
 def _side_of(original: Original | None, opened: OpenedMM, report: DoctorReport) -> Side | None:
@@ -148,16 +155,24 @@ def _look_at_use(opened: OpenedMM, side: Side, report: DoctorReport) -> None:
         )
 
 
-def _commands(root: Path, opened: OpenedMM, asked: DoctorRequest, report: DoctorReport) -> None:
-    """One resplit for all findings that it mends; none if there is an error that it would meet."""
+def _commands(
+    root: Path, opened: OpenedMM, asked: DoctorRequest, report: DoctorReport, *, with_state: bool
+) -> None:
+    """One resplit for all findings that it mends; none if there is an error that it would meet.
+
+    Args:
+        with_state: the optimizer's state can go with the weights.
+    """
     mended = [f for f in report.findings if f.flags is not None]
-    others = [f for f in report.errors() if f.flags is None and f.id != "pp-suffix-without-pp"]
+    passed = {"pp-suffix-without-pp", "" if with_state else "optimizer-damaged"}
+    others = [f for f in report.errors() if f.flags is None and f.id not in passed]
     if not mended or others:
         return
     flags: list[str] = []
     for finding in mended:
         new = list(finding.flags or ())
         flags += new if " ".join(new) not in " ".join(flags) else []
+    flags += ["--optimizer"] if with_state and "--drop" not in flags else []
     needs_hf = {"vit-qkv-concatenated", "tied-head-missing", "tied-head-superfluous"}
     use_hf = asked.hf_dir if asked.hf_dir and (needs_hf & {f.id for f in mended}) else None
     converter = opened.model.family.converter

@@ -35,6 +35,7 @@ SEVERITY: dict[str, str] = {
     "unmerged-adapter": ERROR,
     "empty-tensors": ERROR,
     "wrapped-names": ERROR,
+    "grouped-experts": ERROR,
     "nested-weights": ERROR,
     "distributed-checkpoint": ERROR,
     "fsdp-checkpoint": ERROR,
@@ -85,6 +86,11 @@ SEVERITY: dict[str, str] = {
     "vit-qkv-concatenated": ERROR,
     "not-zero": ERROR,
     "hf-dir-unusable": ERROR,
+    # the state of its optimizer
+    "optimizer-damaged": ERROR,
+    "optimizer-other-weights": ERROR,
+    "optimizer-in-release": WARNING,
+    "optimizer-unknown": WARNING,
     # HF checkpoints
     "missing-config": ERROR,
     "damaged-config": ERROR,

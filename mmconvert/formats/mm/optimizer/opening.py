@@ -18,30 +18,23 @@ from mmconvert.formats.mm.optimizer.state import (
     Kind,
     OptimizerState,
 )
-from mmconvert.formats.mm.ranks import DISTRIBUTED
+from mmconvert.formats.mm.optimizer.telling import CARRIED, LEFT_BEHIND
 from mmconvert.formats.model import Model
-from mmconvert.names import summarise
 from mmconvert.sharding.layout import Chunk, Rank
 from mmconvert.stored import StoredTensor
-from mmconvert.words import amount
-
-# What training goes on with, beside the optimizer: the same on all ranks.
-CARRIED = (
-    "iteration",
-    "opt_param_scheduler",
-    "num_floating_point_operations_so_far",
-    "training",
-)
-OWN = ("optimizer", "args", *CARRIED)  # what notes need not say is left out
-LEFT_BEHIND = {
-    "rng_state": "random state is of one layout's ranks: go on with --no-load-rng",
-    "rerun_state_machine": "the rerun state machine starts anew",
-}
 
 
 def check_state(told: Opening, model: Model) -> None:
     """Raises RequestError where the weights would not be those of the optimizer state."""
     options = told.options
+    if not options.optimizer:
+        if options.optimizer_kind != "same":
+            raise RequestError(
+                f"--optimizer-kind {options.optimizer_kind} says how optimizer state is written; "
+                "none is without --optimizer",
+                "--optimizer too",
+            )
+        return
     if model.adapter is not None:
         raise RequestError(
             "--optimizer carries the state of a whole model's training; these are adapters", "",
@@ -57,30 +50,6 @@ def check_state(told: Opening, model: Model) -> None:
                 f"--optimizer goes with the weights as they are; {flag} changes them",
                 "one of the two",
             )
-
-
-def notes_of(state: OptimizerState) -> list[str]:
-    """What is worth knowing of what is carried over."""
-    what = f"{KINDS[state.kind]}, iteration {state.iteration}, {amount(state.nbytes)}"
-    notes = [f"optimizer state ({what}) goes with the weights"]
-    notes += [f"left out: {words}" for words in state.notes]
-    if state.left_out:
-        notes.append(f"left out: arguments that are no plain values: {summarise(state.left_out)}")
-    if state.kind == "distributed":
-        cut = f"buckets of {state.buckets.size} elements" if state.buckets.size else "one bucket"
-        notes.append(f"{DISTRIBUTED} is for a run with {cut} in each buffer, as the source's")
-    return notes
-
-
-def notes_left(notes: Sequence[str], folder: Path) -> tuple[str, ...]:
-    """The notes of a checkpoint without those on what is carried over, or named by itself."""
-    starts = tuple(f"{folder}: {name} (" for name in (*OWN, *LEFT_BEHIND))
-    return tuple(note for note in notes if not note.startswith(starts))
-
-
-def about_of(state: OptimizerState) -> dict[str, object]:
-    """What the manifest says of it."""
-    return {"kind": state.kind, "iteration": state.iteration}
 
 
 def open_state(
@@ -130,7 +99,7 @@ def open_state(
         groups=_groups(filled),
         order=order,
         everywhere=any(rank.everywhere for rank in filled),
-        listed=filled[0].listed,
+        listed=any(rank.listed and len(rank.entries) == 1 for rank in filled),
         named=_named(filled),
         bare=frozenset(r.pt.path for r in filled if any(e.buffers is None for e in r.entries))
         if filled[0].kind == "distributed"
@@ -138,7 +107,7 @@ def open_state(
         scaler=_alike(filled, "grad_scaler", lambda r: r.entries[0].scaler),
         content=_content(ranks, iteration) | {"args": _plain(told)},
         left_out=tuple(name for name, value in told.items() if not is_plain(value)),
-        buckets=_written(buckets, told, filled),
+        buckets=_written(buckets, told),
         notes=tuple(words for name, words in LEFT_BEHIND.items() if _has(ranks, name)),
     )
 
@@ -226,9 +195,9 @@ def _plain(told: Mapping[str, object]) -> object:
     return found or None
 
 
-def _written(buckets: Buckets, told: Mapping[str, object], ranks: Sequence[RankState]) -> Buckets:
+def _written(buckets: Buckets, told: Mapping[str, object]) -> Buckets:
     """How the buffers of the run are cut, which goes on with the output."""
-    if ranks[0].kind != "distributed" or told.get("overlap_grad_reduce") is not True:
+    if told.get("overlap_grad_reduce") is not True:
         return buckets._replace(shared=True)
     from mmconvert.formats.mm.optimizer.buffers import USUAL_BUCKET
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmconvert.errors import CheckpointError, RequestError
@@ -68,7 +68,20 @@ def read_rank_state(
         entries = [_distributed(path, e, beside, t) for e, t in zip(found, trees, strict=True)]
     else:
         entries = [_plain(path, entry, kind) for entry in found]
+    _check_experts(path, entries)
     return RankState(rank, pt, kind, chunks, entries, is_array(stored))
+
+
+def _check_experts(path: Path, entries: Sequence[OptimizerEntry]) -> None:
+    """Raises RequestError for several optimizers that are not one and that of the experts."""
+    of = [any(group.key.expert for group in entry.groups) for entry in entries]
+    if len(of) > 1 and of != [False, True]:
+        raise RequestError(
+            f"{path} holds {len(of)} optimizers, {sum(of)} of experts, as training with "
+            "--overlap-param-gather-with-optimizer-step saves them",
+            "one, or one and that of the experts",
+            ALONE,
+        )
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
@@ -192,7 +205,10 @@ def _fields(path: Path, number: int, kept: object) -> dict[str, StoredTensor]:
                 ALONE,
             )
         fields[str(name)] = _checked(path, value, str(name))
-    if missing := [name for name in MOMENTS if fields and name not in fields]:
+    missing = [name for name in MOMENTS if fields and name not in fields]
+    if len(missing) == 1:
+        raise _damaged(path, f"of parameter {number} has no {missing[0]}")
+    if missing:
         raise RequestError(
             f"{path}: of parameter {number} the optimizer state has no {missing[0]}",
             "Adam's moments",

@@ -75,7 +75,7 @@ class OptimizerState:
         learnt: every parameter with state, of every rank file.
         groups: values of each group, such as its learning rate.
         everywhere: each rank has all groups, in this order (Megatron from 0.13 on).
-        listed: it stands in a list, as several optimizers do.
+        listed: it stands in a list even where it is alone, as several optimizers do.
         named: its groups name their parameters.
         bare: rank files that leave out what another has too.
         scaler: of the loss; None without one.

@@ -158,7 +158,8 @@ class PlacedState:
 
     Attributes:
         weights: how many of the targets are weights; the others follow them.
-        fields: of a weight's number -> of what is kept of it, its number.
+        fields: of a weight's number -> of what is kept of it, its number; nothing of a weight whose
+            state another rank's file has.
         groups: of a weight's number -> its group.
     """
 
@@ -184,9 +185,9 @@ def place_state(
             continue
         expert = is_expert(key.mm) and ep > 1
         copies = side.wholes[key].copies
+        placed.groups.update({b.tensor: group._replace(expert=expert) for c in copies for b in c})
         if once and not expert:
             copies = [c for c in copies if not all(_rank(side, b).ep for b in c)]
-        placed.groups.update({b.tensor: group._replace(expert=expert) for c in copies for b in c})
         for name in (*FIELDS, STEP):
             of = wholes.get(state_key(key, name))
             if of is not None:

@@ -81,8 +81,11 @@ class StateWriter:
             self._params[rank] = sorted(
                 params, key=lambda p: (p.virtual, state.order.key(p.target.name))
             )
-        self._groups = dict.fromkeys(state.groups)
-        self._experts = any(key.expert for key in placed.groups.values())
+        used = dict.fromkeys(placed.groups.values())
+        self._experts = any(key.expert for key in used)
+        # In the order of the source's; Megatron from 0.13 on has those of any rank on each.
+        known = [key._replace(expert=e) for key in state.groups for e in (False, True)]
+        self._groups = [key for key in dict.fromkeys(known) if key in used]
 
     def ordered(self, chunk: Mapping[str, Slot]) -> dict[str, Slot]:
         """The weights of a model chunk in the order in which training registers them."""
@@ -96,7 +99,8 @@ class StateWriter:
         if is_dict(args):
             content["args"] = Namespace(self._arguments({str(k): v for k, v in args.items()}))
         split = [[p for p in params if not p.group.expert]]
-        split += [[p for p in params if p.group.expert]] if self._experts else []
+        experts = [p for p in params if p.group.expert]
+        split += [experts] if experts or (self._experts and state.everywhere) else []
         listed = len(split) > 1 or state.listed
         if not params:
             return StateFiles(content | ({"optimizer": []} if listed else {}))
@@ -104,7 +108,8 @@ class StateWriter:
         content["optimizer"] = entries if listed else entries[0]
         beside: object = None
         if state.kind == "distributed":
-            trees = [self._buffers(some) if some else None for some in split]
+            held = [[p for p in some if p.fields] for some in split]
+            trees = [self._buffers(some) if some else None for some in held]
             beside = trees if len(split) > 1 else trees[0]
         return StateFiles(content, beside)
 
@@ -146,11 +151,9 @@ class StateWriter:
 
     def _keys(self, params: Sequence[WrittenParam], expert: bool) -> list[GroupKey]:
         """The groups, as a run of this layout has them."""
-        own = list(dict.fromkeys(p.group for p in params))
-        if not self._state.everywhere:
-            return own
-        known = [key._replace(expert=expert) for key in self._groups]
-        return list(dict.fromkeys(known + own))
+        if self._state.everywhere:
+            return [key for key in self._groups if key.expert == expert]
+        return list(dict.fromkeys(p.group for p in params))
 
     def _values(self, key: GroupKey) -> dict[str, object]:
         """A group's values; experts have a group of their own where ranks share them only."""
@@ -218,6 +221,7 @@ class StateWriter:
             "virtual_pipeline_model_parallel_size": virtual,
             "num_layers_per_virtual_pipeline_stage": None,
             "expert_model_parallel_size": layout.ep,
+            "use_distributed_optimizer": self._state.kind == "distributed",
         }
         kept = {name: value for name, value in args.items() if name not in _NOT_CARRIED}
         return kept | {name: value for name, value in sizes.items() if name in kept}
