@@ -27,7 +27,7 @@ from mmconvert.plan.padding import in_words, pad_vocabulary, padded_size, vocabu
 from mmconvert.plan.plan import Side
 from mmconvert.plan.products import ProductPlaces, merged
 from mmconvert.plan.substitution import substituted
-from mmconvert.request import Request, check_formats, with_dtype
+from mmconvert.request import Request, check_formats, with_given_dtype
 from mmconvert.result import Result
 from mmconvert.run import Conversion
 
@@ -48,7 +48,7 @@ def convert(
     Raises:
         MMConvertError: see the error tree; nothing is left under the final name.
     """
-    how = with_dtype(options or Options(), asked)
+    how = with_given_dtype(options or Options(), asked)
     run = Conversion(asked.command, asked.cfg or asked, asked.target.path, how, events)
     reader, writer = load(asked.source.format), load(asked.target.format)
     check_formats(family, run.options, reader, writer)

@@ -101,7 +101,7 @@ class Request:
     untie: bool = False
 
 
-def with_dtype(options: Options, asked: Request) -> Options:
+def with_given_dtype(options: Options, asked: Request) -> Options:
     """The options with the dtype that either flag gives."""
     if asked.dtype == "keep":
         return options

@@ -83,6 +83,11 @@ def section(config: Mapping[str, object], key: str) -> Mapping[str, object]:
     return value
 
 
+def text_or_whole(config: Mapping[str, object]) -> Mapping[str, object]:
+    """The text part: nested (transformers 4.52 and later), or the whole config (hub)."""
+    return config if config.get("text_config") is None else section(config, "text_config")
+
+
 def section_or_defaults(config: Mapping[str, object], key: str) -> Mapping[str, object]:
     """A nested part of config.json that transformers makes of its class's defaults where it is
     absent or null: nothing of it is said then.

@@ -19,7 +19,7 @@ from mmconvert.converters.blocks import (
     text_tail,
     vision_dims,
 )
-from mmconvert.converters.configs import Dims, section, section_or_defaults
+from mmconvert.converters.configs import Dims, section_or_defaults, text_or_whole
 from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.rows import Module, row
 from mmconvert.sharding.spans import GATED, ROW, head_columns
@@ -30,11 +30,6 @@ BOTH = ("weight", "bias")
 # Class defaults of transformers' Glm4vVisionConfig and Glm4vTextConfig.
 VISION_DEFAULTS = {"vit.layers": 24, "vit.heads": 12, "vit.width": 1536, "vit.merge": 2}
 TEXT_DEFAULTS = {"llm.layers": 40, "llm.heads": 32, "llm.query_groups": 2, "llm.hidden": 4096}
-
-
-def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
-    """The text part: nested, or the whole config (hub, at first)."""
-    return config if config.get("text_config") is None else section(config, "text_config")
 
 
 def dims(config: Mapping[str, object]) -> Dims:
@@ -49,7 +44,7 @@ def dims(config: Mapping[str, object]) -> Dims:
     }
     vision = section_or_defaults(config, "vision_config")
     found = vision_dims(vision, "vision_config", names, VISION_DEFAULTS)
-    found |= text_dims(text_config(config), "text model", TEXT_DEFAULTS)
+    found |= text_dims(text_or_whole(config), "text model", TEXT_DEFAULTS)
     if "llm.ffn" in found:
         found["llm.fc1"] = 2 * found["llm.ffn"]
     return found
@@ -141,7 +136,7 @@ FAMILY = Family(
     model_types=frozenset({"glm4v"}),
     dims=dims,
     modules=modules,
-    text_config=text_config,
+    text_config=text_or_whole,
     variants=(Variant(),),
     canonical=False,
     plain_text=False,

@@ -16,14 +16,13 @@ from mmconvert.converters.blocks import (
     vision_dims,
     vision_qkv,
 )
-from mmconvert.converters.configs import Dims, section_or_defaults
+from mmconvert.converters.configs import Dims, section_or_defaults, text_or_whole
 from mmconvert.converters.family import Family, Variant
 from mmconvert.converters.qwen2vl import (
     BUFFERS,
     SPELLINGS,
     TEXT_DEFAULTS,
     B,
-    text_config,
 )
 from mmconvert.converters.rows import Module
 
@@ -42,7 +41,7 @@ def dims(config: Mapping[str, object]) -> Dims:
     }
     vision = section_or_defaults(config, "vision_config")
     vit = vision_dims(vision, "vision_config", names, VISION_DEFAULTS)
-    return vit | text_dims(text_config(config), "text model", TEXT_DEFAULTS)
+    return vit | text_dims(text_or_whole(config), "text model", TEXT_DEFAULTS)
 
 
 def modules(variant: Variant) -> tuple[Module, ...]:
@@ -71,7 +70,7 @@ FAMILY = Family(
     model_types=frozenset({"qwen2_5_vl"}),
     dims=dims,
     modules=modules,
-    text_config=text_config,
+    text_config=text_or_whole,
     spellings=SPELLINGS,
     dropped=BUFFERS,
 )

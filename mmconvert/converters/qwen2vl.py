@@ -16,7 +16,7 @@ from mmconvert.converters.blocks import (
     vision_dims,
     vision_qkv,
 )
-from mmconvert.converters.configs import Dims, section, section_or_defaults
+from mmconvert.converters.configs import Dims, section_or_defaults, text_or_whole
 from mmconvert.converters.family import Dropped, Family, Variant
 from mmconvert.converters.rows import Module
 from mmconvert.names import NameTemplate
@@ -46,11 +46,6 @@ VISION_DEFAULTS = {"vit.layers": 32, "vit.heads": 16, "vit.width": 1280, "vit.me
 TEXT_DEFAULTS = {"llm.layers": 80, "llm.heads": 64, "llm.query_groups": 8, "llm.hidden": 8192}
 
 
-def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
-    """The text part: nested (transformers 4.52 and later) or the whole config (hub)."""
-    return config if config.get("text_config") is None else section(config, "text_config")
-
-
 def dims(config: Mapping[str, object]) -> Dims:
     """Sizes from config.json."""
     vision = section_or_defaults(config, "vision_config")
@@ -64,7 +59,7 @@ def dims(config: Mapping[str, object]) -> Dims:
     ratio = vision.get("mlp_ratio", 4)
     if isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and 0 < ratio < 1024:
         vit["vit.ffn"] = int(vit["vit.width"] * ratio)
-    return vit | text_dims(text_config(config), "text model", TEXT_DEFAULTS)
+    return vit | text_dims(text_or_whole(config), "text model", TEXT_DEFAULTS)
 
 
 def modules(variant: Variant) -> tuple[Module, ...]:
@@ -93,7 +88,7 @@ FAMILY = Family(
     model_types=frozenset({"qwen2_vl"}),
     dims=dims,
     modules=modules,
-    text_config=text_config,
+    text_config=text_or_whole,
     spellings=SPELLINGS,
     dropped=BUFFERS,
 )

@@ -163,9 +163,9 @@ class Products:
         """
         source = self._sources[term.magnitude]
         region = Region(first, 0, len(rows), 1)
-        wanted = floats(read_compact(files, source, region, "adapter"), source.dtype)
+        magnitudes = floats(read_compact(files, source, region, "adapter"), source.dtype)
         norms = np.sqrt((rows.astype(np.float64) ** 2).sum(axis=1)).astype(np.float32)
-        return (wanted.astype(np.float32) / norms)[:, None]
+        return (magnitudes.astype(np.float32) / norms)[:, None]
 
     def _whole_a(self, files: Files, number: int) -> Array:
         if number not in self._a:

@@ -13,7 +13,7 @@ from mmconvert.errors import CheckpointError, MMConvertError
 from mmconvert.formats.base import Opening
 from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.mm.deltas import mm_deltas
-from mmconvert.formats.mm.folder import is_adapter, open_mm
+from mmconvert.formats.mm.folder import adapters_alone, open_mm
 from mmconvert.formats.mm.ranks import is_mm
 from mmconvert.formats.model import Model
 from mmconvert.formats.peft.files import named_base
@@ -30,7 +30,7 @@ def holds_adapter(path: Path) -> bool:
     try:
         if is_mm(path):
             parts = open_mm(path).parts.values()
-            return is_adapter(name for part in parts for name in part)
+            return adapters_alone(name for part in parts for name in part)
         return recognise(path) == "peft"
     except MMConvertError:
         return False

@@ -14,7 +14,7 @@ from mmconvert.converters.rows import mm_index
 from mmconvert.errors import CheckpointError, FormError
 from mmconvert.formats import manifest
 from mmconvert.formats.hf.folder import has_weights, read_config
-from mmconvert.formats.mm.folder import is_adapter, open_mm
+from mmconvert.formats.mm.folder import adapters_alone, open_mm
 from mmconvert.formats.mm.ranks import is_mm
 from mmconvert.formats.peft.names import Names
 from mmconvert.formats.registry import load, recognise
@@ -74,7 +74,7 @@ def family_of_parts(parts: Collection[Mapping[str, StoredTensor]], folder: Path)
         CheckpointError: no family here serves it.
     """
     names = {name for part in parts for name in part}
-    if is_adapter(names):
+    if adapters_alone(names):
         return by_names({weight_name(name) for name in names}, folder)
     if (fault := mm_form_of(parts, folder)) is not None:
         raise fault

@@ -67,12 +67,12 @@ class ProductPlace(NamedTuple):
     Attributes:
         key: the whole.
         spans: its rows beside those of the whole.
-        turned: the whole has the orientation of Hugging Face, where that is the other one.
+        transposed: the whole has the orientation of Hugging Face, where that is the other one.
     """
 
     key: Key
     spans: list[Span]
-    turned: bool
+    transposed: bool
 
 
 class ProductPlaces:
@@ -115,9 +115,11 @@ class ProductPlaces:
         if hit is None:
             return None
         key, row, number = hit
-        turned = row.transposed and self._as_hf
-        height = matrix(self._side.wholes[key].shape)[1 if turned else 0]
-        return ProductPlace(key, part_spans(row, height, self._dims, key.name())[number], turned)
+        transposed = row.transposed and self._as_hf
+        height = matrix(self._side.wholes[key].shape)[1 if transposed else 0]
+        return ProductPlace(
+            key, part_spans(row, height, self._dims, key.name())[number], transposed
+        )
 
 
 def merged(plan: Plan, dst: Side, places: ProductPlaces, adapters: Iterable[Adapter]) -> Plan:
@@ -140,8 +142,8 @@ def merged(plan: Plan, dst: Side, places: ProductPlaces, adapters: Iterable[Adap
             if place is None:
                 raise no_place(adapter.where, term.name)
             added = _added(len(terms), term, place, dst, adapter.where)
-            turned = term.transposed != place.turned
-            terms.append(_numbered(term, first)._replace(transposed=turned))
+            transposed = term.transposed != place.transposed
+            terms.append(_numbered(term, first)._replace(transposed=transposed))
             products += added
     return replace(
         plan, sources=sources, replicas=replicas, terms=terms, products=products, notes=notes
@@ -172,7 +174,7 @@ def check_tied(where: str, name: str, places: ProductPlaces) -> None:
 def _added(number: int, term: Term, place: ProductPlace, dst: Side, where: str) -> list[Copy]:
     """The rectangles of a term in those of the targets."""
     whole = dst.wholes[place.key]
-    width = matrix(whole.shape)[0 if place.turned else 1]
+    width = matrix(whole.shape)[0 if place.transposed else 1]
     rows = sum(span.length for span in place.spans)
     if term.shape != (rows, width):
         raise TensorError(
@@ -188,10 +190,10 @@ def _added(number: int, term: Term, place: ProductPlace, dst: Side, where: str) 
             "dequantise the base model first",
         )
     blocks = [Block(number, s.start, 0, s.whole, 0, s.length, width) for s in place.spans]
-    if place.turned:
+    if place.transposed:
         blocks = [exchanged(block) for block in blocks]
     found = [copy for target in whole.copies for copy in join(blocks, target)]
-    if term.magnitude >= 0 and (place.turned or any(c.cols != width for c in found)):
+    if term.magnitude >= 0 and (place.transposed or any(c.cols != width for c in found)):
         raise RequestError(
             f"{where}: DoRA scales whole rows of {term.name}, which this layout divides",
             "a layout that keeps rows whole: tp size 1 for this module",

@@ -209,10 +209,10 @@ def with_adapters(
     checkpoint = open_mm(mm_dir)
     size = (checkpoint.tp_folders, checkpoint.pp_size, checkpoint.ep_size, checkpoint.vpp_size)
     layout = base.layout
-    wanted = (layout.tp_folders, layout.pp_size, layout.ep, layout.vpp_size)
-    if size != wanted:
+    expected = (layout.tp_folders, layout.pp_size, layout.ep, layout.vpp_size)
+    if size != expected:
         raise CheckpointError(
-            f"{checkpoint.folder} has tp, pp, ep, vpp of {size}; the base model has {wanted}",
+            f"{checkpoint.folder} has tp, pp, ep, vpp of {size}; the base model has {expected}",
             "adapters in the base model's layout",
             "mm-convert ... lora_resplit brings them into it",
         )

@@ -72,7 +72,7 @@ class Optimizer:
             part = self._mine(parameter.detach())
             fine = part.dtype == torch.float32
             self._masters[key] = part if fine else part.to(torch.float32, copy=True)
-            groups[is_plain(name, parameter)]["params"].append(self._masters[key])
+            groups[never_decays(name, parameter)]["params"].append(self._masters[key])
         run.sum_in_fp32()
         self._fused = run.mesh.device.type in FUSED
         self._adam = torch.optim.AdamW(
@@ -159,7 +159,7 @@ class Optimizer:
             steps = max(steps, int(held["step"]) if "step" in held else 0)
             kept[name] = Kept(
                 name,
-                not is_plain(name, parameter),
+                not never_decays(name, parameter),
                 self._run.mesh.layout.ep > 1 and is_expert(name),
                 {n: v.cpu() for n, v in whole.items()},
             )
@@ -240,6 +240,6 @@ class Optimizer:
         return self._mine(value).to(master.device, copy=True)
 
 
-def is_plain(name: str, parameter: Tensor) -> bool:
+def never_decays(name: str, parameter: Tensor) -> bool:
     """Whether a parameter is a bias or of one dimension, which do not decay."""
     return name.endswith(".bias") or parameter.dim() < 2

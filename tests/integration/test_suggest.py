@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cli import run_cli
 from commands import edit_json, install, rank_files, refused
@@ -48,6 +49,16 @@ def hf_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return made[model]
 
     return get
+
+
+def pickled(hf: Path, to: Path) -> Path:
+    """The folder with its tensors in one pytorch_model.bin."""
+    config_only(hf, to)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(hf.glob("*.safetensors")):
+        tensors |= load_file(file)
+    torch.save(tensors, to / "pytorch_model.bin")
+    return to
 
 
 def config_only(folder: Path, to: Path) -> Path:
@@ -144,6 +155,17 @@ def test_config_json_is_enough(model: str, hf_of: Any, tmp_path: Path) -> None:
         for key in ("parallel_config", "ranks", "imbalance", "converter"):
             assert found[key] == whole[key], key
     assert whole["notes"] == []
+
+
+def test_weights_in_pickles_are_read(hf_of: Any, tmp_path: Path) -> None:
+    """As those of safetensors are; an adapter alone is no model's weights."""
+    hf = hf_of("qwen2vl-2b")
+    found = suggest(pickled(hf, tmp_path / "pickled"), "--pp", "4")
+    assert found["notes"] == []
+    assert found["parallel_config"] == suggest(hf, "--pp", "4")["parallel_config"]
+    bare = config_only(hf, tmp_path / "bare")
+    save_file({"lora_A": torch.zeros(1)}, bare / "adapter_model.safetensors")
+    assert "config.json" in suggest(bare, "--pp", "4")["notes"][0]
 
 
 def test_a_tied_head_that_no_copy_needs_is_counted_once(tmp_path: Path, hf_of: Any) -> None:

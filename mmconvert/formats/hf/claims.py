@@ -61,7 +61,7 @@ def _other_spelling(
     )
 
 
-def form_of(
+def hf_form_of(
     family: Family,
     table: tuple[Module, ...],
     tensors: Mapping[str, StoredTensor],
@@ -79,7 +79,7 @@ def form_of(
     )
 
 
-def claimed(
+def claim_hf(
     family: Family,
     table: tuple[Module, ...],
     tensors: Mapping[str, StoredTensor],

@@ -18,13 +18,13 @@ from mmconvert.errors import (
 )
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.hf import scaled
-from mmconvert.formats.hf.claims import by_hub_name, claimed, form_of
+from mmconvert.formats.hf.claims import by_hub_name, claim_hf, hf_form_of
 from mmconvert.formats.hf.folder import ANOTHER_CONFIG, open_hf, read_config
 from mmconvert.formats.model import Model, Notes, dropped_by
 from mmconvert.stored import StoredTensor
 
 
-def check_family(family: Family, config: Mapping[str, object], folder: Path) -> None:
+def check_model_type(family: Family, config: Mapping[str, object], folder: Path) -> None:
     """Raises CheckpointError if config.json is of another family; says which converter fits."""
     kind = config.get("model_type")
     if isinstance(kind, str) and kind in family.model_types:
@@ -44,7 +44,7 @@ def check_family(family: Family, config: Mapping[str, object], folder: Path) -> 
 def config_model(family: Family, folder: Path) -> Model:
     """Sizes from a folder's config.json alone, without any weights."""
     config = read_config(folder)
-    check_family(family, config, folder)
+    check_model_type(family, config, folder)
     said = _said_tied(family, config)
     lists = tuple(family.lists(config).items())
     variant = Variant(tied=bool(said), traits=family.traits(config), lists=lists)
@@ -72,7 +72,7 @@ def hf_model(
     """
     checkpoint = open_hf(folder, faults)
     config = checkpoint.config
-    check_family(family, config, folder)
+    check_model_type(family, config, folder)
     _check_choices(family, canonical, text_dir)
     with blamed("damaged-config", folder / "config.json", fix=ANOTHER_CONFIG):
         traits = family.traits(config)
@@ -86,7 +86,7 @@ def hf_model(
         config, tensors = _with_text_of(text_dir, family, table, config, tensors, notes)
     everything = list(tensors.values())
     carried = {name: t for name, t in tensors.items() if family.why_carried(name)}
-    fault = form_of(family, table, tensors, config, folder)
+    fault = hf_form_of(family, table, tensors, config, folder)
     if fault is not None:
         raise fault
     if (note := left_over(config)) and not options.dequantize:
@@ -98,7 +98,7 @@ def hf_model(
         dims, lists = family.dims(config), tuple(family.lists(config).items())
         _said_tied(family, config)
     tensors = {name: t for name, t in tensors.items() if name not in carried}
-    tensors = claimed(family, table, tensors, options, notes, faults)
+    tensors = claim_hf(family, table, tensors, options, notes, faults)
     variant = Variant(
         tied=is_tied(family, table, config, tensors),
         canonical=canonical,

@@ -90,7 +90,7 @@ def open_mm(root: Path, faults: Faults = STRICT) -> MMCheckpoint:
     whole = ranks.whole and len(chunks) == len(ranks.paths)
     tp, pp, ep = ranks.size
     names = {name for part in parts.values() for name in part}
-    if _counts_ep(names, parts, root) if is_adapter(names) else second_is_ep(parts):
+    if _counts_ep(names, parts, root) if adapters_alone(names) else second_is_ep(parts):
         parts = {Chunk(Rank(c.rank.tp, 0, c.rank.pp), c.virtual): p for c, p in parts.items()}
         pp, ep = 1, pp
     virtual = len(next(iter(chunks.values())))
@@ -142,7 +142,7 @@ def _read(
     return alike, notes, states
 
 
-def is_adapter(names: Iterable[str]) -> bool:
+def adapters_alone(names: Iterable[str]) -> bool:
     """Whether these are the matrices of an adapter, as training saves them, and nothing else."""
     listed = list(names)
     return bool(listed) and all(MARK in name and BASE_LAYER not in name for name in listed)
@@ -160,7 +160,7 @@ def part_of(checkpoint: MMCheckpoint, part: str) -> MMCheckpoint:
         chunk: {
             name.replace(BASE_LAYER, "."): tensor
             for name, tensor in tensors.items()
-            if is_adapter([name]) == keep
+            if adapters_alone([name]) == keep
         }
         for chunk, tensors in checkpoint.parts.items()
     }

@@ -30,7 +30,7 @@ from mmconvert.formats.mm.detect import (
     detect_layout,
     layer_lists,
 )
-from mmconvert.formats.mm.folder import MMCheckpoint, is_adapter, open_mm, part_of
+from mmconvert.formats.mm.folder import MMCheckpoint, adapters_alone, open_mm, part_of
 from mmconvert.formats.mm.source import TRANSPOSED, ChunkTensors, mm_source
 from mmconvert.formats.model import Model, Notes, dropped_by, drops_too_much
 from mmconvert.formats.recognise import mm_form_of
@@ -117,7 +117,7 @@ def mm_model(
         CheckpointError: not a checkpoint of this family, or damaged.
     """
     checkpoint = part_of(open_mm(folder, faults), part)
-    if is_adapter({name for part in checkpoint.parts.values() for name in part}):
+    if adapters_alone({name for part in checkpoint.parts.values() for name in part}):
         adapter, layout, _ = mm_adapter(family, checkpoint, given, model, options, prefix=prefix)
         return OpenedMM(adapter, layout, Chart(checkpoint, adapter.modules), None, faults=faults)
     _check_form(family, checkpoint, folder)

@@ -70,8 +70,8 @@ def rotate(x: Tensor, places: Places) -> Tensor:
     """Rotates pairs (i, i + half) of (batch, heads, time, size) by their angles."""
     wide = x.float()
     first, second = wide.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (wide * places.cos + turned * places.sin).to(x.dtype)
+    rotated = torch.cat((-second, first), dim=-1)
+    return (wide * places.cos + rotated * places.sin).to(x.dtype)
 
 
 class CausalAttention(nn.Module):

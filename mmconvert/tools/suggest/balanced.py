@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmconvert.causes.folders import other_form
 from mmconvert.errors import CheckpointError, LayoutError
-from mmconvert.formats.hf.folder import read_config
+from mmconvert.formats.hf.folder import has_weights, read_config
 from mmconvert.formats.hf.model import config_model
 from mmconvert.formats.model import Model
 from mmconvert.formats.recognise import family_of
@@ -22,7 +22,7 @@ from mmconvert.tools.suggest.cost import Costs, model_parameters, module_costs
 from mmconvert.tools.suggest.experts import SHARE, STATE, about_ep, ep_sizes
 from mmconvert.tools.suggest.frozen import frozen_keys, frozen_warnings
 from mmconvert.tools.suggest.optimum import Balance, balance
-from mmconvert.tools.suggest.shapes import config_shapes, has_weights, stored_shapes
+from mmconvert.tools.suggest.shapes import config_shapes, stored_shapes
 from mmconvert.tools.suggest.suggestion import Goal, RankFigures, Suggestion
 from mmconvert.tools.suggest.workload import flows, patch_sizes
 

@@ -38,11 +38,6 @@ SHAPES = {
 KERNEL = 3  # of both audio convolutions (Whisper's encoder)
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether weight files lie in a folder."""
-    return any(folder.glob("*.safetensors"))
-
-
 def stored_shapes(family: Family, folder: Path) -> tuple[Model, Mapping[Key, Whole]]:
     """From the headers of the weight files; every tensor is claimed and fits config.json.
 
