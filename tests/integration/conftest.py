@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
 
+from cli import run_cli
 from commands import hf_to_mm, install, layout
 from mmconvert.playground.checkpoints import make_hf
 
@@ -52,6 +55,19 @@ def untied_mm22(untied_hf: Path) -> Path:
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the command mm-convert."""
     return install(tmp_path_factory.mktemp("bin"))
+
+
+@pytest.fixture(scope="session")
+def playground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The playground, made once for all processes of the run; it must not be changed."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    made = shared / "playground" / "play"
+    with (shared / "playground.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            run_cli("playground", made, check=0)
+    return made
 
 
 @pytest.fixture

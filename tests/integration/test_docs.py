@@ -39,17 +39,9 @@ RUN = {"bash", "console"}
 RUNNING = [p for p in (README, *PAGES) if blocks(p, *RUN) and blocks(p, *RUN)[0].text == PLAY]
 
 
-@pytest.fixture(scope="module")
-def playground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What every page begins with, made once."""
-    made = tmp_path_factory.mktemp("playground") / "play"
-    run_cli("playground", made, check=0)
-    return made
-
-
 @pytest.fixture
 def play(playground: Path, tmp_path: Path) -> Path:
-    """A copy of it that a page may change."""
+    """A copy of what every page begins with, which it may change."""
     return copied(playground, tmp_path / "work" / "play")
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from commands import copied
+from nights import nightly
+
 ROOT = Path(__file__).parents[2]
 LINUX_ONLY = (
     *("copy_file_range", "posix_fallocate", "posix_fadvise", "sched_getaffinity", "O_TMPFILE"),
@@ -69,7 +72,7 @@ def call(*words: str, code: int = 0) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", nightly(SYSTEMS, but=("Windows",)))
 def test_tools_and_other_formats(system: str, tmp_path: Path) -> None:
     hf = ("--cfg.hf_config.hf_dir", "play/hf")
     family = "Qwen2VLConverter"
@@ -102,10 +105,11 @@ def test_tools_and_other_formats(system: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_several_processes_are_refused_without_locks(tmp_path: Path) -> None:
+def test_several_processes_are_refused_without_locks(playground: Path, tmp_path: Path) -> None:
+    copied(playground, tmp_path / "play")
     hf = ("--cfg.hf_config.hf_dir", "play/hf")
     words = ("Qwen2VLConverter", "hf_to_mm", *hf, "--cfg.mm_dir", "mm", "--ranks", "0/2")
-    done = run(script("Windows", call("playground", "play"), call(*words, code=2)), tmp_path)
+    done = run(script("Windows", call(*words, code=2)), tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "leave --ranks out" in done.stderr
     assert not (tmp_path / "mm").exists()
@@ -113,14 +117,14 @@ def test_several_processes_are_refused_without_locks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_a_checkpoint_goes_there_and_back(system: str, tmp_path: Path) -> None:
+def test_a_checkpoint_goes_there_and_back(system: str, playground: Path, tmp_path: Path) -> None:
+    copied(playground, tmp_path / "play")
     hf, mm = ("--cfg.hf_config.hf_dir", "play/hf"), ("--cfg.mm_dir", "mm")
     layout = ("--cfg.parallel_config.tp_size", "2")
     converter = "Qwen2VLConverter"
     done = run(
         script(
             system,
-            call("playground", "play", "--quiet"),
             call(converter, "hf_to_mm", *hf, *mm, *layout, "--dry_run", "--quiet"),
             call(converter, "hf_to_mm", *hf, *mm, *layout, "--digests"),
             call(converter, "hf_to_mm", *hf, *mm, code=2),
