@@ -13,7 +13,7 @@ from functools import cache
 from mmconvert.executor.bands import steps
 from mmconvert.executor.blockio import Region, read_compact, rows_range
 from mmconvert.executor.differences import TensorDifference
-from mmconvert.executor.fileio import BAND, Files, open_files
+from mmconvert.executor.fileio import BAND, BUFFERS, Files, open_files
 from mmconvert.executor.jobs import Job, job_size, run_jobs
 from mmconvert.plan.plan import Comparison, Key, Zeros, matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor
@@ -105,16 +105,25 @@ def _alike(
     left: memoryview, right: memoryview, dtypes: tuple[str, str], cast: str
 ) -> tuple[memoryview, memoryview, str]:
     """Values of two floating-point dtypes in one, which is told too."""
-    from mmconvert.executor import values  # numpy: see _describe
-
     sizes = [ITEM_SIZE[dtype] for dtype in dtypes]
     narrower = "F32" if sizes[0] == sizes[1] else dtypes[sizes.index(min(sizes))]
     dtype = cast or narrower
     one, other = (
-        data if old == dtype else values.cast(data, old, dtype).bits
+        data if old == dtype else _rounded(data, old, dtype)
         for data, old in zip((left, right), dtypes, strict=True)
     )
     return one, other, dtype
+
+
+def _rounded(data: memoryview, old: str, new: str) -> memoryview:
+    """Values in another dtype."""
+    from mmconvert.executor import values  # numpy: see _describe
+
+    if (old, new) == ("F32", "BF16"):  # masters and weights, which may be all that there is
+        out = BUFFERS.get("rounded", len(data) // 2)
+        if values.rounded(data, out):
+            return out
+    return values.cast(data, old, new).bits
 
 
 def _equal(left: memoryview, right: memoryview) -> bool:

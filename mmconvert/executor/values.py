@@ -14,6 +14,7 @@ from mmconvert.stored import ITEM_SIZE
 
 Array = NDArray[Any]
 
+ROUNDED = 16 << 10  # values that are rounded at a time: in the processor's nearest cache
 TILE = 16  # rows that are exchanged with columns at a time: their elements share cache lines
 
 
@@ -218,6 +219,35 @@ def floats(data: memoryview, dtype: str) -> Array:
     if dtype == "BF16":  # the upper half of a float32
         return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
     return np.frombuffer(data, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype])
+
+
+def rounded(data: memoryview, out: memoryview) -> bool:
+    """Rounds float32 values to bfloat16, as :func:`cast` does, without memory of its own: fresh
+    pages would take longer than the arithmetic.
+
+    Args:
+        data: the bits of the values.
+        out: receives those of the rounded ones.
+
+    Returns:
+        False: there is a NaN among them, which this does not keep.
+    """
+    fine: Array = np.frombuffer(data, "<u4")
+    coarse: Array = np.frombuffer(out, "<u2")
+    scratch: Array = np.empty(ROUNDED, "<u4")
+    for start in range(0, len(fine), ROUNDED):
+        part = fine[start : start + ROUNDED]
+        bits = scratch[: len(part)]
+        np.bitwise_and(part, 0x7FFF_FFFF, out=bits)
+        if bits.max() > _EXPONENT["F32"]:
+            return False
+        np.right_shift(part, 16, out=bits)
+        np.bitwise_and(bits, 1, out=bits)
+        np.add(bits, 0x7FFF, out=bits)  # half a step, and the last bit: ties go to even
+        np.add(bits, part, out=bits)
+        np.right_shift(bits, 16, out=bits)
+        coarse[start : start + ROUNDED] = bits
+    return True
 
 
 def widen(data: memoryview, out: Array) -> None:

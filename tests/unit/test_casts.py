@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmconvert.executor.casts import DTYPES, Loss, Losses
-from mmconvert.executor.values import Cast, cast
+from mmconvert.executor.values import Cast, cast, rounded
 from mmconvert.plan.dtypes import cast_dtype
 from mmconvert.stored import FLOATS, ITEM_SIZE, SCALED
 
@@ -264,3 +264,16 @@ def test_losses_of_many_tensors_name_the_worst() -> None:
     (note,) = losses.notes()
     assert "28 values" in note and "7 tensors" in note and "4 more" in note
     assert [f"t{i}" in note for i in range(1, 8)] == [False] * 4 + [True] * 3
+
+
+def test_rounding_without_memory_of_its_own_is_the_cast() -> None:
+    """Any bits but those of NaN, among them infinities, ties and subnormal numbers."""
+    rng = np.random.default_rng(5)
+    bits = rng.integers(0, 1 << 32, 100_003, dtype=np.uint64).astype("<u4")
+    bits[::7] &= 0xFFFF_8000  # ties, and values that are bfloat16 already
+    bits[1], bits[2] = 0x7F80_0000, 0xFF80_0000
+    plain = bits[(bits & 0x7FFF_FFFF) <= 0x7F80_0000]
+    data, out = plain.data.cast("B"), bytearray(2 * len(plain))
+    assert rounded(data, memoryview(out))
+    assert bytes(out) == bytes(cast(data, "F32", "BF16").bits)
+    assert not rounded(bits.data.cast("B"), memoryview(bytearray(2 * len(bits))))
