@@ -18,6 +18,7 @@ from mmconvert.stored import StoredTensor
 from mmconvert.tools.doctor.asked import DoctorRequest
 from mmconvert.tools.doctor.report import DoctorReport
 
+UNKNOWN = "nothing, to train on in this layout; a resplit can only leave it out"
 ANEW = (
     "go back to an earlier iteration, or train on with --no-load-optim: moments and schedule then "
     "start anew"
@@ -35,7 +36,7 @@ def side_with_state(
         state = open_state(opened.parts, checkpoint.folder, checkpoint.iteration)
         full = with_state(side, state)
     except RequestError as error:  # of a kind that is not known here; training may load it
-        report.add("optimizer-unknown", error.what, error.expected, path=checkpoint.folder)
+        report.add("optimizer-unknown", error.what, UNKNOWN, path=checkpoint.folder)
         report.skipped.append("the optimizer state: of a kind that is not carried over")
         return side
     except MMConvertError as error:
