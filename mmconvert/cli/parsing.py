@@ -21,7 +21,7 @@ from mmconvert.config import Folders, Patterns
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.sharding.stages import StageGrid, parse_grid, show
 
-Form = TypeVar("Form")
+FlagsT = TypeVar("FlagsT")
 HELP = ("-h", "--help")
 FLAG = re.compile(r"^ *(--\w[\w.-]*)", re.MULTILINE)
 
@@ -75,7 +75,7 @@ _repeated(Patterns, "PATTERN")
 _repeated(Folders, "PATH")
 
 
-def tool(form: type[Form], words: Sequence[str], prog: str, description: str) -> Form:
+def tool(form: type[FlagsT], words: Sequence[str], prog: str, description: str) -> FlagsT:
     """Reads the words of a tool: see :func:`parse`."""
     return parse(tyro.conf.FlagCreatePairsOff[form], words, prog, description)
 
@@ -119,12 +119,12 @@ def _without(form: type, names: set[str]) -> type:
 
 
 def parse(
-    form: type[Form],
+    form: type[FlagsT],
     words: Sequence[str],
     prog: str,
     description: str,
     **more: Any,  # noqa: ANN401 - what tyro takes
-) -> Form:
+) -> FlagsT:
     """Reads words into a dataclass.
 
     Args:
@@ -135,9 +135,9 @@ def parse(
         RequestError: a flag that is not known, missing, or has a value that makes no sense.
     """
 
-    def read(words: Sequence[str]) -> Form:
+    def read(words: Sequence[str]) -> FlagsT:
         told: Any = {"prog": prog, "description": description, "args": words, **more}
-        return cast("Form", tyro.cli(form, use_underscores=True, registry=REGISTRY, **told))
+        return cast("FlagsT", tyro.cli(form, use_underscores=True, registry=REGISTRY, **told))
 
     if any(word in HELP for word in words):
         print(helptext.arranged(_help(read), shutil.get_terminal_size().columns))

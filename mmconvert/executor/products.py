@@ -12,21 +12,17 @@ whole have the same bits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mmconvert.errors import TensorError
 from mmconvert.executor.bands import cut, steps
 from mmconvert.executor.blockio import Region, read_compact, rect_offset, row_bytes
 from mmconvert.executor.fileio import BUFFERS, Files, write_pieces
 from mmconvert.executor.jobs import JOB_SIZE, Job
-from mmconvert.executor.values import floats, from_floats, narrow, small, widen
+from mmconvert.executor.values import Array, floats, from_floats, narrow, small, widen
 from mmconvert.plan.plan import Block, Copy, Plan, Term, matrix
 from mmconvert.stored import StoredTensor
-
-Array = NDArray[Any]
 
 # OpenBLAS multiplies matrices of fewer multiplications than this by other kernels, which sum in
 # another order; they are made larger with rows of zeros.

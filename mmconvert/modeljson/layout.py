@@ -12,10 +12,10 @@ from mmconvert.modeljson.file import DECODER, PLACES, ModelJson, read_model_json
 from mmconvert.sharding.layout import grid_flag, tp_flag
 from mmconvert.sharding.stages import show
 
-Request = TypeVar("Request", HFToMM, MMToHF, Resplit)
+Settled = TypeVar("Settled", HFToMM, MMToHF, Resplit)
 
 
-def settled(cfg: Request) -> Request:
+def settled(cfg: Settled) -> Settled:
     """A request whose layout flags are those of its model.json, if it has one.
 
     For ``resplit`` the file describes the checkpoint that is written.
@@ -28,9 +28,9 @@ def settled(cfg: Request) -> Request:
     model = read_model_json(cfg.model_json)
     if isinstance(cfg, Resplit):
         target = joined(cfg.target_parallel_config, model, "--cfg.target_parallel_config.")
-        return cast("Request", replace(cfg, target_parallel_config=target))
+        return cast("Settled", replace(cfg, target_parallel_config=target))
     config = joined(cfg.parallel_config, model, "--cfg.parallel_config.")
-    return cast("Request", replace(cfg, parallel_config=config))
+    return cast("Settled", replace(cfg, parallel_config=config))
 
 
 def joined(config: ParallelConfig, model: ModelJson, prefix: str = "") -> ParallelConfig:

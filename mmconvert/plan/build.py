@@ -135,7 +135,7 @@ def carry(plan: Plan, tensors: Sequence[StoredTensor]) -> Plan:
     return replace(plan, sources=sources, targets=targets, copies=copies)
 
 
-class Pairs(NamedTuple):
+class ComparedPairs(NamedTuple):
     """What must hold for two checkpoints to be the same model, every copy included."""
 
     equal: list[Comparison]
@@ -143,14 +143,14 @@ class Pairs(NamedTuple):
     zeros_b: list[Zeros]
 
 
-def build_comparison(a: Side, b: Side) -> Pairs:
+def build_comparison(a: Side, b: Side) -> ComparedPairs:
     """What must hold for two checkpoints to be the same model.
 
     Raises:
         TensorError: they do not hold the same wholes, in the same shapes and dtypes.
     """
     check_same_wholes(a, b)
-    pairs = Pairs([], [], [])
+    pairs = ComparedPairs([], [], [])
     for key, whole in a.wholes.items():
         other = b.wholes[key]
         joined = [(blocks, other.copies[0]) for blocks in whole.copies]

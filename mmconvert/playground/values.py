@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mmconvert.executor.values import Array
 from mmconvert.formats.containers.image import create
 from mmconvert.formats.containers.ptfile import Slot, pt_image, read_pt
 from mmconvert.formats.containers.safetensors import read_weight_file
 from mmconvert.stored import StoredTensor, Target
 
-Array = NDArray[Any]
 Change = Callable[[str, Array], "Array | None"]
 
 

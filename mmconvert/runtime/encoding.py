@@ -16,7 +16,7 @@ from mmconvert.runtime.inputs import rope_model
 from mmconvert.runtime.samples import Sample
 
 ROOM = 1 << 29  # bytes of encoded samples that stay in memory
-Encoded = Batch | DatasetError
+EncodedSample = Batch | DatasetError
 
 
 class Encoder:
@@ -31,15 +31,15 @@ class Encoder:
         self, speaker: Speaker, samples: Sequence[Sample], threads: int = 1, room: int = ROOM
     ) -> None:
         self._speaker, self._samples, self._room = speaker, samples, room
-        self._waiting: OrderedDict[int, Future[Encoded]] = OrderedDict()
-        self._kept: OrderedDict[int, tuple[Encoded, int]] = OrderedDict()
+        self._waiting: OrderedDict[int, Future[EncodedSample]] = OrderedDict()
+        self._kept: OrderedDict[int, tuple[EncodedSample, int]] = OrderedDict()
         self.held = 0  # bytes
         self._largest = 0
         if not speaker.arch.intern:
             rope_model(speaker.arch)  # made once, and not by two threads
         self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="encode")
 
-    def get(self, number: int) -> Encoded:
+    def get(self, number: int) -> EncodedSample:
         """A sample as a batch of its own, or what is wrong with it."""
         if number in self._kept:
             self._kept.move_to_end(number)
@@ -62,7 +62,7 @@ class Encoder:
             if number not in self._kept and number not in self._waiting:
                 self._waiting[number] = self._pool.submit(self._encode, number)
 
-    def _encode(self, number: int) -> Encoded:
+    def _encode(self, number: int) -> EncodedSample:
         sample = self._samples[number]
         if sample.fault:
             return DatasetError(f"{sample.name}: {sample.fault}")

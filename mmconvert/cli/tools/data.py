@@ -103,10 +103,10 @@ def _help() -> str:
     return "\n".join([*lines, "", f"{PROG} CONVERSION -h shows the flags."])
 
 
-Form = TypeVar("Form", MLLM, QwenVLData)
+DataFlags = TypeVar("DataFlags", MLLM, QwenVLData)
 
 
-def _read(name: str, form: type[Form], words: list[str]) -> Form:
+def _read(name: str, form: type[DataFlags], words: list[str]) -> DataFlags:
     _, text, example = CONVERSIONS[name]
     prog = f"{PROG} {name}"
     asked = read_plain(form, words, prog, f"{text}\n\nexample:\n  {prog} {example}")

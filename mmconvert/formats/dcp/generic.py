@@ -112,7 +112,7 @@ def keeps_dtype(name: str, dtype: str) -> bool:
     return dtype == "F32" and name.endswith(("e_score_correction_bias", "expert_bias", ".A_log"))
 
 
-ExpertGroup = dict[str, list[Expert]]
+AlikeExperts = dict[str, list[Expert]]
 
 
 def _sorted(
@@ -131,9 +131,9 @@ def _sorted(
     return plain, experts
 
 
-def _groups(experts: Mapping[str, list[Expert]]) -> list[ExpertGroup]:
+def _groups(experts: Mapping[str, list[Expert]]) -> list[AlikeExperts]:
     """Rows by the stack of layers that they stand in and the number of experts there."""
-    groups: dict[tuple[str, int], ExpertGroup] = {}
+    groups: dict[tuple[str, int], AlikeExperts] = {}
     for mm, found in experts.items():
         groups.setdefault((found[0].stem, _count(mm, found)), {})[mm] = found
     return list(groups.values())
@@ -162,7 +162,7 @@ def _count(mm: str, found: list[Expert]) -> int:
     return counts.pop()
 
 
-def _module(key: str, group: ExpertGroup, dims: Dims) -> Module:
+def _module(key: str, group: AlikeExperts, dims: Dims) -> Module:
     """The rows of experts in one stack of layers."""
     rows: list[Row] = []
     for mm, found in group.items():

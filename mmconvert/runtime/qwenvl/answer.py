@@ -25,7 +25,7 @@ from mmconvert.runtime.qwenvl.sizes import Positions, Sizes
 from mmconvert.runtime.qwenvl.tokenizer import END, END_TURN, START_TURN, Tokenizer
 from mmconvert.runtime.sampling import Chooser, Sampling
 
-Form = Literal["chat", "plain"]
+PromptForm = Literal["chat", "plain"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANKS = "qwen.tiktoken"
 
@@ -50,7 +50,7 @@ class Question:
     words: str
     pictures: Sequence[Path]
     most: int
-    form: Form
+    form: PromptForm
     total: int = 0
     rows: int = 1
 
@@ -66,7 +66,7 @@ def serves(hf_dir: Path) -> bool:
     )
 
 
-def form_of(hf_dir: Path) -> Form:
+def form_of(hf_dir: Path) -> PromptForm:
     """``chat`` where generation_config.json says chatml, as Qwen-VL-Chat's does."""
     try:
         content = json.loads((hf_dir / "generation_config.json").read_text(encoding="utf-8"))
@@ -170,7 +170,7 @@ def question(
     """A question to the model whose config.json stands in a folder."""
     if most < 1:
         raise RequestError(f"--max_new_tokens is {most}", "a number of at least 1")
-    form: Form = form_of(hf_dir) if like == "hub" else "plain"
+    form: PromptForm = form_of(hf_dir) if like == "hub" else "plain"
     return Question(
         weights.sizes_of(hf_dir, like), checkpoint or hf_dir, vocab or hf_dir / RANKS,
         words, pictures, most, form,

@@ -26,7 +26,7 @@ from mmconvert.runtime.qwenvl.tokenizer import (
 TAGS = re.compile(f"{re.escape(IMAGE)}(.*?){re.escape(IMAGE_END)}", re.DOTALL)
 SYSTEM = "You are a helpful assistant."
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-Picture = Path | PILImage
+PictureOrFile = Path | PILImage
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ def slots_of(ids: Tensor, slot: int) -> Tensor:
     return places.view(-1, QUERIES, 2)
 
 
-def prompt(tokenizer: Tokenizer, sizes: Sizes, text: str, pictures: Sequence[Picture]) -> Prompt:
+def prompt(
+    tokenizer: Tokenizer, sizes: Sizes, text: str, pictures: Sequence[PictureOrFile]
+) -> Prompt:
     """A text in which each picture has its ``<img></img>``.
 
     Raises:
@@ -133,7 +135,7 @@ def check_ids(ids: Tensor, sizes: Sizes) -> None:
         )
 
 
-def pixels_of(picture: Picture, sizes: Sizes) -> Tensor:
+def pixels_of(picture: PictureOrFile, sizes: Sizes) -> Tensor:
     """(3, side, side) normalised; bicubic to a square, whatever the ratio.
 
     MindFormers turns a picture as EXIF says, the hub's code does not.

@@ -93,7 +93,7 @@ def _question(
     sizes: Sizes, vocab: Path, words: str, pictures: Sequence[Path], note: Emit
 ) -> tuple[Prompt, str]:
     """What to compute on, and in words what it is."""
-    asked: list[prompts.Picture] = [*pictures] or [drawn_picture()]
+    asked: list[prompts.PictureOrFile] = [*pictures] or [drawn_picture()]
     what = number(pictures, "picture") if pictures else "a built-in picture"
     try:
         text = prompts.written(words or PROMPT, len(asked))

@@ -138,7 +138,7 @@ def _costs(
             continue
         item = Instance(module, row, 0 if row in module.layer else NO_LAYER)
         shape = local_shape(item, whole.shape, tp, model.dims)
-        counts = Counts.of(module, row, model.dims, shared.ep)
+        counts = TensorCounts.of(module, row, model.dims, shared.ep)
         part = total if item.layer != NO_LAYER else _part(found, item)
         part.parameters += prod(shape) * counts.held
         part.nbytes += prod(shape) * counts.held * ITEM_SIZE[widest(whole.dtype)]
@@ -157,7 +157,7 @@ def _costs(
     return found
 
 
-class Counts(NamedTuple):
+class TensorCounts(NamedTuple):
     """How many tensors a row stands for in a whole module.
 
     Attributes:
@@ -171,16 +171,16 @@ class Counts(NamedTuple):
     active: int
 
     @staticmethod
-    def of(module: Module, row: Row, dims: Mapping[str, int], ep: int) -> Counts:
+    def of(module: Module, row: Row, dims: Mapping[str, int], ep: int) -> TensorCounts:
         """Counted over the layers that have the row, and their experts."""
         if row not in module.layer:
-            return Counts(1, 1, 1)
+            return TensorCounts(1, 1, 1)
         layers = dims[f"{module.key}.layers"] if row.layers is None else len(row.layers)
         if not row.of_expert:
-            return Counts(layers, layers, layers)
+            return TensorCounts(layers, layers, layers)
         experts = dims.get(f"{module.key}.experts", 0)
         active = min(experts, dims.get(f"{module.key}.active_experts", experts))
-        return Counts(layers * experts, layers * experts // ep, layers * active)
+        return TensorCounts(layers * experts, layers * experts // ep, layers * active)
 
 
 class Sharing(NamedTuple):
@@ -206,7 +206,7 @@ def model_parameters(model: Model, wholes: Mapping[Key, Whole]) -> tuple[int, in
         for row in module.all_rows():
             if row.tied_to or row.mm not in by_row:
                 continue
-            counts = Counts.of(module, row, model.dims, 1)
+            counts = TensorCounts.of(module, row, model.dims, 1)
             every += prod(by_row[row.mm].shape) * counts.every
             active += prod(by_row[row.mm].shape) * counts.active
     return every, active
