@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import product
 
 import pytest
 from _pytest.mark import ParameterSet
@@ -11,6 +12,19 @@ from _pytest.mark import ParameterSet
 def night(*values: object) -> ParameterSet:
     """One case that is nightly."""
     return pytest.param(*values, marks=pytest.mark.nightly)
+
+
+def in_turns(*sides: Sequence[object]) -> list[ParameterSet]:
+    """All combinations of sides that do not depend on each other; every other one is nightly.
+
+    Of three sides, those of today have every value of a side with every value of another.
+    """
+    places = product(*(range(len(side)) for side in sides))
+    cases = product(*sides)
+    return [
+        pytest.param(*case, marks=pytest.mark.nightly if sum(place) % 2 else ())
+        for case, place in zip(cases, places, strict=True)
+    ]
 
 
 def nightly(names: Iterable[str], but: tuple[str, ...]) -> list[ParameterSet]:

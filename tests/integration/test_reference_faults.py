@@ -39,6 +39,7 @@ from inprocess import (
 )
 from mmconvert.playground.checkpoints import NEW_NAMES, make_hf, nested_config
 from mmread import INDEX, MANIFEST, TRACKER, compare_hf, compare_mm, weight_files
+from nights import in_turns
 
 NOT_OURS = {
     13: "no family with experts is served; an ep_size other than 1 is refused",
@@ -203,8 +204,7 @@ def test_line_01_vision_qkv_is_interleaved_per_head(
                 assert same(found[f"{V}.{layer}.self_attention.linear_qkv.{kind}"], shard)
 
 
-@pytest.mark.parametrize("model", QWEN)
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(("model", "tp"), in_turns(QWEN, [1, 2]))
 def test_line_01_checkpoints_with_that_fault_are_repaired(
     model: str, tp: int, hf_of: Maker, tmp_path: Path
 ) -> None:
@@ -389,8 +389,10 @@ def test_line_05_half_of_a_fused_tensor_is_an_error(model: str, tmp_path: Path) 
     refused(done, 3, HALVES[model], out=out)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", ["a.safetensors", "model-00001-of-00009.safetensors", "z.pt"])
+@pytest.mark.parametrize(
+    ("model", "name"),
+    in_turns(MODELS, ["a.safetensors", "model-00001-of-00009.safetensors", "z.pt"]),
+)
 def test_line_06_stray_files_change_nothing(
     model: str, name: str, mm_of: Maker, hf_of: Maker, tmp_path: Path
 ) -> None:
@@ -510,8 +512,7 @@ def test_line_09_resplit_of_a_canonical_checkpoint(
     none(compare_mm(tmp_path / "expected", tmp_path / "out"))
 
 
-@pytest.mark.parametrize("model", TIED)
-@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize(("model", "manifest"), in_turns(TIED, [True, False]))
 def test_line_10_resplit_of_tied_embeddings(
     model: str, manifest: bool, hf_of: Maker, mm_of: Maker, tmp_path: Path
 ) -> None:
@@ -585,12 +586,13 @@ MISSING = {
 
 
 @pytest.mark.parametrize(
-    ("model", "name"), [(model, name) for model, names in MISSING.items() for name in names]
+    ("named", "manifest"),
+    in_turns([(m, name) for m, names in MISSING.items() for name in names], [True, False]),
 )
-@pytest.mark.parametrize("manifest", [True, False])
 def test_line_11_a_tensor_missing_on_the_mm_side_is_an_error(
-    model: str, name: str, manifest: bool, hf_of: Maker, mm_of: Maker, tmp_path: Path
+    named: tuple[str, str], manifest: bool, hf_of: Maker, mm_of: Maker, tmp_path: Path
 ) -> None:
+    model, name = named
     mm, out = copied(mm_of(model, "tp2"), tmp_path / "mm"), tmp_path / "out"
     for rank in rank_files(mm):
         edit_rank(mm, rank, lambda content: content["model"].pop(name))
@@ -672,8 +674,9 @@ def test_line_12_the_folders_tell_the_tp_size(model: str, tmp_path: Path) -> Non
 VIT_ONLY = ("--cfg.save_vit_only", "True")
 
 
-@pytest.mark.parametrize("model", [*MODELS, *TIED])
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2", "vpp2"])
+@pytest.mark.parametrize(
+    ("model", "layout"), in_turns([*MODELS, *TIED], ["tp1", "tp2", "pp2", "vpp2"])
+)
 def test_line_15_save_vit_only(
     model: str, layout: str, hf_of: Maker, mm_of: Maker, tmp_path: Path
 ) -> None:
@@ -700,17 +703,18 @@ def test_line_15_save_vit_only(
 FIFTHS = [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in range(1, 5))]
 
 
-@pytest.mark.parametrize("model", [*MODELS, "internvl2-2b"])
-@pytest.mark.parametrize("source", LAYOUTS)
-@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize(
+    ("model", "source", "manifest"),
+    in_turns([*MODELS, "internvl2-2b"], [*LAYOUTS], [True, False]),
+)
 @pytest.mark.parametrize("fifth", FIFTHS)
 def test_line_16_resplit_between_all_layouts(
     model: str, source: str, manifest: bool, fifth: int, hf_of: Maker, mm_of: Maker, tmp_path: Path
 ) -> None:
     """Equal to the direct conversion; the source's layout is not named.
 
-    Every pair of layouts is tried with some model, with and without a manifest; nightly with every
-    model.
+    Every pair of layouts is tried with some model, every other one without a manifest; nightly
+    every pair with every model and both ways.
 
     Without mmconvert.json and without hf_dir, InternVL's 16 or 25 vision heads are an unknown
     number, as shapes do not tell it: cutting them is refused, and hf_dir cures that.
@@ -719,7 +723,7 @@ def test_line_16_resplit_between_all_layouts(
     mm = mm if manifest else without_manifest(mm, tmp_path / "mm")
     uneven = model.startswith("internvl") and not manifest
     turn = [*MODELS, "internvl2-2b"].index(model) + list(LAYOUTS).index(source) + fifth
-    for target in list(LAYOUTS)[(turn + 2 * manifest) % 5 :: 5]:
+    for target in list(LAYOUTS)[turn % 5 :: 5]:
         out, words = tmp_path / target, layout_of(target, model, "target_")
         if uneven and max(LAYOUTS[target][2:4]) > 1 and target != "tp4_vit1":
             done = to_other(model, mm, out, *words, check=None)
@@ -849,9 +853,9 @@ def test_line_18_unknown_tensors_are_named_and_dropped_only_by_hand(tmp_path: Pa
 
 
 # ============================================================= errors where none should be
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("said", ["nothing", "nested", "tp"])
-@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize(
+    ("model", "said", "manifest"), in_turns(MODELS, ["nothing", "nested", "tp"], [True, False])
+)
 def test_line_22_virtual_stages_go_back(
     model: str, said: str, manifest: bool, hf_of: Maker, mm_of: Maker, tmp_path: Path
 ) -> None:
@@ -916,8 +920,7 @@ def test_line_26_omni_without_audio_layers(hf_of: Maker, tmp_path: Path) -> None
     refused(done, 2, "audio_pp_layers", out=out)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("text", ["release\n", "release\r\n", "7\n"])
+@pytest.mark.parametrize(("model", "text"), in_turns(MODELS, ["release\n", "release\r\n", "7\n"]))
 def test_line_27_a_newline_in_the_tracker_file(
     model: str, text: str, hf_of: Maker, mm_of: Maker, tmp_path: Path
 ) -> None:
@@ -958,8 +961,7 @@ def test_line_28_wrong_lists_are_told_from_right_ones(
     refused(done, code, *words, out=out)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("given", ["[4]", "[[4]]", "[ 4 ]"])
+@pytest.mark.parametrize(("model", "given"), in_turns(MODELS, ["[4]", "[[4]]", "[ 4 ]"]))
 def test_line_28_flat_and_nested_lists_mean_the_same(
     model: str, given: str, hf_of: Maker, mm_of: Maker, tmp_path: Path
 ) -> None:
@@ -1179,9 +1181,9 @@ def test_one_rank_folder_with_a_huge_number(
 
 
 # ======================================================================== wrong converters
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("kind", CONVERTERS)
-@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize(
+    ("model", "kind", "manifest"), in_turns(MODELS, [*CONVERTERS], [True, False])
+)
 def test_the_wrong_converter_names_the_right_one(
     model: str, kind: str, manifest: bool, hf_of: Maker, mm_of: Maker, tmp_path: Path
 ) -> None:
