@@ -179,7 +179,7 @@ def test_qwenvl_keeps_questions_apart_and_text_only_items(folder: Path) -> None:
     assert mode(folder / "out.json") == 0o640
     assert done.stdout.splitlines() == [
         "wrote out.json: 5 of 6 items",
-        "4 with an image, 1 text only, 1 left out, 1 question kept apart from their image",
+        "4 with an image, 1 text only, 1 left out, 1 question kept apart from its image",
     ]
     assert "warning: 1 item left out: their image is not there: item 2: coco/" in done.stderr
     assert "warning: 2 items in which <image> is left as it is" in done.stderr

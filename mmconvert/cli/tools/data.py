@@ -184,8 +184,9 @@ def _show(outcome: DataResult) -> None:
     if counts["missing"]:
         parts.append(f"{counts['missing']} left out")
     if counts["mended"]:
-        questions = "question" if counts["mended"] == 1 else "questions"
-        parts.append(f"{counts['mended']} {questions} kept apart from their image")
+        one = counts["mended"] == 1
+        questions = "question kept apart from its" if one else "questions kept apart from their"
+        parts.append(f"{counts['mended']} {questions} image")
     print(one_line(f"wrote {outcome.output}: {outcome.written} of {outcome.read} items"))
     print(", ".join(parts))
 

@@ -123,7 +123,9 @@ class Tokenizer:
             return tuple(self._ranks[part] for part in parts if part is not None)
         except KeyError as error:
             raise FormatError(
-                f"the tokenizer has no token for {error.args[0]!r}", "all 256 bytes among the ranks"
+                f"the tokenizer has no token for {error.args[0]!r}",
+                "all 256 bytes among its ranks",
+                "copy qwen.tiktoken of the model again",
             ) from None
 
 
