@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmconvert.words import printable
+
 if TYPE_CHECKING:
     from mmconvert.runtime.journal import Line
     from mmconvert.runtime.trainplan import TrainingOutcome
 
 INTERRUPTED = 130
 RULE = "-" * 100
+NOTE = 2000  # characters of a note; it may have names from a data file
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class TrainingScreen:
 
         if not isinstance(event, Line):
             if not self.quiet:
-                print(event, file=sys.stderr)
+                print(printable(str(event), NOTE), file=sys.stderr)
         elif self.json:
             print(json.dumps(event.as_dict()), flush=True)
         elif not self.quiet:

@@ -252,6 +252,17 @@ def test_an_inference_file_that_draws_words_draws_as_the_flags_do(guide: Guide) 
 
 
 @pytest.mark.slow
+def test_a_terminal_obeys_no_name_of_a_sample(guide: Guide) -> None:
+    items = json.loads((guide.folder / "mllm.json").read_text())
+    items.append(talking.talk("<image>?", "A", images=["evil\x1b[2J\nerror: \u202ella.png"]))
+    (guide.folder / "evil.json").write_text(json.dumps(items))
+    words = ("--mm_dir", "mm", "--hf_dir", "hf", "--data", "evil.json", "--save", "evil")
+    done = run_cli("finetune", *words, "--train_iters", "1", cwd=guide.folder, check=0)
+    assert "evil\\x1b[2J\\nerror: \\u202ella.png" in done.stderr
+    assert all(line.isprintable() for line in done.stderr.splitlines())
+
+
+@pytest.mark.slow
 def test_replicas_name_a_bad_sample_once(guide: Guide, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever replica meets it, and both on another pass."""
     monkeypatch.setattr(dataset, "Checks", partial(Checks, decoding=-1))

@@ -15,6 +15,7 @@ from mmconvert.cli.loradir import adapters
 from mmconvert.cli.scriptflags import check_only_qwenvl
 from mmconvert.config import MaybeFloat, MaybePath
 from mmconvert.errors import RequestError
+from mmconvert.words import one_line
 
 if TYPE_CHECKING:
     from mmconvert.runtime.verdict import ValidationReport
@@ -80,7 +81,7 @@ def run(words: list[str]) -> int:
 
     def note(event: object) -> None:
         if not asked.quiet:
-            print(event, file=sys.stderr)
+            print(one_line(str(event)), file=sys.stderr)
 
     if answer.serves(asked.hf_dir):
         if asked.lora_dir is not None:
