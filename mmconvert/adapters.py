@@ -112,10 +112,10 @@ class Settings:
         alpha = None if self.alpha is None else _fitting(self.alphas, module, self.alpha)
         if alpha is None:
             raise CheckpointError(
-                "the adapter's alpha is unknown: no adapter_config.json, no args of training, "
-                "no mmconvert.json",
+                "the adapter's lora_alpha is not known: there is no adapter_config.json beside "
+                "it, and neither the arguments of its training nor an mmconvert.json",
                 "the lora_alpha that the adapter was trained with: the scaling is alpha / r",
-                "give --cfg.lora_alpha",
+                "give --cfg.lora_alpha ALPHA, or add the adapter_config.json",
             )
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 

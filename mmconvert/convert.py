@@ -151,7 +151,7 @@ def _averaged(
     if source.model.adapter is None:
         raise RequestError(
             f"--replicas mean is for adapters; {source.path} is a model",
-            "an adapter in MM format, whose copies training may leave apart",
+            "an adapter in MM format, whose copies may differ after training",
             "--replicas first takes the first copy of each tensor",
         )
     from mmconvert.formats.mm.means import averaged

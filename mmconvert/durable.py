@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -128,7 +129,8 @@ def replace_file(path: Path, data: bytes) -> None:
             sync_fd(file.fileno())
         replace(new, path)
     finally:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that refuses has refused before
+            new.unlink()
 
 
 def replace(new: Path, path: Path) -> None:

@@ -25,6 +25,9 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
+LEAVE_OUT = (
+    "if the model works without them, leave them out: --drop 'NAME' (a pattern; may be repeated)"
+)
 ANOTHER_PLACE = "choose another folder, or ask for permission to write to this one"
 
 
@@ -203,14 +206,15 @@ def cannot_write(path: str | PathLike[str], error: OSError) -> OutputError:
     """What to say when the system refuses to write ``path``: a full disk, or anything else."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutputError(
-            f"{path}: the disk takes no more ({error.strerror})",
+            f"{path}: there is no room left to write it ({error.strerror})",
             "room for all of it; an output gets its name only when it is complete",
             "free some space, write to another disk or raise the limit, and run the command again",
         )
     reason = error.strerror or error
-    return OutputError(
-        f"{path}: cannot be written: {reason}", "a folder that can be written", ANOTHER_PLACE
+    fix = (
+        "make its folder first, or choose another" if error.errno == errno.ENOENT else ANOTHER_PLACE
     )
+    return OutputError(f"{path}: cannot be written: {reason}", "a folder that can be written", fix)
 
 
 def disagreement(answers: Sequence[Mapping[str, str]]) -> RequestError | None:

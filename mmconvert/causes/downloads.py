@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from mmconvert.errors import FormatError
 
 LFS = b"version https://git-lfs"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 LONGEST = 64  # bytes that tell
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # ORGANISATION/MODEL
 POINTER = "the pointer that git LFS keeps in place of the file"
+
+
+def way_to(path: Path) -> str:
+    """What to do about a folder that does not exist, and may be a name on the hub."""
+    if HUB_NAME.fullmatch(str(path)) and not path.parent.exists():
+        how = f"hf download {path} --local-dir {path.name}"
+        return f"check the path; a model of the hub is downloaded first: {how}"
+    return "check the path"
 
 
 def not_the_file(path: Path, head: bytes) -> FormatError | None:

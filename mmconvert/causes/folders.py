@@ -54,13 +54,13 @@ def stale_index(index: Path, listed: Collection[str]) -> FormError | None:
     others = [n for n in names if _WEIGHTS.fullmatch(n) and not n.endswith(".json")]
     if not others or any(name in listed for name in names):
         return None
-    several = " and put the index of the files that are there in its place"
+    several = ", and put the right index in its place"
     fault = FormError(
         "stale-index",
-        f"{index} lists {summarise(listed)}, of which none is there; {summarise(others)} "
-        f"{'is' if len(others) == 1 else 'are'}",
+        f"{index} lists {summarise(listed)}, none of which is there; the folder holds "
+        f"{summarise(others)} instead",
         "an index of the weight files beside it",
-        f"the index is of another save: move it away{several if len(others) > 1 else ''}",
+        f"the index belongs to another save: move it away{several if len(others) > 1 else ''}",
     )
     fault.path, fault.aside = index, (index,)
     return fault
@@ -105,9 +105,10 @@ def _distributed(folder: Path, names: Sequence[str]) -> FormError | None:
             "which this command does not read",
             "rank folders mp_rank_*, or Hugging Face weights",
             f"mm-convert AutoConverter torch_dist_to_hf --cfg.source {place}, or torch_dist_to_mm; "
-            "of another family: save it with --ckpt-format torch"
+            "for other families, save it again with --ckpt-format torch"
             if megatron
-            else f"mm-convert GenericDCPConverter dcp_to_hf --load_dir {place}, or its like",
+            else f"mm-convert GenericDCPConverter dcp_to_hf --load_dir {place}, or this verb of "
+            "the family's own converter",
         )
     return None
 
@@ -120,7 +121,7 @@ def _fsdp(folder: Path, names: Sequence[str]) -> FormError | None:
         fix = f"gather it first: accelerate merge-weights {folder / found} OUT"
     elif "pytorch_model_fsdp.bin" in names:
         found = "pytorch_model_fsdp.bin"
-        fix = "give it the name pytorch_model.bin, beside the model's config.json: it is whole"
+        fix = "the file holds the whole model: copy it as pytorch_model.bin beside its config.json"
     elif ranks:
         found = ranks[0]
         fix = "gather it first: python -m verl.model_merger merge --backend fsdp --local_dir "
@@ -158,7 +159,7 @@ def _unified(folder: Path, names: Sequence[str]) -> FormError | None:
     if not parts or PARTS not in names:
         return None
     one = f"give the file {folder / parts[0]} itself, as a MindSpore checkpoint"
-    many = "give the rank_R folders that it was made of, with their strategy files (ms_to_hf)"
+    many = "give the rank_R folders that it was made from, with their strategy files (ms_to_hf)"
     return FormError(
         "unified-safetensors",
         f"{folder} is what MindSpore's unified_safetensors made ({summarise(parts)}), which is not "

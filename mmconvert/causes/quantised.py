@@ -92,8 +92,8 @@ def left_over(config: Mapping[str, object]) -> str:
     """The note on a ``quantization_config`` where no weight is quantised; "" without one."""
     method = said_method(config)
     return method and (
-        f"config.json has a quantization_config ({method}), and no weight is quantised: "
-        "it is left aside; delete it, as from_pretrained would quantise by it"
+        f"config.json has a quantization_config ({method}), but no weight is quantised: "
+        "the entry is ignored; take it out of config.json, because from_pretrained would obey it"
     )
 
 

@@ -22,7 +22,7 @@ GATHER = (
     "gather them with zero_to_fp32.py, which DeepSpeed leaves beside global_step*/: python "
     "zero_to_fp32.py . OUT; or save with stage3_gather_16bit_weights_on_model_save"
 )
-DOWNLOAD = "download the weight files again; if config.json is of another model, replace it"
+DOWNLOAD = "download the weight files again; if config.json belongs to another model, replace it"
 TIE = (
     "set tie_word_embeddings true in config.json, if the model's output layer is its word "
     "embedding; else download the weight files again"
@@ -184,12 +184,11 @@ def no_model(file: Path, content: Mapping[str, object]) -> FormError:
     where = f"under {str(holders[0])!r}" if holders else "at its top"
     return FormError(
         "chunk-keys",
-        f"{file} {what}" + (f"; tensors lie {where}" if holders or tensors else ""),
+        f"{file} {what}" + (f"; there are tensors {where}" if holders or tensors else ""),
         "model, or model0, model1, ... without a gap",
-        "save it as {'model': WEIGHTS, 'checkpoint_version': 3.0}, WEIGHTS being those that lie "
-        f"{where}"
+        f"save it as {{'model': WEIGHTS, 'checkpoint_version': 3.0}}, WEIGHTS being those {where}"
         if holders or tensors
-        else "copy the file of a model's weights here",
+        else "copy the file with the model's weights here",
     )
 
 
@@ -209,9 +208,9 @@ def nested(file: Path, content: Mapping[str, object]) -> FormError | None:
         return None
     return FormError(
         "nested-weights",
-        f"{file} holds {summarise(list(content))}; tensors lie under {holders[0]!r}",
+        f"{file} holds {summarise(list(content))}; there are tensors under {holders[0]!r}",
         "a dict of tensors alone, as a model's state_dict is",
-        f"save what lies under {holders[0]!r} by itself, with torch.save",
+        f"save what is under {holders[0]!r} by itself, with torch.save",
     )
 
 

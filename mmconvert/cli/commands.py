@@ -123,7 +123,7 @@ DCP_VERBS = {
         "--cfg.hf_config.hf_dir HF_DIR --cfg.mm_dir DCP_DIR",
     ),
 }
-ANY_VERB = "A_to_B        any two of hf, mm, dcp, torch_dist: --cfg.source PATH --cfg.target PATH"
+ANY_VERB = "A_to_B         any two of hf, mm, dcp, torch_dist: --cfg.source PATH --cfg.target PATH"
 # Converters of MindSpeed-MM for its FSDP2 trainers, which take models of any kind.
 DCP_CONVERTERS = {
     "Qwen3VLConverter": "Qwen3-VL",
@@ -182,7 +182,10 @@ def top_help(names: list[str], ms_names: list[str]) -> str:
     converters = "\n".join(f"  {name}{about.get(name, '')}" for name in names)
     dcp_verbs = "\n".join(f"  {verb:<14} {text}" for verb, (_, text, _) in DCP_VERBS.items())
     fsdp = "\n".join(f"  {name:<24} {text}" for name, text in DCP_CONVERTERS.items())
-    tools = "\n".join(f"  {name:<14} {text}" for name, text in TOOLS.items())
+    below = "\n" + " " * 17  # the text of a long name is on the next line
+    tools = "\n".join(
+        f"  {name:<14}{' ' if len(name) <= 14 else below}{text}" for name, text in TOOLS.items()
+    )
     return f"""usage: mm-convert CONVERTER VERB [flags]
        mm-convert TOOL WORDS ... [flags]
 

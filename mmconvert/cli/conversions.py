@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mmconvert.cli.arguments import Command, Screen, read
 from mmconvert.cli.commands import AUTO, MS_VERBS, VERBS, verbs_of
 from mmconvert.cli.screen import print_lines, screen_events
-from mmconvert.cli.spelling import normalise
+from mmconvert.cli.spelling import normalise, path_of
 from mmconvert.config import OptionalHFConfig
 from mmconvert.executor import group
 from mmconvert.names import number
@@ -58,7 +58,7 @@ def _form(converter: str, verb: str, flags: list[str]) -> tuple[str, str, str]:
         given |= {
             flag: value for flag, _, value in (word.partition("=") for word in words) if value
         }
-        source = Path(given.get("--cfg.source_dir", ""))
+        source = path_of(given.get("--cfg.source_dir", ""))
         if source.suffix == ".ckpt" or recognise(source) == "ms":
             return MS_VERBS[verb]
         form, text, example = VERBS[verb]

@@ -56,9 +56,9 @@ def adapters(
             return
         if TORCHRUN in os.environ:  # processes of other machines do not see what is made here
             raise RequestError(
-                f"{lora_dir} is no MM checkpoint",
-                "with torchrun one in MM format",
-                "mm-convert ... lora_hf_to_mm first, or leave torchrun out",
+                f"{lora_dir} is not an MM checkpoint",
+                "under torchrun, an adapter in MM format",
+                "convert it with lora_hf_to_mm first, or run the command without torchrun",
             )
         asked = LoraHFToMM(made, AdapterConfig(lora_dir), base_mm_dir=mm_dir, base_hf_dir=hf_dir,
                            lora_alpha=alpha)  # fmt: skip

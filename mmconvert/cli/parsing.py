@@ -8,21 +8,24 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from mmconvert.cli import helptext
+from mmconvert.cli.spelling import folders_of, path_of, placed
 from mmconvert.config import Folders, Patterns
 from mmconvert.errors import LayoutError, RequestError
 from mmconvert.sharding.stages import StageGrid, parse_grid, show
 
 FlagsT = TypeVar("FlagsT")
 HELP = ("-h", "--help")
+FIRST_WORD = re.compile(r"^(An?|The|Folder|File|Number|What)\b")
 FLAG = re.compile(r"^ *(--\w[\w.-]*)", re.MULTILINE)
 
 
@@ -40,7 +43,8 @@ def _grid(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
             return parse_grid(json.loads(words[0]), words[0])
         except (LayoutError, ValueError, RecursionError):
             raise ValueError(
-                f"{words[0]} is no list of layer counts such as [1,10,10,7] or [[0,1],[4,4]]"
+                f"{words[0]} is not a list of layer counts; expected: [1,10,10,7], or one list for "
+                "each virtual stage"
             ) from None
 
     return PrimitiveConstructorSpec(
@@ -52,9 +56,26 @@ def _grid(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
-def _repeated(kind: type[Patterns | Folders], metavar: str) -> None:
+@REGISTRY.primitive_rule  # pyright: ignore[reportUnknownMemberType] - open in tyro
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """A path, ``~`` in it expanded."""
+    if info.type != Path:  # pyright: ignore[reportUnknownMemberType] - as above
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: path_of(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
+
+
+def _repeated(kind: type[Patterns | Folders], metavar: str, made: Callable[[str], Any]) -> None:
     """The values of a flag that may be repeated: one word, which ``repeated_joined`` makes of
     them all.
+
+    Args:
+        made: the values of that word.
     """
 
     def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
@@ -63,7 +84,7 @@ def _repeated(kind: type[Patterns | Folders], metavar: str) -> None:
         return PrimitiveConstructorSpec(
             nargs=1,
             metavar=metavar,
-            instance_from_str=lambda words: kind(json.loads(words[0])),
+            instance_from_str=lambda words: made(words[0]),
             is_instance=lambda value: isinstance(value, kind),
             str_from_instance=lambda values: [" ".join(values) or "none"],
         )
@@ -71,8 +92,8 @@ def _repeated(kind: type[Patterns | Folders], metavar: str) -> None:
     REGISTRY.primitive_rule(rule)  # pyright: ignore[reportUnknownMemberType] - open in tyro
 
 
-_repeated(Patterns, "PATTERN")
-_repeated(Folders, "PATH")
+_repeated(Patterns, "PATTERN", lambda word: Patterns(json.loads(word)))
+_repeated(Folders, "PATH", folders_of)
 
 
 def tool(form: type[FlagsT], words: Sequence[str], prog: str, description: str) -> FlagsT:
@@ -149,7 +170,7 @@ def parse(
     except SystemExit:
         lines = helptext.unframed(complaint.getvalue())
         said = "\n".join(line for line in lines if not helptext.RULE.match(line))
-    raise complaint_of(said, _help(read), prog)
+    raise placed(complaint_of(said, _help(read), prog), words)
 
 
 @contextmanager
@@ -184,22 +205,52 @@ def complaint_of(said: str, text: str, prog: str) -> RequestError:
     unknown = re.search(r"Unrecognized options:\s+(?:Unrecognized options: )?([^\s,]+)", said)
     if unknown and unknown[1].startswith("-"):
         return _unknown(unknown[1], FLAG.findall(text), see)
-    missing = re.search(r"Missing from [^\n]*:\s+(\S+)[^\n]*\n\s*([^\n]*)", said)
-    if missing:
-        about = missing[2].removesuffix("(required)").strip()
-        return RequestError(f"{missing[1]} is missing", about.rstrip("."), see)
+    if missing := _listed(said):
+        return _missing(missing, see)
     if unknown:
-        return RequestError(f"{unknown[1]} is one word too many", f"what {prog} takes", see)
+        return RequestError(
+            f"{unknown[1]} is one word too many", f"the flags of {prog}, each with its value", see
+        )
     valueless = re.search(r"Missing value for argument '(\S+)'", said)
     if valueless:
-        name = valueless[1] if valueless[1].startswith("-") else valueless[1].upper()
-        return RequestError(f"{name} has no value", "one behind it", see)
+        name = valueless[1]
+        if not name.startswith("-"):
+            return RequestError(f"{name.upper()} is missing", "all words of the command", see)
+        return RequestError(f"{name} has no value", "a value after it", see)
     choice = re.search(
         r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", said
     )
     if choice:
         return RequestError(f"{choice[2]} is {choice[1]!r}", f"one of {choice[3]}", see)
     return _unreadable(said, see)
+
+
+def _listed(said: str) -> list[tuple[str, str]]:
+    """What is missing: names, and below each, further in, what it is."""
+    found: list[tuple[str, str]] = []
+    lines = said.partition("Missing from ")[2].splitlines()[1:]
+    depths = [len(line) - len(line.lstrip()) for line in lines]
+    for line, depth in zip(lines, depths, strict=True):
+        if depth < depths[0]:
+            break
+        if depth == depths[0]:
+            found.append((line.split()[0], ""))
+        else:
+            found[-1] = (found[-1][0], f"{found[-1][1]} {line}")
+    return found
+
+
+def _missing(found: list[tuple[str, str]], see: str) -> RequestError:
+    """What must be given and is not: all of it, and the first sentence on each."""
+    names = [" or ".join(name.strip("{}").split(",")) for name, _ in found]
+    abouts = [" ".join(text.split()).removesuffix("(required)").strip() for _, text in found]
+    firsts = [about.partition(". ")[0].rstrip(".") for about in abouts]
+    firsts = [FIRST_WORD.sub(lambda word: word[0].lower(), first) for first in firsts]
+    *others, last = names
+    if not others:
+        return RequestError(f"{last} is missing", firsts[0], see)
+    expected = "; ".join(f"{name}: {first}" for name, first in zip(names, firsts, strict=True))
+    return RequestError(f"{', '.join(others)} and {last} are missing", expected, see)
 
 
 def _unknown(flag: str, known: list[str], see: str) -> RequestError:
@@ -215,7 +266,7 @@ def _unreadable(said: str, see: str) -> RequestError:
     """A value of the wrong kind."""
     value = re.search(r"Error parsing (\S+): (.*)", said)
     if not value:
-        return RequestError(" ".join(said.split()), "flags that make sense", see)
+        return RequestError(" ".join(said.split()), "flags with values of the right kind", see)
     flag, why = value.groups()
     reasons = re.findall(r"^\s*- [^:]+: (.*)$", said, re.MULTILINE)
     why = reasons[-1] if reasons else why
@@ -223,4 +274,5 @@ def _unreadable(said: str, see: str) -> RequestError:
     number = number or re.fullmatch(r"could not convert string to float: '(.*)'", why)
     if number:
         return RequestError(f"{flag} is {number[1]!r}", "a number", see)
-    return RequestError(f"{flag}: {why}", "a value that it can have", see)
+    why, _, expected = why.partition("; expected: ")
+    return RequestError(f"{flag}: {why}", expected or "a value that this flag takes", see)

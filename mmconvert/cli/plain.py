@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from mmconvert.cli.spelling import folders_of, path_of
 from mmconvert.config import (
     Folders,
     MaybeBool,
@@ -137,7 +138,7 @@ def _texts(kind: type) -> Callable[[str], Any]:
 
 
 def _path(word: str) -> Path:
-    return Path(word) if word != "None" else _unknown(word)
+    return path_of(word) if word != "None" else _unknown(word)
 
 
 READERS: dict[Any, Callable[[str], Any]] = {
@@ -147,7 +148,7 @@ READERS: dict[Any, Callable[[str], Any]] = {
     bool: _truth,
     Path: _path,
     Patterns: _texts(Patterns),
-    Folders: _texts(Folders),
+    Folders: folders_of,
     MaybeBool: _truth,
     MaybeFloat: _number,
     MaybeGrid: _grid,

@@ -1,7 +1,7 @@
 """Command lines of MindSpeed-MM's scripts, read under their own names.
 
 What has a meaning here means the same, what has no effect here is accepted with one note, and what
-cannot be honoured is refused by name: :mod:`mmconvert.cli.scripttable`.
+is not supported here is refused by name: :mod:`mmconvert.cli.scripttable`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def read_script(
         training: flags of training, which have no effect on an answer.
 
     Raises:
-        RequestError: a flag that cannot be honoured, or that nobody knows, with what to do.
+        RequestError: a flag that is not supported here, or that nobody knows, with what to do.
     """
     script = Script()
     idle = NO_EFFECT | {
@@ -129,7 +129,7 @@ class _Words:
                 yield "--help", None
                 continue
             if not word.startswith("--"):
-                raise RequestError(f"{word!r} is no flag", "flags, each with its values")
+                raise RequestError(f"{word!r} is not a flag", "flags, each followed by its values")
             name, equals, value = word.partition("=")
             yield name, value if equals else None
 
@@ -159,14 +159,14 @@ def _number(flag: str, text: str) -> int:
 
 def _choose(flag: str, value: str, known: tuple[str, ...], fix: str) -> None:
     if value not in known:
-        raise RequestError(f"{flag} {value} cannot be honoured", f"{flag} {known[0]}", fix)
+        raise RequestError(f"{flag} {value} is not supported here", f"{flag} {known[0]}", fix)
 
 
 def _refuse(flag: str, name: str, own: Sequence[str]) -> None:
     """Says why a flag is not taken."""
     if name in REFUSED:
         _, expected, fix = REFUSED[name]
-        raise RequestError(f"{flag} cannot be honoured", expected, fix)
+        raise RequestError(f"{flag} is not supported here", expected, fix)
     if name in OF_THE_LAUNCHER:
         raise RequestError(
             f"{flag} belongs to torchrun",
@@ -227,18 +227,20 @@ def check_sizes(model: ModelJson, config: Mapping[str, Any]) -> list[str]:
         RequestError: sizes differ: it is another model's file.
     """
     if not derivable(config):
-        return [f"note: {model.path}: config.json counts; the sizes of both are not compared"]
+        return [f"note: {model.path}: config.json decides; the sizes of both are not compared"]
     found = [d for d in against_config(model, config) if not d.absent]
     apart = [d for d in found if d.shape]
     if apart:
         more = f", and {len(apart) - 3} more" if len(apart) > 3 else ""
         raise RequestError(
-            f"{model.path} is of another model: {'; '.join(d.what for d in apart[:3])}{more}",
+            f"{model.path} belongs to another model: {'; '.join(d.what for d in apart[:3])}{more}",
             "the sizes of config.json",
             "mm-convert doctor --model_json lists what differs",
         )
     own = [d.what for d in found if d.key != "img_context_token_id"]
-    return [f"note: {model.path}: config.json counts: {'; '.join(own)}"] if own else []
+    return (
+        [f"note: {model.path}: config.json decides, not this file: {'; '.join(own)}"] if own else []
+    )
 
 
 def needed(value: Path | None, flag: str, tool: str) -> Path:
@@ -257,7 +259,7 @@ def needed(value: Path | None, flag: str, tool: str) -> Path:
 def check_only_qwenvl(vocab: Path | None, like: str, dtype: str = "") -> None:
     """Raises RequestError where flags of Qwen-VL alone are given for another family."""
     if dtype == "fp16":
-        raise RequestError("--dtype fp16 is for Qwen-VL alone", "--dtype bf16, or fp32")
+        raise RequestError("--dtype fp16 is for Qwen-VL only", "--dtype bf16, or fp32")
     if vocab is not None or like != "hub":
         flag = "--vocab_file" if vocab is not None else "--like"
-        raise RequestError(f"{flag} is for Qwen-VL alone", f"no {flag} with this model")
+        raise RequestError(f"{flag} is for Qwen-VL only", f"no {flag} with this model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import stat
@@ -17,11 +18,17 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 1 << 16  # our files have twenty lines
 PATIENCE = 5.0  # seconds
+EXPECTED = "a YAML file with the flags as keys, such as cfg: {parallel_config: {tp_size: 2}}"
 MOST_VALUES = 10_000  # each alias counted with all that it stands for
 
 
 def read_yaml(path: Path, flag: str) -> dict[object, object]:
-    """The keys of a YAML file that was given with a flag.
+    """The keys of a YAML file that was given with a flag: see :func:`read_settings`."""
+    return read_settings(path, flag)[0]
+
+
+def read_settings(path: Path, flag: str) -> tuple[dict[object, object], dict[str, int]]:
+    """The keys of a YAML file that was given with a flag, and the line of each, joined with dots.
 
     Raises:
         RequestError: it cannot be read, holds no keys or a key twice, or is more than a request.
@@ -32,7 +39,7 @@ def read_yaml(path: Path, flag: str) -> dict[object, object]:
     try:
         raw = _content(path, where)
         if len(raw) > MOST_BYTES:
-            raise RequestError(f"{where}: more than {MOST_BYTES} bytes", "a file of flags")
+            raise RequestError(f"{where}: more than {MOST_BYTES} bytes", EXPECTED)
         loader = yaml.SafeLoader(raw.decode("utf-8-sig"))
         node = loader.get_single_node()
         for part in _nodes(node, where):
@@ -40,15 +47,29 @@ def read_yaml(path: Path, flag: str) -> dict[object, object]:
         plain = cast("Any", loader)  # its types say nothing of what it constructs
         content: object = plain.construct_document(node) if node else None
     except OSError as error:
-        raise RequestError(f"{where}: {error.strerror}", "a readable file") from error
+        fix = "check the path" if error.errno == errno.ENOENT else ""
+        raise RequestError(f"{where}: {error.strerror}", "a YAML file of flags", fix) from error
     except RequestError:
         raise
     except Exception as error:  # the library's own, and whatever a tag makes of a wrong value
         reason = " ".join(str(error).split())[:200]
-        raise RequestError(f"{where}: not valid YAML: {reason}") from None
+        reason = reason.replace('"<unicode string>"', "the file")
+        raise RequestError(f"{where}: not valid YAML: {reason}", EXPECTED) from None
     if not is_dict(content):
-        raise RequestError(f"{where}: no keys", "keys such as cfg:, nested as the flags")
-    return content
+        raise RequestError(f"{where}: no keys", EXPECTED)
+    return content, dict(_lines(node, "")) if node else {}
+
+
+def _lines(node: yaml.Node, above: str) -> Iterator[tuple[str, int]]:
+    """The key of each value, with those above it, and its line."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name = f"{above}{key.value}"
+                yield name, key.start_mark.line + 1
+                yield from _lines(value, f"{name}.")
 
 
 def _content(path: Path, where: str) -> bytes:
@@ -61,7 +82,7 @@ def _content(path: Path, where: str) -> bytes:
         raw = b""
         while len(raw) <= MOST_BYTES:
             if pipe and not select.select([fd], [], [], PATIENCE)[0]:
-                raise RequestError(f"{where}: nothing comes out of this pipe", "a file of flags")
+                raise RequestError(f"{where}: nothing comes out of this pipe", EXPECTED)
             part = file.read(MOST_BYTES + 1 - len(raw))
             if not part:
                 break
@@ -102,9 +123,11 @@ def _check(node: yaml.Node, where: str) -> None:
 
     if isinstance(node, yaml.MappingNode):
         seen = set[str]()
-        for key in (str(k.value) for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+        for part in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+            key, line = str(part.value), part.start_mark.line + 1
             if key in seen and key != "<<":
-                raise RequestError(f"{where}: the key {key} occurs twice", "every key once")
+                what = f"{where}, line {line}: the key {key} occurs twice"
+                raise RequestError(what, "every key once", "take one of them out")
             seen.add(key)
     elif isinstance(node, yaml.ScalarNode):
         text = str(node.value)
@@ -113,4 +136,4 @@ def _check(node: yaml.Node, where: str) -> None:
         except UnicodeEncodeError:
             good = False
         if not good:
-            raise RequestError(f"{where}: {text!a:.80} is no text", "names and numbers")
+            raise RequestError(f"{where}: {text!a:.80} is not text", "names and numbers")

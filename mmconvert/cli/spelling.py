@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_type_hints
 
-from mmconvert.config import MaybeBool, MaybePath
+from mmconvert.config import Folders, MaybeBool, MaybePath
 from mmconvert.errors import RequestError
 from mmconvert.narrow import is_array, is_dict
 
@@ -19,6 +20,33 @@ REPEATED = (
     "--lora",
 )  # flags that may be given several times
 PATHS = (Path, MaybePath)  # types of flags that name a folder
+
+
+def path_of(word: str) -> Path:
+    """A path with ``~`` for the home folder, which shells leave standing behind a ``=``."""
+    return Path(os.path.expanduser(word))
+
+
+def folders_of(word: str) -> Folders:
+    """The folders of a flag that may be repeated, from the one word that they are joined into."""
+    return Folders(str(path_of(folder)) for folder in json.loads(word))
+
+
+class FileWord(str):
+    """A flag that stands in a ``--config`` file.
+
+    Attributes:
+        where: the file, and the line if it is known.
+    """
+
+    where: str
+
+    def __new__(cls, flag: str, where: str) -> FileWord:
+        """The flag with its place."""
+        word = super().__new__(cls, flag)
+        word.where = where
+        return word
+
 
 OWN_FLAGS = (
     "--overwrite",
@@ -62,7 +90,7 @@ def normalise(words: Sequence[str], config: type, prefix: str = "--cfg") -> list
         if pair[0] == "--config":
             if len(pair) != 2:
                 raise RequestError("--config has no file", "--config FILE.yaml")
-            from_files += _flags_of(Path(pair[1]), flags)
+            from_files += _flags_of(path_of(pair[1]), flags)
         else:
             from_line.append(pair)
     said = {pair[0] for pair in from_line}
@@ -98,7 +126,7 @@ def configured(words: list[str]) -> list[str]:
         path = value or next(rest, "")
         if not path:
             raise RequestError("--config has no file", "--config FILE.yaml")
-        files += _flags_of(Path(path), {})
+        files += _flags_of(path_of(path), {})
     said = {word.partition("=")[0] for word in line}
     switches: dict[str, list[str] | None] = {"True": [], "False": None}
     for flag, value in files:
@@ -156,18 +184,35 @@ def _flags_of(path: Path, flags: Mapping[str, object]) -> list[list[str]]:
         RequestError: it cannot be read, or has a number where a folder is expected.
     """
     found: list[list[str]] = []
-    from mmconvert.cli.settings import read_yaml  # where there is a --config
+    from mmconvert.cli.settings import read_settings  # where there is a --config
 
-    for flag, value in _flatten(read_yaml(path, "--config")):
+    content, lines = read_settings(path, "--config")
+    places = {underscored(f"--{key}"): f", line {line}" for key, line in lines.items()}
+    for flag, value in _flatten(content):
+        where = f"--config {path}{places.get(flag, '')}"
         if flags.get(flag) in PATHS and not isinstance(value, str):
             raise RequestError(
-                f"--config {path}: {flag} is {value!r}, no text",  # 0123 is the number 83 in YAML
+                f"{where}: {flag} is {value!r}, not text",  # 0123 is the number 83 in YAML
                 "a folder",
                 "put the name in quotes",
             )
         word = json.dumps(value, default=str) if isinstance(value, list) else str(value)
-        found.append([flag, word])
+        found.append([FileWord(flag, where), word])
     return found
+
+
+def placed(error: RequestError, words: Sequence[str]) -> RequestError:
+    """An error about a flag of a ``--config`` file, with the file, its line and the flag as key.
+
+    Args:
+        words: the command line, with :class:`FileWord` for flags of such files.
+    """
+    for word in words:
+        if isinstance(word, FileWord) and word in error.what.replace(":", " ").split():
+            what = error.what.replace(f"there is no flag {word}", f"there is no key {word[2:]}")
+            error.what = f"{word.where}: {what.replace(word, word[2:])}"
+            error.fix = error.fix.replace("did you mean --", "did you mean ")
+    return error
 
 
 def _flatten(content: Mapping[object, object]) -> Iterator[tuple[str, object]]:

@@ -39,19 +39,21 @@ def check(asked: Finetuned, script: Script) -> None:
     """
     needed(asked.mm_dir or asked.load or asked.hf_dir, "--mm_dir (or --load)", "finetune")
     if asked.load_base_model is not None and not asked.lora_target_modules:
-        raise RequestError("--load_base_model is given", "--lora_target_modules beside it")
+        raise RequestError(
+            "--load_base_model is given without --lora_target_modules", "both, or neither"
+        )
     needed(asked.save, "--save", "finetune")
     if not asked.data and asked.mm_data is None:
-        raise RequestError("there is no data", "--data train.json, or --mm_data data.json")
+        raise RequestError("no training data is given", "--data train.json, or --mm_data data.json")
     _check_numbers(asked)
     for one, two in ONE_OF:
         if getattr(asked, one) and getattr(asked, two):
             raise RequestError(f"--{one} and --{two} are both given", "one of them")
     if asked.global_batch_size % asked.micro_batch_size:
         raise RequestError(
-            f"--global_batch_size {asked.global_batch_size} is no multiple of --micro_batch_size "
-            f"{asked.micro_batch_size}",
-            "whole micro-batches",
+            f"--global_batch_size {asked.global_batch_size} is not a multiple of "
+            f"--micro_batch_size {asked.micro_batch_size}",
+            "a whole number of micro-batches",
         )
     if not script.given:  # scripts evaluate where data.json has data for it
         _check_evaluation(asked)
@@ -73,10 +75,15 @@ def _check_evaluation(asked: Finetuned) -> None:
     if asked.val_data and asked.val_rate:
         raise RequestError("--val_data and --val_rate are both given", "one of them")
     if asked.eval_interval and not (asked.val_data or asked.val_rate):
-        raise RequestError("--eval_interval is given without data", "--val_data or --val_rate")
+        raise RequestError(
+            "--eval_interval is given without validation data", "--val_data or --val_rate"
+        )
     if (asked.val_data or asked.val_rate) and not asked.eval_interval:
         given = "--val_data" if asked.val_data else "--val_rate"
-        raise RequestError(f"{given} is given without --eval_interval", "when to evaluate")
+        raise RequestError(
+            f"{given} is given without --eval_interval",
+            "--eval_interval N, the iterations between two evaluations",
+        )
 
 
 def plan_of(asked: Finetuned, save: Path, evaluate: int, model: ModelJson | None) -> TrainingPlan:
@@ -148,7 +155,8 @@ def data_of(asked: Finetuned) -> tuple[Path, Data, tuple[str, ...]]:
     hf_dir = asked.hf_dir or found.hf_dir
     if hf_dir is None:
         raise RequestError(
-            f"{asked.mm_data} names no model folder", "model_name_or_path or from_pretrained",
+            f"{asked.mm_data} does not name the model's folder",
+            "model_name_or_path or from_pretrained",
             "write it there, or give --hf_dir",
         )  # fmt: skip
     newline = not asked.skip_newline

@@ -168,7 +168,7 @@ class Resplit:
 
 @dataclass(frozen=True)
 class Options:
-    """How to do it."""
+    """How to convert."""
 
     dry_run: bool = False
     """Plan and prove everything, write nothing."""
@@ -201,7 +201,8 @@ class Options:
     vit_qkv: Literal["interleaved", "concatenated"] = "interleaved"
     """Order of the vision q, k, v that are read; reference 2.2.0 to 2.3.0: concatenated."""
     experts: Literal["megatron", "transposed"] = "megatron"
-    """How stacked experts that are read stand; the reference transposes them without looking."""
+    """How stacked experts that are read are stored; the reference writes some of them
+    transposed."""
     optimizer: bool = False
     """resplit carries the optimizer state, the schedule and the iteration of training over too, if
     it is proven to be of the weights."""

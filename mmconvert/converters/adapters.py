@@ -52,7 +52,8 @@ def restricted(
         if counted and row.layers not in (None, layers):
             raise TensorError(
                 f"{row.mm} is adapted in layers {list(layers)} only",
-                f"all layers that have it: {list(row.layers or ())}",
+                f"adapters in all layers that have it: {list(row.layers or ())}",
+                "merge the adapter into the Hugging Face model (lora_merge), and convert that",
             )
         return replace(row, layers=layers) if layers else row
 

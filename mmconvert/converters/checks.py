@@ -37,7 +37,7 @@ def faults(family: Family, modules: tuple[Module, ...]) -> Iterator[str]:
         yield f"its modules are {keys}, in another variant {list(family.module_keys)}"
     for key in keys:
         if not KEY.fullmatch(key):
-            yield f"{key!r} is no module key: small letters and digits, a letter first"
+            yield f"{key!r} is not a module key: small letters and digits, a letter first"
     if (count := [m.role for m in modules].count("decoder")) != 1:
         yield f"it has {count} modules with the role of a decoder; one of them must have it"
     rows = [r for m in modules for r in m.all_rows()]
@@ -109,4 +109,4 @@ def _sizes(row: Row, family: Family) -> Iterator[str]:
     unit = getattr(row.shard, "unit", "")
     for dim in filter(None, (*row.rows, row.cols, groups, unit)):
         if dim.partition(".")[0] not in family.module_keys or not dim.partition(".")[2]:
-            yield f"{dim!r} is no dimension; it begins with one of {list(family.module_keys)}"
+            yield f"{dim!r} is not a dimension; it begins with one of {list(family.module_keys)}"

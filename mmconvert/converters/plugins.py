@@ -93,5 +93,5 @@ def _failed(converter: str, where: str, error: BaseException) -> RequestError:
         f"{converter}, a family of another package, fails in {where}: "
         f"{type(error).__name__}{': ' if reason else ''}{reason}",
         "a family as CONTRIBUTING.md describes it",
-        "tell its makers, or uninstall that package; --debug shows where it fails",
+        "tell its authors, or uninstall that package; --debug shows where it fails",
     )

@@ -140,7 +140,7 @@ def stacks_of(config: Mapping[str, object]) -> Stacks:
     found = MODELS.get(kind) if isinstance(kind, str) else None
     if found is None:
         raise CheckpointError(
-            f"config.json is of model_type {kind!r}",
+            f"config.json has model_type {kind!r}",
             f"a model with experts: one of {', '.join(MODELS)}",
         )
     if kind in INTERNVL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,9 @@ def convert_file(
     try:
         size = source.stat().st_size
     except OSError as error:
-        raise DatasetError(f"{source}: {error.strerror}", "the file of annotations") from error
+        fix = "check the path: the flags name the file" if error.errno == errno.ENOENT else ""
+        what = f"{source}: {error.strerror}"
+        raise DatasetError(what, "the file of annotations", fix) from error
     events.start("converting items", size)
     index = -1
     report = converter.report

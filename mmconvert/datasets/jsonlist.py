@@ -55,9 +55,7 @@ class _Text:
             text = self._decoder.decode(raw, final=not raw)
         except UnicodeDecodeError as error:
             around = self._file.tell() - len(raw) + error.start
-            raise DatasetError(
-                f"{self.path}: not UTF-8 text, at about byte {around}", _FORM
-            ) from None
+            raise DatasetError(f"{self.path}: not UTF-8 text, near byte {around}", _FORM) from None
         self.held = self.held[self.at :] + text
         self.at = 0
         return bool(raw)

@@ -43,14 +43,14 @@ class ItemCounts:
 
 # What is worth a warning, or an error with --strict: kind -> (in words, the way out).
 KINDS = {
-    "missing": ("items left out: their image is not there", "check the folder of the images"),
+    "missing": ("items left out because their image is missing", "check the folder of the images"),
     "unused": ("items with an image that no <image> refers to", "put <image> into a value"),
     "untouched": (
         "items in which <image> is left as it is: no line break beside it, or no image",
         "put <image> on a line of its own",
     ),
     "tags": (
-        "items with another number of <image>, <video> or <audio> than of files",
+        "items with more or fewer <image>, <video> or <audio> than files",
         "one <image> for each image",
     ),
     "unread": (
@@ -124,9 +124,7 @@ class Converter:
         """Counts something that is worth a warning. Raises DatasetError if strict."""
         if self.strict:
             words, fix = KINDS[kind]
-            self.fail(
-                index, f": {example}", f"none of the {words}", f"{fix}, or leave out --strict"
-            )
+            self.fail(index, f": {example}", f"no {words}", f"{fix}, or leave out --strict")
         self.report.add(kind, f"item {index}: {example}")
 
     def files_of(self, item: Item, index: int, kind: str) -> list[str]:
@@ -154,7 +152,7 @@ class Converter:
         for name in self.files_of(item, index, kind):
             named, looked_for, there = self.images.find(name, kind)
             if not there:
-                self.noticed("missing", index, f"{looked_for} is not there")
+                self.noticed("missing", index, f"{looked_for} does not exist")
                 return None
             paths.append(named)
         return paths

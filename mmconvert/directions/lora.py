@@ -91,7 +91,7 @@ def lora_mm_to_hf(
     names = cfg.names or ("old" if new is False else "new")
     if new is not None and (names == "new") != new:
         raise RequestError(
-            f"--cfg.names {names} and new_transformers_weight_key {new} contradict each other",
+            f"--cfg.names {names} and new_transformers_weight_key {new} say two different things",
             "one of them",
         )
     base = cfg.base_model or (str(hf_dir) if hf_dir is not None else "")

@@ -228,7 +228,7 @@ def matrix_strides(tensor: StoredTensor) -> tuple[int, int]:
         if outer != n * s:
             raise CheckpointError(
                 f"{tensor.name} in {tensor.path} is a view with strides {list(tensor.strides)}",
-                "a tensor whose rows lie in one piece",
+                "a tensor whose rows are contiguous",
                 "save it with .contiguous()",
             )
     return (tensor.strides[0] if tensor.strides else 1), (inner[-1][1] if inner else 1)

@@ -134,7 +134,7 @@ def _check_cover(key: Key, a: Whole, b: Whole, pieces: Sequence[Copy]) -> None:
     )
     if covered != rows * cols:
         raise TensorError(
-            f"{key.name()}: {covered} of {rows * cols} elements lie in the tensors that hold it",
+            f"{key.name()}: {covered} of {rows * cols} elements are in the tensors that hold it",
             "every element once in both checkpoints",
         )
 

@@ -154,13 +154,13 @@ def join(target: Path, flag: str, patience: float, note: Callable[[str], None]) 
             if not ranks.certain:
                 return _current
             raise RequestError(
-                "--ranks needs locks of files that this system does not have",
+                "--ranks needs file locks, which this system does not have",
                 "Linux or macOS for several processes",
                 "leave --ranks out: one process uses all cores",
             ) from None
         _current = found = Rendezvous(target, ranks)
         if not found.meet(patience, note, certain=ranks.certain):
-            note(f"no other of {ranks.size} processes has come: this one goes on alone")
+            note(f"none of the other processes has come, of {ranks.size}: this one goes on alone")
             leave()
     return _current
 

@@ -95,7 +95,9 @@ class Output:
             names = set(os.listdir(self.final)) if exists else set[str]()
         except NotADirectoryError:
             raise OutputError(
-                f"{self.final} is a file", "a folder that does not exist yet"
+                f"{self.final} is a file",
+                "a folder that does not exist yet",
+                "choose another name for the output",
             ) from None
         except OSError as error:
             raise OutputError(f"{self.final}: {error.strerror}", "a readable folder") from error
@@ -129,7 +131,7 @@ class Output:
             free += staging.room_taken(self.folder)
         if free is not None and free < nbytes:
             raise OutputError(
-                f"{self.final}: {amount(nbytes)} to write, {amount(free)} free",
+                f"{self.final}: {amount(nbytes)} needed at most, {amount(free)} free",
                 "room for the whole checkpoint",
                 "free some space, or write to another disk",
             )

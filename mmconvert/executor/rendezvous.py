@@ -114,7 +114,7 @@ class Rendezvous(ProcessGroup):
             met = card.seen.get(self.rank) == self._mine.word
             if met and card.size != self.size:
                 raise RequestError(
-                    f"process {rank} counts on {card.size} processes, this one on {self.size}",
+                    f"process {rank} expects {card.size} processes, this one {self.size}",
                     "the same number in all of them",
                 )
             changed = changed or self._mine.seen.get(rank) != card.word

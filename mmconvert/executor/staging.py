@@ -44,14 +44,14 @@ def check_ours(folder: Path) -> None:
     if stat.S_ISLNK(status.st_mode):
         trouble = "is a link"
     elif not stat.S_ISDIR(status.st_mode):
-        trouble = "is no folder"
+        trouble = "is not a folder"
     elif (status.st_uid, status.st_mode & _OTHERS) != _own(folder.parent):
-        trouble = "is not of this user alone: another owns it, or others may write to it"
+        trouble = "is not this user's alone: someone else owns it, or may write to it"
     else:
         return
     raise OutputError(
         f"{folder} {trouble}",
-        "no file of that name, or what an earlier run of this user has left",
+        "nothing of that name, or what an earlier run of the same user left there",
         "see who made it and remove it, or choose an output in another folder",
     )
 
@@ -64,8 +64,8 @@ def check_former(folder: Path) -> None:
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != _own(folder.parent)[0]:
         raise OutputError(
-            f"{folder} is a link, no folder, or of another user",
-            "no file of that name, or the checkpoint that an earlier run was replacing",
+            f"{folder} is a link, is not a folder, or belongs to another user",
+            "nothing of that name, or the checkpoint that an earlier run was replacing",
             "see who made it and remove it, or choose an output in another folder",
         )
 

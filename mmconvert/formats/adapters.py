@@ -64,7 +64,7 @@ def open_adapter(
         stored = load("mm").open(path, Opening(family, options, like=like, part="adapter"))
         if stored.model.adapter is None:
             raise CheckpointError(
-                f"{path} is a whole model, no adapter", "the folder of a LoRA training"
+                f"{path} is a whole model, not an adapter", "the folder of a LoRA training"
             )
         return mm_deltas(stored, alpha, factor, mean=options.replicas == "mean")
     base = named_base(path)

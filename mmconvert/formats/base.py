@@ -126,7 +126,10 @@ class StoredCheckpoint(ABC):
         Raises:
             RequestError: the format does not allow it.
         """
-        raise RequestError(f"a checkpoint in the format {self.format} is not untied", "hf or mm")
+        raise RequestError(
+            f"the output layer of a checkpoint in the format {self.format} cannot be untied",
+            "a base model in the format hf or mm",
+        )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mmconvert.causes.downloads import way_to
 from mmconvert.errors import CheckpointError
 from mmconvert.formats.contents import Look
 from mmconvert.formats.registry import load, recognise
@@ -23,6 +24,6 @@ def look(path: Path) -> Look:
         return load("peft").look(path)
     if not path.is_dir():
         raise CheckpointError(
-            f"{path} does not exist", "a checkpoint's folder, or a weight file", "check the path"
+            f"{path} does not exist", "a checkpoint's folder, or a weight file", way_to(path)
         )
     return load(recognise(path) or "mm").look(path)

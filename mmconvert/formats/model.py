@@ -181,7 +181,7 @@ def target_layout(model: Model, given: ParallelConfig, prefix: str) -> Layout:
                 f"{prefix}{grid_flag(key)} {show(grid)} adds up to {total(grid)} layers; the "
                 f"model has {want}",
                 f"layer counts that add up to {want}",
-                "correct the list, or the input folder if it is of another model",
+                "correct the list, or give the folder of the model that it is for",
             )
     return layout
 

@@ -42,7 +42,7 @@ def hf_family(folder: Path) -> Family:
         if kind in family.model_types:
             return family
     raise CheckpointError(
-        f"{path} is of model_type {kind!r}",
+        f"{path} has model_type {kind!r}",
         "one of " + ", ".join(sorted(t for f in families.values() for t in f.model_types)),
         cause="unsupported-model",
         path=path,
@@ -112,7 +112,7 @@ def family_of(*paths: Path, naming: str = "mm") -> Family:
         kind = read_config(path).get("model_type") if kinds[path] == "hf" else family.name
         types = {t for f in converters.registry().values() for t in f.model_types}
         raise CheckpointError(
-            f"{path / 'config.json'} is of model_type {kind!r}",
+            f"{path / 'config.json'} has model_type {kind!r}",
             "one of " + ", ".join(sorted(types)),
             f"{family.name} goes to MindSpore: use {family.converter} hf_to_ms",
         )

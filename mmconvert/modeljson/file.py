@@ -169,12 +169,12 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         lines = "Extra data" in str(error)
         raise RequestError(
-            f"{path} is no JSON: {error}",
+            f"{path} is not valid JSON: {error}",
             f"a {what}",
             "one object for each line? conversations are given with --data" if lines else "",
         ) from None
     if not isinstance(content, dict):
-        raise RequestError(f"{path} holds no object", f"a {what}")
+        raise RequestError(f"{path} holds no JSON object", f"a {what}")
     return cast("dict[str, Any]", content)
 
 

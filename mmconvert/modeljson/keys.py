@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from mmconvert.errors import CheckpointError
+from mmconvert.errors import CheckpointError, RequestError
 
 Config = Mapping[str, Any]
 # How a value is computed in every module of the examples.
@@ -21,6 +21,13 @@ FAMILIES = {
 }
 OMNI = ("qwen2_5_omni", "qwen2_5_omni_thinker")
 ORIGINAL = "internvl_chat"
+# Why none is made of other families' config.json.
+UNKNOWN = "the keys that MindSpeed-MM expects for it are not known here"
+UNMADE = dict.fromkeys(
+    ("qwen3_vl", "qwen3_vl_moe"),
+    "MindSpeed-MM's own examples build Qwen3-VL from its Hugging Face folder, for FSDP2, and list "
+    "no layers",
+)
 BIASED = {"Qwen2ForCausalLM"}  # InternVL's text decoders whose q, k, v have a bias
 
 
@@ -35,7 +42,8 @@ def model_keys(config: Config) -> dict[str, Any]:
     """The whole model.json of a model, on one pipeline stage.
 
     Raises:
-        CheckpointError: config.json is of another family, or lacks a size.
+        CheckpointError: config.json lacks a size.
+        RequestError: config.json is of another family.
     """
     kind = config.get("model_type")
     if kind in OMNI:
@@ -45,9 +53,11 @@ def model_keys(config: Config) -> dict[str, Any]:
         return _qwen(config, str(kind))
     if kind == ORIGINAL:
         return _intern(config)
-    raise CheckpointError(
-        f"config.json: model_type is {kind!r}",
+    raise RequestError(
+        f"no model.json can be made for model_type {kind!r}: {UNMADE.get(str(kind), UNKNOWN)}",
         f"one of {', '.join([*FAMILIES, ORIGINAL])}",
+        "suggest --model_json FILE puts its layer lists into a model.json that you have; the "
+        "conversion itself needs no such file",
     )
 
 

@@ -75,11 +75,13 @@ def write_json(content: Mapping[str, Any], path: Path, *, overwrite: bool) -> No
         OutputError: it is there, or cannot be written.
     """
     if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists", "a new file", "--overwrite replaces it")
-    staging = durable.beside(path, ".part")
+        raise OutputError(
+            f"{path} exists",
+            "a file that does not exist yet",
+            "choose another name, or give --overwrite to replace it",
+        )
+    text = json.dumps(content, indent=2) + "\n"
     try:
-        staging.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.chmod(staging, 0o640)
-        staging.replace(path)
+        durable.replace_file(Path(os.path.realpath(path)), text.encode())
     except OSError as error:
         raise cannot_write(path, error) from None

@@ -55,7 +55,8 @@ def padded_size(words: int, to: int, divisible_by: int, tp: int) -> int:
     """
     if to and divisible_by:
         raise RequestError(
-            "--cfg.pad_vocab_to and --cfg.make_vocab_size_divisible_by are both given", "one"
+            "--cfg.pad_vocab_to and --cfg.make_vocab_size_divisible_by are both given",
+            "one of them",
         )
     for flag, value in (("pad_vocab_to", to), ("make_vocab_size_divisible_by", divisible_by)):
         if value < 0:

@@ -40,8 +40,8 @@ def check_agreement(
             first, where = known.setdefault(dim, (size, key.name()))
             if first != size:
                 raise TensorError(
-                    f"{path}: {key.name()} {list(whole.shape)}, in all, makes {dim} {size}; "
-                    f"{where} makes it {first}",
+                    f"{path}: {key.name()} {list(whole.shape)}, as a whole, means that {dim} is "
+                    f"{size}; by {where} it is {first}",
                     "the whole checkpoint of one model, with its own strategy files",
                     "give the strategy files of this very checkpoint, and the folder above "
                     "rank_0, not the file of one rank",

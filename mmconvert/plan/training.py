@@ -127,7 +127,7 @@ def _uneven_rows(modules: Sequence[Module], dims: Dims, layout: Layout) -> Itera
                 good = [str(n) for n in range(1, LARGEST + 1) if count % n == 0]
                 yield (
                     f"{flag} {size} does not divide the vocabulary of {count:,}: "
-                    "training with --unaligned-linear reads the rows of rank 1 and later one off, "
-                    "and its logits are wrong without a word. Training can use "
+                    "training with --unaligned-linear reads the rows of rank 1 and later shifted "
+                    "by one, and computes wrong logits without an error. Training can use "
                     f"{flag} {' or '.join(good)}, as far as it divides the heads"
                 )

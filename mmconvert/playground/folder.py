@@ -190,7 +190,9 @@ def make_playground(out: Path) -> int:
         OutputError: the file system refuses.
     """
     if os.path.lexists(out):
-        raise RequestError(f"{out} is there already", "a folder to be made", "choose another name")
+        raise RequestError(
+            f"{out} exists", "a folder that does not exist yet", "choose another name"
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as waiting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from mmconvert import durable
@@ -32,10 +33,12 @@ def check_report(path: Path, *, overwrite: bool) -> None:
         OutputError: something is there, or the folder is not.
     """
     if path.is_dir():
-        raise OutputError(f"{path} is a folder", "the name of a file")
+        raise OutputError(
+            f"{path} is a folder", "the name of a file", "add the file's name to the path"
+        )
     if not path.parent.is_dir():
         raise OutputError(
-            f"{path}: the folder {path.parent} is not there",
+            f"{path}: the folder {path.parent} does not exist",
             "a file in a folder that exists",
             "make the folder, or choose another place",
         )
@@ -49,7 +52,7 @@ def check_report(path: Path, *, overwrite: bool) -> None:
         )
     if not _is_report(path):
         raise OutputError(
-            f"{path} is no report, so --overwrite does not replace it",
+            f"{path} is not a report, so --overwrite does not replace it",
             "an HTML or SVG report, or a file that does not exist yet",
             "choose another name, or remove the file yourself",
         )
@@ -82,4 +85,5 @@ def write_report(path: Path, text: str, *, overwrite: bool) -> None:
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()

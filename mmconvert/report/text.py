@@ -67,21 +67,25 @@ def headline(found: Diff) -> str:
     return words
 
 
-def lines_of(found: Diff, top: int, *, hf_names: bool, unicode: bool) -> list[str]:
+def lines_of(
+    found: Diff, top: int, *, hf_names: bool, unicode: bool, narrow: bool = False
+) -> list[str]:
     """The whole report.
 
     Args:
         top: number of tensors listed; 0 for all.
         hf_names: name tensors as Hugging Face does.
         unicode: whether block characters can be shown.
+        narrow: below 80 columns: long lines are divided, and columns that can be spared left out.
     """
     lines = [f"A  {facts(found.a)}", f"B  {facts(found.b)}", headline(found)]
     changed = found.changed()
     if changed:
         lines += ["", *_modules(found.modules())]
-        lines += ["", *_layers(found.layers(), BLOCKS if unicode else ASCII)]
+        lines += ["", *_layers(found.layers(), BLOCKS if unicode else ASCII, narrow=narrow)]
         shown = changed[:top] if top else changed
-        lines += ["", *_tensors(found, shown, len(changed), _hf_name if hf_names else _mm_name)]
+        name = _hf_name if hf_names else _mm_name
+        lines += ["", *_tensors(found, shown, len(changed), name, narrow=narrow)]
     lines += _odd(found.odd()) if found.odd() else []
     for what, names in (("only in A", found.only_a), ("only in B", found.only_b)):
         lines += ["", f"{what}: {_some(names)}"] if names else []
@@ -144,7 +148,7 @@ def layer_axis(modules: Mapping[str, Sequence[DiffGroup]]) -> Axis:
     return axis_for([g.totals.relative for groups in modules.values() for g in groups])
 
 
-def _layers(groups: Sequence[DiffGroup], levels: str) -> list[str]:
+def _layers(groups: Sequence[DiffGroup], levels: str, *, narrow: bool) -> list[str]:
     """One line for each module that changed: a bar for each layer, on the scale of the charts."""
     modules = by_layered_module(groups)
     axis = layer_axis(modules)
@@ -157,11 +161,12 @@ def _layers(groups: Sequence[DiffGroup], levels: str) -> list[str]:
         most = max(found, key=lambda g: g.totals.relative)
         least = min(found, key=lambda g: g.totals.relative)
         scale = " (log scale)" if axis.low else ""
-        lines.append(
-            f"{module} layers 0-{len(found) - 1}  {bars}{scale}  most "
+        between = "\n  " if narrow else "  "
+        lines += (
+            f"{module} layers 0-{len(found) - 1}  {bars}{scale}{between}most "
             f"{figure(most.totals.relative)} in layer {most.layer}, least "
             f"{figure(least.totals.relative)} in layer {least.layer}"
-        )
+        ).split("\n")
     return lines
 
 
@@ -183,20 +188,28 @@ def _odd(tensors: Sequence[TensorDistance]) -> list[str]:
     return ["", *lines, *([f"and {more} more tensors with such values"] if more > 0 else [])]
 
 
-def _tensors(found: Diff, shown: Sequence[TensorDistance], changed: int, name: Name) -> list[str]:
+def _tensors(
+    found: Diff, shown: Sequence[TensorDistance], changed: int, name: Name, *, narrow: bool
+) -> list[str]:
     what = f"tensor ({len(shown)} of {changed})"
     head = ("of the change", "relative L2", "largest", "A", "B", "elements", what)
-    return _table(
-        head,
-        [
-            (
-                part(found.share(t)),
-                figure(t.totals.relative),
-                figure(t.totals.largest),
-                *((f"{t.a.value:g}", f"{t.b.value:g}") if t.a and t.b else ("", "")),
-                percent(t.totals.different, t.totals.elements),
-                printable(name(t)),
-            )
-            for t in shown
-        ],
-    )
+    rows = [
+        (
+            part(found.share(t)),
+            figure(t.totals.relative),
+            figure(t.totals.largest),
+            *((f"{t.a.value:g}", f"{t.b.value:g}") if t.a and t.b else ("", "")),
+            percent(t.totals.different, t.totals.elements),
+            printable(name(t)),
+        )
+        for t in shown
+    ]
+    if not narrow:
+        return _table(head, rows)
+    spare = [(*row[:3], row[5], row[6]) for row in (head, *rows)]  # the name on a line of its own
+    figures = _table((*spare[0][:-1], ""), [(*row[:-1], "") for row in spare[1:]])
+    return [
+        line
+        for row, above in zip(spare, figures, strict=True)
+        for line in (above.rstrip(), f"  {row[-1]}")
+    ]

@@ -52,11 +52,11 @@ def beginning(
         start = Start()
         _look_for_later(plan.save, None)
     else:
-        raise RequestError("there is nothing to start from", "--mm_dir, or --load")
+        raise RequestError("no checkpoint to start from is given", "--mm_dir, or --load")
     if start.resumed and stored.iteration >= plan.steps:
         raise RequestError(
             f"{stored.folder} is at iteration {stored.iteration} already",
-            "a --train_iters that is larger",
+            f"a --train_iters above {stored.iteration}",
         )
     return arch, stored, start
 
@@ -67,7 +67,7 @@ def _with_adapters(
     """The base model, and the adapters that are gone on from."""
     base_dir = mm_dir or (load.folder if load is not None else None)
     if base_dir is None:
-        raise RequestError("there is no base model", "--mm_dir, or --load_base_model")
+        raise RequestError("no base model is given", "--mm_dir, or --load_base_model")
     arch, stored = load_folder(hf_dir, base_dir)
     begun: Path | None = None
     if resume and (plan.save / TRACKER).is_file():
@@ -91,7 +91,8 @@ def _with_adapters(
     start = Start(resumed=found.iteration > 0, optimizer=load is None or load.optimizer)
     if start.resumed and found.iteration >= plan.steps:
         raise RequestError(
-            f"{begun} is at iteration {found.iteration} already", "a --train_iters that is larger"
+            f"{begun} is at iteration {found.iteration} already",
+            f"a --train_iters above {found.iteration}",
         )
     return arch, replace(found, lora=plan.lora), start
 

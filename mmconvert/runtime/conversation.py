@@ -92,7 +92,10 @@ class Speaker:
         )
         left = sum(map(len, tokens.values()))
         if left:
-            raise RequestError(f"{sample.name}: {left} more files than places", "<image> for each")
+            raise RequestError(
+                f"{sample.name}: {left} more files than places for them in the text",
+                "one <image> for each picture",
+            )
         self._check_length(sample, ids, rows)
         return assemble(self.arch, torch.tensor([ids]), torch.tensor([labels]), *media)
 
@@ -169,7 +172,7 @@ class Speaker:
         if self.prepare.length and sum(i in self.arch.places for i in ids) != rows:
             raise RequestError(
                 f"{sample.name} is longer than {self.prepare.length} tokens, and its pictures or "
-                "sounds would be cut through",
+                "sounds would be cut off in the middle",
                 "a sample whose files fit in --seq_length",
             )
 

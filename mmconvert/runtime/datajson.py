@@ -56,7 +56,7 @@ def read_data_json(path: Path) -> DataJson:
     """Reads a data.json.
 
     Raises:
-        RequestError: it is missing, no such file, or asks for what cannot be honoured.
+        RequestError: it is missing, no such file, or asks for what is not supported here.
     """
     param = _object(read_object(path, "data.json"), "dataset_param", path)
     form = param.get("dataset_type")
@@ -147,11 +147,15 @@ def _huggingface(param: dict[str, Any], path: Path) -> DataJson:
         sound_in_video=pre.take("use_audio_in_video", bool, False),
     )
     if pre.count("audio_sampling_rate", 16000) != 16000:
-        raise RequestError(f"{path}: audio_sampling_rate", "16000, as the audio encoder takes it")
+        raise RequestError(
+            f"{path}: audio_sampling_rate is not 16000", "16000, as the audio encoder takes it"
+        )
     check = basic.take("val_dataset", str, "")
     rate, limit = basic.take("val_rate", float, 0.0), basic.count("val_max_samples", 0)
     if not named:
-        raise RequestError(f"{path}: basic_parameters.dataset names no file", "data files")
+        raise RequestError(
+            f"{path}: basic_parameters.dataset names no file", "one or more data files"
+        )
     hf_dir = pre.take("model_name_or_path", str, None)
     return DataJson(
         Path(hf_dir) if hf_dir else None,

@@ -96,7 +96,8 @@ def split(samples: Sequence[Sample], rate: float, seed: int) -> tuple[list[Sampl
     count = round(len(samples) * rate)
     if not 0 < count < len(samples):
         raise RequestError(
-            f"a --val_rate of {rate} of {len(samples)} samples is {count}", "some for both sides"
+            f"--val_rate {rate} takes {count} of {len(samples)} samples for validation",
+            "at least one for validation and one for training",
         )
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
     drawn = set(order[:count])

@@ -88,7 +88,9 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     except OSError as error:
         raise DatasetError(f"{path}: {error.strerror}", "a data file (JSON)") from None
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is no JSON: {error}", "a list of conversations") from None
+        raise DatasetError(
+            f"{path} is not valid JSON: {error}", "a list of conversations"
+        ) from None
     if text.lstrip()[:1] == "{":
         yield from _lines(path, text)
         return
@@ -96,7 +98,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DatasetError(
-            f"{path} is no JSON: {error}", "a list of conversations, or one on each line"
+            f"{path} is not valid JSON: {error}", "a list of conversations, or one on each line"
         ) from None
     if not isinstance(content, list):
         raise DatasetError(f"{path} holds no list", "a list of conversations, or one on each line")
@@ -112,7 +114,10 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         try:
             yield name, json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield name, DatasetError(f"{name} is no JSON: {error}", "one conversation on each line")
+            yield (
+                name,
+                DatasetError(f"{name} is not valid JSON: {error}", "one conversation on each line"),
+            )
 
 
 # ------------------------------------------------------------------------------------ entries
@@ -231,12 +236,13 @@ def _places(
             messages[first] = (messages[first][0], text)
         elif places > given:
             raise DatasetError(
-                f"{name} has more <{kind}> places than files: {places}, and {given}",
-                f"a file for each <{kind}>",
+                f"{name} has {places} <{kind}> in its text and {given} such files",
+                f"one file for each <{kind}>",
             )
         elif places < given:
             raise DatasetError(
-                f"{name} has {given - places} more files than places", f"<{kind}> for each"
+                f"{name} has {given} files and only {places} <{kind}> in its text",
+                f"one <{kind}> for each file",
             )
 
 
@@ -256,7 +262,9 @@ def find_file(folders: Sequence[Path], folder: Path, text: str, name: str) -> Pa
             continue
         if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
             return path
-        raise DatasetError(f"{name}: {path} is no file", "a regular file")
+        raise DatasetError(
+            f"{name}: {path} is not a regular file", "a file or a folder of pictures"
+        )
     where = (folders[0] if folders else folder) / text
     raise DatasetError(
         f"{name}: {where} is missing",
@@ -271,5 +279,7 @@ def _clip(path: Path, clip: object, name: str) -> Path | Clip:
     ends = cast("list[object]", clip) if isinstance(clip, list) else []
     numbers = [float(x) for x in ends if isinstance(x, (int, float)) and not isinstance(x, bool)]
     if len(ends) != 2 or len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
-        raise DatasetError(f"{name}: clip is {clip!r}"[:200], "[start, end] in seconds")
+        raise DatasetError(
+            f"{name}: clip is {clip!r}"[:200], "clip: [start, end] in seconds, start below end"
+        )
     return Clip(path, *numbers)

@@ -199,9 +199,11 @@ def read_config(hf_dir: Path) -> dict[str, Any]:
             f"{path}: {error.strerror}", "a Hugging Face folder with config.json", "check --hf_dir"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}", "config.json of the model") from None
+        raise CheckpointError(
+            f"{path} is not valid JSON: {error}", "config.json of the model"
+        ) from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no object", "config.json of the model")
+        raise CheckpointError(f"{path} holds no JSON object", "config.json of the model")
     return cast("dict[str, Any]", content)
 
 

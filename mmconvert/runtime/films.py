@@ -80,14 +80,17 @@ def frames(path: Path, choose: Choose) -> list[Image.Image]:
     found: list[Image.Image] = []
     with _opened(path, "video") as (box, stream):
         if stream.width * stream.height > MOST_PIXELS:
-            raise RequestError(f"{path}: {stream.width} x {stream.height} pixels", "fewer")
+            raise RequestError(
+                f"{path}: frames of {stream.width} x {stream.height} pixels",
+                f"frames of at most {MOST_PIXELS} pixels",
+            )
         for number, frame in enumerate(box.decode(stream)):
             if number in times:
                 found += [frame.to_image()] * times[number]
             if number >= chosen[-1]:
                 break
     if not found:
-        raise RequestError(f"{path} has no frame that can be decoded", "a video file")
+        raise RequestError(f"{path} has no frame that can be decoded", "a video file that is whole")
     return found + found[-1:] * (len(chosen) - len(found))
 
 
@@ -148,7 +151,7 @@ def sound(path: Path) -> tuple[Tensor, int]:
                 parts.append(torch.from_numpy(piece.to_ndarray().reshape(-1).copy()))
                 total += len(parts[-1])
             if total > LONGEST:
-                raise RequestError(f"{path} has more than {LONGEST} samples", "a shorter sound")
+                raise RequestError(f"{path} is too long", f"at most {LONGEST} samples")
     if not total or not rate:
-        raise RequestError(f"{path} has no samples", "a sound file")
+        raise RequestError(f"{path} holds no sound", "a sound file with samples in it")
     return torch.cat(parts), rate

@@ -50,7 +50,7 @@ def read_inference(path: Path) -> Inference:
     """Reads an inference file.
 
     Raises:
-        RequestError: it is missing, no such file, or asks for what cannot be honoured.
+        RequestError: it is missing, no such file, or asks for what is not supported here.
     """
     model = read_model_json(path)
     keys = model.content

@@ -51,12 +51,15 @@ def open_picture(path: Path, *, upright: bool = False) -> Image.Image:
 def _check(picture: Image.Image, path: Path) -> None:
     if picture.mode.startswith(WIDE):
         raise RequestError(
-            f"{path}: mode {picture.mode}", "8 bits for each colour; more are not scaled"
+            f"{path}: more than 8 bits for each colour (mode {picture.mode})",
+            "a picture with 8 bits for each colour",
+            "convert it first: mmconvert does not guess how to scale its values",
         )
     width, height = picture.size
     if width * height > MOST_PIXELS:
         raise RequestError(
-            f"{path}: {width} x {height} pixels", f"a picture of at most {MOST_PIXELS} pixels"
+            f"{path}: {width} x {height} pixels are too many",
+            f"a picture of at most {MOST_PIXELS} pixels",
         )
 
 

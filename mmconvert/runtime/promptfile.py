@@ -33,7 +33,7 @@ def read_prompts(path: Path) -> tuple[list[Sample], list[str]]:
     except OSError as error:
         raise DatasetError(f"{path}: {error.strerror}", "a file of prompts") from None
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is no text: {error}", "a prompt on each line") from None
+        raise DatasetError(f"{path} is not text: {error}", "a prompt on each line") from None
     unread: set[str] = set()
     found = list(_samples(path, lines, unread))
     if not found:
@@ -55,7 +55,7 @@ def _entry(line: str, folder: Path, name: str, unread: set[str]) -> Sample:
     try:
         item: object = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{name} is no JSON: {error}", FORM) from None
+        raise DatasetError(f"{name} is not valid JSON: {error}", FORM) from None
     entry = cast("dict[str, Any]", item)
     text = entry.get("prompt")
     if not isinstance(text, str) or not text:

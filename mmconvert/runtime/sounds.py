@@ -63,9 +63,9 @@ def _pcm(path: Path) -> tuple[Tensor, int] | None:
     if width not in kinds:
         return None
     if not RATES[0] <= rate <= RATES[1]:
-        raise RequestError(f"{path}: {rate} samples a second", f"{RATES[0]} to {RATES[1]}")
+        raise RequestError(f"{path}: {rate} samples a second", f"{RATES[0]} to {RATES[1]} of them")
     if not raw or channels < 1:
-        raise RequestError(f"{path}: {8 * width} bits, {len(raw)} bytes", "samples of a sound")
+        raise RequestError(f"{path}: no samples in it", "a sound file with samples in it")
     dtype, zero, most = kinds[width]
     raw = raw[: len(raw) // (width * channels) * width * channels]
     samples = torch.frombuffer(raw, dtype=dtype).float()

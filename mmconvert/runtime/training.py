@@ -224,8 +224,8 @@ class TrainingRun:
                     emit(f"warning: {FLAGS[key]} was {before[key]} and is {value}: another curve")
         else:
             emit(
-                "warning: the checkpoint does not say how it was trained; what has changed since "
-                "cannot be told"
+                "warning: the checkpoint does not say how it was trained: settings that have "
+                "changed since are not reported"
             )
         emit(f"going on from iteration {number}")
         return number

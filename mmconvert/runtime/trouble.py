@@ -98,7 +98,7 @@ class ProcessWatch:
                 self._since[number] = now
                 self._say(
                     f"warning: process {number} of the run (pid {pid}) is stopped; kill -CONT "
-                    f"{pid} lets it go on, else the run ends in {SILENT:.0f} s"
+                    f"{pid} lets it go on; otherwise the run ends in {SILENT:.0f} s"
                 )
             elif now - self._since[number] > SILENT:
                 raise LostProcessError(

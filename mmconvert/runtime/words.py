@@ -64,7 +64,8 @@ class Words:
             text.encode()
         except UnicodeEncodeError:
             raise RequestError(
-                f"{ascii(text)[:60]} is no text: it has half of a surrogate pair", "Unicode text"
+                f"{ascii(text)[:60]} is not valid text: it has half of a surrogate pair",
+                "Unicode text",
             ) from None
         with self._alone:  # tokenizers have one state for all threads
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]

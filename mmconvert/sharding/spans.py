@@ -55,7 +55,7 @@ class Interleave:
         if self.packed_qkv:
             (length,) = lengths
             if length % 3:
-                raise TensorError(f"{length} rows are not q, k and v of equal size")
+                raise TensorError(f"{length} rows cannot be q, k and v of equal size")
             thirds = _interleaved([length // 3] * 3, groups)
             return [
                 [
@@ -70,7 +70,7 @@ class Interleave:
 def _interleaved(lengths: Sequence[int], groups: int) -> list[list[Span]]:
     for length in lengths:
         if length % groups:
-            raise TensorError(f"{length} rows do not divide into {groups} groups")
+            raise TensorError(f"{length} rows cannot be divided into {groups} query groups")
     steps = [length // groups for length in lengths]
     maps: list[list[Span]] = []
     for part, step in enumerate(steps):
@@ -138,7 +138,7 @@ class Split:
             return [Span(0, 0, length)]
         part = length // self.parts
         if length % self.parts:
-            raise LayoutError(f"{length} is not {self.parts} parts of equal size")
+            raise LayoutError(f"{length} cannot be divided into {self.parts} parts of equal size")
         if self.uneven and self.unit and self.unit not in dims:
             raise UnknownSizeError(
                 f"the number of {self.unit_words} is not known, and shapes do not tell it",

@@ -120,17 +120,19 @@ def _open(
     """
     form = recognise(path) or "hf"
     if kind.naming and kind.naming not in family.namings:
-        raise RequestError(f"{family.name} has no form in the format {kind.name}", "another format")
+        raise RequestError(f"{family.name} cannot be stored as {kind.title}", "another format")
     if form == "peft":
         return _adapter(family, path, options, base), None
     if form == kind.name:
         raise RequestError(
-            f"{path} is in the format {form} itself", "another format", "name it with --through"
+            f"{path} is in the format {form} itself",
+            "another format",
+            "name another with --through",
         )
     if form == "hf":
         if base is not None:
             raise RequestError(
-                f"--hf_dir is the original of a checkpoint in another format; {path} is none",
+                f"--hf_dir is the original of a checkpoint in another format, which {path} is not",
                 "an adapter, or a DCP or torch_dist folder",
                 "leave --hf_dir out",
             )

@@ -272,12 +272,22 @@ def bomb(form: str, levels: int = 9) -> str:
 
 
 BAD_CONFIGS = {
-    "unknown key": (CONFIG.replace("mm_dir", "mm_dirr"), ("mm_dirr",)),
-    "unknown top key": (CONFIG + "colour: red\n", ("colour",)),
+    "unknown key": (
+        CONFIG.replace("mm_dir", "mm_dirr"),
+        ("run 1.yaml, line 2: there is no key cfg.mm_dirr", "did you mean cfg.mm_dir?"),
+    ),
+    "unknown key, far below": (
+        CONFIG.replace("tp_size", "tp-sizes"),
+        ("run 1.yaml, line 8: there is no key cfg.parallel_config.tp_sizes", ".tp_size?"),
+    ),
+    "unknown top key": (CONFIG + "colour: red\n", ("line 9: there is no key colour",)),
     "not YAML": ("cfg: [", ("run 1.yaml",)),
     "a list": ("- 1\n", ("run 1.yaml",)),
     "empty": ("", ("run 1.yaml",)),
-    "a bad list": (CONFIG.replace("[2, 2]", "[2, two]"), ("llm_pp_layers", "two")),
+    "a bad list": (
+        CONFIG.replace("[2, 2]", "[2, two]"),
+        ("run 1.yaml, line 6: cfg.parallel_config.llm_pp_layers", "two"),
+    ),
     "code": ("cfg: !!python/object/apply:os.system ['exit 3']\n", ("run 1.yaml",)),
     "a mapping that holds itself": ("cfg: &a\n  hf_config: *a\n", ("run 1.yaml", "too many")),
     "a list that holds itself": ("drop: &a [x, *a]\n", ("run 1.yaml", "too many")),
@@ -293,12 +303,12 @@ BAD_CONFIGS = {
     "no date": ("cfg: !!timestamp x\n", ("run 1.yaml",)),
     "no truth": ("overwrite: !!bool x\n", ("run 1.yaml",)),
     "a set": ("drop: !!set {a, b}\n", ()),
-    "a NUL": (CONFIG.replace("mm_dir: OUT", 'mm_dir: "a\\0b"'), ("run 1.yaml", "no text")),
-    "half a pair": (CONFIG.replace("mm_dir: OUT", 'mm_dir: "\\uD83D"'), ("run 1.yaml", "no text")),
-    "a key twice": (CONFIG + "  mm_dir: elsewhere\n", ("run 1.yaml", "mm_dir", "twice")),
+    "a NUL": (CONFIG.replace("mm_dir: OUT", 'mm_dir: "a\\0b"'), ("run 1.yaml", "not text")),
+    "half a pair": (CONFIG.replace("mm_dir: OUT", 'mm_dir: "\\uD83D"'), ("run 1.yaml", "not text")),
+    "a key twice": (CONFIG + "  mm_dir: elsewhere\n", ("run 1.yaml, line 9", "mm_dir", "twice")),
     "an octal number for a folder": (  # YAML reads 0123 as 83
         CONFIG.replace("mm_dir: OUT", "mm_dir: 0123"),
-        ("--cfg.mm_dir", "83", "quotes"),
+        ("run 1.yaml, line 2: --cfg.mm_dir", "83", "quotes"),
     ),
     "a list for a folder": (CONFIG.replace("mm_dir: OUT", "mm_dir: [a]"), ("--cfg.mm_dir",)),
 }
@@ -312,6 +322,29 @@ def test_bad_config_files(
     done = run_cli(QWEN2VL, "hf_to_mm", "--config", path)
     assert done.returncode in (2, 3), done.stderr
     refused(done, done.returncode, *words, out=out)
+
+
+def test_a_wrong_key_of_a_tool_is_named_with_its_place(tmp_path: Path) -> None:
+    path = config_file(tmp_path, "quiet: true\nwrokers: 2\n")
+    done = run_cli("verify", "a", "b", "--config", path)
+    refused(done, 2, "run 1.yaml, line 2: there is no key wrokers", "did you mean workers?")
+
+
+@pytest.mark.parametrize("form", ["=", "file"])
+def test_a_tilde_is_the_home_folder(
+    form: str, tied_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a shell leaves it standing: behind a ``=``, and in files."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tied_hf, tmp_path / "home/hf")
+    words = ["--cfg.hf_config.hf_dir=~/hf", "--cfg.mm_dir=~/mm"]
+    if form == "file":
+        text = "cfg: {hf_config: {hf_dir: ~/hf}, mm_dir: ~/mm}"
+        words = ["--config", str(config_file(tmp_path, text))]
+    run_cli(QWEN2VL, "hf_to_mm", *words, check=0)
+    run_cli("verify", tied_hf, "~/mm", check=0)
+    assert (tmp_path / "home/mm/release").is_dir() and not (tmp_path / "~").exists()
 
 
 def test_a_pipe_as_config(
@@ -520,13 +553,14 @@ WRONG_VALUES = {
     "no number": (["verify", "a", "b", "--workers", "x"], "--workers is 'x'", "a number"),
     "no list": (
         [QWEN2VL, "hf_to_mm", *FOLDERS, "--cfg.parallel_config.llm_pp_layers", "x"],
-        "x is no list of layer counts",
+        "x is not a list of layer counts",
         "[1,10,10,7]",
     ),
     "no choice": (["verify", "a", "b", "--vit_qkv", "x"], "--vit_qkv is 'x'", "'interleaved'"),
     "no value": (["verify", "a", "b", "--workers"], "--workers has no value", "verify -h"),
     "one too many": (["verify", "a", "b", "c"], "c is one word too many", "verify -h"),
     "one too few": (["verify", "a"], "B is missing", "verify -h"),
+    "all too few": (["verify"], "A and B are missing", "a MindSpore file; B: the other checkpoint"),
 }
 
 

@@ -134,7 +134,7 @@ def test_mllm_is_what_the_script_writes(folder: Path) -> None:
     assert written.read_bytes() == script_mllm([*USUAL, TEXT], folder)
     assert mode(written) == 0o600
     assert "5 of 6 items" in done.stdout
-    assert "gone.jpg is not there" in done.stderr
+    assert "gone.jpg does not exist" in done.stderr
     run_cli("data", "llava-to-mllm", "--compat", cwd=folder, check=2)  # as it stops, too
 
 
@@ -181,7 +181,7 @@ def test_qwenvl_keeps_questions_apart_and_text_only_items(folder: Path) -> None:
         "wrote out.json: 5 of 6 items",
         "4 with an image, 1 text only, 1 left out, 1 question kept apart from its image",
     ]
-    assert "warning: 1 item left out: their image is not there: item 2: coco/" in done.stderr
+    assert "warning: 1 item left out because their image is missing: item 2: coco/" in done.stderr
     assert "warning: 2 items in which <image> is left as it is" in done.stderr
 
 
@@ -291,7 +291,7 @@ def test_files_that_are_counted(folder: Path) -> None:
     done = mllm(given(folder, items), "--json")
     found = json.loads(done.stdout)
     assert (found["missing"], found["tags"], found["videos"], found["written"]) == (2, 2, 1, 2)
-    assert "no.mp4 is not there" in done.stderr and "1 <video>, 2 videos" in done.stderr
+    assert "no.mp4 does not exist" in done.stderr and "1 <video>, 2 videos" in done.stderr
 
 
 def test_compat_says_what_the_script_does_not_read(folder: Path) -> None:
@@ -337,10 +337,10 @@ def test_missing_images(folder: Path) -> None:
     assert output(folder) == []
     some = given(folder, USUAL)
     done = mllm(some, "--strict", "--overwrite", check=3)
-    assert "item 2: ./data/COCO2017/train2017/gone.jpg is not there" in done.stderr
+    assert "item 2: ./data/COCO2017/train2017/gone.jpg does not exist" in done.stderr
     assert output(folder) == []
     done = mllm(some, "--strict", "--skip-missing", check=2)
-    assert "--strict and --skip-missing contradict each other" in done.stderr
+    assert "--strict and --skip-missing exclude each other" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,13 @@ def test_the_report_on_the_terminal(hf: Path, trained: Path) -> None:
     assert plain.stdout.isascii()
 
 
+def test_a_narrow_terminal_gets_the_names_on_lines_of_their_own(hf: Path, trained: Path) -> None:
+    out = run_cli("diff", hf, trained, "--top", "3", check=1, env={"COLUMNS": "60"}).stdout
+    _, table = out.split("of the change")
+    assert all(len(line) <= 60 for line in table.splitlines() if "decoder" not in line)
+    assert len(re.findall(r"^  text_decoder\.\S+$", table, re.MULTILINE)) == 3
+
+
 def test_dtypes_are_compared_as_numbers(hf: Path, tmp_path: Path) -> None:
     wide = copied(hf, tmp_path / "wide")
     edit_single(wide, lambda ts: ts.update({n: t.float() for n, t in ts.items()}))
@@ -431,7 +438,7 @@ def test_reports_replace_only_reports(hf: Path, trained: Path, tmp_path: Path) -
     assert "old" not in file.read_text()[:40]
     weights = trained / "model.safetensors"
     before = weights.read_bytes()
-    refused(run_cli("diff", hf, trained, "--html", weights, "--overwrite"), 2, "is no report")
+    refused(run_cli("diff", hf, trained, "--html", weights, "--overwrite"), 2, "is not a report")
     assert weights.read_bytes() == before
     refused(run_cli("diff", hf, trained, "--html", tmp_path), 2, "is a folder")
     refused(run_cli("diff", hf, trained, "--svg", tmp_path / "x" / "r.svg"), 2, "not there")

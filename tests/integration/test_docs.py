@@ -187,6 +187,8 @@ def test_the_workflow_calls_targets_and_files_that_exist() -> None:
     files = [m for command in commands for m in re.findall(r"\bpython (\S+\.py)", command)]
     assert files
     assert all((ROOT / name).is_file() for name in files)
+    actions = [s["uses"] for job in workflow["jobs"].values() for s in job["steps"] if "uses" in s]
+    assert actions and all(re.fullmatch(r"[\w-]+/[\w/-]+@v\d[\d.]*", name) for name in actions)
 
 
 def test_the_changelog_begins_with_this_version() -> None:

@@ -221,10 +221,26 @@ def test_suggest_puts_its_lists_in(work: Work) -> None:
     call("doctor", out, "--model_json", new, "--hf_dir", work.hf, "--quick")
 
 
+def test_a_family_of_whose_keys_nothing_is_known(tmp_path: Path) -> None:
+    """Its lists go into a file that is there; none is made up."""
+    hf = make_hf("qwen3vl-8b", tmp_path / "hf")
+    for words in (("suggest", hf, "--pp", "2", "--write", tmp_path / "new.json"),
+                  ("model_json", hf)):  # fmt: skip
+        done = call(*words, check=2)
+        assert "no model.json can be made for model_type 'qwen3_vl'" in done.stderr
+        assert "FSDP2" in done.stderr and "suggest --model_json FILE" in done.stderr
+    file = {"image_encoder": {"vision_encoder": {"num_layers": 27}}, "text_decoder": {}}
+    (tmp_path / "own.json").write_text(json.dumps(file))
+    flags = ("--model_json", tmp_path / "own.json", "--write", tmp_path / "new.json")
+    call("suggest", hf, "--pp", "2", *flags)
+    lists = json.loads((tmp_path / "new.json").read_text())["text_decoder"]["pipeline_num_layers"]
+    assert len(lists) == 2 and sum(lists) == 36
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("{", "is no JSON"), ('{"a": 1}\n{"a": 2}', "one object for each line?"),
-     ("[]", "holds no object"), ("{}", "has no text_decoder"),
+    [("{", "is not valid JSON"), ('{"a": 1}\n{"a": 2}', "one object for each line?"),
+     ("[]", "holds no JSON object"), ("{}", "has no text_decoder"),
      ('{"text_decoder": {"num_layers": 28, "pipeline_num_layers": "[28]"}}', "is '[28]'")],
 )  # fmt: skip
 def test_a_file_that_is_none_is_refused(text: str, expected: str, work: Work) -> None:

@@ -618,7 +618,14 @@ def test_an_index_of_another_save(plain: Path, tmp_path: Path) -> None:
     hf = make_hf(MODEL, tmp_path / "hf", shards=2, layers=2, vit_layers=2)
     edit_index(hf, lambda m: m.update({k: v.replace("of-00002", "of-00005") for k, v in m.items()}))
     error = converting(hf)
-    says(error, "stale-index", hf, "of which none is there", "of another save", "move it away")
+    says(
+        error,
+        "stale-index",
+        hf,
+        "none of which is there",
+        "belongs to another save",
+        "move it away",
+    )
     (found,) = findings(hf)
     assert found["command"] == f"mv {hf / INDEX} {hf / INDEX}.old"
 
@@ -707,7 +714,7 @@ def test_every_tool_says_what_a_folder_is(tool: str, plain: Path, tmp_path: Path
 
 def test_a_hugging_face_folder_in_the_place_of_mm(plain: Path, tmp_path: Path) -> None:
     done = to_other(MODEL, plain, tmp_path / "out", check=3)
-    assert "it is a Hugging Face checkpoint: hf_to_mm reads it" in done.stderr
+    assert "it is a Hugging Face checkpoint, which goes to --cfg.hf_config.hf_dir" in done.stderr
 
 
 def test_open_says_it_too(plain: Path, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_the_adapter_fits_its_base(play: Path) -> None:
 def test_what_is_there_is_left_alone(play: Path) -> None:
     before = snapshot(play)
     done = run_cli("playground", play, check=2)
-    assert "is there already" in done.stderr
+    assert "exists" in done.stderr
     assert snapshot(play) == before
     assert [p.name for p in play.parent.iterdir()] == [play.name]
 

@@ -464,7 +464,7 @@ def test_slices_by_another_layouts_strategy(
         words = ["--cfg.source_strategy", str(strategy / "strategy"), *devices(**given)]
         for more in ([], ["--cfg.hf_config.hf_dir", str(hf)]):
             done = resplit_ms(source, out, *words, *more, check=None)
-            refused(done, 3, "in all", "its own strategy files", out=out)
+            refused(done, 3, "as a whole", "its own strategy files", out=out)
     one = ranks / "rank_0" / "checkpoint_0.ckpt"
     refused(resplit_ms(one, out, *devices(**given), check=None), 3, "the file of one rank", out=out)
 

@@ -286,11 +286,11 @@ def test_a_file_of_prompts(work: Work) -> None:
     ("content", "said"),
     [
         (b"", "has no prompts"),
-        (b"ok\n{not JSON}", "line 2 is no JSON"),
+        (b"ok\n{not JSON}", "line 2 is not valid JSON"),
         (b'{"prompt": 3}', "prompt is 3"),
         (b'{"prompt": "x", "image": "gone.png"}', "gone.png is missing"),
         (b'{"prompt": "x", "image": [1]}', "image is \\[1\\]"),
-        (b"\xff\xfe\xff", "is no text"),
+        (b"\xff\xfe\xff", "is not text"),
     ],
     ids=["empty", "JSON", "prompt", "missing", "names", "bytes"],
 )
@@ -356,7 +356,7 @@ def test_a_chat_on_a_terminal(work: Work) -> None:
         process.kill()
         os.close(ours)
     assert process.returncode == 0, errors
-    assert b"Ctrl-D ends" in errors and b"error: no is no file" in errors
+    assert b"Ctrl-D ends" in errors and b"error: no is not a file" in errors
     turns = [
         (prompt("Hi", (), ()), True),
         (prompt("Which?", [work.folder / "red.png"], ()), False),

@@ -176,7 +176,7 @@ def test_a_share_for_validation_is_drawn_once(tmp_path: Path) -> None:
     assert len(check) == 2
     assert {s.name for s in train} | {s.name for s in check} == {s.name for s in samples}
     assert split(samples, 0.34, 3) == (train, check)
-    with pytest.raises(RequestError, match="some for both sides"):
+    with pytest.raises(RequestError, match="samples for validation"):
         split(samples, 0.01, 3)
 
 
@@ -259,9 +259,9 @@ def test_a_broken_entry_is_named(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("[{}, {", "is no JSON"), ('{"messages": []}', "line 1 has no messages"),
+    [("[{}, {", "is not valid JSON"), ('{"messages": []}', "line 1 has no messages"),
      ("3", "holds no list"), ("[]", "at least one"),
-     ("[" * 100000, "is no JSON"), ("\x00\xff", "is no JSON")],
+     ("[" * 100000, "is not valid JSON"), ("\x00\xff", "is not valid JSON")],
     ids=["cut off", "an object", "a number", "empty", "deep", "binary"],
 )  # fmt: skip
 def test_a_broken_file_is_named(text: str, expected: str, tmp_path: Path) -> None:
@@ -274,14 +274,17 @@ def test_a_broken_file_is_named(text: str, expected: str, tmp_path: Path) -> Non
     ("item", "expected"),
     [
         (talking.talk("<image><image>?", "a", images=["red.png"]), "more <image> places than"),
-        (talking.talk("<image>?", "a", images=["red.png", "blue.png"]), "1 more files than places"),
+        (
+            talking.talk("<image>?", "a", images=["red.png", "blue.png"]),
+            "and only 1 <image> in its text",
+        ),
         (talking.talk("<image>?", "a", images=["data.json"]), "not a picture"),
         (talking.talk("<audio>?", "a", audios=["red.png"]), "cannot be decoded|needs a decoder"),
         (talking.talk("<video>?", "a", videos=["data.json"]), "be decoded|needs a decoder"),
         (talking.talk("word " * 200, "a"), "tokens"),
         (talking.talk("<image>?", "a", images=["wide.png"]), "a picture of 900 x 4 pixels"),
         (talking.talk("<image>?", "a", images=["deep.png"]), "8 bits for each colour"),
-        (talking.talk("half \ud800", "a"), "is no text"),
+        (talking.talk("half \ud800", "a"), "is not valid text"),
         (talking.talk("see <IMG_CONTEXT>?", "a"), ""),
     ],
 )
@@ -345,7 +348,7 @@ def test_bad_samples_are_counted_named_and_left_out(
     assert "2 of 8 samples are left out" in text  # before the first step: missing, and places
     assert "entry 5: " in text
     assert "gone.png is missing" in text
-    assert "entry 7 has more <image> places than files" in text
+    assert "entry 7 has 2 <image> in its text and" in text
     assert "1 of 6 samples are left out" in text  # and the one that ends too early
     assert "cut.jpg: " in text
     said.clear()
@@ -501,5 +504,5 @@ def test_a_line_that_is_no_json_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(f"{good}\n{good[:20]}\n{good}\n")
     found = read_source(SampleSource((tmp_path / "a.jsonl",)))
     assert len(found.samples) == 2
-    assert "line 2 is no JSON" in found.faults[0].what
+    assert "line 2 is not valid JSON" in found.faults[0].what
     assert found.notes()[0] == "warning: 1 of 3 samples are left out:"

@@ -214,5 +214,5 @@ def test_a_picture_is_not_cut_through(hf: Path, tmp_path: Path) -> None:
     sample = Sample([("user", "<image>Q" + "x" * 50), ("assistant", "A")], [image])
     whole = Speaker(architecture(hf), hf).batch(sample, answer=False).ids.shape[1]
     assert learnt(hf, Prepare(length=whole - 20), sample) == "A<|im_end|>\n"
-    with pytest.raises(RequestError, match="would be cut through"):
+    with pytest.raises(RequestError, match="would be cut off in the middle"):
         learnt(hf, Prepare(length=whole - 67), sample)

@@ -82,7 +82,7 @@ REFUSED = {
     "another ep": (["--expert-model-parallel-size", "2"], "ep_size 2"),
     "a loss of routers": (["--moe-aux-loss-coeff", "0.01"], "--moe-aux-loss-coeff 0.01 cannot"),
     "context parallel": (["--context-parallel-size", "2"], "--context-parallel-size 2 cannot"),
-    "fsdp": (["--use-torch-fsdp2"], "--use-torch-fsdp2 cannot be honoured"),
+    "fsdp": (["--use-torch-fsdp2"], "--use-torch-fsdp2 is not supported here"),
     "lora": (["--lora-apply-modules", "linear_qkv", "linear_proj"], "--lora-apply-modules"),
     "another form": (["--ckpt-format", "torch_dist"], "--ckpt-format torch_dist cannot"),
     "mindspore": (["--ai-framework", "mindspore"], "--ai-framework mindspore cannot"),
@@ -108,7 +108,7 @@ def test_a_file_of_another_model_is_refused(guide: Guide) -> None:
     (guide.folder / "big.json").write_text(json.dumps(content))
     words = guidefiles.script(pp=2, save="refused", model="big.json")
     done = run_cli("finetune", *words, cwd=guide.folder, check=2)
-    assert "big.json is of another model: text_decoder.ffn_hidden_size is 11" in done.stderr
+    assert "big.json belongs to another model: text_decoder.ffn_hidden_size is 11" in done.stderr
 
 
 def test_a_model_without_ears_refuses_the_sound_of_a_video(guide: Guide) -> None:

@@ -109,7 +109,7 @@ def test_flags_of_qwenvl_are_for_it_alone(tmp_path: Path) -> None:
     make_hf("qwen2vl-2b", tmp_path / "hf")
     words = ["generate", "--hf_dir", tmp_path / "hf", "--mm_dir", tmp_path, "--prompt", "Hi"]
     done = run_cli(*words, "--like", "mindformers", check=2)
-    assert "--like is for Qwen-VL alone" in done.stderr
+    assert "--like is for Qwen-VL only" in done.stderr
 
 
 def test_an_answer_in_half_precision_and_a_video_that_is_refused(folder: Path) -> None:

@@ -21,7 +21,7 @@ WRONG = {
     "an unknown field": (row("text_decoder.layers.{layers}.new", H), "field"),
     "no layer on one side": (row(N, "model.new"), "lacks {layer}"),
     "an expert in HF alone": (row(N, "model.layers.{}.{expert}.new"), "the MM name has not"),
-    "an unknown dimension": (row(N, H, rows="lm.hidden"), "'lm.hidden' is no dimension"),
+    "an unknown dimension": (row(N, H, rows="lm.hidden"), "'lm.hidden' is not a dimension"),
     "a cut that is none": (row(N, H, shard=ODD), "no Split"),
     "a fuse that is none": (row(N, H, fuse=ODD), "none of Concat"),
     "sizes for other sources": (row(N, H, rows="llm.q llm.kv"), "2 sizes for 1 tensor"),

@@ -126,6 +126,6 @@ def test_a_report_is_whole_or_not_there(tmp_path: Path) -> None:
 def test_a_file_that_is_no_report_stays(tmp_path: Path) -> None:
     file = tmp_path / "notes.html"
     file.write_text("my notes")
-    with pytest.raises(OutputError, match="is no report"):
+    with pytest.raises(OutputError, match="is not a report"):
         write_report(file, "<svg>", overwrite=True)
     assert file.read_text() == "my notes"

@@ -65,7 +65,7 @@ def test_fields(content: bytes, found: list[object], tmp_path: Path) -> None:
         (mscodec.varint(2**29 * 8) + b"\x00", f"field number {2**29}"),
         (b"\x0e", "field 1 has the unknown wire type 6"),
         (b"\x0f", "field 1 has the unknown wire type 7"),
-        (b"\x0c", "group 1 ends and has not begun"),
+        (b"\x0c", "group 1 ends without having begun"),
         (b"\x0b", "group 1 does not end"),
         (b"\x0b\x14", "group 2 ends inside another one"),
         (b"\x0b" * 200, "more than 100 groups in each other"),

@@ -208,7 +208,7 @@ ONE = (blob(1, sizes(2)), blob(2, sizes(0)))
         (layout_item("w", *ONE)[:-1], "claims"),
         (layout_item("w", *ONE) * 2, "w occurs twice"),
         (layout_item("0-w", *ONE) + layout_item("00-w", *ONE), "00-w occurs twice"),
-        (layout_item("9999-w", *ONE), "is of stage 9999"),
+        (layout_item("9999-w", *ONE), "is on stage 9999"),
         (layout_item("w", ONE[0], blob(2, sizes(1))), "names the axes [1] of 1"),
         (layout_item("w", ONE[0], blob(2, sizes(-2))), "names the axes [-2] of 1"),
         (layout_item("w", blob(1, sizes(0)), ONE[1]), "has the device matrix [0]"),

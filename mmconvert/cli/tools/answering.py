@@ -130,7 +130,7 @@ class _Lines:
         if Path(name).exists() and name:
             self._files[kind].append(Path(name))
         else:
-            self.tell(RequestError(f"{name or 'nothing'} is no file"))
+            self.tell(RequestError(f"{name or 'nothing'} is not a file"))
 
     def _line(self) -> str | None:
         if self._first:

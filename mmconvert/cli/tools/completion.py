@@ -48,7 +48,8 @@ def run(words: list[str]) -> int:
         return 0
     if len(words) != 1 or words[0] not in SCRIPTS:
         raise RequestError(
-            f"there is no completion for {' '.join(words) or 'no shell'}", "bash or zsh"
+            f"there is no completion for {' '.join(words)}" if words else "no shell is named",
+            "bash or zsh",
         )
     converters = [AUTO, *converter_names(), *MINDSPORE]
     script = SCRIPTS[words[0]]

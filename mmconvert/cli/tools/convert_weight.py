@@ -48,7 +48,7 @@ def run(words: list[str]) -> int:
     asked = read_plain(WeightFlags, words, PROG, TEXT)
     if asked.model not in MODELS:
         raise RequestError(
-            f"--model {asked.model} is not served",
+            f"--model {asked.model} is not supported",
             f"one of {', '.join(MODELS)}",
             "other families have converters of their own: see mm-convert -h",
         )

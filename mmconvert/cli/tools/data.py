@@ -113,7 +113,7 @@ def _read(name: str, form: type[DataFlags], words: list[str]) -> DataFlags:
     given = asked.common
     if given.strict and (given.skip_missing or given.compat):
         other = "--skip-missing" if given.skip_missing else "--compat"
-        raise RequestError(f"--strict and {other} contradict each other", "one of them")
+        raise RequestError(f"--strict and {other} exclude each other", "one of them")
     return asked
 
 

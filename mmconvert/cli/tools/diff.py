@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -90,7 +91,9 @@ def run(words: list[str]) -> int:
     if pair.json:
         print(json.dumps(diff_dict(found, pair.top)))
     elif not pair.quiet:
-        lines = lines_of(found, pair.top, hf_names=pair.names == "hf", unicode=shows_blocks())
+        narrow = get_terminal_size().columns < 80
+        hf_names = pair.names == "hf"
+        lines = lines_of(found, pair.top, hf_names=hf_names, unicode=shows_blocks(), narrow=narrow)
         print("\n".join([*lines, *(one_line(f"written: {path}") for path in reports)]))
     return 0 if found.equal else DIFFERENT
 

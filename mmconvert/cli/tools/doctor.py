@@ -39,7 +39,7 @@ class Patient:
     """For MM, DCP, torch_dist: the original checkpoint. Gives sizes, ties, and the order of vision
     q, k, v."""
     model_json: MaybePath = None
-    """MindSpeed-MM's model.json: its layer lists and sizes are to be the checkpoint's."""
+    """MindSpeed-MM's model.json: its layer lists and sizes must be those of the checkpoint."""
     quick: bool = False
     """Do not compare copies of tensors, nor masters with weights; nearly all that is read then are
     headers."""

@@ -59,7 +59,7 @@ class Finetuned:
     seq_length: int = 0
     """Tokens of a sample; longer ones are cut, turn by turn. 0: no limit."""
     use_audio_in_video: bool = False
-    """The sound of a video stands between its frames (Qwen2.5-Omni): that which audios names, else
+    """Put the sound of a video between its frames (Qwen2.5-Omni): that which audios names, else
     the video's own."""
     strict: bool = False
     """End with an error at a sample that cannot be used; else it is left out and counted."""
@@ -89,7 +89,7 @@ class Finetuned:
     min_lr: float = 0.0
     """The learning rate that is reached after the last iteration."""
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    """The way down."""
+    """How the learning rate falls."""
     lr_decay_iters: int = 0
     """Iterations until --min_lr; 0 takes --train_iters."""
     warmup_iters: int = 0
@@ -249,7 +249,7 @@ def _qwenvl(
     from mmconvert.runtime.qwenvl import answer, training
 
     if asked.load is not None:
-        raise RequestError("Qwen-VL's checkpoints are no MM checkpoints", "--resume, not --load")
+        raise RequestError("Qwen-VL is not trained from MM checkpoints", "--resume, not --load")
     source = training.QwenVLSource(
         hf_dir, asked.mm_dir or hf_dir, asked.vocab_file or hf_dir / answer.RANKS, asked.like,
         data.prepare.length, data.strict,

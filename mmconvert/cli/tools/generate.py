@@ -55,7 +55,7 @@ class Generated:
     audio: MediaFlag = ()
     """Sounds, for Qwen2.5-Omni: PCM WAV; others, and those of videos, with the extra media."""
     use_audio_in_video: bool = False
-    """The sound of a video stands between its frames (Qwen2.5-Omni): that of --audio, one for each
+    """Put the sound of a video between its frames (Qwen2.5-Omni): that of --audio, one for each
     video, else the video's own."""
     lora_dir: MaybePath = None
     """Adapters that the checkpoint gets: of PEFT, or an MM checkpoint of LoRA training."""
@@ -67,9 +67,10 @@ class Generated:
     """Words are drawn at random, the more so the higher it is; 0: the best word each time; not
     given: 0, or as the inference file says."""
     top_p: float = 0.0
-    """Of the most probable words those are drawn that have this share together; not given: all."""
+    """Draw from the most probable words that have this share of the probability together; not
+    given: all."""
     top_k: int = -1
-    """As many of the most probable words are drawn; 0: all; not given: all."""
+    """Draw from this many of the most probable words; 0, or not given: all."""
     seed: int = 0
     """Of what is drawn: the same seed, the same words, in every layout."""
     batch_size: int = 8
@@ -192,7 +193,8 @@ def _choice(asked: Generated, file: Sampling) -> Sampling:
     idle = [f"--{name}" for name in ("top_p", "top_k") if given[name] and not choice.temperature]
     if idle:
         raise RequestError(
-            f"{idle[0]} is given, and the best word is taken each time", "--temperature beside it"
+            f"{idle[0]} is given, and the best word is taken each time",
+            "--temperature given with it",
         )
     return choice
 

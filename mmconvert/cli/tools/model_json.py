@@ -100,7 +100,9 @@ def _layout(asked: ModelJsonFlags, content: dict[str, object]) -> Layout:
 
         found = inspect(asked.mm_dir).layout
         if found is None:
-            raise CheckpointError(f"{asked.mm_dir} is no MM checkpoint", "one, for --mm_dir")
+            raise CheckpointError(
+                f"{asked.mm_dir} is not an MM checkpoint", "an MM checkpoint for --mm_dir"
+            )
         return found
     grids = ModelJson(asked.path, content).grids()
     stages = next((grid for grid in given.values() if grid is not None), None)

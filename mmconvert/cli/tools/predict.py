@@ -100,7 +100,7 @@ def _check(asked: Predicted) -> None:
             raise RequestError(f"{name} is {getattr(asked, name)}", "a number of at least 1")
     if "://" in asked.image_path:
         raise RequestError(
-            f"{asked.image_path} is no file", "a picture on this machine: nothing is downloaded",
+            f"{asked.image_path} is not a file", "a picture on this machine: nothing is downloaded",
             "download it, and give its path",
         )  # fmt: skip
 

@@ -121,12 +121,12 @@ def flags_of(yaml: Yaml, asked: RunQwenVLFlags) -> dict[str, object]:
     for key, usual in TEMPLATE.items():
         if yaml.get(f"{template}.{key}", usual) != usual:
             raise RequestError(
-                f"{yaml.path}: {key} is not {usual!r}", "the usual one",
+                f"{yaml.path}: {key} is changed", f"{usual!r}, the only value that is supported",
                 "write it into the conversations: a system message is taken from there",
             )  # fmt: skip
     file = yaml.get(data, "")
     if not file:
-        raise RequestError(f"{yaml.path} names no data", data)
+        raise RequestError(f"{yaml.path} names no training data", f"a file under {data}")
     size = yaml.get("runner_config.batch_size", yaml.get("train_dataset.batch_size", 1))
     batch = size
     for name in ("data_parallel", "micro_batch_num"):
@@ -136,7 +136,8 @@ def flags_of(yaml: Yaml, asked: RunQwenVLFlags) -> dict[str, object]:
     steps = asked.train_iters or epochs * (count // max(1, batch))
     if steps < 1 or size < 1:
         raise RequestError(
-            f"{yaml.path}: {count} samples make no batch of {batch}", "at least one in an epoch",
+            f"{yaml.path}: {count} samples are fewer than a batch of {batch}",
+            "at least one batch in an epoch",
             "a smaller runner_config.batch_size or parallel_config.data_parallel",
         )  # fmt: skip
     save = asked.save or Path(yaml.get("output_dir", "./output")) / "checkpoint"
@@ -164,7 +165,10 @@ def flags_of(yaml: Yaml, asked: RunQwenVLFlags) -> dict[str, object]:
     if yaml.get("recompute_config.recompute", False):
         found["recompute_granularity"] = "full"
     if not yaml.get("model.model_config.freeze_vision", True):
-        raise RequestError(f"{yaml.path}: freeze_vision is False", "True, as in the third stage")
+        raise RequestError(
+            f"{yaml.path}: freeze_vision is False",
+            "True, as in Qwen-VL's third stage: the vision encoder is not trained here",
+        )
     if yaml.get("model.model_config.freeze_resampler", False):
         found["freeze"] = "transformer.visual"
     return {name: value for name, value in found.items() if value != ""}

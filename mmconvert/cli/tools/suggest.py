@@ -12,6 +12,7 @@ import tyro
 
 from mmconvert.cli.arguments import by_module, read_plain
 from mmconvert.cli.screen import screen_events
+from mmconvert.cli.spelling import path_of
 from mmconvert.config import MaybePath
 from mmconvert.words import amount
 
@@ -95,7 +96,7 @@ def run(words: list[str]) -> int:
         asked.device_memory * 1e9,
     )
     found = suggest(asked.path, expected)
-    mm_dir = Path(asked.mm_dir) if asked.mm_dir else _folder_name(asked, found.ep)
+    mm_dir = path_of(asked.mm_dir) if asked.mm_dir else _folder_name(asked, found.ep)
     made = _model_json(asked, found) if asked.model_json or asked.write else None
     if asked.json:
         more = {} if made is None else {"model_json": made.content, "script_flags": made.flags}

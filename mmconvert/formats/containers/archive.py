@@ -145,7 +145,7 @@ class Archive:
         if end == start:
             return
         if end - start not in (16, 24) or self.pread(4, start) != b"PK\7\x08":
-            raise self.error(f"{end - start} bytes of no record at byte {start}")
+            raise self.error(f"{end - start} bytes at byte {start} belong to no record")
 
     def _check_record(self, info: zipfile.ZipInfo, end: int) -> Record:
         """Where a record's data lies, from its local header.
@@ -173,7 +173,7 @@ class Archive:
             raise self.error(f"record {name!r} is compressed or encrypted, by its local header")
         record = Record(start + 30 + name_length + extra_length, info.file_size)
         if sum(record) > end:
-            raise self.error(f"record {name!r} leaves the file")
+            raise self.error(f"record {name!r} reaches past the end of the file")
         extra = header[30 + len(raw) :][:extra_length]
         if len(extra) < extra_length:
             extra = self.pread(extra_length, start + 30 + name_length)

@@ -218,7 +218,7 @@ class Machine:
         """The one list or tuple that a collection is made of."""
         items = args[0] if args else ()
         if len(args) > 1 or not is_sequence(items):
-            raise ValueError("a collection of something else than a list or tuple")
+            raise ValueError("a collection of something other than a list or tuple")
         self.spend(len(items), ENTRY * len(items))  # a memoized list may be copied many times
         return items
 
@@ -227,7 +227,7 @@ class Machine:
         made: dict[Any, Any] = {}
         for pair in self.items_of(args):
             if not is_sequence(pair) or len(pair) != 2:
-                raise ValueError("an OrderedDict of something else than pairs")
+                raise ValueError("an OrderedDict of something other than pairs")
             made[self.key(pair[0])] = pair[1]
         return made
 

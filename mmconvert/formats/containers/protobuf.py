@@ -113,7 +113,7 @@ class WireFile:
         while at < end:
             field = self._field(at, end)
             if field.wire == END_GROUP:
-                raise self.error(at, f"group {field.number} ends and has not begun")
+                raise self.error(at, f"group {field.number} ends without having begun")
             at = field.end
             if field.wire == GROUP:
                 at = self._after_group(field, end)

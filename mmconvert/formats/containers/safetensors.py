@@ -53,7 +53,7 @@ def read_weight_file(path: Path) -> WeightFile:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             if len(prefix) < 8:
-                raise _damaged(path, f"{size} bytes are no safetensors file")
+                raise _damaged(path, f"it has {size} bytes, too few for a safetensors file")
             length = struct.unpack("<Q", prefix)[0]
             if not 0 < length <= min(size - 8, MAX_HEADER):
                 raise _damaged(path, f"header length {length} in a file of {size} bytes")

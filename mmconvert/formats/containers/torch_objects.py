@@ -143,7 +143,7 @@ def rebuild(function: Global, args: tuple[Any, ...]) -> TensorRef | Inert | None
     """
     if function in _PARAMETERS:
         if not args or not isinstance(args[0], (TensorRef, Inert)):
-            raise ValueError(f"{function} of something else than a tensor")
+            raise ValueError(f"{function} of something other than a tensor")
         return args[0]
     if function == _FROM_TYPE:
         # A tensor with attributes: (rebuilder, type, arguments of the rebuilder, attributes).

@@ -77,7 +77,7 @@ def open_dcp(path: Path) -> DCPCheckpoint:
     found = find_dcp(path)
     if found is None:
         raise CheckpointError(
-            f"{path} is no folder of torch.distributed.checkpoint",
+            f"{path} is not a folder of torch.distributed.checkpoint",
             f"a folder with {NAME} and *.distcp files, or the folder above it",
             "check the path",
         )

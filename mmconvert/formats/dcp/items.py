@@ -57,7 +57,7 @@ class Items:
         found = self.content(name, item) if known is None else known
         if not isinstance(found, StoredTensor):
             raise FormatError(
-                f"{self.folder / item.file}: {name} at byte {item.offset} is no tensor",
+                f"{self.folder / item.file}: {name} at byte {item.offset} is not a tensor",
                 f"{dtype} {list(sizes)}, as {self.path} says",
             )
         if (found.dtype, found.shape) != (dtype, sizes):

@@ -132,7 +132,7 @@ class _Reader:
         self.check_apart()
         listed = state.get("state_dict_metadata")
         if not is_dict(listed):
-            raise self.error("state_dict_metadata is no dict")
+            raise self.error("state_dict_metadata is not a dict")
         tensors: dict[str, Entry] = {}
         objects: dict[str, ItemPlace] = {}
         for name, value in listed.items():
@@ -157,7 +157,7 @@ class _Reader:
             if last and last[0].file == item.file and sum(last[0][1:]) > item.offset:
                 raise self.error(
                     f"{name} at byte {item.offset} of {item.file} overlaps {last[1]}",
-                    "items that lie apart",
+                    "items that do not overlap",
                 )
             last = item, name
 
@@ -180,7 +180,7 @@ class _Reader:
 
     def items(self, found: object) -> Iterator[tuple[tuple[str, tuple[int, ...]], ItemPlace]]:
         if not is_dict(found):
-            raise self.error("storage_data is no dict")
+            raise self.error("storage_data is not a dict")
         for key, value in found.items():
             index, where = self.state(key, "MetadataIndex"), self.state(value, "_StorageInfo")
             name, offset = index.get("fqn"), index.get("offset")
@@ -214,7 +214,7 @@ class _Reader:
     def sizes(self, value: object, name: str) -> tuple[int, ...]:
         if is_tuple(value) and len(value) <= MAX_DIMS and all(map(_is_size, value)):
             return cast("tuple[int, ...]", value)
-        raise self.error(f"{name}: {value!r:.80} is no size")
+        raise self.error(f"{name}: {value!r:.80} is not a size")
 
     def entry(self, name: str, state: Mapping[str, object]) -> Entry:
         shape = self.sizes(state.get("size"), name)

@@ -95,7 +95,7 @@ def as_hf(
 def _stack(tensor: StoredTensor, experts: int) -> StoredTensor:
     if not experts or tensor.shape[0] % experts:
         raise TensorError(
-            f"{tensor.name} is {list(tensor.shape)}; config.json counts {experts} experts",
+            f"{tensor.name} is {list(tensor.shape)}; config.json says {experts} experts",
             f"the rows of {experts} experts one below the other",
             "give the hf_dir of this model",
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmconvert.converters.rows import Module
-from mmconvert.errors import TensorError
+from mmconvert.errors import LEAVE_OUT, TensorError
 from mmconvert.formats.dcp.megatron import (
     EXPERTS,
     HF_VISION,
@@ -66,7 +66,7 @@ def under_mm_names(
             f"{path}: {number(beyond, 'tensor')} with no place in {model.family.form}: "
             f"{summarise(beyond)}",
             f"only tensors of {model.family.name}",
-            "leave them out with --drop 'NAME' (a pattern; may be repeated)",
+            LEAVE_OUT,
         )
     return found, hf
 
@@ -122,7 +122,7 @@ def _check_length(tensor: StoredTensor, name: str, length: int) -> None:
     if not tensor.shape or tensor.shape[0] != length:
         raise TensorError(
             f"{name} holds {tensor.shape[0] if tensor.shape else 'no'} layers or experts; "
-            f"config.json counts {length}",
+            f"config.json says {length}",
             "the checkpoint and config.json of one model",
             "give the hf_dir of this model",
         )
@@ -179,7 +179,7 @@ def _add_stack(
     if len(found) != count:
         raise TensorError(
             f"{name} would hold {len(found)} of {count} layers and experts",
-            "layers that are all alike, as Megatron-Core stacks them",
+            "layers that are all of one form, as Megatron-Core stacks them",
         )
     shape, dtype = found[0][1].shape, found[0][1].dtype
     for place, (item, whole) in enumerate(found):

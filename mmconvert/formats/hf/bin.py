@@ -39,7 +39,7 @@ def read_bin(path: Path) -> WeightFile:
             continue
         kind = "something that names code" if isinstance(value, Inert) else type(value).__name__
         raise FormatError(
-            f"{path}: {name[:80]!r} is no tensor but {kind}",
+            f"{path}: {name[:80]!r} is not a tensor but {kind}",
             "a dict of tensors alone, as a model's state_dict is",
             "download the file again from the model's page",
         )

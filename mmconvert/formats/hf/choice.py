@@ -92,9 +92,9 @@ def not_read(folder: Path, read: Iterable[str]) -> list[CheckpointError]:
             CheckpointError(
                 f"other weights in {folder} are not read: {summarise(others)}; the model is read "
                 f"from {summarise(taken, 2)}, as transformers does",
-                fix="move it away, if it is of another save"
+                fix="move it away, if it belongs to another save"
                 if len(others) == 1
-                else "move them away, if they are of another save",
+                else "move them away, if they belong to another save",
                 cause="index-not-read" if index else "stray-weight-file",
                 path=folder / others[0],
                 aside=[folder / name for name in others],

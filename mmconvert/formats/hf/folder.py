@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mmconvert.causes.downloads import way_to
 from mmconvert.causes.folders import PARTS, TRACKER, other_form, stale_index
 from mmconvert.errors import CheckpointError, blamed
 from mmconvert.formats.containers.safetensors import WeightFile
@@ -27,8 +27,6 @@ from mmconvert.names import summarise
 from mmconvert.stored import StoredTensor
 
 ANOTHER_CONFIG = "take config.json from the model's page"
-
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # ORGANISATION/MODEL
 
 
 @dataclass(frozen=True)
@@ -82,16 +80,13 @@ def read_config(folder: Path) -> dict[str, object]:
         raise CheckpointError(
             f"hf_dir {folder} {'is not a folder' if folder.exists() else 'does not exist'}",
             "a folder with config.json and weight files",
-            f"check the path; a model of the hub is downloaded first: hf download {folder} "
-            f"--local-dir {folder.name}"
-            if _HUB_NAME.fullmatch(str(folder)) and not folder.parent.exists()
-            else "check the path given to --cfg.hf_config.hf_dir",
+            way_to(folder),
         )
     if not (folder / "config.json").is_file():
         raise _without_weights(folder) or CheckpointError(
             f"{folder} has no config.json",
             "a Hugging Face checkpoint folder",
-            "it is an MM checkpoint: mm_to_hf and resplit read it"
+            "it is an MM checkpoint: give it as --cfg.mm_dir, or --cfg.source_dir of resplit"
             if (folder / TRACKER).is_file()
             else "give the folder of the original model, or download its config.json into this one",
             cause="missing-config",

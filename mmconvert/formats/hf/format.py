@@ -192,8 +192,8 @@ def check_shapes(wholes: Mapping[Key, Whole], headers: Side, source: Path, origi
         expected = headers.wholes.get(key)
         if expected is not None and whole.shape != expected.shape:
             raise TensorError(
-                f"{source}: {key.name()} is {list(whole.shape)} in all; "
-                f"{original} makes it {list(expected.shape)}",
+                f"{source}: {key.name()} is {list(whole.shape)} as a whole; "
+                f"{original} asks for {list(expected.shape)}",
                 "the whole checkpoint, with its own strategy files, and the hf_dir of its model",
                 "give the folder above rank_0, not the file of one rank; or the right hf_dir",
             )

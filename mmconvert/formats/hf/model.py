@@ -35,7 +35,7 @@ def check_model_type(family: Family, config: Mapping[str, object], folder: Path)
         if isinstance(kind, str) and kind in other.model_types
     ]
     raise CheckpointError(
-        f"{folder / 'config.json'} is of model_type {kind!r}",
+        f"{folder / 'config.json'} has model_type {kind!r}",
         f"{' or '.join(sorted(family.model_types))} for {family.converter}",
         f"use {fitting[0]}" if fitting else "no converter here serves this model_type",
     )

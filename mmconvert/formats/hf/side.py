@@ -120,10 +120,10 @@ def _check_beyond(
     counts = [f"{m.key} {dims[f'{m.key}.layers']}" for m in modules]
     counts += [f"{key} {count} experts" for key, count in experts_of(modules, dims).items()]
     fault = TensorError(
-        f"{number(beyond, 'tensor')} beyond the layers that config.json counts "
+        f"{number(beyond, 'tensor')} beyond the layers that config.json gives "
         f"({', '.join(counts)}): {summarise(tensor.name for tensor in beyond)}",
         "weights and config.json of one model",
-        "replace config.json or the weights by those that belong together",
+        "use the config.json and the weight files of one download",
         cause="extra-layers",
         path=min(beyond).path,
         tensors=sorted(tensor.name for tensor in beyond),
@@ -160,9 +160,9 @@ def _sources(
         if item.row.of_expert and EXPERT not in template:
             if len(tensor.shape) < 2 or tensor.shape[0] != experts:
                 raise TensorError(
-                    f"{tensor.name} is {list(tensor.shape)}; config.json counts {experts} experts",
+                    f"{tensor.name} is {list(tensor.shape)}; config.json says {experts} experts",
                     f"the {experts} experts along the first dimension",
-                    "replace config.json or the weights by those that belong together",
+                    "use the config.json and the weight files of one download",
                 )
             seen = expert_of(tensor, item.expert)
             if not read and tensor.strides is None and not tensor.parts:
@@ -250,10 +250,10 @@ def _check_sizes(item: Row, found: Sequence[_Source], dims: Dims, *, read: bool)
 def _check_size(tensor: StoredTensor, what: str, size: int, dim: str, dims: Dims) -> None:
     if dim in dims and dims[dim] != size:
         raise TensorError(
-            f"{tensor.name} {list(tensor.shape)} has {size} {what}; config.json makes it "
+            f"{tensor.name} {list(tensor.shape)} has {size} {what}; config.json asks for "
             f"{dims[dim]} ({dim})",
             "weights and config.json of one model",
-            "replace config.json or the weights by those that belong together",
+            "use the config.json and the weight files of one download",
             path=tensor.path,
             tensors=[tensor.name],
         )

@@ -130,7 +130,9 @@ class _Walk:
             names = sorted(os.listdir(here))
         except OSError as error:
             raise CheckpointError(
-                f"{here}: {error.strerror}", "a folder that can be listed", "make it readable"
+                f"{here}: {error.strerror}",
+                "a folder that can be listed",
+                "change its permissions, or ask its owner to",
             ) from error
         if (status.st_dev, status.st_ino) in self.seen:  # linked folders may go in circles
             return []

@@ -285,7 +285,7 @@ def _check_ranks(folder: Path, strategy: Strategy, ranks: int) -> None:
         )
     if devices * len(stages) != ranks:
         raise LayoutError(
-            f"{folder} holds {ranks} ranks; its strategy is of {devices} devices in each of "
+            f"{folder} holds {ranks} ranks; its strategy is for {devices} devices in each of "
             f"{len(stages)} pipeline stages, {devices * len(stages)} in all",
             "the strategy files of this checkpoint",
         )

@@ -10,7 +10,7 @@ from mmconvert.config import Options
 from mmconvert.converters.configs import MAX_SIZE, Dims
 from mmconvert.converters.mindspore import MSFamily
 from mmconvert.converters.rows import Module, mm_index
-from mmconvert.errors import LayoutError, RequestError, TensorError
+from mmconvert.errors import LEAVE_OUT, LayoutError, RequestError, TensorError
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.mindspore.folder import MSCheckpoint, is_training, open_ms
 from mmconvert.formats.mindspore.side import Spread, device_source
@@ -129,7 +129,7 @@ def _unknown(path: Path, lost: Iterable[str], table: Sequence[Module], family: s
     return TensorError(
         f"{path}: {number(names, 'tensor')} with no place in {family}: {summarise(names)}{hint}",
         f"only tensors of {family}, in MindFormers' names",
-        "leave them out with --drop 'NAME' (a pattern; may be repeated)",
+        LEAVE_OUT,
     )
 
 
@@ -205,7 +205,7 @@ def check_complete(
         expected = dims.get(f"{key}.layers", count)
         if count != expected or count > MAX_SIZE["layers"]:
             raise TensorError(
-                f"{path} has {count} {key} layers; config.json counts {expected}"
+                f"{path} has {count} {key} layers; config.json says {expected}"
                 if count != expected
                 else f"{path} has a tensor of {key} layer {count - 1}",
                 "a checkpoint and a config.json of one model",

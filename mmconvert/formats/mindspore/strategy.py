@@ -181,7 +181,7 @@ def _checked(path: Path, stage: int, layouts: Mapping[str, _Layout]) -> Strategy
         match = _MERGED.fullmatch(name) if merged else None
         at, plain = (int(match[1]), match[2]) if match else (stage, name)
         if at >= MAX_STAGES:
-            _bad(path, f"{name:.80} is of stage {at}")
+            _bad(path, f"{name:.80} is on stage {at}")
         found = stages.setdefault(at, {})
         if plain in found:
             _bad(path, f"{name:.80} occurs twice")

@@ -200,7 +200,7 @@ def _rank(checkpoint: MMCheckpoint) -> int:
             "the ranks of the matrices differ: "
             + "; ".join(f"{rank} of {name}" for rank, name in sorted(ranks.items())[:2]),
             "one rank for all, as training has one lora_r",
-            "copy the checkpoint again, if its files are of two trainings",
+            "copy the checkpoint again, if its files come from two trainings",
         )
     return next(iter(ranks))
 
@@ -225,7 +225,7 @@ def _settings(
             raise TensorError(
                 f"{checkpoint.folder}: the matrices have the rank {rank}; {where} has r {said.r}",
                 "the rank that the matrices have",
-                "copy the checkpoint again, if its files are of two trainings",
+                "copy the checkpoint again, if its files come from two trainings",
             )
         return said
     return Settings(rank)

@@ -9,7 +9,7 @@ from mmconvert.config import ParallelConfig
 from mmconvert.converters.configs import Dims
 from mmconvert.converters.family import Family
 from mmconvert.converters.rows import Module, Row, mm_index
-from mmconvert.errors import CheckpointError, TensorError
+from mmconvert.errors import LEAVE_OUT, CheckpointError, TensorError
 from mmconvert.formats.faults import Faults
 from mmconvert.formats.mm.chart import Chart
 from mmconvert.formats.mm.detect import (
@@ -25,6 +25,10 @@ from mmconvert.names import TemplateIndex, number, summarise
 from mmconvert.sharding.layout import Layout
 from mmconvert.sharding.stages import total
 
+ENCODERS_ONLY = (
+    "if it is meant to hold encoders only, give --cfg.save_vit_only True (resplit); otherwise copy "
+    "all rank folders again"
+)
 TEXT = "text_decoder."  # how the MM names of every family's text decoder begin
 
 
@@ -90,7 +94,7 @@ def is_without_text(
     fault = CheckpointError(
         f"{checkpoint.folder} holds no tensor of the text decoder",
         "all modules of the model",
-        "for encoders alone give --cfg.save_vit_only True (resplit); else copy all rank folders",
+        ENCODERS_ONLY,
         cause="encoders-only",
         path=checkpoint.folder,
     )
@@ -213,7 +217,7 @@ def check_known(
         f"{file}: {number(unknown, 'tensor')} with no place in {family.name}: "
         f"{summarise(unknown)}{hint}",
         f"only tensors of {family.name}",
-        "leave them out with --drop 'NAME' (a pattern; may be repeated)",
+        LEAVE_OUT,
         cause="unknown-tensor",
         path=file,
         tensors=unknown,
@@ -241,7 +245,7 @@ def _other_model(
     family: Family, checkpoint: MMCheckpoint, how: str, tensors: Sequence[str]
 ) -> CheckpointError:
     return CheckpointError(
-        f"{checkpoint.folder} is of another {family.name} than hf_dir: {how}",
+        f"{checkpoint.folder} belongs to another {family.name} than hf_dir: {how}",
         "a checkpoint and a config.json of one model",
         "give the hf_dir of the model that this checkpoint was made from",
         cause="other-model",
@@ -263,7 +267,7 @@ def _check_modules(chart: Chart, faults: Faults) -> None:
             fault = CheckpointError(
                 f"{chart.checkpoint.folder} holds no layer of {module.label}",
                 "all modules of the model",
-                "for encoders alone give --cfg.save_vit_only True (resplit); else copy all ranks",
+                ENCODERS_ONLY,
                 cause="missing-tensor",
                 path=chart.checkpoint.folder,
             )

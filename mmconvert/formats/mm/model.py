@@ -147,7 +147,9 @@ def mm_model(
     chart = Chart(replace(checkpoint, parts=parts), modules)
     complete = check_tensors(chart, tied, given, dims, prefix, faults)
     if tied is None and not encoders_only and OUTPUT_LAYER not in names:
-        notes.words.append("warning: no output layer and no config.json: taken for tied embeddings")
+        notes.words.append(
+            "warning: there is no output layer and no config.json: embeddings are taken to be tied"
+        )
     known = {dim: size for dim, size in dims.items() if dim != family.vocabulary}
     layout = _layout(chart, known, options, faults)
     words = _unpadded(modules, parts, layout, dims, family.vocabulary)
@@ -186,8 +188,8 @@ def _layout(chart: Chart, dims: Dims, options: Options, faults: Faults) -> Layou
         if error.cause != TRANSPOSED or options.experts != "transposed":
             raise
         raise CheckpointError(
-            f"--experts transposed: the experts of {chart.checkpoint.folder} stand as Megatron "
-            "has them",
+            f"--experts transposed: the experts of {chart.checkpoint.folder} are stored as "
+            "Megatron has them",
             "experts that the reference transposed",
             "leave the flag out",
         ) from None

@@ -246,7 +246,7 @@ def _output_layer(chart: Chart, tied: bool | None, faults: Faults) -> None:
         faults.add(_misplaced(chart, OUTPUT_LAYER, places, f"the last text layer is on {where}"))
     elif places and tied and first == last:
         what = f"{OUTPUT_LAYER} is stored beside the embedding that it is tied to, on {where}; "
-        what += "Megatron wants it on another stage only"
+        what += "Megatron expects it there only where the two are on different stages"
         fix = "write the checkpoint again; conversions read it as it is"
         faults.remark(_of_the_head("tied-head-superfluous", what, fix, chart, last))
     elif places:
@@ -263,7 +263,7 @@ def _output_layer(chart: Chart, tied: bool | None, faults: Faults) -> None:
         what = f"there is no {OUTPUT_LAYER} on any stage, and nothing here says whether embeddings "
         what += "are tied"
         fix = "if the model ties its embeddings, give --cfg.hf_config.hf_dir (doctor: --hf_dir), "
-        fix += "whose config.json says so; else copy the rank folder of the last stage again"
+        fix += "whose config.json says so; otherwise copy the rank folder of the last stage again"
         faults.add(_of_the_head("output-layer-missing", what, fix, chart, last))
 
 

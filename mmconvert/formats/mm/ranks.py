@@ -111,7 +111,7 @@ def _numbers(path: Path, faults: Faults) -> Numbers:
     if parsed is None:
         if path.name.startswith("mp_rank"):
             remark = CheckpointError(
-                f"{path} is no rank folder by its name, and is not read",
+                f"{path} does not have the name of a rank folder, and is not read",
                 fix="give it a name such as mp_rank_00 or mp_rank_00_000, or move it away",
                 cause="misnamed-rank-folder",
                 path=path,

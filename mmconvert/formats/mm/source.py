@@ -191,7 +191,7 @@ def _check_whole(item: Instance, shape: tuple[int, ...], dims: Dims, tensor: Sto
     bad_rows = want_rows and -1 not in want_rows and sum(want_rows) != rows
     if bad_rows or (want_cols not in (-1, cols)):
         raise TensorError(
-            f"{tensor.name} in {tensor.path} is a shard of {list(shape)}; config.json makes it "
+            f"{tensor.name} in {tensor.path} is a shard of {list(shape)}; config.json asks for "
             f"{[sum(want_rows) if bad_rows else rows, want_cols if want_cols != -1 else cols]}",
             "a checkpoint and a config.json of one model",
             "give the hf_dir of the model that this checkpoint was made from",

@@ -30,7 +30,10 @@ def mm_target(
     for item, stage, name, eps in placements(modules, layout, dims):
         source = wholes.get(item.key)
         if source is None:
-            raise TensorError(f"{item.key.name()} is missing in the source")
+            raise TensorError(
+                f"{item.key.name()} is missing in the source",
+                "every tensor that the target holds",
+            )
         whole = side.wholes.setdefault(item.key, Whole(source.shape, source.dtype))
         size = layout.tp[item.module.key]
         for ep, tp in product(eps, range(layout.tp_folders)):

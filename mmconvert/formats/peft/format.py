@@ -123,7 +123,9 @@ class PEFT(Format):
         words = notes_of(found, of, settings)
         words += fold_notes(found, of) if given.fold_scaling else []
         if settings.dropout:
-            words.append(f"dropout {settings.dropout:g} is of training, and not carried")
+            words.append(
+                f"dropout {settings.dropout:g} is for training only, and is not carried over"
+            )
         words += untrained(folder)
         words += residual_note(folder)
         model = Model(
@@ -144,7 +146,7 @@ class PEFT(Format):
         given = asked.layout if isinstance(asked.layout, PEFTChoices) else PEFTChoices()
         if model.adapter is None:
             raise RequestError(
-                f"{asked.source.path} is a model, no adapter", "the folder of a LoRA training"
+                f"{asked.source.path} is a model, not an adapter", "the folder of a LoRA training"
             )
         settings = model.adapter.settings
         if given.lora_alpha is not None:
@@ -228,8 +230,8 @@ def rows_of(folder: PEFTFolder, family: Family, variant: Variant) -> tuple[Modul
         present.setdefault(row.mm, set()).add(layer)
     if odd:
         raise TensorError(
-            f"{folder.file.path}: {summarise(odd, 3)} is adapted, which is no linear layer in MM "
-            "format",
+            f"{folder.file.path}: {summarise(odd, 3)} is adapted, which is not a linear layer in "
+            "MM format",
             "an adapter of linear layers",
             "merge the adapter into the model (lora_merge), and convert that",
         )

@@ -94,5 +94,5 @@ def residual_note(folder: PEFTFolder) -> list[str]:
         return []
     return [
         f"warning: init_lora_weights is {start!r}: the adapter belongs to a changed base model, "
-        "its residual, and makes a wrong one of the original"
+        "its residual, and merged into the original gives a wrong one"
     ]

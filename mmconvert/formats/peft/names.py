@@ -98,7 +98,7 @@ def renamed(tensor: StoredTensor, family: Family, names: Names, form: str) -> st
         return _key(path.rpartition(".")[0] + inner, key, form)
     if hit is None:
         raise TensorError(
-            f"{tensor.name} in {tensor.path} is of no module of {family.name}"
+            f"{tensor.name} in {tensor.path} belongs to no module of {family.name}"
             + names.closest(module),
             f"an adapter of {family.name}",
         )

@@ -88,7 +88,7 @@ def restored(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(
             f"{path}: {error.strerror}", "the optimizer's state",
-            "it was saved with --no_save_optim: start anew, with --hf_dir the checkpoint's folder",
+            "it was saved with --no_save_optim: start again, with --hf_dir the checkpoint's folder",
         ) from None  # fmt: skip
     except Exception as error:  # a damaged file raises what it likes
         raise CheckpointError(f"{path} is damaged: {error}"[:300], "a state as saved") from None
@@ -98,6 +98,6 @@ def restored(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"--resume: {key} was {before.get(key)!r}, and is {settings[key]!r}"[:300],
             "the same settings as before",
-            "give them again, or start anew in another --save",
+            "give them again, or start in another --save",
         )
     return state

@@ -56,7 +56,7 @@ class Sizes:
         visual = config.get("visual")
         if config.get("model_type") != "qwen" or not is_object(visual):
             raise CheckpointError(
-                f"{where} is of no Qwen-VL", "model_type qwen with a section visual"
+                f"{where} does not describe a Qwen-VL", "model_type qwen with a section visual"
             )
         width = _count(visual, "width", where)
         ratio = visual.get("mlp_ratio", 4.9231)

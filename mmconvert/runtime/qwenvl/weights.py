@@ -107,8 +107,8 @@ def tensors(model: QwenVLModel, path: Path, note: Emit) -> Iterator[tuple[str, T
     for key, whole in headers.wholes.items():
         if key in src.wholes and src.wholes[key].shape != whole.shape:
             raise TensorError(
-                f"{path}: {key.name()} is {list(src.wholes[key].shape)} in all; config.json makes "
-                f"it {list(whole.shape)}",
+                f"{path}: {key.name()} is {list(src.wholes[key].shape)} as a whole; config.json "
+                f"asks for {list(whole.shape)}",
                 "a checkpoint and a config.json of one model",
             )
     plan = build(src, hf_target(headers, in_dtype(src.wholes, "")), [], "")
@@ -127,7 +127,7 @@ def _source(path: Path, dims: Mapping[str, int]) -> tuple[Side, list[str]]:
     """A checkpoint as wholes in the hub's orientation, and its notes."""
     if not (path.is_dir() or is_ms(path)):
         raise CheckpointError(
-            f"{path} is no checkpoint" if path.exists() else f"{path} does not exist",
+            f"{path} is not a checkpoint" if path.exists() else f"{path} does not exist",
             "a .ckpt or safetensors file, a folder of rank_R folders, or a Hugging Face folder",
         )
     if not is_ms(path):

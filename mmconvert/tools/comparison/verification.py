@@ -72,7 +72,7 @@ def verify_quickly(
         found.append(digests)
     left, right = found
     if left.keys() != right.keys():
-        events.note("the manifests are of different forms of the model: all tensors are compared")
+        events.note("the manifests describe different forms of the model: all tensors are compared")
         return verify(a, b, options, events)
     unequal = tuple(name for name in left if left[name] != right[name])
     return Verdict(len(left), 0, [], unequal, by_digest=True)

@@ -63,12 +63,15 @@ def _look_at_names(folder: PEFTFolder, model: Model, names: Names, report: Docto
     if forms["new"] == len(first):
         return
     count = number(first, "layer")
-    command = f"mm-convert rename_lora --lora_dir {path} --save_dir NEW"
+    fix = f"rename them for PEFT: mm-convert rename_lora --lora_dir {path} --save_dir NEW"
     if forms["old"] == len(first):
-        what = f"{path}: {count} named as in transformers before 4.52; later ones load none of them"
+        what = (
+            f"{path}: {count} named as in transformers before 4.52; PEFT loads none with later ones"
+        )
+        fix += "; conversions here read both spellings"
     else:
         what = f"{path}: {len(first) - forms['new']} of {count} have names that PEFT skips"
-    report.add("adapter-names", what, f"rename them: {command}", path=folder.file.path)
+    report.add("adapter-names", what, fix, path=folder.file.path)
 
 
 def _wrong_sizes(folder: PEFTFolder, model: Model, names: Names) -> Iterator[str]:

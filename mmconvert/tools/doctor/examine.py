@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mmconvert.causes.downloads import way_to
 from mmconvert.causes.folders import other_form
 from mmconvert.errors import MMConvertError
 from mmconvert.events import Events
@@ -40,7 +41,12 @@ def examine(path: Path, asked: DoctorRequest, events: Events) -> DoctorReport:
     except OSError as error:  # a folder that may not be listed, or that vanishes meanwhile
         where = error.filename or path
         what = f"{where}: {error.strerror or error}"
-        report.add("cannot-read", what, "make it readable", path=Path(os.fsdecode(where)))
+        report.add(
+            "cannot-read",
+            what,
+            "change its permissions, or ask its owner to",
+            path=Path(os.fsdecode(where)),
+        )
     return report
 
 
@@ -71,8 +77,8 @@ def _dispatch(path: Path, asked: DoctorRequest, events: Events, report: DoctorRe
     if not path.is_dir():
         link = ": it is a link to nowhere" if path.is_symlink() else ""
         if not report.has(["interrupted-replacement"]):
-            what = f"{path} is not there{link}"
-            report.add("not-there", what, "check the path", path=path)
+            what = f"{path} does not exist{link}"
+            report.add("not-there", what, way_to(path), path=path)
         return
     _staging(path, report)
     ranks = has_ranks(path) or any(has_ranks(path / name) for name in iterations(path))

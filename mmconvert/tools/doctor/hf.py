@@ -40,7 +40,7 @@ def examine_hf(folder: Path, asked: DoctorRequest, events: Events, report: Docto
         checkpoint = open_hf(folder, Collected() if family else found)
         if family is not None or error.cause not in {e.cause for e in found.errors}:
             found.add(_unserved(error, checkpoint))
-        report.skipped.append("names and shapes: these are no weights of a model that is known")
+        report.skipped.append("names and shapes: these are not the weights of a known model")
     report_faults(found, folder, report)
     report.files = len(checkpoint.files)
     report.tensors = sum(len(file.tensors) for file in checkpoint.files)

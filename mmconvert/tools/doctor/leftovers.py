@@ -34,7 +34,7 @@ def look_beside(path: Path, report: DoctorReport) -> None:
         report.add(
             "unfinished-output",
             f"{partial} is what a killed conversion into {final} left; it is not complete",
-            "remove it; the next conversion into the same folder does so by itself",
+            "run the same conversion again: it goes on from there; or remove the folder",
             path=partial,
             command=line(["rm", "-r", operand(partial)]),
         )

@@ -86,7 +86,7 @@ def _of_family(
         return original
     report.add(
         "other-family",
-        f"{checkpoint.folder} holds tensors of {family.name}; hf_dir is of "
+        f"{checkpoint.folder} holds tensors of {family.name}; hf_dir belongs to "
         f"{original.model.family.name}",
         "give the hf_dir of the model that this checkpoint was made from",
         path=checkpoint.folder,
@@ -117,7 +117,7 @@ def _look_at_whole(
     if not asked.quick:
         look_at_twins(opened, side, hf, asked.workers, events, report)
     if original is None or report.has(["other-family"]):
-        why = "needs --hf_dir" if original is None else "hf_dir is of another model"
+        why = "needs --hf_dir" if original is None else "hf_dir belongs to another model"
         report.skipped.append(f"sizes of config.json, order of vision q, k, v: {why}")
     elif hf is not None:
         look_at_zeros(side, hf, report)
@@ -190,7 +190,7 @@ def _look_at_manifest(root: Path, report: DoctorReport) -> None:
     report.add(
         "stale-manifest" if stale else "damaged-manifest",
         note,
-        "nothing must be done: it is not used. Set it aside, so that nobody takes it for true",
+        "nothing needs to be done, as it is not used; set it aside, so that nobody relies on it",
         path=path,
         command=line(["mv", operand(path), aside]),
     )

@@ -47,7 +47,7 @@ def check_state(told: Opening, model: Model) -> None:
     ):
         if given:
             raise RequestError(
-                f"--optimizer goes with the weights as they are; {flag} changes them",
+                f"--optimizer needs the weights as they are, and {flag} changes them",
                 "one of the two",
             )
 
@@ -84,8 +84,8 @@ def open_state(
     learnt, buckets = paired(ranks)
     if filled[0].kind == "fp32" and not _named(filled):
         raise RequestError(
-            f"{folder} is of fp32 training, which saves no masters: nothing proves which moments "
-            "belong to which weights",
+            f"{folder} comes from fp32 training, which saves no masters: nothing proves which "
+            "moments belong to which weights",
             "fp32 masters beside the weights, or groups with param_names",
             f"save it once with mixed precision, or {ALONE}",
         )
@@ -129,7 +129,8 @@ def _refuse_halves(rank: RankState) -> None:
     """Raises RequestError for masters that are stored in halves."""
     if arguments(rank.pt).get("reuse_fp32_param") is True:
         raise RequestError(
-            f"{rank.pt.path} is of training with --reuse-fp32-param: its masters are in halves",
+            f"{rank.pt.path} comes from training with --reuse-fp32-param, which "
+            "stores each master in two halves",
             "fp32 masters",
             ALONE,
         )
@@ -182,7 +183,7 @@ def _content(ranks: Sequence[RankState], iteration: str) -> dict[str, object]:
     step = found.setdefault("iteration", int(iteration) if iteration.isdigit() else None)
     if type(step) is not int or (iteration.isdigit() and step != int(iteration)):
         raise CheckpointError(
-            f"{ranks[0].pt.path} is of iteration {step}, the checkpoint of {iteration}",
+            f"{ranks[0].pt.path} belongs to iteration {step}, the checkpoint to {iteration}",
             "the number of an iteration, the same in both",
             ALONE,
         )

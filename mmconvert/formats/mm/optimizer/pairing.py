@@ -163,8 +163,8 @@ def _fit_groups(rank: RankState, params: Sequence[LearntParam]) -> list[Learnt]:
         numbers = entry.groups[number].params or ()
         if len(numbers) != len(mine):
             raise MismatchError(
-                f"{rank.pt.path}: a group has {len(numbers)} parameters, {len(mine)} weights are "
-                "of its kind"
+                f"{rank.pt.path}: a group has {len(numbers)} parameters, but there are "
+                f"{len(mine)} weights of its kind"
             )
         masters = iter(entry.masters[number] if entry.masters else ())
         for param, index in zip(mine, numbers, strict=True):
@@ -188,7 +188,7 @@ def _by_name(
     mine = {name_in(rank, param.chunk, param.name): param for param in params}
     if unknown := of.keys() - mine.keys():
         raise CheckpointError(
-            f"{rank.pt.path}: the optimizer state names {sorted(unknown)[0]}, which is no weight",
+            f"{rank.pt.path}: the optimizer state names {sorted(unknown)[0]}, not a weight",
             "weights and optimizer state of one save",
             ALONE,
         )
@@ -287,7 +287,7 @@ def _ways(
         sizes = [_size(p) for p in params]
         if starts != sorted(starts):
             raise MismatchError(
-                f"{rank.pt.path}: the weights lie in another order than the buffer's"
+                f"{rank.pt.path}: the weights are in another order than in the buffer"
             )
         return observed(starts, sizes, shared, buffer.total)
     first = chunk.virtual == 0 and chunk.rank.pp == 0

@@ -28,7 +28,7 @@ MASTERS = ("fp32_from_fp16_params", "fp32_from_fp16")
 OTHERS = {
     "master_param": "--use-precision-aware-optimizer keeps its masters otherwise",
     "exp_avg_scale": "a low-precision optimizer keeps its moments quantised",
-    "momentum_buffer": "it is of SGD or Muon, not of Adam",
+    "momentum_buffer": "it belongs to SGD or Muon, not to Adam",
     "shard_main_param_res": "--reuse-fp32-param keeps its masters in halves",
 }
 
@@ -55,14 +55,14 @@ def read_rank_state(
     if kind == "distributed":
         if tree is None:
             raise CheckpointError(
-                f"{path} is of a distributed optimizer, and {beside} is not there",
+                f"{path} belongs to a distributed optimizer, and {beside} is missing",
                 f"{DISTRIBUTED} beside it, which the first data-parallel rank saves",
                 f"copy it from the machine that wrote it, or {ALONE}",
             )
         trees = tree if is_array(tree) else [tree]
         if len(trees) != len(found):
             raise CheckpointError(
-                f"{beside} is of {len(trees)} optimizers, {path} of {len(found)}",
+                f"{beside} holds {len(trees)} optimizers, {path} {len(found)}",
                 "files of one save",
             )
         entries = [_distributed(path, e, beside, t) for e, t in zip(found, trees, strict=True)]
@@ -138,13 +138,13 @@ def _groups(path: Path, found: object) -> list[Group]:
 
 def _group(path: Path, found: object) -> Group:
     if not is_dict(found):
-        raise _damaged(path, "has a group that is no dict")
+        raise _damaged(path, "has a group that is not a dict")
     values = {str(k): v for k, v in found.items() if k not in ("params", "param_names")}
     if odd := [name for name, value in values.items() if not is_plain(value)]:
-        raise _damaged(path, f"has a group whose {odd[0]} is no plain value")
+        raise _damaged(path, f"has a group whose {odd[0]} is not a plain value")
     params, names = found.get("params"), found.get("param_names")
     if params is not None and not (is_array(params) and all(type(p) is int for p in params)):
-        raise _damaged(path, "has a group whose params are no numbers")
+        raise _damaged(path, "has a group whose params are not numbers")
     numbers = tuple(p for p in params if isinstance(p, int)) if is_array(params) else None
     own = tuple(map(str, names)) if is_array(names) else ()
     return Group(key_of(values), values, numbers, own)
@@ -192,7 +192,7 @@ def _plain(path: Path, entry: object, kind: Kind) -> OptimizerEntry:
 def _fields(path: Path, number: int, kept: object) -> dict[str, StoredTensor]:
     """What is kept of one parameter."""
     if not is_dict(kept):
-        raise _damaged(path, f"of parameter {number} is no dict")
+        raise _damaged(path, f"of parameter {number} is not a dict")
     fields: dict[str, StoredTensor] = {}
     for name, value in kept.items():
         if name in OTHERS:
@@ -233,7 +233,7 @@ def _masters(path: Path, found: object) -> list[list[StoredTensor]]:
     if len(made) != len(groups) or any(
         len(mine) != len(group) for mine, group in zip(made, groups, strict=True) if is_array(group)
     ):
-        raise _damaged(path, f"has {MASTERS[0]} that are no lists of tensors")
+        raise _damaged(path, f"has {MASTERS[0]} that are not lists of tensors")
     return made
 
 
@@ -276,7 +276,7 @@ def _buffers(path: Path, tree: object) -> list[Buffer]:
 def _typed(path: Path, found: object) -> list[Buffer]:
     """A buffer by the dtypes that it is of."""
     if not is_dict(found):
-        raise _damaged(path, "has a buffer that is no dict")
+        raise _damaged(path, "has a buffer that is not a dict")
     return [_buffer(path, dtypes, fields) for dtypes, fields in found.items()]
 
 

@@ -21,8 +21,8 @@ CARRIED = (
 )
 OWN = ("optimizer", "args", *CARRIED)  # what notes need not say is left out
 LEFT_BEHIND = {
-    "rng_state": "random state is of one layout's ranks: go on with --no-load-rng",
-    "rerun_state_machine": "the rerun state machine starts anew",
+    "rng_state": "random state belongs to the ranks of one layout: continue with --no-load-rng",
+    "rerun_state_machine": "the rerun state machine starts afresh",
 }
 # Values of a group that are of one layout, or of one kind of optimizer, alone.
 _OF_LAYOUT = ("is_expert_parallel",)
@@ -77,10 +77,10 @@ def summary_of(state: OptimizerState) -> StateSummary:
 def notes_of(state: OptimizerState) -> list[str]:
     """What is worth knowing of what is carried over."""
     what = f"{KINDS[state.kind]}, iteration {state.iteration}, {amount(state.nbytes)}"
-    notes = [f"optimizer state ({what}) goes with the weights"]
+    notes = [f"optimizer state ({what}) is carried over with the weights"]
     notes += [f"left out: {words}" for words in state.notes]
     if state.left_out:
-        notes.append(f"left out: arguments that are no plain values: {summarise(state.left_out)}")
+        notes.append(f"left out: arguments that are not plain values: {summarise(state.left_out)}")
     if state.kind == "distributed":
         size = state.buckets.size
         cut = (
@@ -88,7 +88,7 @@ def notes_of(state: OptimizerState) -> list[str]:
             if size
             else "without --overlap-grad-reduce"
         )
-        notes.append(f"{DISTRIBUTED} is for a run {cut}, as the source's")
+        notes.append(f"{DISTRIBUTED} fits a run {cut}, as the source's run")
     return notes
 
 

@@ -38,7 +38,7 @@ def with_state(side: Side, state: OptimizerState) -> Side:
         made.add(key, whole)
     if left := [one for one in state.learnt if _place(one.weight) not in made.used]:
         raise RequestError(
-            f"{left[0].weight.path}: the optimizer state of {left[0].name} goes with none of the "
+            f"{left[0].weight.path}: the optimizer state of {left[0].name} belongs to none of the "
             "weights as they are read",
             "weights in the form in which they are stored",
             "leave --optimizer out: the weights alone are resplit",
@@ -61,7 +61,7 @@ def groups_of(side: Side, state: OptimizerState) -> dict[Key, GroupKey]:
             raise CheckpointError(
                 f"{key.name()} is in groups of two kinds: {ones[0].weight.path}, "
                 f"{odd[0].weight.path}",
-                "copies of one tensor that learn alike",
+                "the same learning settings for all copies of a tensor",
             )
         if ones:
             found[key] = ones[0].group
