@@ -119,7 +119,7 @@ def check_formats(family: Family, options: Options, reader: Format, writer: Form
     for kind in (reader, writer):
         if kind.naming and kind.naming not in family.namings:
             raise RequestError(
-                f"{family.name} has no form in the format {kind.name} ({kind.title})",
+                f"{family.name} cannot be stored as {kind.title} ({kind.name})",
                 f"a format for {family.form}",
             )
     usual = Options()

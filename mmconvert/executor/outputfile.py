@@ -28,7 +28,8 @@ class FileOutput(Output):
                 "choose another name, or give --overwrite to replace it",
             )
         if not self.final.is_file():
-            raise OutputError(f"{self.final} is no regular file", "a file, or a new name")
+            what = f"{self.final} is not a regular file"
+            raise OutputError(what, "a regular file, or a new name")
 
     def _put_in_place(self) -> None:
         made = self.folder / self.final.name

@@ -9,7 +9,7 @@ from mmconvert.causes.tensors import unusable
 from mmconvert.config import Options
 from mmconvert.converters.family import Family
 from mmconvert.converters.rows import OUTPUT_LAYER, Module, hf_templates
-from mmconvert.errors import CheckpointError, FormError, TensorError
+from mmconvert.errors import LEAVE_OUT, CheckpointError, FormError, TensorError
 from mmconvert.formats.faults import STRICT, Faults
 from mmconvert.formats.hf.folder import HFCheckpoint
 from mmconvert.formats.model import Notes, dropped_by, drops_too_much
@@ -112,14 +112,14 @@ def claim_hf(
                 f"{number(names, 'tensor')} of another {family.name} than that of config.json: "
                 f"{summarise(sorted(names))}",
                 "weights and config.json of one model",
-                "replace config.json or the weights by those that belong together",
+                "use the config.json and the weight files of one download",
                 cause="other-model",
                 path=first.path,
             )
         fault = TensorError(
             f"{number(lost, 'tensor')} with no place in {family.form}: {summarise(lost)}",
             f"only tensors of {family.name}",
-            "leave them out with --drop 'NAME' (a pattern; may be repeated)",
+            LEAVE_OUT,
             cause="unknown-tensor",
             path=first.path,
             tensors=sorted(t.name for t in lost.values()),

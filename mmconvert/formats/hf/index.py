@@ -86,11 +86,11 @@ def absent(index: Path, name: str, listed: Mapping[str, str], there: int) -> Che
     """A weight file of the index that is not there."""
     path, names = index.parent / name, set(listed.values())
     link = " (a link to nowhere)" if path.is_symlink() else ""
-    what = "is a folder, a pipe or a device" if path.exists() else f"is not there{link}"
+    what = "is a folder, a pipe or a device" if path.exists() else f"is missing{link}"
     inside = [tensor for tensor, file in listed.items() if file == name]
     return CheckpointError(
-        f"{path} {what}; {index.name} puts {number(inside, 'tensor')} into it ({there} of "
-        f"{len(names)} weight files are there)",
+        f"{path} {what}; {index.name} lists {number(inside, 'tensor')} in it ({there} of "
+        f"{len(names)} weight files found)",
         f"all {len(names)} weight files of the index",
         "download the missing files again",
         cause="missing-weight-file",

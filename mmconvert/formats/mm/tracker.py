@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from mmconvert.causes.downloads import way_to
 from mmconvert.causes.folders import other_form
 from mmconvert.errors import CheckpointError, FormatError, blamed
 from mmconvert.formats.faults import STRICT, Faults
@@ -27,7 +28,7 @@ def find_weights(root: Path, faults: Faults = STRICT) -> tuple[Path, str]:
     """
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
-        raise CheckpointError(f"{root} {what}", "the folder of a checkpoint", "check the path")
+        raise CheckpointError(f"{root} {what}", "the folder of a checkpoint", way_to(root))
     there = newest(root)
     if (root / TRACKER).is_file():
         unknown: tuple[Path, str] | None = None
@@ -52,7 +53,7 @@ def find_weights(root: Path, faults: Faults = STRICT) -> tuple[Path, str]:
         raise other_form(root, "mm") or CheckpointError(
             f"{root} has neither {TRACKER} nor mp_rank_* folders",
             f"an MM checkpoint: {TRACKER} with release/ or iter_N/",
-            "it is a Hugging Face checkpoint: hf_to_mm reads it"
+            "it is a Hugging Face checkpoint, which goes to --cfg.hf_config.hf_dir"
             if (root / "config.json").is_file()
             else "check the path; training writes below its --save folder",
             cause="no-checkpoint",
@@ -96,7 +97,7 @@ def _tracked(root: Path, there: str) -> tuple[Path, str]:
     name = "release" if text == "release" else f"iter_{int(text):07d}"
     if not (root / name).is_dir():
         raise CheckpointError(
-            f"{tracker} says {text!r}, but {root / name} is not there",
+            f"{tracker} says {text!r}, but {root / name} does not exist",
             f"the folder {name} beside the tracker file",
             fix or "write the number of an iteration that exists into the tracker file",
             cause="dangling-tracker",

@@ -52,7 +52,7 @@ def look_beside(path: Path, report: DoctorReport) -> None:
     else:
         report.add(
             "interrupted-replacement",
-            f"{final} is not there, and {old} is its former content: a conversion with "
+            f"{final} does not exist, and {old} is its former content: a conversion with "
             "--overwrite was killed between two renames",
             "give it its name back",
             path=old,

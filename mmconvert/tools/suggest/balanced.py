@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
+from mmconvert.causes.downloads import way_to
 from mmconvert.causes.folders import other_form
 from mmconvert.errors import CheckpointError, LayoutError
 from mmconvert.formats.hf.folder import has_weights, read_config
@@ -46,7 +47,7 @@ def suggest(folder: Path, expected: Goal) -> Suggestion:
         raise other_form(folder, "hf") or CheckpointError(
             f"{folder} {'has no config.json' if folder.is_dir() else 'does not exist'}",
             "the folder of a Hugging Face checkpoint, or one with its config.json alone",
-            "give that folder as HF_DIR",
+            "give that folder as HF_DIR" if folder.exists() else way_to(folder),
         )
     config = read_config(folder)
     family = family_of(folder)
@@ -69,7 +70,7 @@ def suggest(folder: Path, expected: Goal) -> Suggestion:
     found = _balanced(problem, {m.key for m in model.modules if in_one_piece(m)})
     layout = Layout(every, found.grids, decoder=family.decoder)
     if unusable := cautions(model.modules, model.dims, layout):
-        raise LayoutError(unusable[0], "a layout that training can use", "give another --tp")
+        raise LayoutError(unusable[0], "a layout that training can use", "choose another --tp")
     counts = {key: flat(grid) for key, grid in found.grids.items()}
     chunks = [
         sum(c)

@@ -80,7 +80,7 @@ class OptimizerState:
         bare: rank files that leave out what another has too.
         scaler: of the loss; None without one.
         content: what else training goes on with: iteration, schedule, arguments.
-        left_out: arguments that are no plain values.
+        left_out: arguments that are not plain values.
         order: of the parameters.
         buckets: of a distributed optimizer.
         notes: what is not carried over, in words.
