@@ -441,6 +441,6 @@ def test_reports_replace_only_reports(hf: Path, trained: Path, tmp_path: Path) -
     refused(run_cli("diff", hf, trained, "--html", weights, "--overwrite"), 2, "is not a report")
     assert weights.read_bytes() == before
     refused(run_cli("diff", hf, trained, "--html", tmp_path), 2, "is a folder")
-    refused(run_cli("diff", hf, trained, "--svg", tmp_path / "x" / "r.svg"), 2, "not there")
+    refused(run_cli("diff", hf, trained, "--svg", tmp_path / "x" / "r.svg"), 2, "does not exist")
     same = ("--html", tmp_path / "s", "--svg", tmp_path / "s")
     refused(run_cli("diff", hf, trained, *same), 2, "--html and --svg are both")

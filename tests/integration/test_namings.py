@@ -218,5 +218,5 @@ def test_a_naming_that_the_table_has_not(hf: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="has no name in the naming dist"):
         in_naming(modules(Variant()), "dist")
     family = mmconvert.converters.load("Qwen2VLConverter")
-    with pytest.raises(RequestError, match="no form in the format trio"):
+    with pytest.raises(RequestError, match="cannot be stored as"):
         convert(family, Request("t", End("hf", hf), End("trio", tmp_path / "x"), original=hf))

@@ -296,7 +296,7 @@ def test_a_missing_file_of_buffers(states: States, out: Path, tmp_path: Path) ->
     path = rank_files(mm)["mp_rank_01"].with_name("distrib_optim.pt")
     path.unlink()
     done = resplit(mm, out, *target("[4]", "[2]"), "--optimizer", check=None)
-    refused(done, 3, str(path), "is not there", out=out)
+    refused(done, 3, str(path), "is missing", out=out)
 
 
 def test_half_a_file_of_buffers(states: States, out: Path, tmp_path: Path) -> None:
