@@ -23,7 +23,7 @@ OMNI = ("qwen2_5_omni", "qwen2_5_omni_thinker")
 ORIGINAL = "internvl_chat"
 # Why none is made of other families' config.json.
 UNKNOWN = "the keys that MindSpeed-MM expects for it are not known here"
-UNMADE = dict.fromkeys(
+UNMADE: dict[str, str] = dict.fromkeys(
     ("qwen3_vl", "qwen3_vl_moe"),
     "MindSpeed-MM's own examples build Qwen3-VL from its Hugging Face folder, for FSDP2, and list "
     "no layers",
