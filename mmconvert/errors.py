@@ -206,7 +206,7 @@ def cannot_write(path: str | PathLike[str], error: OSError) -> OutputError:
     """What to say when the system refuses to write ``path``: a full disk, or anything else."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutputError(
-            f"{path}: there is no room left to write it ({error.strerror})",
+            f"{path}: no more can be written ({error.strerror})",
             "room for all of it; an output gets its name only when it is complete",
             "free some space, write to another disk or raise the limit, and run the command again",
         )

@@ -796,7 +796,12 @@ def test_a_tool_takes_its_flags_from_a_file(tied_hf: Path, tmp_path: Path) -> No
     run_cli(*words, check=0)
     assert (tmp_path / "b.svg").is_file()
     file.write_text("tensor: true\n")
-    refused(run_cli("inspect", tied_hf, "--config", file), 2, "--tensor", "did you mean --tensors?")
+    refused(
+        run_cli("inspect", tied_hf, "--config", file),
+        2,
+        "line 1: there is no key tensor",
+        "did you mean tensors?",
+    )
     refused(run_cli("inspect", tied_hf, "--config"), 2, "--config has no file")
 
 

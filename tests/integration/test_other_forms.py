@@ -644,7 +644,7 @@ def test_an_index_beside_a_pickle(hf: Path, tmp_path: Path) -> None:
     as_pickle(hf)
     other = {"a": "model-00001-of-00002.safetensors"}
     (hf / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": other}))
-    says(converting(hf), "stale-index", hf, "pytorch_model.bin is", "move it away")
+    says(converting(hf), "stale-index", hf, "pytorch_model.bin instead", "move it away")
     (hf / INDEX).rename(hf / f"{INDEX}.old")
     to_mm(MODEL, hf, tmp_path / "mm")
 
