@@ -22,24 +22,29 @@ class Load:
     Attributes:
         folder: with a tracker file. An iteration is gone on from; a ``release`` is begun with.
         iteration: the one to take; 0 for the tracker file's.
-        optimizer: take over its optimizer and its place in the schedule.
     """
 
     folder: Path
     iteration: int = 0
-    optimizer: bool = True
 
 
 def beginning(
-    mm_dir: Path | None, hf_dir: Path, plan: TrainingPlan, resume: bool, load: Load | None
+    mm_dir: Path | None,
+    hf_dir: Path,
+    plan: TrainingPlan,
+    resume: bool,
+    load: Load | None,
+    optimizer: bool = True,
 ) -> tuple[Architecture, LoadableCheckpoint, Start]:
     """The model, the checkpoint to begin with, and whether its iteration is gone on from.
 
     With LoRA ``mm_dir`` is the base model, and what is gone on from are adapters.
+
+    Args:
+        optimizer: take over the optimizer of what is gone on from, and its place in the schedule.
     """
     if plan.lora is not None:
-        return _with_adapters(mm_dir, hf_dir, plan, resume, load)
-    optimizer = load is None or load.optimizer
+        return _with_adapters(mm_dir, hf_dir, plan, resume, load, optimizer)
     if resume and (plan.save / TRACKER).is_file():
         arch, stored = load_folder(hf_dir, plan.save)
         start = Start(resumed=True, optimizer=optimizer)
@@ -62,7 +67,12 @@ def beginning(
 
 
 def _with_adapters(
-    mm_dir: Path | None, hf_dir: Path, plan: TrainingPlan, resume: bool, load: Load | None
+    mm_dir: Path | None,
+    hf_dir: Path,
+    plan: TrainingPlan,
+    resume: bool,
+    load: Load | None,
+    optimizer: bool,
 ) -> tuple[Architecture, LoadableCheckpoint, Start]:
     """The base model, and the adapters that are gone on from."""
     base_dir = mm_dir or (load.folder if load is not None else None)
@@ -88,7 +98,7 @@ def _with_adapters(
         )
     if not resume:
         _look_for_later(plan.save, found)
-    start = Start(resumed=found.iteration > 0, optimizer=load is None or load.optimizer)
+    start = Start(resumed=found.iteration > 0, optimizer=optimizer)
     if start.resumed and found.iteration >= plan.steps:
         raise RequestError(
             f"{begun} is at iteration {found.iteration} already",

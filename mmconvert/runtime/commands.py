@@ -178,6 +178,7 @@ def finetune(
     on_event: Emit,
     expected: Callable[[Layout], None] | None = None,
     load: Load | None = None,
+    optimizer: bool = True,
 ) -> TrainingOutcome:
     """Fine-tunes an MM checkpoint.
 
@@ -186,11 +187,12 @@ def finetune(
         expected: looks at the checkpoint's layout before anything is done.
         resume: go on from the newest checkpoint in ``plan.save``, if there is one.
         load: what to start from in place of ``mm_dir``.
+        optimizer: take over the optimizer's state of what is gone on from.
 
     Raises:
         MMConvertError: as :func:`validate`; OutputError: the folder holds a checkpoint already.
     """
-    arch, stored, start = beginning(mm_dir, hf_dir, plan, resume, load)
+    arch, stored, start = beginning(mm_dir, hf_dir, plan, resume, load, optimizer)
     if expected is not None:
         expected(stored.layout)
     look = Media(arch, hf_dir, data.prepare).look

@@ -184,7 +184,11 @@ def plan_of(args: object, ranks: set[int], alpha: float | None, where: str) -> L
     """
     if len(ranks) != 1:
         what = "no adapters" if not ranks else f"adapters of ranks {sorted(ranks)}"
-        raise CheckpointError(f"{where} holds {what}", "the adapters of one LoRA training")
+        raise CheckpointError(
+            f"{where} holds {what}",
+            "the adapters of one LoRA training",
+            "give the folder of one; a training of whole weights goes on without LoRA's flags",
+        )
     (rank,) = ranks
     found = of_training(vars(args)) if isinstance(args, Namespace) else None
     if found is not None and found.r != rank:

@@ -217,7 +217,7 @@ class Optimizer:
             raise CheckpointError(
                 f"the optimizer's state does not fit the parameters that learn: {odd[0]}",
                 "the same frozen parts as before",
-                "give the same --freeze, or start from the weights with --mm_dir",
+                "give the same --freeze, or --no_load_optim, which restarts the moments",
             )
         for key, master in self._masters.items():
             held = state[self._name(key)]

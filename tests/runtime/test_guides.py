@@ -102,6 +102,13 @@ def test_what_cannot_be_honoured_is_refused_by_name(name: str, guide: Guide) -> 
     assert not (guide.folder / "refused").exists()
 
 
+def test_sizes_are_the_checkpoints_without_the_guides_files_too(guide: Guide) -> None:
+    words = ("--mm_dir", "mm", "--hf_dir", "hf", "--data", "mllm.json", "--save", "refused")
+    more = ("--tensor-model-parallel-size", "2", "--train_iters", "1")
+    done = run_cli("finetune", *words, *more, cwd=guide.folder, check=2)
+    assert "tp_size 2" in done.stderr
+
+
 def test_a_file_of_another_model_is_refused(guide: Guide) -> None:
     content = json.loads((guide.folder / "model_2b.json").read_text())
     content["text_decoder"] |= {"ffn_hidden_size": 11, "rope_theta": 5.0}

@@ -126,8 +126,14 @@ def test_a_restart_with_other_frozen_parts_is_refused(tmp_path: Path) -> None:
     data, save = [talking.write_data(tmp_path)], tmp_path / "save"
     talking.learn(mm, hf, data, talking.plan(save, 1))
     what = talking.plan(save, 2, frozen=("image_encoder",))
-    with pytest.raises(CheckpointError, match="does not fit the parameters that learn"):
+    with pytest.raises(CheckpointError, match="does not fit the parameters that learn") as caught:
         talking.learn(mm, hf, data, what, resume=True)
+    assert "--no_load_optim" in (caught.value.fix or "")
+    words = ("--mm_dir", mm, "--hf_dir", hf, "--data", data[0], "--save", save, "--resume")
+    more = ("--freeze", "image_encoder", "--no_load_optim", "--train_iters", "2")
+    done = run_cli("finetune", *words, *more, check=0)
+    assert "the moments start at zero" in done.stderr
+    assert "iteration      2/2" in done.stdout
 
 
 # ------------------------------------------------------------------------- what a restart says
@@ -159,7 +165,7 @@ def test_load_goes_on_from_an_iteration_and_says_what_has_changed(tmp_path: Path
     commands.finetune(
         None, hf, Data((SampleSource((data,)),)), again, "fp32", False,
         lambda event: lines.append(event) if isinstance(event, Line) else None,
-        load=Load(save, 2, optimizer=False),
+        load=Load(save, 2), optimizer=False,
     )  # fmt: skip
     assert [(line.iteration, line.rate) for line in lines] == [(3, 0.0), (4, 1.5e-3)]
     assert lines[0].loss == pytest.approx(whole[2][1], rel=1e-6)

@@ -233,7 +233,8 @@ def _train(asked: Finetuned, script: Script) -> int:
             start, load = _beginning(asked)
             ended = commands.finetune(
                 start, hf_dir, data, plan, asked.dtype, asked.resume, screen.tell,
-                expected if script.given else None, load,
+                expected if script.given or script.sizes else None, load,
+                optimizer=not asked.no_load_optim,
             )  # fmt: skip
     except KeyboardInterrupt:
         return screen.interrupted("interrupted") if leads() else INTERRUPTED
@@ -266,4 +267,4 @@ def _beginning(asked: Finetuned) -> tuple[Path | None, Load | None]:
     if asked.finetune:
         return asked.load, None
     base = asked.mm_dir or asked.load_base_model
-    return base, Load(asked.load, asked.ckpt_step, not asked.no_load_optim)
+    return base, Load(asked.load, asked.ckpt_step)
