@@ -103,6 +103,15 @@ def _at_once(sync: Callable[[str | Path], None], paths: list[str] | list[str | P
             pass
 
 
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Removes folders, the innermost first, up to one that is in use."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            break
+
+
 def beside(path: Path, ending: str) -> Path:
     """Where what is to become a file or folder is made: ``.NAME`` and an ending, beside it. A name
     that leaves no room for the ending gives way to its digest, the same each time.

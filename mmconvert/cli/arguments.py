@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar, get_type_hints
 
 from mmconvert.cli import plain
-from mmconvert.cli.spelling import configured, normalise, repeated_joined, underscored
+from mmconvert.cli.spelling import REPEATED, configured, normalise, repeated_joined, underscored
 from mmconvert.config import Options
 
 
@@ -32,10 +32,19 @@ def by_module(flags: object, end: str) -> dict[str, Any]:
 Plain = TypeVar("Plain")
 
 
-def read_plain(form: type[Plain], words: Sequence[str], prog: str, description: str) -> Plain:
+def read_plain(
+    form: type[Plain],
+    words: Sequence[str],
+    prog: str,
+    description: str,
+    repeated: Collection[str] = REPEATED,
+) -> Plain:
     """Reads the command line of a tool.
 
     ``--config FILE.yaml`` stands for the flags in it; flags on the command line win.
+
+    Args:
+        repeated: the flags that may be repeated, of which all values count.
 
     Raises:
         SystemExit: 0, help was printed.
@@ -46,7 +55,7 @@ def read_plain(form: type[Plain], words: Sequence[str], prog: str, description: 
         given = configured(given)
     from mmconvert.cli import parsing  # not at the top: it costs a tenth of a second
 
-    return parsing.tool(form, repeated_joined(given), prog, description)
+    return parsing.tool(form, repeated_joined(given, repeated), prog, description)
 
 
 @dataclasses.dataclass(frozen=True)

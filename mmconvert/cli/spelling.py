@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_type_hints
 
@@ -136,20 +136,20 @@ def configured(words: list[str]) -> list[str]:
     return line
 
 
-def repeated_joined(words: Sequence[str]) -> list[str]:
+def repeated_joined(words: Sequence[str], flags: Collection[str] = REPEATED) -> list[str]:
     """All occurrences of a repeatable flag as one, with a JSON list; other words untouched."""
     given: dict[str, list[str]] = {}
     out: list[str] = []
     rest = iter(words)
     for word in rest:
         flag, equals, value = word.partition("=")
-        if flag not in REPEATED:
+        if flag not in flags:
             out.append(word)
         elif equals:
             given.setdefault(flag, []).append(value)
         else:
             following = next(rest, None)
-            if following is None:  # for tyro to refuse
+            if following is None or following.startswith("--"):  # for tyro to refuse
                 return [*out, word]
             given.setdefault(flag, []).append(following)
     return out + [word for flag, values in given.items() for word in (flag, json.dumps(values))]

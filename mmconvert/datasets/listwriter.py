@@ -185,8 +185,4 @@ class ListWriter:
             return
         self.partial.unlink(missing_ok=True)
         self._close()
-        for parent in self._new_parents:  # innermost first; stops at one that is in use
-            try:
-                parent.rmdir()
-            except OSError:
-                break
+        durable.remove_empty(self._new_parents)

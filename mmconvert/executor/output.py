@@ -253,11 +253,7 @@ class Output:
         kept = not done and stopped and self._keeps(self.folder)
         if not done and not kept:
             shutil.rmtree(self.folder, ignore_errors=True)
-            for parent in self._new_parents:  # innermost first; stops at one that is in use
-                try:
-                    parent.rmdir()
-                except OSError:
-                    break
+            durable.remove_empty(self._new_parents)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

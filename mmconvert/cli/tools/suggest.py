@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -13,7 +12,7 @@ import tyro
 from mmconvert.cli.arguments import by_module, read_plain
 from mmconvert.cli.screen import screen_events
 from mmconvert.cli.spelling import path_of
-from mmconvert.config import MaybePath
+from mmconvert.config import NO_PATTERNS, MaybePath, Patterns
 from mmconvert.words import amount
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class SuggestFlags:
     """Expert-parallel size, for models with experts; 0 proposes one."""
     device_memory: float = 64
     """GB of a device's memory, for that proposal."""
-    freeze: str = ""
+    freeze: Annotated[Patterns, tyro.conf.arg(metavar="NAME")] = NO_PATTERNS
     """Not trained: image_encoder, audio_encoder, text_decoder; commas between, or repeated."""
     by: Literal["flops", "parameters"] = "flops"
     """What to balance: operations of a step, or parameters."""
@@ -78,7 +77,7 @@ class SuggestFlags:
 
 def run(words: list[str]) -> int:
     """Balances, and shows."""
-    asked = read_plain(SuggestFlags, freeze_joined(words), "mm-convert suggest", TEXT)
+    asked = read_plain(SuggestFlags, words, "mm-convert suggest", TEXT, {"--freeze"})
     from mmconvert.tools.suggest.balanced import suggest
     from mmconvert.tools.suggest.suggestion import Goal
     from mmconvert.tools.suggest.workload import Workload
@@ -117,7 +116,8 @@ def run(words: list[str]) -> int:
 def _frozen(asked: SuggestFlags) -> tuple[str, ...]:
     """What does not learn: as asked for, else the modules that model.json freezes as a whole."""
     if asked.freeze or asked.model_json is None:
-        return tuple(name.strip() for name in asked.freeze.split(",") if name.strip())
+        names = (name.strip() for text in asked.freeze for name in text.split(","))
+        return tuple(name for name in names if name)
     from mmconvert.modeljson.file import read_model_json
 
     names = read_model_json(asked.model_json).frozen()
@@ -151,23 +151,6 @@ def _model_json(asked: SuggestFlags, found: Suggestion) -> Made:
     if asked.write is not None:
         write_json(content, asked.write, overwrite=asked.overwrite)
     return Made(content, script_flags(content, layout))
-
-
-def freeze_joined(words: Sequence[str]) -> list[str]:
-    """All ``--freeze NAME`` as one flag with commas, the others untouched."""
-    names: list[str] = []
-    out: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        flag, equals, value = word.partition("=")
-        if flag != "--freeze":
-            out.append(word)
-            continue
-        name = value if equals else next(rest, None)
-        if name is None or name.startswith("-"):  # for tyro to refuse
-            return [*out, "--freeze"]
-        names.append(name)
-    return [*out, "--freeze", ",".join(names)] if names else out
 
 
 def _folder_name(asked: SuggestFlags, ep: int) -> Path:

@@ -94,8 +94,7 @@ def _dispatch(path: Path, asked: DoctorRequest, events: Events, report: DoctorRe
             f"move one of them away; commands that ask for any checkpoint take it for {read}",
             path=path,
         )
-    weights = any(path.glob("*.safetensors")) or (path / INDEX).is_file()
-    if hf and (weights or not mm):
+    if hf and (has_weights(path) or not mm):
         examine_hf(path, asked, events, report)
         look_at_model_json(path, None, asked, report)
     else:
