@@ -182,7 +182,8 @@ def chunk_model(
         params_dtype=torch.bfloat16,
         bf16=True,
     )
-    spec = {"num_experts": count, "moe_grouped_gemm": False, "qk_layernorm": True} if count else {}
+    spec: dict[str, Any] = {"moe_grouped_gemm": False, "qk_layernorm": True} if count else {}
+    spec |= {"num_experts": count} if any(".experts." in name for name in weights) else {}
 
     class Model(MegatronModule):
         def __init__(self) -> None:

@@ -49,6 +49,7 @@ ONE, TP2 = Form([[4]]), Form([[4]], 2)
 PP2, VPP2 = Form([[1, 3]]), Form([[1, 1], [1, 1]])
 EP1, EP2, EP4 = (Form([[3]], 1, ep, 3) for ep in (1, 2, 4))
 TP2_EP2, PP2_EP2 = Form([[3]], 2, 2, 3), Form([[1, 2]], 1, 2, 3)
+PP2_EP1 = Form([[1, 2]], 1, 1, 3)
 VPP2_EP2 = Form([[1, 1], [1, 0]], 1, 2, 3)
 
 
@@ -58,6 +59,7 @@ class Case(NamedTuple):
     Attributes:
         then: the kind of optimizer that goes on, where it is another; it is fused.
         fused: with its step in the groups; not given: where it is distributed.
+        dense: the first text layer has no experts, and is alone on its stage.
     """
 
     first: Form
@@ -68,6 +70,7 @@ class Case(NamedTuple):
     bucket: int = 0
     then: str = ""
     fused: bool | None = None
+    dense: bool = False
 
     @property
     def ends_distributed(self) -> bool:
@@ -114,6 +117,9 @@ EXPERTS = {
     "distributed: tp 2 ep 2 to pp 2 ep 2": Case(TP2_EP2, PP2_EP2, True),
     "distributed: pp 2 ep 2 to virtual stages, buckets": Case(PP2_EP2, VPP2_EP2, True,
                                                               bucket=10_000),
+    "a stage without experts": Case(PP2_EP1, PP2_EP2, dense=True),
+    "distributed: a stage without experts": Case(PP2_EP2, PP2_EP1, True, dense=True),
+    "distributed: another stage without experts": Case(PP2_EP1, PP2_EP2, True, dense=True),
     "distributed to plain: ep 2 to tp 2 ep 2": Case(EP2, TP2_EP2, True, then="plain", fused=True),
     "plain to distributed: ep 4 to ep 2": Case(EP4, EP2, then="distributed", fused=True),
 }  # fmt: skip
@@ -174,10 +180,12 @@ def experts(
 ) -> dict[str, Trained]:
     _needs_megatron()
     folder = tmp_path_factory.mktemp("megatron_experts")
-    model = tinymoe.qwen3vl_moe().bfloat16()
-    source = Source(tinymoe.save(model, folder / "hf"), _text(model))
+    sources: list[Source] = []
+    for dense in ([], [0]):
+        model = tinymoe.qwen3vl_moe(mlp_only_layers=dense).bfloat16()
+        sources.append(Source(tinymoe.save(model, folder / f"hf{len(dense)}"), _text(model)))
     cases = _asked(request, test_megatron_goes_on_with_experts, EXPERTS)
-    return _trained(folder, cases, [source], world=4)
+    return _trained(folder, cases, sources, world=4)
 
 
 def _text(model: Any) -> dict[str, Any]:
@@ -190,7 +198,7 @@ def _trained(
     """Trains in the first layouts, resplits, trains in the second ones.
 
     Args:
-        sources: of models whose embeddings are not tied, and are tied.
+        sources: of two models; the second is tied, or has a layer without experts.
     """
     first: list[Run] = []
     second: list[Run] = []
@@ -198,7 +206,7 @@ def _trained(
     for number, (name, case) in enumerate(cases.items()):
         here = folder / str(number)
         here.mkdir()
-        hf = sources[case.tied].hf
+        hf = sources[case.tied or case.dense].hf
         hf_to_mm(hf, here / "mm", *layout(*case.first.flags()), converter="AutoConverter")
         how = (case.tied, case.frozen, case.bucket)
         fused = case.distributed if case.fused is None else case.fused
@@ -225,7 +233,7 @@ def _trained(
     for run, case in zip(second, cases.values(), strict=True):
         for steps in (STEPS, STEPS + 1):
             source, to = run.target.parent / f"a{steps}", run.target.parent / f"b{steps}"
-            known = ["--cfg.hf_config.hf_dir", str(sources[case.tied].hf)]
+            known = ["--cfg.hf_config.hf_dir", str(sources[case.tied or case.dense].hf)]
             flags = [*target(*case.second.flags()), "--optimizer", *known]
             flags += ["--optimizer-kind", case.then] if case.then else []
             resplit(source, to, *flags, converter="AutoConverter")

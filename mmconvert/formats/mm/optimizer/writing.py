@@ -108,8 +108,8 @@ class StateWriter:
         content["optimizer"] = entries if listed else entries[0]
         beside: object = None
         if state.kind == "distributed":
-            held = [[p for p in some if p.fields] for some in split]
-            trees = [self._buffers(some) if some else None for some in held]
+            # What is no expert's is in the file of the first expert-parallel rank alone.
+            trees = [None if rank.ep and not i else self._buffers(p) for i, p in enumerate(split)]
             beside = trees if len(split) > 1 else trees[0]
         return StateFiles(content, beside)
 
