@@ -242,6 +242,7 @@ def rank_file(folder: Path, run: Run, place: Place) -> Path:
 
 def train(run: Run, text: dict[str, Any], place: Place) -> None:
     """Loads, takes the steps, saves."""
+    from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -256,7 +257,11 @@ def train(run: Run, text: dict[str, Any], place: Place) -> None:
         overlap_grad_reduce=bool(run.bucket),
         bucket_size=run.bucket or None,
     )
-    chunks = [chunk_model(run, text, content[part], pp) for part in parts]
+    chunks: list[Any] = []
+    for i, part in enumerate(parts):
+        if len(parts) > 1:  # before 0.13 a tied model asks whether it is the first or last chunk
+            parallel_state.set_virtual_pipeline_model_parallel_rank(i)
+        chunks.append(chunk_model(run, text, content[part], pp))
     models: list[Any] = [
         DistributedDataParallel(m.config, ddp, m, disable_bucketing=bool(i or pp or not run.bucket))
         for i, m in enumerate(chunks)
