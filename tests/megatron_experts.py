@@ -45,8 +45,7 @@ def build(text: dict[str, Any], case: ExpertCase) -> torch.nn.Module:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     experts = expert_count(text)
-    options = expert_options(text, case.tp, case.ep)
-    config = text_config(text, **options, sequence_parallel=False)
+    config = text_config(text, **expert_options(text, case.tp, case.ep))
     return GPTModel(
         config,
         get_gpt_layer_local_spec(

@@ -75,6 +75,7 @@ def expert_options(text: dict[str, Any], tp: int, ep: int) -> dict[str, Any]:
         "tensor_model_parallel_size": tp,
         "expert_model_parallel_size": ep,
         "expert_tensor_parallel_size": tp,
+        "sequence_parallel": tp > 1 and ep > 1,  # Megatron before 0.13 wants it then
         "qk_layernorm": True,
         "add_qkv_bias": False,
     }

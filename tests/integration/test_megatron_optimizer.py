@@ -19,9 +19,12 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import start_processes
 
+import mmconvert
 import tinymoe
+from cli import run_cli
 from commands import RANK_FILE, hf_to_mm, layout, resplit, target
 from megatron_training import Run, work
+from mmconvert.config import Options
 from nights import nightly
 from tinymodels import VIT_LAYERS, save, tiny_model
 
@@ -132,8 +135,12 @@ EXPERTS_TODAY = (
 
 
 class Trained(NamedTuple):
-    """What Megatron saved after its step in the other layout, and what it should have."""
+    """What Megatron saved in the first layout, and what resplit made of it; what Megatron saved
+    after its step in the other layout, and what it should have.
+    """
 
+    source: Path
+    resplit: Path
     found: Path
     expected: Path
 
@@ -143,6 +150,15 @@ class Source(NamedTuple):
 
     hf: Path
     text: dict[str, Any]
+
+
+def _is_old() -> bool:
+    """Whether this is Megatron before 0.13, whose step waits for ever where a stage alone has no
+    experts: each optimizer of the others asks it for its norm.
+    """
+    from megatron.core import package_info
+
+    return (package_info.MAJOR, package_info.MINOR) < (0, 13)
 
 
 def _needs_megatron() -> None:
@@ -185,6 +201,7 @@ def experts(
         model = tinymoe.qwen3vl_moe(mlp_only_layers=dense).bfloat16()
         sources.append(Source(tinymoe.save(model, folder / f"hf{len(dense)}"), _text(model)))
     cases = _asked(request, test_megatron_goes_on_with_experts, EXPERTS)
+    cases = {name: case for name, case in cases.items() if not (case.dense and _is_old())}
     return _trained(folder, cases, sources, world=4)
 
 
@@ -228,7 +245,8 @@ def _trained(
             fused or bool(case.then),
         )
         second.append(run)
-        found[name] = Trained(here / "b", here / f"b{STEPS + 1}")
+        files = (f"a{STEPS}", f"b{STEPS}", "b", f"b{STEPS + 1}")
+        found[name] = Trained(*(here / file for file in files))
     _train(folder / "first", world, sources[0].text, first)
     for run, case in zip(second, cases.values(), strict=True):
         for steps in (STEPS, STEPS + 1):
@@ -273,17 +291,21 @@ def _differences(a: object, b: object, where: str = "") -> Iterator[str]:
 @pytest.mark.parametrize("name", nightly(CASES, but=TODAY))
 def test_megatron_goes_on(trained: dict[str, Trained], name: str) -> None:
     _same(trained[name], distributed=CASES[name].ends_distributed)
+    _tools_agree(trained[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", nightly(EXPERTS, but=EXPERTS_TODAY))
 def test_megatron_goes_on_with_experts(experts: dict[str, Trained], name: str) -> None:
+    if name not in experts:
+        pytest.skip("Megatron before 0.13 cannot train with a stage without experts")
     _same(experts[name], distributed=EXPERTS[name].ends_distributed)
+    _tools_agree(experts[name])
 
 
 def _same(pair: Trained, *, distributed: bool) -> None:
     """What Megatron saved is what it should have saved, to the bit."""
-    found, expected = pair
+    found, expected = pair.found, pair.expected
     files = sorted(path.relative_to(found) for path in found.rglob("*.pt"))
     assert files == sorted(path.relative_to(expected) for path in expected.rglob("*.pt"))
     assert len(files) == len(list(found.rglob(RANK_FILE))) * (1 + distributed)
@@ -296,3 +318,12 @@ def _same(pair: Trained, *, distributed: bool) -> None:
                 for part in [key for key in content if str(key).startswith("model")]:
                     content[part] = {n: t for n, t in content[part].items() if t is not None}
         assert list(_differences(a, b)) == []
+
+
+def _tools_agree(pair: Trained) -> None:
+    """verify finds the state of the source in the result, and doctor nothing in either."""
+    verdict = mmconvert.verify(pair.source, pair.resplit, options=Options(optimizer=True))
+    assert verdict.equal, (verdict.differences[:2], verdict.training)
+    for path in (pair.source, pair.resplit):
+        said = run_cli("doctor", path, check=0).stdout
+        assert "checked: optimizer state" in said and "0 warnings" in said, said
