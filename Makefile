@@ -72,7 +72,7 @@ transformers4: $(VENV)/ready
 
 megatron12: $(VENV)/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target .megatron12 megatron-core==0.12.1
-	PYTHONPATH=.megatron12 $(PY) -m pytest -n 0 tests/integration/test_megatron_optimizer.py
+	PYTHONPATH=.megatron12 $(PY) -m pytest -n 0 -m "" tests/integration/test_megatron_optimizer.py
 
 bench: $(VENV)/ready
 	$(PY) benchmarks/convert.py

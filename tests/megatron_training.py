@@ -185,6 +185,8 @@ def chunk_model(
     spec: dict[str, Any] = {"moe_grouped_gemm": False, "qk_layernorm": True} if count else {}
     spec |= {"num_experts": count} if any(".experts." in name for name in weights) else {}
 
+    config.sequence_parallel = False  # torch's norms, which have no part in this, refuse it
+
     class Model(MegatronModule):
         def __init__(self) -> None:
             super().__init__(config)
