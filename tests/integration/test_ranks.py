@@ -228,6 +228,8 @@ def test_a_task_whose_others_do_something_else(
 ) -> None:
     """It goes on alone after a moment, and says so."""
     monkeypatch.setattr("mmconvert.executor.rendezvous.GRACE", 0.5)
-    done = run_cli(*words(hf, out), env=STEP, check=0)
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    done = run_cli(*words(hf, out), check=0)
     assert "none of the other processes has come, of 4: this one goes on alone" in done.stderr
     same(out, alone)

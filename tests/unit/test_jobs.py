@@ -47,8 +47,8 @@ def moved(
 
 def test_stream_from_two_files_whose_offsets_adjoin(tmp_path: Path) -> None:
     """The second tensor begins in its file where the first ends in another."""
-    one, two = numbers(200, 100, 1), numbers(300, 100, 2)
-    plan = [Copy(0, 0, 0, 0, 0, 0, 200, 100), Copy(1, 0, 0, 0, 200, 0, 300, 100)]
+    one, two = numbers(2000, 900, 1), numbers(3000, 900, 2)
+    plan = [Copy(0, 0, 0, 0, 0, 0, 2000, 900), Copy(1, 0, 0, 0, 2000, 0, 3000, 900)]
     (found,) = moved(tmp_path, [one, two], [64, 64 + one.nbytes], plan)
     np.testing.assert_array_equal(found, np.concatenate([one, two]))
 
