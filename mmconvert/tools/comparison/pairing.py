@@ -92,7 +92,7 @@ def _family(paths: tuple[Path, Path], kinds: list[str]) -> Family:
         for path, family in zip(paths, found, strict=True):
             if family is not None and kind.naming not in ("", "hf", family.naming):
                 raise CheckpointError(
-                    f"{path} is of a family that cannot be stored as {kind.title}",
+                    f"{path} belongs to a family that cannot be stored as {kind.title}",
                     "two of one family",
                 )
     if known[0].converter != known[-1].converter:
