@@ -80,12 +80,24 @@ REFUSED = {
     "another tp": (["--tensor-model-parallel-size", "2"], "tp_size 2"),
     "another pp": (["--pipeline-model-parallel-size", "1"], "PP 1 and VPP 1"),
     "another ep": (["--expert-model-parallel-size", "2"], "ep_size 2"),
-    "a loss of routers": (["--moe-aux-loss-coeff", "0.01"], "--moe-aux-loss-coeff 0.01 cannot"),
-    "context parallel": (["--context-parallel-size", "2"], "--context-parallel-size 2 cannot"),
+    "a loss of routers": (
+        ["--moe-aux-loss-coeff", "0.01"],
+        "--moe-aux-loss-coeff 0.01 is not supported here",
+    ),
+    "context parallel": (
+        ["--context-parallel-size", "2"],
+        "--context-parallel-size 2 is not supported here",
+    ),
     "fsdp": (["--use-torch-fsdp2"], "--use-torch-fsdp2 is not supported here"),
     "lora": (["--lora-apply-modules", "linear_qkv", "linear_proj"], "--lora-apply-modules"),
-    "another form": (["--ckpt-format", "torch_dist"], "--ckpt-format torch_dist cannot"),
-    "mindspore": (["--ai-framework", "mindspore"], "--ai-framework mindspore cannot"),
+    "another form": (
+        ["--ckpt-format", "torch_dist"],
+        "--ckpt-format torch_dist is not supported here",
+    ),
+    "mindspore": (
+        ["--ai-framework", "mindspore"],
+        "--ai-framework mindspore is not supported here",
+    ),
     "a mistyped flag": (["--seq-lenght", "4"], "did you mean --seq_length?"),
     "a launcher's flag": (["--nnodes", "1"], "--nnodes belongs to torchrun"),
     "no value": (["--mm-tool"], "--mm-tool has no value"),
