@@ -75,7 +75,7 @@ CALM = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
 @settings(
-    max_examples=60,
+    max_examples=30,
     suppress_health_check=CALM,
 )
 @given(seed=st.integers(0, 2**32))

@@ -49,7 +49,7 @@ def config(layout: dict[str, int], layers: int) -> DeviceConfig:
     return DeviceConfig(**flags, llm_pp_layers=grid)  # pyright: ignore[reportArgumentType] - of st
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(SIZES, LAYOUT, LAYOUT, st.sampled_from(["ckpt", "safetensors"]))
 def test_there_through_two_layouts_and_back(
     sizes: PlaygroundSizes, one: dict[str, int], two: dict[str, int], suffix: str
