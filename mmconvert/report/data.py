@@ -19,7 +19,7 @@ def diff_dict(found: Diff, top: int) -> dict[str, object]:
         "tensors": len(found.tensors),
         "changed": len(changed),
         "bytes": found.nbytes,
-        **_totals(found.totals),
+        **_totals(found.weights),
         "modules": [_group(group) for group in found.modules()],
         "layers": [{"layer": g.layer, **_group(g)} for g in found.layers()],
         "top": [{"share": _number(found.share(t)), **_tensor(t)} for t in shown],

@@ -55,9 +55,9 @@ def headline(found: Diff) -> str:
         else f"{number(count, 'tensor is', 'tensors are')} equal"
     )
     if changed:
-        t = found.totals
+        t, whose = found.weights, " of the weights," if found.with_state else ""
         words += (
-            f": relative L2 {figure(t.relative)}, largest difference {figure(t.largest)}, "
+            f":{whose} relative L2 {figure(t.relative)}, largest difference {figure(t.largest)}, "
             f"{percent(t.different, t.elements)} of the elements"
         )
     for what, names in (("only in A", found.only_a), ("only in B", found.only_b)):

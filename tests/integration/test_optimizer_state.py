@@ -475,6 +475,7 @@ def test_diff_measures_the_state(states: States, tmp_path: Path) -> None:
     source, other = states("tp 2", "plain"), _edited(states, "plain", tmp_path, edit)
     found = json.loads(run_cli("diff", source, other, "--optimizer", "--json", check=1).stdout)
     assert found["changed"] == 1
+    assert found["relative_l2"] == 0  # of the weights
     (odd,) = found["top"]
     assert odd["tensor"].startswith("optimizer.exp_avg.")
     assert odd["module"].endswith(", exp_avg")

@@ -192,6 +192,7 @@ class _Places:
             *(whole.shape, whole.dtype, other.dtype, distance.totals),
             _at(self._a, at.tensor_a, at.index_a, at.a) if at else None,
             _at(self._b, at.tensor_b, at.index_b, at.b) if at else None,
+            kept,
         )
 
     def _hf_names(self, key: Key, row: Row | None) -> tuple[str, ...]:

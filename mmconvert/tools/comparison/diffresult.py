@@ -44,6 +44,7 @@ class TensorDistance:
         dtype_a, dtype_b: as stored.
         totals: the figures.
         a, b: where the largest difference is; None if nothing differs.
+        kept: what an optimizer keeps of a weight, if it is that; "" for a weight.
     """
 
     name: str
@@ -56,6 +57,7 @@ class TensorDistance:
     totals: Totals
     a: At | None
     b: At | None
+    kept: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,16 @@ class Diff:
     def totals(self) -> Totals:
         """All tensors together."""
         return _sum(t.totals for t in self.tensors)
+
+    @property
+    def weights(self) -> Totals:
+        """All weights together, without an optimizer's state."""
+        return _sum(t.totals for t in self.tensors if not t.kept)
+
+    @property
+    def with_state(self) -> bool:
+        """Whether an optimizer's state was compared too."""
+        return any(t.kept for t in self.tensors)
 
     def changed(self) -> list[TensorDistance]:
         """The tensors that differ, the largest part of the model's change first.
