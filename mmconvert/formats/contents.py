@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mmconvert.converters.family import Family, Variant
@@ -111,7 +111,7 @@ class Look:
         iteration: of training, where it tells.
         layout: of an MM checkpoint.
         notes: what is worth knowing, in words.
-        optimizer: what state of an optimizer lies beside the weights, as JSON; empty without one.
+        optimizer: reads what state of an optimizer lies beside the weights: as JSON, and in words.
     """
 
     kind: str
@@ -125,7 +125,7 @@ class Look:
     iteration: str = ""
     layout: Layout | None = None
     notes: Sequence[str] = ()
-    optimizer: Mapping[str, object] = field(default_factory=dict[str, object])
+    optimizer: Callable[[], tuple[dict[str, object], str]] = lambda: ({}, "")
 
 
 @dataclass

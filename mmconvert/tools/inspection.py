@@ -90,6 +90,7 @@ def inspect(path: Path) -> Inspection:
         CheckpointError: there is no checkpoint, or it is damaged.
     """
     found = look(path)
+    optimizer, said = found.optimizer()
     sizes: Counter[str] = Counter()
     for tensor in found.listing:
         sizes[tensor.dtype] += tensor.nbytes
@@ -103,9 +104,9 @@ def inspect(path: Path) -> Inspection:
         found.iteration,
         found.layout,
         list(found.listing),
-        [*found.notes, *(about(path) if holds_adapter(path) else [])],
+        [*found.notes, *([said] if said else []), *(about(path) if holds_adapter(path) else [])],
         list(found.boxes),
         found.title,
         found.unit,
-        dict(found.optimizer),
+        optimizer,
     )

@@ -56,12 +56,13 @@ class MM(Format):
     def look(self, path: Path) -> Look:
         """Its ranks; its wholes under MM names with the model's own layer numbers."""
         from mmconvert.formats import contents
-        from mmconvert.formats.mm.opening import state_summary
+        from mmconvert.formats.mm.folder import OPTIMIZER
+        from mmconvert.formats.mm.opening import state_at_a_glance
 
         stored = self.open(path, Opening(self.family(path), Options()))
         model, layout, side = stored.model, stored.ranks, stored.opened.side()
-        optimizer = state_summary(stored.opened)
-        weights = sum(map(len, stored.parts.values()))
+        # What its own words say better than those of a reader that passes it over.
+        start = f"{stored.opened.chart.checkpoint.folder}: {OPTIMIZER} ("
         return contents.Look(
             kind=self.name,
             title="MM checkpoint",
@@ -72,8 +73,8 @@ class MM(Format):
             boxes=contents.of_mm(model.modules, layout, stored.parts),
             iteration=stored.iteration,
             layout=layout,
-            notes=(*model.notes, *([optimizer.describe(weights)] if optimizer else [])),
-            optimizer={} if optimizer is None else optimizer.as_dict(),
+            notes=[note for note in model.notes if not note.startswith(start)],
+            optimizer=lambda: state_at_a_glance(stored.opened),
         )
 
     def open(self, path: Path, told: Opening) -> MMStored:

@@ -12,6 +12,7 @@ from mmconvert.converters.rows import Module
 from mmconvert.errors import CheckpointError, MMConvertError, RequestError
 from mmconvert.formats.base import Opening, Placed, Placing, StoredCheckpoint
 from mmconvert.formats.containers.image import FileImage
+from mmconvert.formats.mm.folder import HINTS, OPTIMIZER
 from mmconvert.formats.mm.model import OpenedMM, mm_model
 from mmconvert.formats.mm.optimizer.opening import check_state, open_state
 from mmconvert.formats.mm.optimizer.state import GroupKey, OptimizerState
@@ -167,12 +168,15 @@ def open_mm_stored(path: Path, told: Opening) -> MMStored:
     )
 
 
-def state_summary(opened: OpenedMM) -> StateSummary | None:
-    """The optimizer state of a checkpoint at a glance; None without any."""
+def state_at_a_glance(opened: OpenedMM) -> tuple[dict[str, object], str]:
+    """The optimizer state of a checkpoint as JSON and in words; nothing without any."""
     checkpoint = opened.chart.checkpoint
     if checkpoint.optimizer is None:
-        return None
+        return {}, ""
     try:
-        return summary_of(open_state(opened.parts, checkpoint.folder, checkpoint.iteration))
+        state = open_state(opened.parts, checkpoint.folder, checkpoint.iteration)
     except MMConvertError as error:
-        return StateSummary(None, fault=error.what)
+        found, hint = StateSummary(None, fault=error.what), ""
+    else:
+        found, hint = summary_of(state), HINTS[OPTIMIZER]
+    return found.as_dict(), found.describe(sum(map(len, opened.parts.values()))) + hint
