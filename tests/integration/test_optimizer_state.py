@@ -460,6 +460,15 @@ def test_verify_compares_the_state(states: States, out: Path, tmp_path: Path) ->
     }  # fmt: skip
 
 
+def test_digests_do_not_stand_for_the_state(states: States, tmp_path: Path) -> None:
+    source, made = states("one rank", "plain"), [tmp_path / "a", tmp_path / "b"]
+    for out in made:
+        resplit(source, out, *target("[4]", "[2]", 2), "--optimizer", "--digests")
+    done = run_cli("verify", *made, "--optimizer", "--quick")
+    assert "all tensors are compared" in done.stderr
+    assert "every copy included" in done.stdout
+
+
 def test_verify_says_where_there_is_no_state(states: States, untied_hf: Path, out: Path) -> None:
     source = states("one rank", "plain")
     refused(run_cli("verify", source, untied_hf, "--optimizer", check=None), 2, "Hugging Face")
