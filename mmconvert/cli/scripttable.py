@@ -107,18 +107,18 @@ REFUSED: dict[str, tuple[int | None, str, str]] = {
     ),
 }  # fmt: skip
 NO_AUX = "leave it out: routers get no loss of their own"
-# Of these only some values can be honoured: (those that can, what to do about others).
+# Of these only some values are supported: (those that can, what to do about others).
 CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
-    "ckpt_format": (("torch",), "--ckpt-format torch: MM rank files"),
+    "ckpt_format": (("torch",), "leave it out, and train the rank files that hf_to_mm writes"),
     "ai_framework": (("pytorch",), "leave it out"),
-    "context_parallel_size": (("1",), "--context-parallel-size 1"),
+    "context_parallel_size": (("1",), "leave it out"),
     "moe_aux_loss_coeff": (("0", "0.0"), NO_AUX),
     "moe_router_load_balancing_type": (
         ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
-        "aux_loss, whose coefficient is 0",
+        "give aux_loss, whose coefficient is 0 here",
     ),
     "moe_z_loss_coeff": (("0", "0.0"), NO_AUX),
-    "optimizer": (("adam",), "--optimizer adam"),
+    "optimizer": (("adam",), "leave it out: AdamW is the one that trains here"),
 }
 # What pretrain_vlm.py takes where a script does not say.
 DEFAULTS = {
