@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -94,6 +95,8 @@ def fail(error: MMConvertError, words: Sequence[str]) -> int:
 
 def _way_out(error: MMConvertError, words: Sequence[str]) -> str:
     """What can always be done about an error that has no way out of its own."""
+    if error.what.endswith(os.strerror(errno.ENOENT)):
+        return "check the path"
     told = [word for word in words[:2] if not word.startswith("-")]
     if isinstance(error, CheckpointError) and told[:1] != ["doctor"]:
         return "mm-convert doctor PATH examines a whole checkpoint"

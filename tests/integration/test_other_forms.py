@@ -714,7 +714,7 @@ def test_every_tool_says_what_a_folder_is(tool: str, plain: Path, tmp_path: Path
 
 def test_a_hugging_face_folder_in_the_place_of_mm(plain: Path, tmp_path: Path) -> None:
     done = to_other(MODEL, plain, tmp_path / "out", check=3)
-    assert "it is a Hugging Face checkpoint, which goes to --cfg.hf_config.hf_dir" in done.stderr
+    assert "it is a Hugging Face checkpoint: give it as hf_dir" in done.stderr
 
 
 def test_open_says_it_too(plain: Path, tmp_path: Path) -> None:

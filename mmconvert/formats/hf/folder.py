@@ -86,7 +86,7 @@ def read_config(folder: Path) -> dict[str, object]:
         raise _without_weights(folder) or CheckpointError(
             f"{folder} has no config.json",
             "a Hugging Face checkpoint folder",
-            "it is an MM checkpoint: give it as --cfg.mm_dir, or --cfg.source_dir of resplit"
+            "it is an MM checkpoint: give it as mm_dir, or source_dir of resplit"
             if (folder / TRACKER).is_file()
             else "give the folder of the original model, or download its config.json into this one",
             cause="missing-config",

@@ -53,7 +53,7 @@ def find_weights(root: Path, faults: Faults = STRICT) -> tuple[Path, str]:
         raise other_form(root, "mm") or CheckpointError(
             f"{root} has neither {TRACKER} nor mp_rank_* folders",
             f"an MM checkpoint: {TRACKER} with release/ or iter_N/",
-            "it is a Hugging Face checkpoint, which goes to --cfg.hf_config.hf_dir"
+            "it is a Hugging Face checkpoint: give it as hf_dir"
             if (root / "config.json").is_file()
             else "check the path; training writes below its --save folder",
             cause="no-checkpoint",
