@@ -694,7 +694,10 @@ def test_a_healthy_training_checkpoint(mm: Path, tied_hf: Path, tmp_path: Path) 
         (saved / "iter_0000100" / rank).mkdir(parents=True)
         torch.save(content, saved / "iter_0000100" / rank / RANK_FILE)
     (saved / TRACKER).write_text("100\n")
-    assert doctor(saved, "--hf_dir", tied_hf, "--values")["findings"] == []
+    found = doctor(saved, "--hf_dir", tied_hf, "--values")["findings"]
+    assert [f["id"] for f in found] == [
+        "optimizer-unknown"
+    ]  # made up; Megatron's own are elsewhere
 
 
 @pytest.mark.parametrize("shards", [1, 3])
