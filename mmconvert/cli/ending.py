@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from mmconvert.cli import screen
@@ -46,6 +48,20 @@ def heed_no_more() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, hasten)
+    atexit.register(_told)
+
+
+def _told() -> None:
+    """All is told: what is left is the interpreter's end, which has no handlers of ours, so that
+    a signal, or the alarm, would change the exit code.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):
+        signal.alarm(0)
 
 
 def interrupted(stop: KeyboardInterrupt, words: Sequence[str]) -> int:

@@ -851,3 +851,23 @@ def test_an_interruption_says_what_expected_and_fix(
         assert ending.interrupted(stop, ["verify", "a", "b", "--json"]) == 130
         told = json.loads(capsys.readouterr().out)
         assert all(told[key] for key in ("error", "what", "expected", "fix")), told
+
+
+SLOW_END = """
+import atexit, os, signal, sys, time
+from mmconvert.cli import ending
+
+class Slow:
+    def __del__(self, sleep=time.sleep):
+        sleep(1.5)
+
+slow = Slow()
+atexit.register(os.kill, os.getpid(), signal.SIGTERM)
+ending.heed_no_more()
+sys.exit(130)
+"""
+
+
+def test_a_signal_while_the_interpreter_ends_changes_no_exit_code() -> None:
+    done = subprocess.run([sys.executable, "-c", SLOW_END], check=False, timeout=60)
+    assert done.returncode == 130
