@@ -14,6 +14,7 @@ import pytest
 from cli import run_cli
 from commands import QWEN2VL, hf_to_mm
 from mmconvert.playground.checkpoints import make_hf
+from nights import night
 
 FULL = Path("/dev/full")  # Linux, full(4): every write fails as on a full disk
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="only Linux has /dev/full")
@@ -77,7 +78,7 @@ def test_a_full_standard_error_stops_no_conversion(tied_hf: Path, out: Path) -> 
 
 
 # ---------------------------------------------------------------------------- narrow terminals
-@pytest.mark.parametrize("columns", ["1", "5", "20"])
+@pytest.mark.parametrize("columns", ["1", night("5"), "20"])
 def test_a_narrow_terminal(columns: str, tied_hf: Path, out: Path) -> None:
     env = {"COLUMNS": columns}
     help_text = run_cli(QWEN2VL, "hf_to_mm", "-h", env=env, check=0).stdout
