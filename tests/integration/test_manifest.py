@@ -318,8 +318,8 @@ def test_junk_is_ignored(
     for path in hf.glob("*.safetensors"):
         assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes()
 
+
 ODD = (None, 10**30, float("nan"), "\0", [], "\ud800", {"tied": {}, "a": []}, [[]])
-ODD = (None, 10**30, float("nan"), "\0", "\ud800", [], [[]], {"tied": {}, "a": []})
 KEYS = ("converter", "family", "variant", "layout", "dims", "kind", "command", "source", "cast")
 HOSTILE = {
     "dims": {"llm.layers": 10**30, "llm.heads": -1, "x": "y", "vit.heads": True},
