@@ -81,7 +81,8 @@ def test_the_keys_of_inspect(folder: Path) -> None:
     named = documented("inspect")
     # Qwen2-VL has no audio encoder: null stands there.
     assert found - {"layout.audio_pp_layers"} <= named
-    assert named - found == {"contents[]", "layout", "layout.audio_pp_layers[][]"}
+    absent = {name for name in named - found if not name.startswith("optimizer")}  # none was saved
+    assert absent == {"contents[]", "layout", "layout.audio_pp_layers[][]"}
 
 
 def test_the_samples_have_the_keys_and_values_that_are_printed(folder: Path) -> None:

@@ -104,7 +104,7 @@ def test_what_an_interruption_says(
     if saved is not None:
         (tmp_path / TRACKER).write_text(str(saved))
 
-    def stopped(*args: object) -> float:
+    def stopped(*args: object, **more: object) -> float:
         os.kill(os.getpid(), signal.SIGINT)
         return 0.0
 
