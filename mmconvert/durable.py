@@ -99,8 +99,7 @@ def sync_all(files: Iterable[str | Path]) -> None:
 
 def _at_once(sync: Callable[[str | Path], None], paths: list[str] | list[str | Path]) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(sync, paths):
-            pass
+        list(pool.map(sync, paths))  # what one raises is raised here
 
 
 def remove_empty(folders: Iterable[Path]) -> None:

@@ -43,7 +43,8 @@ def golden(record: str, step: str = "hf_to_mm") -> str:
 
 SPANS, PLAN, PROOF = "sharding/spans.py", "plan/build.py", "plan/proof.py"
 BLOCKS, SOURCE, DETECT = "converters/blocks.py", "formats/mm/source.py", "formats/mm/detect.py"
-INSTANCES, EXECUTE, VALUES = "formats/mm/instances.py", "executor/execute.py", "executor/values.py"
+INSTANCES, VALUES = "formats/mm/instances.py", "executor/values.py"
+EXECUTE, GATHER = "executor/execute.py", "executor/gather.py"
 TP2, PP4 = golden("qwen2vl-2b/tp2_pp1"), golden("qwen2vl-2b/tp1_pp4")
 BACK = golden("qwen2vl-2b/tp2_pp1", "mm_to_hf")
 SPAN_TESTS, EXPERT_TESTS = "property/test_spans.py", "property/test_experts.py"
@@ -287,7 +288,7 @@ CHECKS = (
     Fault(
         "a replica unchecked",
         "executor/replicas.py",
-        "if self.found.listed():",
+        "if found.listed():",
         "if False:",
         (f"{HF_OUTPUT}::test_a_tied_model_whose_copies_differ",),
     ),
@@ -435,14 +436,14 @@ BYTES = (
     ),
     Fault(
         "fills not filled",
-        EXECUTE,
+        GATHER,
         "band[:] = bytes(len(band))  # the rest are fills",
         "pass  # the rest are fills",
         ("integration/test_manifest.py::test_zeros_that_hf_lacks_count",),
     ),
     Fault(
         "a value cast twice",
-        EXECUTE,
+        GATHER,
         "found = cast(data, source.dtype, dtype)",
         'found = cast(data, source.dtype, "F32")\n'
         '        found = cast(cast(found.bits, "F32", "BF16").bits, "BF16", dtype)',
@@ -464,7 +465,7 @@ BYTES = (
     ),
     Fault(
         "losses counted on every rank",
-        EXECUTE,
+        GATHER,
         "if (c.src, c.dst) not in origin.repeats:",
         "if c.src >= 0:",
         ("integration/test_dtype.py::test_the_report",),

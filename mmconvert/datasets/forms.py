@@ -82,12 +82,10 @@ class ToQwenVL(Converter):
         pictures = [self._picture(path, number, index) for number, path in enumerate(paths, 1)]
         if paths:
             self.report.counts["images"] += 1
-        elif others:
-            pass
-        elif self.compat:
+        elif self.compat and not others:
             what = " has no image; the reference fails here"
             self.fail(index, what, "an image in every item", "leave out --compat")
-        else:
+        elif not others:
             self.report.counts["text_only"] += 1
         new_turns: list[Item] = []
         left = iter(pictures)

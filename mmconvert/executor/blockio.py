@@ -239,7 +239,7 @@ def is_plain(tensor: StoredTensor) -> bool:
     return tensor.strides is None
 
 
-def is_turned(tensor: StoredTensor) -> bool:
+def is_transposed(tensor: StoredTensor) -> bool:
     """Whether the elements of a row do not lie one after the other, as in a transposed view."""
     return tensor.strides is not None and matrix_strides(tensor)[1] != 1
 

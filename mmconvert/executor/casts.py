@@ -26,6 +26,9 @@ class Loss(NamedTuple):
     underflowed: int
 
 
+LossByTensor = Mapping[str, Loss]  # of one job
+
+
 class Losses:
     """Losses by tensor; adding is left to one thread."""
 
@@ -33,7 +36,7 @@ class Losses:
         self.overflowed: Counter[str] = Counter()
         self.underflowed: Counter[str] = Counter()
 
-    def add(self, found: Mapping[str, Loss]) -> None:
+    def add(self, found: LossByTensor) -> None:
         """Adds the losses of one job."""
         for name, loss in found.items():
             self.overflowed[name] += loss.overflowed

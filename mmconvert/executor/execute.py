@@ -13,35 +13,28 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from mmconvert.executor.bands import cut, steps
 from mmconvert.executor.blockio import (
     Region,
     Window,
     is_plain,
-    is_turned,
+    is_transposed,
     read_compact,
-    read_region,
     rect_offset,
     row_bytes,
     rows_range,
 )
-from mmconvert.executor.casts import Loss
-from mmconvert.executor.differences import place
-from mmconvert.executor.fileio import BAND, BUFFERS, ByteRange, Files, copy_range, write_pieces
-from mmconvert.executor.jobs import Job, Losses, job_size, load_numpy
-from mmconvert.executor.replicas import Pairs, Replicas, on_the_way
+from mmconvert.executor.copying import copy_range
+from mmconvert.executor.fileio import BAND, ByteRange, Files, write_pieces
+from mmconvert.executor.gather import Origin, batches, gathers
+from mmconvert.executor.jobs import Job, job_size, load_numpy
+from mmconvert.executor.replicas import Pairs, on_the_way
 from mmconvert.plan.plan import Copy, Plan, matrix
-from mmconvert.stored import ITEM_SIZE, Scales, StoredTensor
-
-if TYPE_CHECKING:
-    from mmconvert.executor.values import Cast
+from mmconvert.stored import ITEM_SIZE, StoredTensor
 
 STREAM_MIN = 1 << 20  # bytes; shorter runs are gathered
-MOST_SMALL = 32  # tensors of one job
-TURNED_BAND = 8 << 20  # bytes of a target that is put together from a transposed source: each of
-# its columns is a run of the source, which should not be too short to read
 
 
 def jobs_of(plan: Plan, targets: Sequence[StoredTensor]) -> list[Job]:
@@ -51,7 +44,7 @@ def jobs_of(plan: Plan, targets: Sequence[StoredTensor]) -> list[Job]:
         targets: where each of the plan's targets lies, in their order; files exist when the jobs
             run.
     """
-    counted = any(source.scales or is_turned(source) for source in plan.sources)
+    counted = any(source.scales or is_transposed(source) for source in plan.sources)
     if plan.cast or plan.products or plan.fitted or counted:
         load_numpy()  # before threads ask for it at once
     return list(_jobs(plan, targets))
@@ -90,10 +83,10 @@ def _jobs(plan: Plan, targets: Sequence[StoredTensor]) -> Iterator[Job]:
             for copy in copies:
                 scattered[copy.src].append(copy)
         else:
-            yield from _gathers(origin, target, copies, size)
+            yield from gathers(origin, target, copies, size)
     for number, copies in scattered.items():
         yield from _scatters(plan.sources[number], targets, copies, size)
-    yield from _batches(origin, small, size)
+    yield from batches(origin, small, size)
 
 
 # -------------------------------------------------------------------------------------- stream
@@ -194,24 +187,6 @@ def _scatter_job(
     return Job(writes, (str(source.path), reads[0].start), nbytes, run, reads)
 
 
-# -------------------------------------------------------------------------------------- gather
-
-
-class Origin(NamedTuple):
-    """What targets are put together from.
-
-    Attributes:
-        sources: the plan's.
-        repeats: (source, target) of copies that write once more what another target has too, such
-            as a norm on every tensor-parallel rank: what their casts lose is counted already.
-        replicas: what is compared with sources on the way.
-    """
-
-    sources: Sequence[StoredTensor]
-    repeats: Pairs
-    replicas: Replicas
-
-
 def _repeats(copies: Sequence[Copy]) -> Pairs:
     first: dict[tuple[int, ...], int] = {}
     return frozenset(
@@ -219,132 +194,3 @@ def _repeats(copies: Sequence[Copy]) -> Pairs:
         for c in copies
         if first.setdefault((c.src, c.src_row, c.src_col, c.rows, c.cols), c.dst) != c.dst
     )
-
-
-def _gathers(
-    origin: Origin, target: StoredTensor, copies: Sequence[Copy], size: int
-) -> Iterator[Job]:
-    for top, bottom in steps(0, matrix(target.shape)[0], row_bytes(target), size):
-        yield _gather_job(origin, target, cut(copies, top, bottom, source=False), top, bottom)
-
-
-def _gather_job(
-    origin: Origin, target: StoredTensor, copies: list[Copy], top: int, bottom: int
-) -> Job:
-    def run(files: Files) -> Losses:
-        tally = _Tally()
-        for begin, end in steps(top, bottom, row_bytes(target), size):
-            part = cut(copies, begin, end, source=False)
-            _gather(files, origin, target, part, (begin, end), tally)
-        return tally.losses
-
-    size = TURNED_BAND if any(is_turned(origin.sources[c.src]) for c in copies) else BAND
-    nbytes = (bottom - top) * row_bytes(target)
-    path = str(target.path)
-    reads = tuple(r for c in copies for r in rows_range(origin.sources[c.src], c.src_row, c.rows))
-    return Job((path,), (path, rect_offset(target, top, 0)), nbytes, run, reads)
-
-
-def _gather(
-    files: Files,
-    origin: Origin,
-    target: StoredTensor,
-    copies: Sequence[Copy],
-    band_rows: tuple[int, int],
-    tally: _Tally,
-) -> None:
-    """Puts a band of a target together and writes it."""
-    top, bottom = band_rows
-    line, item = row_bytes(target), ITEM_SIZE[target.dtype]
-    band = BUFFERS.get("band", (bottom - top) * line)
-    if sum(c.rows * c.cols for c in copies) * item < len(band):
-        band[:] = bytes(len(band))  # the rest are fills; the buffer still holds another tensor
-    for c in copies:
-        region = Region(c.src_row, c.src_col, c.rows, c.cols)
-        window = Window(band, (c.dst_row - top) * line + c.dst_col * item, line, "band")
-        source = origin.sources[c.src]
-        if source.dtype == target.dtype:
-            read_region(files, source, region, window)
-            whole = window.pieces(c.rows, c.cols * item)
-            origin.replicas.look(files, c, whole[0] if len(whole) == 1 else None)
-            continue
-        origin.replicas.look(files, c, None)
-        loss = _read_cast(files, source, region, target.dtype, window)
-        if (c.src, c.dst) not in origin.repeats:
-            tally.add(place(source), loss)
-    write_pieces(files, target.path, rect_offset(target, top, 0), [band])
-
-
-class _Tally:
-    """What the casts of one job have lost."""
-
-    def __init__(self) -> None:
-        self.losses: dict[str, Loss] = {}
-
-    def add(self, name: str, loss: Loss) -> None:
-        if any(loss):
-            known = self.losses.get(name, Loss(0, 0))
-            self.losses[name] = Loss(*(a + b for a, b in zip(known, loss, strict=True)))
-
-
-def _read_cast(
-    files: Files, source: StoredTensor, region: Region, dtype: str, window: Window
-) -> Loss:
-    """Reads a region of a source in another dtype into the rows of a window."""
-    from mmconvert.executor.values import cast
-
-    data = read_compact(files, source, region, "cast")
-    if source.scales is not None:
-        found = _dequantised(files, source.scales, data, region, dtype)
-    else:
-        found = cast(data, source.dtype, dtype)
-    width = region.cols * ITEM_SIZE[dtype]
-    if region.cols == 1 < region.rows:
-        window.fill_column(found.bits, region.rows, ITEM_SIZE[dtype])
-        return Loss(found.overflowed, found.underflowed)
-    for row in range(region.rows):
-        window.row(row, width)[:] = found.bits[row * width : (row + 1) * width]
-    return Loss(found.overflowed, found.underflowed)
-
-
-def _dequantised(
-    files: Files, scales: Scales, data: memoryview, region: Region, dtype: str
-) -> Cast:
-    """The values of a region of scaled fp8."""
-    from mmconvert.executor.values import BlockNumbers, dequantise
-
-    first = (region.row // scales.rows, region.col // scales.cols)
-    down = [(region.row + i) // scales.rows - first[0] for i in range(region.rows)]
-    right = [(region.col + i) // scales.cols - first[1] for i in range(region.cols)]
-    met = Region(*first, down[-1] + 1, right[-1] + 1)
-    factors = read_compact(files, scales.tensor, met, "scales")
-    return dequantise(data, factors, scales.tensor.dtype, BlockNumbers(down, right), dtype)
-
-
-def _batches(
-    origin: Origin, small: list[tuple[StoredTensor, list[Copy]]], most: int
-) -> Iterator[Job]:
-    """Small targets of one file, put together into jobs that are worth starting."""
-    small.sort(key=lambda item: (str(item[0].path), item[0].offset))
-    batch: list[tuple[StoredTensor, list[Copy]]] = []
-    size = 0
-    for target, copies in small:
-        full = size >= most or len(batch) == MOST_SMALL
-        if batch and (full or batch[0][0].path != target.path):
-            yield _batch_job(origin, batch, size)
-            batch, size = [], 0
-        batch.append((target, copies))
-        size += target.nbytes
-    if batch:
-        yield _batch_job(origin, batch, size)
-
-
-def _batch_job(origin: Origin, batch: list[tuple[StoredTensor, list[Copy]]], size: int) -> Job:
-    def run(files: Files) -> Losses:
-        tally = _Tally()
-        for target, copies in batch:
-            _gather(files, origin, target, copies, (0, matrix(target.shape)[0]), tally)
-        return tally.losses
-
-    path = str(batch[0][0].path)
-    return Job((path,), (path, batch[0][0].offset), size, run)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from importlib import import_module
 from itertools import islice
 from typing import Any, NamedTuple
 
 from mmconvert.disks import is_far
-from mmconvert.executor.casts import Loss
 from mmconvert.executor.fileio import ByteRange, Files, expect, open_files
 
 AHEAD = 4  # jobs whose bytes are asked for before their turn
@@ -28,8 +27,6 @@ FILE_THREADS = 4
 # count, whatever the cores.
 MOST_THREADS = 16
 
-Losses = Mapping[str, Loss]  # by tensor, of the casts of one job
-
 
 class Job(NamedTuple):
     """Work for one thread or process: ``run`` moves ``nbytes``.
@@ -39,7 +36,7 @@ class Job(NamedTuple):
         place: orders the jobs that write the same files, along one file.
         nbytes: bytes moved.
         run: does it, maybe in a forked process, so that what it finds is what it returns: of jobs
-            that move bytes, what casts have lost.
+            that move bytes, what casts have lost, or None.
         reads: what it reads, as far as it is worth fetching before.
     """
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 
-from mmconvert.executor.casts import Loss
-from mmconvert.executor.jobs import Job, Losses
+from mmconvert.executor.casts import Loss, LossByTensor
+from mmconvert.executor.jobs import Job
 from mmconvert.plan.plan import Plan
 from mmconvert.positioned import BINARY
 from mmconvert.version import VERSION
@@ -27,7 +27,7 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")  # Linux, proc(5)
 # What reading a damaged journal may raise.
 _SENSELESS = (OSError, ValueError, TypeError, AttributeError, RecursionError)
 
-Finished = dict[str, Losses]  # by job_key
+Finished = dict[str, LossByTensor]  # by job_key
 
 
 def boot_id() -> str:
@@ -96,7 +96,7 @@ def _torn(path: Path) -> int:
     return len(path.read_bytes().rpartition(b"\n")[2])
 
 
-def _losses(text: str) -> Losses:
+def _losses(text: str) -> LossByTensor:
     if not text:
         return {}
     found = {name: Loss(*counts) for name, counts in json.loads(text).items()}
@@ -121,7 +121,7 @@ class Journal:
         elif torn := _torn(path):
             os.ftruncate(self._fd, path.stat().st_size - torn)
 
-    def add(self, job: Job, losses: Mapping[str, Loss]) -> None:
+    def add(self, job: Job, losses: LossByTensor) -> None:
         """A job is done. One write call, so that a kill leaves whole lines but the last."""
         words = job_key(job, self._folder)
         if losses:

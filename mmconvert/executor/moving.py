@@ -11,7 +11,7 @@ from mmconvert.durable import EarlySync
 from mmconvert.errors import cannot_write
 from mmconvert.events import Events
 from mmconvert.executor import journal
-from mmconvert.executor.casts import Losses
+from mmconvert.executor.casts import LossByTensor, Losses
 from mmconvert.executor.execute import jobs_of
 from mmconvert.executor.group import ProcessGroup
 from mmconvert.executor.jobs import Job, run_jobs
@@ -63,10 +63,11 @@ def move(
         MMConvertError: a file that cannot be read or written, in any process.
     """
     jobs = jobs_of(*in_pieces(plan, staged.places))
-    done = [j for j in jobs if journal.job_key(j, staged.folder) in staged.finished]
+    known = {id(job): journal.job_key(job, staged.folder) for job in jobs if staged.finished}
+    done = [job for job in jobs if known.get(id(job)) in staged.finished]
     moved = Moved(resumed=sum(job.nbytes for job in done if job.writes))
     for job in done:
-        moved.losses.add(staged.finished[journal.job_key(job, staged.folder)])
+        moved.losses.add(staged.finished[known[id(job)]])
     if done:
         share = 100 * moved.resumed / max(1, plan.nbytes)
         events.note(
@@ -99,11 +100,12 @@ def _run(
 
     early = EarlySync() if sync else None
 
-    def finished(job: Job, lost: journal.Losses | None) -> None:
+    def finished(job: Job, lost: LossByTensor | None) -> None:
         if early is not None:
             early.wrote(job.writes)
-        notes.add(job, lost or {})
-        losses.add(lost or {})
+        lost = lost or {}
+        notes.add(job, lost)
+        losses.add(lost)
         events.advance(job.nbytes)
 
     try:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from mmconvert.errors import ReplicaError
-from mmconvert.executor.compare import Differences, comparison_jobs
+from mmconvert.executor.compare import Differences, Sides, comparison_jobs
 from mmconvert.executor.fileio import Files
 from mmconvert.executor.jobs import Job
 from mmconvert.plan.plan import Comparison, Copy, Plan, matrix
@@ -22,12 +22,12 @@ class Replicas(NamedTuple):
     """What is compared on the way.
 
     Attributes:
-        found: compares, and notes what differs.
+        sides: the tensors that are compared, on both sides the plan's sources.
         passing: the comparisons of each source all of whose elements pass.
         repeats: (source, target) of copies at which nothing is compared once more.
     """
 
-    found: Differences
+    sides: Sides
     passing: Mapping[int, Sequence[Comparison]]
     repeats: Pairs
 
@@ -42,6 +42,7 @@ class Replicas(NamedTuple):
         """
         if (c.src, c.dst) in self.repeats:
             return
+        found = Differences(*self.sides)
         for key, known in self.passing.get(c.src, ()):
             top, bottom = _overlap(c.src_row, c.rows, known.src_row, known.rows)
             first, last = _overlap(c.src_col, c.cols, known.src_col, known.cols)
@@ -51,12 +52,12 @@ class Replicas(NamedTuple):
             size = (bottom - top, last - first)
             piece = Comparison(key, Copy(c.src, top, first, known.dst, *other, *size))
             if left is None or last - first < c.cols:
-                self.found.look(files, piece)
+                found.look(files, piece)
             else:
                 line = len(left) // c.rows
                 part = left[(top - c.src_row) * line : (bottom - c.src_row) * line]
-                self.found.look_at(files, piece, part)
-            if self.found.listed():
+                found.look_at(files, piece, part)
+            if found.listed():
                 raise differing()
 
 
@@ -71,7 +72,7 @@ def on_the_way(plan: Plan, repeats: Pairs) -> tuple[Replicas, list[Job]]:
     Args:
         repeats: (source, target) of copies that write once more what another target has too.
     """
-    found = Differences(plan.sources, plan.sources, plan.cast)
+    sides = plan.sources, plan.sources, plan.cast
     merged = {product.dst for product in plan.products}
     read: dict[int, list[Rect]] = defaultdict(list)
     for c in plan.copies if plan.replicas else ():
@@ -84,8 +85,8 @@ def on_the_way(plan: Plan, repeats: Pairs) -> tuple[Replicas, list[Job]]:
     for src in list(passing):
         if not covers(read[src], *matrix(plan.sources[src].shape), once=False):
             rest += passing.pop(src)
-    jobs = comparison_jobs((plan.sources, plan.sources, plan.cast), rest)
-    return Replicas(found, passing, repeats), [job._replace(run=_strict(job)) for job in jobs]
+    jobs = comparison_jobs(sides, rest)
+    return Replicas(sides, passing, repeats), [job._replace(run=_strict(job)) for job in jobs]
 
 
 def _strict(job: Job) -> Callable[[Files], None]:

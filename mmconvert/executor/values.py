@@ -232,21 +232,15 @@ def rounded(data: memoryview, out: memoryview) -> bool:
     Returns:
         False: there is a NaN among them, which this does not keep.
     """
-    fine: Array = np.frombuffer(data, "<u4")
-    coarse: Array = np.frombuffer(out, "<u2")
+    values: Array = np.frombuffer(data, "<f4")
     scratch: Array = np.empty(ROUNDED, "<u4")
-    for start in range(0, len(fine), ROUNDED):
-        part = fine[start : start + ROUNDED]
+    for start in range(0, len(values), ROUNDED):
+        part = values[start : start + ROUNDED]
         bits = scratch[: len(part)]
-        np.bitwise_and(part, 0x7FFF_FFFF, out=bits)
+        np.bitwise_and(part.view("<u4"), 0x7FFF_FFFF, out=bits)
         if bits.max() > _EXPONENT["F32"]:
             return False
-        np.right_shift(part, 16, out=bits)
-        np.bitwise_and(bits, 1, out=bits)
-        np.add(bits, 0x7FFF, out=bits)  # half a step, and the last bit: ties go to even
-        np.add(bits, part, out=bits)
-        np.right_shift(bits, 16, out=bits)
-        coarse[start : start + ROUNDED] = bits
+        narrow(part, bits, out[2 * start : 2 * (start + len(part))])
     return True
 
 
@@ -265,7 +259,8 @@ def small(values: Array) -> bool:
 
 
 def narrow(values: Array, scratch: Array, out: memoryview) -> memoryview:
-    """The bits of finite float32 values in bfloat16, each rounded to the nearest, ties to even.
+    """The bits of float32 values, none of them NaN, in bfloat16, each rounded to the nearest, ties
+    to even.
 
     Args:
         scratch: integers of the values' shape.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmconvert.errors import FormatError, cannot_read
+from mmconvert.errors import FormatError
 from mmconvert.formats.containers.safetensors import parse_json
-from mmconvert.formats.reading import opened
+from mmconvert.formats.reading import read_at_most
 from mmconvert.narrow import is_object
 
 MAX_JSON = 64 << 20  # bytes
@@ -30,11 +30,4 @@ def read_small(path: Path) -> bytes:
     Raises:
         CheckpointError: unreadable; FormatError: too large.
     """
-    try:
-        with opened(path) as file:
-            text = file.read(MAX_JSON + 1)
-    except OSError as error:
-        raise cannot_read(path, error) from error
-    if len(text) > MAX_JSON:
-        raise FormatError(f"{path}: larger than {MAX_JSON} bytes", "a JSON file of a model")
-    return text
+    return read_at_most(path, MAX_JSON, "a JSON file of a model")

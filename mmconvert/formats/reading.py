@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple, ParamSpec, TypeVar
 
 from mmconvert import positioned
 from mmconvert.causes.downloads import LONGEST, not_the_file
-from mmconvert.errors import CheckpointError, cannot_read
+from mmconvert.errors import CheckpointError, FormatError, cannot_read
 from mmconvert.executor.apart import Identity
 
 P = ParamSpec("P")
@@ -143,6 +143,22 @@ def opened(path: Path) -> Generator[BinaryIO]:
         if (watch := _watch.get()) is not None:
             watch.states.setdefault(path, State.of(os.fstat(file.fileno())))
         yield file
+
+
+def read_at_most(path: Path, most: int, expected: str) -> bytes:
+    """The bytes of a file of a checkpoint that is read whole, ``most`` of them at most.
+
+    Raises:
+        CheckpointError: unreadable; FormatError: too large.
+    """
+    try:
+        with opened(path) as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    if len(data) > most:
+        raise FormatError(f"{path}: larger than {most} bytes", expected)
+    return data
 
 
 def size_of_file(path: Path) -> int:

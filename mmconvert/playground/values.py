@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from mmconvert.executor.values import Array
+from mmconvert.executor.values import Array, from_floats
 from mmconvert.formats.containers.image import create
 from mmconvert.formats.containers.ptfile import Slot, pt_image, read_pt
 from mmconvert.formats.containers.safetensors import read_weight_file
@@ -40,9 +40,8 @@ def change(folder: Path, rule: Change) -> None:
 
 
 def bf16(values: Array) -> bytes:
-    """Finite numbers rounded to bf16, to the nearest, ties to even."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
+    """Numbers rounded to bf16, to the nearest, ties to even."""
+    return bytes(from_floats(np.ascontiguousarray(values, "<f4"), "BF16")[0])
 
 
 def as_trained(rank_file: Path, iteration: int) -> None:

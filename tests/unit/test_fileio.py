@@ -11,17 +11,9 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from mmconvert.errors import CheckpointError
-from mmconvert.executor.fileio import (
-    BAND,
-    IOV_MAX,
-    LARGE,
-    SMALL,
-    TRIAL,
-    Pace,
-    copy_range,
-    open_files,
-    write_pieces,
-)
+from mmconvert.executor.copying import copy_range
+from mmconvert.executor.fileio import BAND, IOV_MAX, open_files, write_pieces
+from mmconvert.executor.pace import LARGE, SMALL, TRIAL, Pace
 
 IN_MEMORY = Path("/dev/shm")  # a file system without a device of its own
 

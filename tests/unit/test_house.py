@@ -10,10 +10,8 @@ import mmconvert
 
 PACKAGE = Path(mmconvert.__file__).parent
 MODULES = {str(p.relative_to(PACKAGE)): p.read_text("utf-8") for p in PACKAGE.rglob("*.py")}
-LINES = 360  # 300 are what is aimed at; see CONTRIBUTING.md
-# Names that several modules have, each for itself: variables of types; what a job loses in casts,
-# and what all lose together.
-SHARED = {"T", "R", "P", "Losses"}
+LINES = 320  # 300 are what is aimed at; see CONTRIBUTING.md
+SHARED = {"T", "R", "P"}  # variables of types, which several modules have, each for itself
 
 
 def types_of(text: str) -> set[str]:

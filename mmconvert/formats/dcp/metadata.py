@@ -14,11 +14,11 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from mmconvert.errors import CheckpointError, FormatError, TensorError, cannot_read
+from mmconvert.errors import CheckpointError, FormatError, TensorError
 from mmconvert.formats.containers.pickles import Global, Inert, load_pickle
 from mmconvert.formats.containers.torch_objects import MAX_DIMS, TORCH_DTYPE
 from mmconvert.formats.dcp.tiles import tile
-from mmconvert.formats.reading import State, note, opened
+from mmconvert.formats.reading import State, note, read_at_most
 from mmconvert.narrow import is_array, is_dict, is_sequence, is_tuple
 from mmconvert.stored import ITEM_SIZE
 
@@ -86,13 +86,7 @@ def read_metadata(folder: Path) -> Metadata:
 def _read(path: Path, state: State) -> Metadata:
     """The file in this state: it is asked for several times, and large ones take seconds."""
     del state
-    try:
-        with opened(path) as file:
-            data = file.read(MAX_METADATA + 1)
-    except OSError as error:
-        raise cannot_read(path, error) from error
-    if len(data) > MAX_METADATA:
-        raise FormatError(f"{path}: larger than {MAX_METADATA} bytes", "a .metadata of DCP")
+    data = read_at_most(path, MAX_METADATA, "a .metadata of DCP")
     return _Reader(path).metadata(load_pickle(data, str(path)))
 
 
