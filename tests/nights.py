@@ -14,15 +14,17 @@ def night(*values: object) -> ParameterSet:
     return pytest.param(*values, marks=pytest.mark.nightly)
 
 
-def in_turns(*sides: Sequence[object]) -> list[ParameterSet]:
-    """All combinations of sides that do not depend on each other; every other one is nightly.
+def in_turns(*sides: Sequence[object], one_in: int = 2) -> list[ParameterSet]:
+    """All combinations of sides that do not depend on each other; nightly all but one in so many.
 
-    Of three sides, those of today have every value of a side with every value of another.
+    Of three sides and one in two, those of `make test` have every value of a side with every
+    value of another. In any case they have every value that stands beside a side of at least
+    `one_in` values.
     """
     places = product(*(range(len(side)) for side in sides))
     cases = product(*sides)
     return [
-        pytest.param(*case, marks=pytest.mark.nightly if sum(place) % 2 else ())
+        pytest.param(*case, marks=pytest.mark.nightly if sum(place) % one_in else ())
         for case, place in zip(cases, places, strict=True)
     ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,8 +68,19 @@ def modes(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 
 # ------------------------------------------------------------------------ MM checkpoints
+def _state(path: Path) -> tuple[int, ...]:
+    """Another one for whatever was written since."""
+    s = path.stat()
+    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+
+
 def read_rank_file(path: Path) -> tuple[RankFile, list[str]]:
     """What a rank file holds, and what is odd about its tensors."""
+    return _read_rank_file(path, _state(path))
+
+
+@lru_cache(maxsize=256)  # what tests compare with is mostly the same
+def _read_rank_file(path: Path, state: tuple[int, ...]) -> tuple[RankFile, list[str]]:
     top: dict[str, Any] = {}
     parts: dict[str, dict[str, Row]] = {}
     odd = []
@@ -186,6 +198,11 @@ def compare_mm(want: Path, got: Path) -> list[str]:
 # ------------------------------------------------------------------------ HF checkpoints
 def read_weight_file(path: Path) -> tuple[dict[str, str], dict[str, Row]]:
     """The metadata and the tensors of a safetensors file."""
+    return _read_weight_file(path, _state(path))
+
+
+@lru_cache(maxsize=256)
+def _read_weight_file(path: Path, state: tuple[int, ...]) -> tuple[dict[str, str], dict[str, Row]]:
     with safe_open(path, framework="pt") as file:
         rows = {name: row_of(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
         return file.metadata() or {}, rows

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from inprocess import (
 )
 from mmconvert.playground.checkpoints import NEW_NAMES, make_hf, nested_config
 from mmread import INDEX, MANIFEST, TRACKER, compare_hf, compare_mm, weight_files
-from nights import in_turns
+from nights import in_turns, nightly
 
 NOT_OURS = {
     13: "no family with experts is served; an ep_size other than 1 is refused",
@@ -188,8 +187,7 @@ def without_manifest(mm: Path, to: Path) -> Path:
 
 
 # ============================================================================ wrong weights
-@pytest.mark.parametrize("model", QWEN)
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "tp4"])
+@pytest.mark.parametrize(("model", "layout"), in_turns(QWEN, ["tp1", "tp2", "tp4"]))
 def test_line_01_vision_qkv_is_interleaved_per_head(
     model: str, layout: str, hf_of: Maker, mm_of: Maker
 ) -> None:
@@ -252,9 +250,22 @@ DEEP: dict[str, tuple[str, dict[str, Any], list[int], list[int], int]] = {
         [6, 7, 7, 4] + 8 * [0],
         4,
     ),
-    "qwen2vl-7b vpp2, late": ("qwen2vl-7b", {}, [0, 0, 0, 28], [0, 32, 0, 0], 2),
-    "omni spread": ("qwen2.5omni-7b", {}, [0, 0, 20, 8], [0, 30, 2, 0], 4),
+    "qwen2vl-7b vpp2, late": (
+        "qwen2vl-7b",
+        {"layers": 4, "vit_layers": 3},
+        [0, 0, 0, 4],
+        [0, 3, 0, 0],
+        2,
+    ),
+    "omni spread": (
+        "qwen2.5omni-7b",
+        {"layers": 5, "vit_layers": 4, "audio_layers": 4},
+        [0, 0, 3, 2],
+        [0, 3, 1, 0],
+        4,
+    ),
 }
+DEEP_TODAY = ("internvl2-8b vpp3", "qwen2vl-7b vpp2, late", "omni spread")
 
 
 def _stages(counts: list[int]) -> tuple[int, int]:
@@ -262,12 +273,12 @@ def _stages(counts: list[int]) -> tuple[int, int]:
     return held[0], held[-1]
 
 
-@pytest.mark.parametrize("case", DEEP.values(), ids=DEEP.keys())
+@pytest.mark.parametrize("case", nightly(DEEP, but=DEEP_TODAY))
 def test_line_02_encoders_that_start_late_are_placed_by_the_lists(
-    case: tuple[str, dict[str, Any], list[int], list[int], int], tmp_path: Path
+    case: str, tmp_path: Path
 ) -> None:
     """Every tensor is stored once, on its stage; the first and last weights on theirs."""
-    model, sizes, llm, vit, pp = case
+    model, sizes, llm, vit, pp = DEEP[case]
     hf, mm = make_hf(model, tmp_path / "hf", **sizes), tmp_path / "mm"
     rows = len(llm) // pp
     texts, images = (
@@ -297,8 +308,9 @@ def test_line_02_encoders_that_start_late_are_placed_by_the_lists(
     same_hf(hf, tmp_path / "back")
 
 
-@pytest.mark.parametrize("model", ["internvl2-76b", "internvl2-2b", "internvl2-1b"])
-@pytest.mark.parametrize("tp", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("model", "tp"), in_turns(["internvl2-76b", "internvl2-2b", "internvl2-1b"], [4, 2, 8])
+)
 def test_line_03_internvl_comes_back_from_any_tp_size(model: str, tp: int, tmp_path: Path) -> None:
     """Uneven vocabulary; 25 heads over 4 and 8 ranks with the 6B vision encoder."""
     kv = {"internvl2-1b": 2, "internvl2-2b": 8, "internvl2-76b": 8}[model]
@@ -391,7 +403,7 @@ def test_line_05_half_of_a_fused_tensor_is_an_error(model: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("model", "name"),
-    in_turns(MODELS, ["a.safetensors", "model-00001-of-00009.safetensors", "z.pt"]),
+    in_turns(MODELS, ["a.safetensors", "model-00001-of-00009.safetensors", "z.pt"], one_in=3),
 )
 def test_line_06_stray_files_change_nothing(
     model: str, name: str, mm_of: Maker, hf_of: Maker, tmp_path: Path
@@ -442,8 +454,7 @@ def test_line_07_nothing_is_cut_off(
 CANONICAL = "--cfg.common_model_config.enable_canonical_hf_struct"
 
 
-@pytest.mark.parametrize("model", QWEN)
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize(("model", "tp"), in_turns(QWEN, [2, 4]))
 def test_line_08_canonical_vision_qkv_is_cut_by_heads_of_each(
     model: str, tp: int, hf_of: Maker, tmp_path: Path
 ) -> None:
@@ -491,15 +502,10 @@ def test_line_08_what_the_reference_cut_is_repaired(
     none(compare_mm(right, tmp_path / "out"))
 
 
-# With and without a manifest: each layout in both ways, each pair in one; nightly in both.
-PAIRS = [
-    pytest.param(*pair, manifest, marks=() if n % 2 == manifest else pytest.mark.nightly)
-    for n, pair in enumerate(product(QWEN, ["tp1", "pp2", "tp4_vit1"], ["tp2", "vpp2", "tp4"]))
-    for manifest in (True, False)
-]
-
-
-@pytest.mark.parametrize(("model", "source", "target", "manifest"), PAIRS)
+@pytest.mark.parametrize(
+    ("source", "target", "model", "manifest"),
+    in_turns(["tp1", "pp2", "tp4_vit1"], ["tp2", "vpp2", "tp4"], QWEN, [True, False], one_in=4),
+)
 def test_line_09_resplit_of_a_canonical_checkpoint(
     model: str, source: str, target: str, manifest: bool, hf_of: Maker, tmp_path: Path
 ) -> None:
@@ -659,7 +665,9 @@ def test_line_11_the_talker_stays_out_of_mm(mm_of: Maker) -> None:
     assert not [n for n in names if "talker" in n or "token2wav" in n]
 
 
-@pytest.mark.parametrize("model", [*MODELS, "internvl2-2b"])
+@pytest.mark.parametrize(
+    "model", nightly([*MODELS, "internvl2-2b"], but=("qwen2vl-7b", "qwen2.5omni-7b", MODELS[-1]))
+)
 def test_line_12_the_folders_tell_the_tp_size(model: str, tmp_path: Path) -> None:
     """Without a flag it comes back; with a wrong one it is an error that names both."""
     hf, mm, out = small(model, tmp_path / "hf"), tmp_path / "mm", tmp_path / "out"
@@ -675,7 +683,7 @@ VIT_ONLY = ("--cfg.save_vit_only", "True")
 
 
 @pytest.mark.parametrize(
-    ("model", "layout"), in_turns([*MODELS, *TIED], ["tp1", "tp2", "pp2", "vpp2"])
+    ("model", "layout"), in_turns([*MODELS, *TIED], ["tp1", "tp2", "pp2", "vpp2"], one_in=4)
 )
 def test_line_15_save_vit_only(
     model: str, layout: str, hf_of: Maker, mm_of: Maker, tmp_path: Path
@@ -705,7 +713,7 @@ FIFTHS = [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in range(1, 5))]
 
 @pytest.mark.parametrize(
     ("model", "source", "manifest"),
-    in_turns([*MODELS, "internvl2-2b"], [*LAYOUTS], [True, False]),
+    in_turns([*MODELS, "internvl2-2b"], [*LAYOUTS], [True, False], one_in=4),
 )
 @pytest.mark.parametrize("fifth", FIFTHS)
 def test_line_16_resplit_between_all_layouts(
@@ -713,8 +721,8 @@ def test_line_16_resplit_between_all_layouts(
 ) -> None:
     """Equal to the direct conversion; the source's layout is not named.
 
-    Every pair of layouts is tried with some model, every other one without a manifest; nightly
-    every pair with every model and both ways.
+    Every layout is tried with half of the models and to others; nightly every pair with every
+    model, with and without a manifest.
 
     Without mmconvert.json and without hf_dir, InternVL's 16 or 25 vision heads are an unknown
     number, as shapes do not tell it: cutting them is refused, and hf_dir cures that.
@@ -829,7 +837,7 @@ def test_line_17_the_order_of_a_folder_does_not_matter(
                 assert first == second, file
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", nightly(MODELS, but=MODELS[1:3]))
 def test_line_18_old_rank_folders_never_stay(
     model: str, hf_of: Maker, mm_of: Maker, tmp_path: Path
 ) -> None:
@@ -854,7 +862,8 @@ def test_line_18_unknown_tensors_are_named_and_dropped_only_by_hand(tmp_path: Pa
 
 # ============================================================= errors where none should be
 @pytest.mark.parametrize(
-    ("model", "said", "manifest"), in_turns(MODELS, ["nothing", "nested", "tp"], [True, False])
+    ("model", "said", "manifest"),
+    in_turns(MODELS, ["nothing", "nested", "tp"], [True, False], one_in=4),
 )
 def test_line_22_virtual_stages_go_back(
     model: str, said: str, manifest: bool, hf_of: Maker, mm_of: Maker, tmp_path: Path
@@ -866,8 +875,7 @@ def test_line_22_virtual_stages_go_back(
     same_hf(hf_of(model), tmp_path / "back")
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("form", ["no index", "index"])
+@pytest.mark.parametrize(("model", "form"), in_turns(MODELS, ["no index", "index"]))
 def test_line_23_a_single_weight_file(model: str, form: str, tmp_path: Path) -> None:
     hf = small(model, tmp_path / "hf", shards=1)
     if form == "index":
@@ -879,12 +887,11 @@ def test_line_23_a_single_weight_file(model: str, form: str, tmp_path: Path) -> 
     same_hf(hf, tmp_path / "back")
 
 
-@pytest.mark.parametrize(("tp", "audio_tp"), [(1, 2), (2, 4), (4, 1)])
-@pytest.mark.parametrize("vit_tp", [0, 1, 2])
+@pytest.mark.parametrize(("tps", "vit_tp"), in_turns([(4, 1), (1, 2), (2, 4)], [0, 1, 2]))
 def test_line_24_zero_means_tp_size(
-    tp: int, audio_tp: int, vit_tp: int, hf_of: Maker, tmp_path: Path
+    tps: tuple[int, int], vit_tp: int, hf_of: Maker, tmp_path: Path
 ) -> None:
-    model = "qwen2.5omni-7b"
+    model, (tp, audio_tp) = "qwen2.5omni-7b", tps
     words = flags("[4]", "[2]", tp, vit_tp, audio="[2]", audio_tp=audio_tp)
     to_mm(model, hf_of(model), tmp_path / "mm", *words, "--cfg.parallel_config.ep_size", "1")
     vit = vit_tp or tp
@@ -941,17 +948,12 @@ WRONG_LISTS = {
 }
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("case", WRONG_LISTS.values(), ids=WRONG_LISTS.keys())
+@pytest.mark.parametrize(("model", "case"), in_turns(MODELS, [*WRONG_LISTS], one_in=4))
 def test_line_28_wrong_lists_are_told_from_right_ones(
-    model: str,
-    case: tuple[str, str, int, tuple[str, ...]],
-    hf_of: Maker,
-    mm_of: Maker,
-    tmp_path: Path,
+    model: str, case: str, hf_of: Maker, mm_of: Maker, tmp_path: Path
 ) -> None:
     """Plain English with both lists, before anything is written."""
-    llm, vit, code, words = case
+    llm, vit, code, words = WRONG_LISTS[case]
     out, mm = tmp_path / "out", mm_of(model, "pp2")
     done = to_hf(model, mm, hf_of(model), out, *flags(llm, vit), check=None)
     refused(done, code, *words, out=out)
@@ -985,7 +987,7 @@ class Payload:
         return os.system, (f"touch '{self.marker}'",)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", nightly(MODELS, but=MODELS[2:]))
 def test_line_29_reading_runs_nothing(
     model: str, hf_of: Maker, mm_of: Maker, tmp_path: Path
 ) -> None:
@@ -1008,8 +1010,9 @@ def test_line_29_reading_runs_nothing(
     assert marker.exists(), "the payload itself must work"
 
 
-@pytest.mark.parametrize("model", ["qwen2.5vl-7b", "qwen2.5omni-7b"])
-@pytest.mark.parametrize("layout", ["tp2", "tp4"])
+@pytest.mark.parametrize(
+    ("model", "layout"), in_turns(["qwen2.5vl-7b", "qwen2.5omni-7b"], ["tp2", "tp4"])
+)
 def test_line_30_the_projector_is_cut_by_plain_rows(
     model: str, layout: str, hf_of: Maker, mm_of: Maker
 ) -> None:
@@ -1060,8 +1063,7 @@ def test_found_besides_an_unknown_mm_tensor_is_an_error(
     refused(to_other(model, mm, out, *words, check=None), 3, name, out=out)
 
 
-@pytest.mark.parametrize("model", QWEN)
-@pytest.mark.parametrize("layout", ["tp1", "tp4", "vpp2"])
+@pytest.mark.parametrize(("model", "layout"), in_turns(QWEN, ["tp1", "tp4", "vpp2"]))
 def test_found_besides_verify_knows_the_canonical_structure(
     model: str, layout: str, hf_of: Maker, tmp_path: Path
 ) -> None:
@@ -1140,8 +1142,7 @@ def test_omni_k_bias_survives_a_resplit(hf_of: Maker, mm_of: Maker, tmp_path: Pa
 
 
 # ============================================================== what is beside the tensors
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("value", [True, 1, "yes"])
+@pytest.mark.parametrize(("model", "value"), in_turns(MODELS, [True, 1, "yes"], one_in=3))
 def test_a_manifest_never_overrules_the_tensors(
     model: str, value: object, mm_of: Maker, tmp_path: Path
 ) -> None:
@@ -1182,7 +1183,8 @@ def test_one_rank_folder_with_a_huge_number(
 
 # ======================================================================== wrong converters
 @pytest.mark.parametrize(
-    ("model", "kind", "manifest"), in_turns(MODELS, [*CONVERTERS], [True, False])
+    ("model", "kind", "manifest"),
+    in_turns(MODELS, [*CONVERTERS], [True, False], one_in=4),
 )
 def test_the_wrong_converter_names_the_right_one(
     model: str, kind: str, manifest: bool, hf_of: Maker, mm_of: Maker, tmp_path: Path
@@ -1205,8 +1207,7 @@ def test_the_wrong_converter_names_the_right_one(
     refused(done, done.returncode, *([right] if manifest else []), out=out)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize(("model", "manifest"), in_turns(MODELS, [True, False]))
 def test_the_family_can_be_left_to_the_checkpoint(
     model: str, manifest: bool, hf_of: Maker, mm_of: Maker, tmp_path: Path
 ) -> None:
