@@ -35,6 +35,7 @@ class Run(NamedTuple):
         bucket: elements of a bucket of gradients that are reduced while others are computed.
         ep: expert-parallel size, for models with experts.
         fused: its Adam has the step in the groups; else it is torch's.
+        later: where to save once more, after another step.
     """
 
     source: Path
@@ -48,6 +49,7 @@ class Run(NamedTuple):
     bucket: int = 0
     ep: int = 1
     fused: bool = False
+    later: Path | None = None
 
     @property
     def pp(self) -> int:
@@ -289,7 +291,11 @@ def train(run: Run, text: dict[str, Any], place: Place) -> None:
             optimizer.load_parameter_state(str(path.with_name("distrib_optim.pt")))
     for step in range(done, done + run.steps):
         one_step(models, optimizer, scheduler, step)
-    save(run, chunks, parts, optimizer, scheduler, done + run.steps, place)
+    done += run.steps
+    save(run, run.target, chunks, parts, optimizer, scheduler, done, place)
+    if run.later is not None:
+        one_step(models, optimizer, scheduler, done)
+        save(run, run.later, chunks, parts, optimizer, scheduler, done + 1, place)
 
 
 def one_step(models: list[Any], optimizer: Any, scheduler: Any, step: int) -> None:
@@ -304,8 +310,8 @@ def one_step(models: list[Any], optimizer: Any, scheduler: Any, step: int) -> No
 
 
 def save(
-    run: Run, chunks: list[Any], parts: list[str], optimizer: Any, scheduler: Any, done: int,
-    place: Place,
+    run: Run, target: Path, chunks: list[Any], parts: list[str], optimizer: Any, scheduler: Any,
+    done: int, place: Place,
 ) -> None:  # fmt: skip
     """Saves as Megatron's checkpointing does."""
     from megatron.core import parallel_state
@@ -325,12 +331,12 @@ def save(
     content["opt_param_scheduler"] = scheduler.state_dict()
     content["rng_state"] = [{"torch_rng_state": torch.get_rng_state()}]
     content["num_floating_point_operations_so_far"] = 123456789012345678901
-    run.target.mkdir(exist_ok=True)
-    tracker = run.target / "latest_checkpointed_iteration.txt"
+    target.mkdir(exist_ok=True)
+    tracker = target / "latest_checkpointed_iteration.txt"
     if dist.get_rank() == 0:
         tracker.write_text(str(done))
     dist.barrier()
-    path = rank_file(run.target, run, place)
+    path = rank_file(target, run, place)
     path.parent.mkdir(parents=True, exist_ok=True)
     if run.distributed:
         optimizer.save_parameter_state(str(path.with_name("distrib_optim.pt")))

@@ -33,7 +33,7 @@ from mmconvert.runtime.launch import launch
 from mmconvert.runtime.samples import SampleSource
 from mmconvert.runtime.validation import Validation
 from mmconvert.runtime.verdict import ValidationReport
-from nights import nightly
+from nights import night, nightly
 
 pytestmark = pytest.mark.slow
 KIND, CONVERTER = "qwen3_vl_moe", "Qwen3VLMegatronConverter"
@@ -85,7 +85,7 @@ LAYOUTS: dict[str, tuple[Layout, dict[str, Any]]] = {
     "pp 2 ep 2": (("[1,3]", "[3,0]", 1, 2), {}),
     "vpp 2 ep 2, recomputed": (("[[0,1],[1,2]]", "[[2,1],[0,0]]", 1, 2), {"recompute": True}),
 }
-TODAY = ("ep 2, two replicas, optimizer divided", "pp 2 ep 2")
+TODAY = ("ep 2, two replicas, optimizer divided",)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,10 @@ def test_what_routers_learn_from_is_said(asked: bool, hf: Path, data: Path, tmp_
     assert ("transformers would add 0.001 of it" in said) == asked
 
 
-def test_a_restart_goes_on_to_the_bit_and_converts(hf: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ep", [1, night(4)])
+def test_a_restart_goes_on_to_the_bit_and_converts(
+    ep: int, hf: Path, data: Path, tmp_path: Path
+) -> None:
     start, whole, cut = mm(hf, EP_2), tmp_path / "whole", tmp_path / "cut"
     all_of_it = talking.learn(start, hf, [data], talking.plan(whole, 4, save_every=2))
     shutil.copytree(whole, cut)
@@ -136,7 +139,7 @@ def test_a_restart_goes_on_to_the_bit_and_converts(hf: Path, data: Path, tmp_pat
     back, other = tmp_path / "back", tmp_path / "other"
     mm_to_hf(whole, hf, back, converter=CONVERTER)
     run_cli("verify", back, whole, check=0)
-    resplit(whole, other, *target("[4]", "[3]", 1, "ep_size=4"), converter=CONVERTER)
+    resplit(whole, other, *target("[4]", "[3]", 1, f"ep_size={ep}"), converter=CONVERTER)
     report = validated(other, back)
     assert report.passed, report.as_dict()
 
@@ -227,7 +230,7 @@ MUTATIONS = {
 }
 
 
-SEEN_TODAY = ("two experts swapped", "router rows swapped", "deepstack mergers swapped")
+SEEN_TODAY = ("two experts swapped", "deepstack mergers swapped")
 
 
 @pytest.mark.parametrize("name", nightly(MUTATIONS, but=SEEN_TODAY))

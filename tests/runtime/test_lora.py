@@ -27,6 +27,7 @@ from mmconvert.runtime.conversation import Speaker
 from mmconvert.runtime.dataset import Feed, read_samples
 from mmconvert.runtime.families import architecture
 from mmconvert.runtime.lora import LoraPlan
+from nights import night
 
 pytestmark = pytest.mark.slow
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -132,12 +133,15 @@ def test_alpha_is_that_of_training(
     refused(done, 3, "args", f"the rank {R}", f"r {R + 3}", out=out)
 
 
-def test_the_losses_are_those_of_a_loop_with_peft(hf: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["tp1", night("tp2 pp2")])
+def test_the_losses_are_those_of_a_loop_with_peft(
+    layout: str, hf: Path, data: Path, tmp_path: Path
+) -> None:
     """From the same first matrices, with PEFT's layers and torch's AdamW; q, k, v are apart, as one
     A for the three of them learns otherwise than three.
     """
     flags = ("common_model_config.enable_canonical_hf_struct=True",)
-    mm = tinyfamilies.convert_flags("qwen2_vl", hf, tmp_path / "mm", *LAYOUTS["tp2 pp2"], flags)
+    mm = tinyfamilies.convert_flags("qwen2_vl", hf, tmp_path / "mm", *LAYOUTS[layout], flags)
     apart = lora(targets=(*TARGETS, "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
     curve = train(mm, hf, data, tmp_path / "save", lora=apart)
     first = tmp_path / "first"
@@ -170,14 +174,19 @@ def _mean(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1][learnt].float(), labels[:, 1:][learnt])
 
 
+@pytest.mark.parametrize("layout", ["tp1", night("tp2 pp2")])
 def test_peft_says_the_same(
-    hf: Path, trained: dict[str, tuple[Path, Curve]], tmp_path: Path
+    layout: str, hf: Path, trained: dict[str, tuple[Path, Curve]], tmp_path: Path
 ) -> None:
-    """No key is missing, and its logits are those that `validate` compares with."""
+    """No key is missing, and its logits are those that `validate` compares with.
+
+    Args:
+        layout: in which the runtime takes PEFT's folder.
+    """
     save, _ = trained["tp2 pp2"]
     adapter = peft_folder(hf, save, tmp_path / "adapter")
-    for given in (save, adapter):
-        words = ("--mm_dir", base(hf, "tp2 pp2"), "--hf_dir", hf, "--lora_dir", given)
+    for given, place in ((save, "tp2 pp2"), (adapter, layout)):
+        words = ("--mm_dir", base(hf, place), "--hf_dir", hf, "--lora_dir", given)
         assert "equal" in run_cli("validate", *words, check=0).stdout
     arch = architecture(hf)
     plain = arch.model_class().from_pretrained(hf, config=arch.config, dtype=torch.float32).eval()
@@ -251,23 +260,23 @@ def test_frozen_parts_have_no_adapters(hf: Path, data: Path, tmp_path: Path) -> 
     assert all(name.startswith("text_decoder.") for name in names)
 
 
-def test_experts_have_adapters_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tp", "ep"), [night(1, 2), (2, 2)])
+def test_experts_have_adapters_of_their_own(tp: int, ep: int, tmp_path: Path) -> None:
     """Expert- and tensor-parallel ranks learn what one process learns."""
     hf = talking.make("qwen3_vl_moe", tmp_path / "hf")
     data = talking.write_data(tmp_path)
     curves: list[Curve] = []
-    for name, (tp, ep) in {"one": (1, 1), "ep2": (1, 2), "tp2 ep2": (2, 2)}.items():
+    for name, sizes in {"one": (1, 1), "divided": (tp, ep)}.items():
         kind, place = "qwen3_vl_moe", tmp_path / name
-        mm = tinyfamilies.convert(kind, hf, place, "[4]", "[3]", tp, f"ep_size={ep}")
+        mm = tinyfamilies.convert(kind, hf, place, "[4]", "[3]", sizes[0], f"ep_size={sizes[1]}")
         what = lora(targets=("linear_fc1", "linear_fc2"))
         curves.append(train(mm, hf, data, tmp_path / f"save {name}", steps=3, lora=what))
-    for curve in curves[1:]:
-        for ours, theirs in zip(curves[0], curve, strict=True):
-            assert math.isclose(ours[1], theirs[1], rel_tol=1e-4)
-            assert math.isclose(ours[3], theirs[3], rel_tol=1e-3)
+    for ours, theirs in zip(*curves, strict=True):
+        assert math.isclose(ours[1], theirs[1], rel_tol=1e-4)
+        assert math.isclose(ours[3], theirs[3], rel_tol=1e-3)
 
 
-@pytest.mark.parametrize("hub", [False, True])
+@pytest.mark.parametrize("hub", [night(False), True])
 def test_adapters_of_stacked_experts(hub: bool, tmp_path: Path) -> None:
     """PEFT's ``target_parameters``, whichever way round the base has its stacks."""
     hf = talking.make("qwen3_vl_moe", tmp_path / "hf")

@@ -114,10 +114,7 @@ def validated(mm: Path, hf: Path) -> ValidationReport:
 
 
 # Encoder and decoder, inside a layer and beside the layers, all ranks and one; the rest nightly.
-TODAY = (
-    *("vision qkv not interleaved", "gate and up swapped", "stale norm on one rank"),
-    *("stale tied output layer", "stale embedding"),
-)
+TODAY = ("vision qkv not interleaved", "stale norm on one rank", "stale tied output layer")
 
 
 @pytest.mark.parametrize("name", nightly(MUTATIONS, but=TODAY))
@@ -157,10 +154,10 @@ UNSEEN = {
 @pytest.mark.parametrize("name", UNSEEN)
 def test_what_the_inputs_do_not_touch_is_compared_too(name: str, tmp_path: Path) -> None:
     hf = talking.make("qwen2_vl", tmp_path / "hf")  # made-up pixels would differ in each frame
-    mm = models.convert("qwen2_vl", hf, tmp_path / "mm", "[1,3]", "[3,0]", 2)
+    mm = models.convert("qwen2_vl", hf, tmp_path / "mm", "[4]", "[3]", 2)
     mutate, tps, where = UNSEEN[name]
     for tp in tps:
-        edit_rank(mm, f"mp_rank_{tp:02d}_000", lambda content: mutate(content["model"]))
+        edit_rank(mm, f"mp_rank_{tp:02d}", lambda content: mutate(content["model"]))
     report = validated(mm, hf)
     wrong = [c for c in report.checks if not c.passed]
     assert [c.name for c in wrong] == ["weights"]

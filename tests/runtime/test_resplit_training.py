@@ -33,6 +33,7 @@ class Case(NamedTuple):
 
 
 CASES = {
+    "fp32, tp 1 to tp 2": Case(("[4]", "[3]", 1), ("[4]", "[3]", 2)),
     "fp32, tp 1 to tp 2 pp 2": Case(("[4]", "[3]", 1), ("[1,3]", "[3,0]", 2)),
     "bf16, pp 2 to virtual stages, tied": Case(
         ("[1,3]", "[3,0]", 1), ("[[1,1],[1,1]]", "[[3,0],[0,0]]", 1), True, "bf16"
@@ -41,7 +42,7 @@ CASES = {
         ("[0,4]", "[3,0]", 1), ("[4]", "[3]", 1), frozen=("image_encoder",)
     ),
 }
-TODAY = ("fp32, tp 1 to tp 2 pp 2", "bf16, pp 2 to virtual stages, tied")
+TODAY = ("fp32, tp 1 to tp 2", "bf16, pp 2 to virtual stages, tied")
 
 
 def learn(hf: Path, folder: Path, data: Path, what: Any, dtype: str) -> tuple[talking.Curve, list]:

@@ -53,7 +53,7 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", nightly(CASES, but=("tp 2 pp 2, tied, bf16",)))
+@pytest.mark.parametrize("name", nightly(CASES, but=("tied over two stages, bf16",)))
 def test_a_restart_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     hf = talking.make("qwen2_vl", tmp_path / "hf", tied=case.tied)

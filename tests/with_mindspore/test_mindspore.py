@@ -93,7 +93,7 @@ def test_pieces_of_odd_sizes_are_read_alike(tmp_path: Path) -> None:
     assert [t.nbytes for t in read_ckpt(path).tensors] == [len(t.data) for t in TENSORS]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_file_above_512_mib(tmp_path: Path) -> None:
     """Two pieces; the second ends inside a row. The data are holes, but for a mark in each."""
     shape = (70_001, 4_099)
