@@ -51,14 +51,12 @@ def _kind_of(folder: str) -> str:
     return found.kind
 
 
-def is_near(path: str | Path) -> bool:
-    """Whether a file is known to lie in memory or on a disk of this Linux machine."""
-    return kind_of(path) in _NEAR
-
-
-def is_far(path: str | Path) -> bool:
-    """Whether a file is known to be reached through a network or a program."""
-    return kind_of(path) not in {"", *_NEAR}
+def is_near(path: str | Path) -> bool | None:
+    """Whether a file lies in this machine's memory or on its disks, and not behind a network or a
+    program; None where the system does not tell.
+    """
+    kind = kind_of(path)
+    return kind in _NEAR if kind else None
 
 
 def on_local_disk(fd: int) -> bool:

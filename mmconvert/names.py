@@ -54,9 +54,8 @@ def _pattern(text: str) -> re.Pattern[str]:
     return re.compile(words, re.DOTALL)
 
 
-def _number(text: str) -> int | None:
-    plain = text.isascii() and text.isdigit() and len(text) < 10
-    return int(text) if plain and str(int(text)) == text else None
+def _is_number(text: str) -> bool:
+    return text.isdigit() and text.isascii() and len(text) < 10 and str(int(text)) == text
 
 
 class TemplateIndex(Generic[T]):
@@ -100,7 +99,7 @@ class TemplateIndex(Generic[T]):
         """Every way to read numbers of a dotted name as a layer, and one behind it as an expert."""
         yield name, NO_LAYER, NO_EXPERT
         words = name.split(".")
-        numbers = [(i, n) for i, word in enumerate(words) if (n := _number(word)) is not None]
+        numbers = [(i, int(w)) for i, w in enumerate(words) if w.isdigit() and _is_number(w)]
         for place, (i, layer) in enumerate(numbers):
             one = [*words[:i], LAYER, *words[i + 1 :]]
             yield ".".join(one), layer, NO_EXPERT

@@ -13,7 +13,6 @@ import time
 from contextlib import closing, suppress
 from pathlib import Path
 
-from mmconvert.disks import is_far, is_near
 from mmconvert.executor.fileio import (
     BAND,
     BUFFERS,
@@ -39,11 +38,12 @@ def copy_range(files: Files, source: Path, start: int, target: Path, at: int, nb
         OutputError: the disk is full, or the target cannot be written.
     """
     span, done = ByteRange(source, start, nbytes), 0
-    if is_near(source) and is_near(target):
+    src, dst = files.near(source), files.near(target)
+    if src and dst:
         done = _copied_from_memory(files, span, target, at)
-    elif is_far(source) and is_far(target):
+    elif src is False and dst is False:
         done = _copied_elsewhere(files, span, target, at)
-    size = CALL if is_far(source) or is_far(target) else BAND
+    size = CALL if False in (src, dst) else BAND
     while done < nbytes:
         buffer = BUFFERS.get("copy", min(size - (at + done) % size, nbytes - done))
         read_pieces(files, source, start + done, [buffer])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ class Files:
 
     def __init__(self) -> None:
         self._open: dict[tuple[Path, int], int] = {}
-        self._near: dict[Path, bool] = {}
+        self._near: dict[Path, bool | None] = {}
         self.run: Run | None = None
 
     def fd(self, path: Path, mode: int = os.O_RDONLY) -> int:
@@ -59,11 +60,11 @@ class Files:
                 raise _failed(path, error, writing=mode != os.O_RDONLY) from error
         return self._open[key]
 
-    def most(self, path: Path) -> int:
-        """Bytes that one call should write into a file."""
+    def near(self, path: Path) -> bool | None:
+        """See :func:`mmconvert.disks.is_near`, which is asked once for each file."""
         if path not in self._near:
             self._near[path] = is_near(path)
-        return PACE.best if self._near[path] else CALL
+        return self._near[path]
 
     def close(self) -> None:
         """Closes them all."""
@@ -122,11 +123,11 @@ class Buffers(threading.local):
 BUFFERS = Buffers()
 
 
-def expect(files: Files, spans: Sequence[ByteRange]) -> None:
+def expect(files: Files, reads: Iterable[Sequence[ByteRange]]) -> None:
     """Asks the system to fetch bytes that will be read soon: advice, so nothing if it cannot."""
     if not hasattr(os, "posix_fadvise"):
         return
-    for span in spans:
+    for span in chain.from_iterable(reads):
         with suppress(OSError):
             fd = files.fd(span.path)
             os.posix_fadvise(fd, span.start, span.nbytes, os.POSIX_FADV_WILLNEED)
@@ -162,7 +163,7 @@ def write_pieces(files: Files, path: Path, offset: int, pieces: Sequence[memoryv
         OutputError: the disk is full, or the file cannot be written.
     """
     fd = files.fd(path, os.O_WRONLY)
-    for batch in _calls(pieces, offset, files.most(path)):
+    for batch in _calls(pieces, offset, PACE.best if files.near(path) else CALL):
         left = sum(map(len, batch))
         while left:
             try:

@@ -6,12 +6,11 @@ import os
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from importlib import import_module
 from itertools import islice
 from typing import Any, NamedTuple
 
-from mmconvert.disks import is_far
+from mmconvert.disks import is_near
 from mmconvert.executor.fileio import ByteRange, Files, expect, open_files
 
 AHEAD = 4  # jobs whose bytes are asked for before their turn
@@ -70,7 +69,7 @@ def threads_for(jobs: Sequence[Job], asked: int) -> int:
     """
     writes = {path for job in jobs for path in job.writes}
     reads = {span.path for job in jobs for span in job.reads}
-    if any(map(is_far, (*writes, *reads))):
+    if any(is_near(path) is False for path in (*writes, *reads)):
         most = asked or MOST_THREADS
     else:
         most = asked or min(cores(), MOST_THREADS)
@@ -102,7 +101,7 @@ def _run_in_threads(queue: JobQueue, count: int, finished: Done | None) -> None:
         with open_files() as files:
             while not stop.is_set() and (job := queue.take()) is not None:
                 try:
-                    expect(files, queue.upcoming(job))  # the disk works while we copy
+                    expect(files, (j.reads for j in queue.upcoming(job)))  # while we copy
                     result = job.run(files)
                 finally:
                     queue.done(job)
@@ -110,6 +109,8 @@ def _run_in_threads(queue: JobQueue, count: int, finished: Done | None) -> None:
                 if finished:
                     with telling:
                         finished(job, result)
+
+    from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait  # slow to load
 
     with ThreadPoolExecutor(count) as pool:
         futures = [pool.submit(work) for _ in range(count)]
@@ -155,13 +156,13 @@ class JobQueue:
                 self._active[path] += 1
             return job
 
-    def upcoming(self, job: Job) -> list[ByteRange]:
-        """What the jobs after this one will read, as far as no call before has told."""
+    def upcoming(self, job: Job) -> list[Job]:
+        """The jobs after this one, as far as no call before has told."""
         with self._lock:
             waiting = self._waiting.get(job.writes, ())
             told = self._told[job.writes]
             self._told[job.writes] = max(told, min(AHEAD, len(waiting)))
-            return [span for next_job in islice(waiting, told, AHEAD) for span in next_job.reads]
+            return list(islice(waiting, told, AHEAD))
 
     def _threads(self, group: tuple[str, ...]) -> int:
         return sum(self._active[path] for path in group)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Iterable, Mapping
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 
 from mmconvert.executor.casts import Loss, LossByTensor
@@ -46,8 +48,10 @@ def request_of(plan: Plan, extra: object) -> str:
             state of the files that are read.
     """
     added = (plan.terms, plan.products)
-    parts = (VERSION, plan.sources, plan.targets, plan.copies, plan.fills, added, extra)
-    return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+    parts = (VERSION, plan.sources, plan.targets, plan.fills, added, extra)
+    digest = blake2b(repr(parts).encode(), digest_size=16)
+    digest.update(array("q", chain.from_iterable(plan.copies)))  # far faster than words
+    return digest.hexdigest()
 
 
 def job_key(job: Job, folder: Path) -> str:

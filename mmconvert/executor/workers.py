@@ -15,10 +15,10 @@ import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from mmconvert.errors import LostProcessError, MMConvertError
-from mmconvert.executor.fileio import ByteRange, Files, expect, open_files
+from mmconvert.executor.fileio import Files, expect, open_files
 
 if TYPE_CHECKING:
     from mmconvert.executor.jobs import Done, Job, JobQueue
@@ -72,11 +72,11 @@ class Worker:
         os.close(inbox)
         os.close(outbox)
 
-    def order(self, number: int, job: Job, upcoming: Sequence[ByteRange]) -> None:
-        """Hands out a job, and tells what those after it will read."""
+    def order(self, job: Job, numbers: Sequence[int]) -> None:
+        """Hands out a job: the numbers of it and of those that come after it."""
         self.job = job
         with suppress(BrokenPipeError):  # it is gone: its answer will say so
-            _send(self._orders, (number, upcoming))
+            _send(self._orders, numbers)
 
     def answer(self) -> Any:  # noqa: ANN401 - what the job returned
         """What its job gave.
@@ -132,7 +132,7 @@ def run_in_processes(
     def employ(worker: Worker) -> None:
         worker.job = None
         if (job := queue.take()) is not None:
-            worker.order(numbers[id(job)], job, queue.upcoming(job))
+            worker.order(job, [numbers[id(j)] for j in (job, *queue.upcoming(job))])
 
     try:
         _fork(workers, jobs, count)
@@ -194,8 +194,8 @@ def _serve(jobs: Sequence[Job], inbox: int, outbox: int, parent: int) -> NoRetur
         _prctl()(_DEATH, signal.SIGKILL)
         with open_files() as files:
             while os.getppid() == parent and (order := _receive(inbox)) is not None:
-                number: int = order[0]
-                expect(files, order[1])  # the disk works while we copy
+                number, *upcoming = cast("list[int]", order)
+                expect(files, (jobs[n].reads for n in upcoming))  # the disk works while we copy
                 _send(outbox, _done(jobs[number], files))
     finally:
         os._exit(0)

@@ -99,6 +99,16 @@ def watched(conversion: Callable[P, R]) -> Callable[P, R]:
     return watching
 
 
+@contextmanager
+def unwatched() -> Generator[None]:
+    """What is looked at, but no part of the result, such as an output that is to be replaced."""
+    token = _watch.set(None)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
 def steady(comparison: Callable[P, R]) -> Callable[P, R]:
     """Watches what a comparison reads: it says nothing unless all of it is the same at the end."""
 

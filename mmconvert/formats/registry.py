@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mmconvert.errors import RequestError
 from mmconvert.formats.base import Format
+from mmconvert.formats.reading import unwatched
 
 ENTRY_POINTS = "mmconvert.formats"  # third-party packages register a Format here
 
@@ -63,7 +64,8 @@ def strangers(folder: Path, present: Iterable[str]) -> list[str] | None:
     Returns:
         those that no conversion writes there; None if the folder is no output of any format.
     """
-    owner = next((found for name in names() if (found := load(name)).owns(folder)), None)
+    with unwatched():  # another conversion may well replace it before this one does
+        owner = next((found for name in names() if (found := load(name)).owns(folder)), None)
     if owner is None:
         return None
     own = re.compile(rf"{owner.own_names}|mmconvert\.json|\.DS_Store", re.DOTALL)

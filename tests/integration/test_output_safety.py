@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import mmconvert
 from commands import (
     QWEN2VL,
     Done,
@@ -34,7 +35,9 @@ from commands import (
     untouched,
 )
 from filesystems import file_system
+from mmconvert import Options
 from mmconvert.errors import OutputError
+from mmconvert.events import Events
 from mmconvert.executor.output import Output
 from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_mm, modes
@@ -523,6 +526,21 @@ def test_two_at_the_same_time(
         assert litter(out) == []
         if not flags:
             shutil.rmtree(out)
+
+
+def test_what_is_replaced_may_be_replaced_by_another_meanwhile(
+    tied_hf: Path, tied_mm: Path, out: Path
+) -> None:
+    """A file that changes while it is read is an error only if what is written depends on it."""
+
+    class Other(Events):
+        def start(self, what: str, nbytes: int) -> None:
+            shutil.rmtree(out)
+            copied(tied_mm, out)
+
+    copied(tied_mm, out)
+    mmconvert.hf_to_mm(tied_hf, out, options=Options(overwrite=True), events=Other())
+    none(compare_mm(tied_mm, out))
 
 
 @pytest.mark.parametrize("name", ["thesis.doc", "notes", ".git"])

@@ -102,11 +102,12 @@ def _step(machine: Machine, data: bytes, at: int, nbytes: int) -> tuple[_Op, int
     op = _OPS.get(data[at])
     if op is None:
         raise ValueError(f"opcode {data[at]:#04x} is unknown or not supported")
-    argument, at = (None, at + 1) if op.argument is None else op.argument(data, at + 1)
-    machine.spend(1, op.nbytes + nbytes)
-    if op.handler is not None:
-        op.handler(machine, argument)
-    elif op.name != "STOP":
+    name, read, handler, size = op
+    argument, at = (None, at + 1) if read is None else read(data, at + 1)
+    machine.spend(1, size + nbytes)
+    if handler is not None:
+        handler(machine, argument)
+    elif name != "STOP":
         machine.spend(0, getsizeof(argument))
         machine.stack.append(argument)
     return op, at
@@ -204,11 +205,18 @@ def _fixed(size: int, signed: bool = False) -> Callable[[bytes, int], tuple[Any,
     return read
 
 
-def _short_text(data: bytes, at: int) -> tuple[Any, int]:
-    end = at + 1 + data[at] if at < len(data) else len(data) + 1
-    if end > len(data):
-        raise ValueError("the data ends within an argument")
-    return data[at + 1 : end].decode("utf-8", "surrogatepass"), end
+def _text(size: int) -> Callable[[bytes, int], tuple[Any, int]]:
+    """Text after its length, which takes ``size`` bytes."""
+    length = _fixed(size)
+
+    def read(data: bytes, at: int) -> tuple[Any, int]:
+        nbytes, start = length(data, at)
+        if start + nbytes > len(data):
+            raise ValueError("the data ends within an argument")
+        end = start + nbytes
+        return data[start:end].decode("utf-8", "surrogatepass"), end
+
+    return read
 
 
 def _by_pickletools(read: Callable[[Any], object]) -> Callable[[bytes, int], tuple[Any, int]]:
@@ -231,7 +239,8 @@ _READERS = {
     "LONG_BINGET": _fixed(4),
     "LONG_BINPUT": _fixed(4),
     "FRAME": _fixed(8),
-    "SHORT_BINUNICODE": _short_text,
+    "SHORT_BINUNICODE": _text(1),
+    "BINUNICODE": _text(4),
 }
 
 

@@ -87,8 +87,9 @@ class Machine:
 
     def tuple_of(self, count: int) -> None:
         """Makes a tuple of the top ``count`` objects."""
-        items = [self.pop() for _ in range(count)]
-        self.stack.append(tuple(reversed(items)))
+        if len(self.stack) - count < (self.marks[-1] if self.marks else 0):
+            raise ValueError("the stack is empty")
+        self.stack[-count:] = [tuple(self.stack[-count:])]
 
     def get(self, index: int) -> None:
         """Pushes a memo entry."""
