@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from mmconvert.errors import LostProcessError, MMConvertError
+from mmconvert.executor.crew import Crew
 from mmconvert.executor.fileio import Files, expect, open_files
 
 if TYPE_CHECKING:
@@ -129,27 +130,31 @@ def run_in_processes(
     numbers = {id(job): number for number, job in enumerate(jobs)}
     workers: list[Worker] = []
 
-    def employ(worker: Worker) -> None:
-        worker.job = None
-        if (job := queue.take()) is not None:
-            worker.order(job, [numbers[id(j)] for j in (job, *queue.upcoming(job))])
+    def employ() -> None:
+        idle = [worker for worker in workers if worker.job is None]
+        busy = len(workers) - len(idle)
+        for worker in idle[: max(0, crew.size - busy)]:
+            if (job := queue.take()) is not None:
+                worker.order(job, [numbers[id(j)] for j in (job, *queue.upcoming(job))])
 
     try:
         _fork(workers, jobs, count)
+        crew = Crew(len(workers))
         by_answers = {worker.answers: worker for worker in workers}
         poll = select.poll()
         for worker in workers:
             poll.register(worker.answers, select.POLLIN)
-            employ(worker)
+        employ()
         while any(worker.job for worker in workers):
             for descriptor, _ in poll.poll():
                 worker = by_answers[descriptor]
-                job = worker.job
+                job, worker.job = worker.job, None
                 result = worker.answer()
                 if job is None:
                     continue
                 queue.done(job)
-                employ(worker)
+                crew.ended(job.nbytes)
+                employ()
                 if finished:
                     finished(job, result)
         return bool(workers)

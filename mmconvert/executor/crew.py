@@ -1,0 +1,61 @@
+"""How many workers are given jobs: fewer than there are, where fewer move more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+# Seconds of work before fewer are tried, that a number is measured for, and until the next trial.
+# A trial of half as many may cost half a second, so short work is done without.
+FIRST, SPAN, REST = 4.0, 1.0, 30.0
+JOBS = 4  # jobs of each worker that a measurement counts at least
+WORTH = 1.1  # times that another number must be faster: less is chance
+
+
+class Crew:
+    """The workers of a run. Disks that seek, and servers that throttle, are slower with more.
+
+    From time to time half as many as now are tried, or twice as many if there are more.
+
+    Attributes:
+        size: how many are to be at work.
+    """
+
+    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.size = self._chosen = self._most = most
+        self._clock = clock
+        self._down = True
+        self._rate = 0.0  # bytes a second of the chosen number
+        self._measure(FIRST)
+
+    def _measure(self, seconds: float, under_way: int = 0) -> None:
+        """Begins to measure, once the jobs that are under way have ended."""
+        self._under_way, self._ended, self._nbytes = under_way, 0, 0
+        self._began, self._seconds = self._clock(), seconds
+
+    def ended(self, nbytes: int) -> None:
+        """A job has ended that moved so many bytes."""
+        if self._under_way:
+            self._measure(self._seconds, self._under_way - 1)
+            return
+        self._ended += 1
+        self._nbytes += nbytes
+        took = self._clock() - self._began
+        if took >= self._seconds and self._ended >= JOBS * self.size:
+            self._measured(self._nbytes / took)
+
+    def _measured(self, rate: float) -> None:
+        """What follows from how fast the present number is."""
+        now = self.size
+        if now == self._chosen:
+            self._rate = rate
+            self._down = now == self._most or (self._down and now > 1)
+            self.size = now // 2 or 1 if self._down else min(2 * now, self._most)
+            self._measure(SPAN, now)
+        elif rate > WORTH * self._rate:
+            self._chosen = now  # and further in that direction
+            self._measure(SPAN)
+        else:
+            self._down = not self._down
+            self.size = self._chosen
+            self._measure(REST, now)
