@@ -7,6 +7,7 @@ and transformers would take longer than what is tried.
 from __future__ import annotations
 
 import os
+import pty
 import select
 import signal
 import sys
@@ -19,14 +20,18 @@ from typing import NoReturn
 
 
 class Forked:
-    """What returns an exit code, in a session whose number is that of its first process."""
+    """What returns an exit code, in a session whose number is that of its first process.
 
-    def __init__(self, program: Callable[[], int]) -> None:
-        ours, theirs = os.pipe()
+    Args:
+        terminal: stdin and stdout are a terminal; `stdout` is its other end.
+    """
+
+    def __init__(self, program: Callable[[], int], *, terminal: bool = False) -> None:
+        ours, theirs = pty.openpty() if terminal else os.pipe()
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - see `close`
         self.pid = os.fork()
         if self.pid == 0:
-            _become(program, theirs, self._errors.fileno())
+            _become(program, theirs, self._errors.fileno(), terminal=terminal)
         os.close(theirs)
         self.stdout = os.fdopen(ours, encoding="utf-8")
 
@@ -45,7 +50,7 @@ class Forked:
         until = time.monotonic() + 60
         pipe = self.stdout.fileno()
         while select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
-            if not os.read(pipe, 1 << 16):
+            if not _read(pipe):
                 break
         else:
             raise TimeoutError("its processes still hold their stdout")
@@ -68,13 +73,23 @@ class Forked:
         self._errors.close()
 
 
-def _become(program: Callable[[], int], out: int, errors: int) -> NoReturn:
+def _read(pipe: int) -> bytes:
+    """What comes next; nothing at the end, which a terminal says with an error."""
+    with suppress(OSError):
+        return os.read(pipe, 1 << 16)
+    return b""
+
+
+def _become(program: Callable[[], int], out: int, errors: int, *, terminal: bool) -> NoReturn:
     """What the entry point does, in a child that never returns to the test."""
     code = 70
     try:
         os.setsid()
         os.dup2(out, 1)
         os.dup2(errors, 2)
+        if terminal:
+            os.dup2(out, 0)
+            sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         code = program()

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from cli import run_cli
-from commands import QWEN2VL, layout, litter
+from commands import QWEN2VL, copied, layout, litter
 from mmconvert.errors import RequestError
 from mmconvert.executor.ranks import ALONE, Ranks, of_environment, of_flag
 from mmconvert.playground.checkpoints import make_hf
+from nights import night
 from stopping import command, noted
 
 HF, MM = "--cfg.hf_config.hf_dir", "--cfg.mm_dir"
@@ -88,7 +89,7 @@ def test_as_one_process(size: int, hf: Path, alone: Path, out: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [night(0), 1])
 def test_one_that_is_killed(killed: int, hf: Path, alone: Path, out: Path) -> None:
     """The other says so; both, started again, go on where they stopped."""
     processes: list[Process] = []
@@ -141,6 +142,12 @@ def test_processes_that_want_different_things(hf: Path, out: Path) -> None:
     for code, _, said in done:
         assert code == 2
         assert "the processes of this run disagree: --dtype" in said
+    other = copied(hf, out.with_name("other"))  # as another fine-tuning of one model
+    lines = [words(folder, out, "--ranks", f"{r}/2") for r, folder in ((0, hf), (1, other))]
+    for code, _, said in ended([start(["-m", "mmconvert", *line]) for line in lines]):
+        assert code == 2
+        assert "the processes of this run disagree" in said
+        assert "hf_config.hf_dir" in said and str(other) in said
     lines = [
         words(hf, out, "--ranks", f"{r}/{n}", "--ranks-timeout", "3") for r, n in ((0, 2), (1, 3))
     ]

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from cli import run_cli
 from commands import QWEN2VL, Done, copied, layout, litter, snapshot, target
 from mmconvert.playground.checkpoints import make_hf
-from nights import nightly
 from stopping import command, noted
 
 HF, MM = "--cfg.hf_config.hf_dir", "--cfg.mm_dir"
@@ -134,7 +133,7 @@ def test_an_existing_output(works: dict[str, Work], out: Path) -> None:
     assert litter(out) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # without torchrun: test_ranks
 def test_one_that_fails(works: dict[str, Work], out: Path) -> None:
     """A process that cannot write: nothing is left, and the leader says who it was."""
     work = works["hf_to_mm"]
@@ -147,7 +146,7 @@ def test_one_that_fails(works: dict[str, Work], out: Path) -> None:
     assert litter(out) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # without torchrun: test_ranks
 def test_one_that_is_killed(works: dict[str, Work], out: Path) -> None:
     """Nothing under the final name; three processes, and then one, go on where two stopped."""
     work = works["hf_to_mm"]
@@ -215,8 +214,8 @@ def test_another_request(
     disagreed(launch(2, stop=words), out, named)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("change", nightly(("another value", "another folder"), ("another value",)))
+@pytest.mark.nightly  # without torchrun: test_ranks
+@pytest.mark.parametrize("change", ["another value", "another folder"])
 def test_another_source(change: str, works: dict[str, Work], tmp_path: Path, out: Path) -> None:
     """A fine-tuned copy has the same sizes and headers: its path tells. Behind one path, as on
     disks of two machines, sizes and headers do.

@@ -5,10 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import pty
 import select
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +24,10 @@ from transformers import (
 import talking
 import tinyfamilies
 import tinymodels as tiny
-from cli import run_cli
+from cli import run_cli, standing_in
+from forked import Forked
 from inprocess import call
+from mmconvert.cli import main
 from mmconvert.errors import DatasetError, MMConvertError
 from mmconvert.runtime import commands
 from mmconvert.runtime.answers import How, Reply, Wording
@@ -330,13 +329,9 @@ def test_what_cannot_be_asked(words: tuple[str, ...], said: str) -> None:
 @pytest.mark.slow
 def test_a_chat_on_a_terminal(work: Work) -> None:
     words = ("--mm_dir", "one", "--hf_dir", "hf", "--max_new_tokens", "4", "--chat")
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mmconvert", "generate", *words],
-        cwd=work.folder, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, close_fds=True,
-    )  # fmt: skip
-    os.close(theirs)
-    shown = b""
+    with standing_in(work.folder):
+        process = Forked(lambda: main(["generate", *words]), terminal=True)
+    shown, ours = b"", process.stdout.fileno()
 
     def until(prompts: int) -> None:
         nonlocal shown
@@ -352,12 +347,11 @@ def test_a_chat_on_a_terminal(work: Work) -> None:
             os.write(ours, line)
         until(5)
         os.write(ours, b"\x04")  # Ctrl-D
-        _, errors = process.communicate(timeout=60)
+        code, errors = process.ends()
     finally:
-        process.kill()
-        os.close(ours)
-    assert process.returncode == 0, errors
-    assert b"Ctrl-D ends" in errors and b"error: no is not a file" in errors
+        process.close()
+    assert code == 0, errors
+    assert "Ctrl-D ends" in errors and "error: no is not a file" in errors
     turns = [
         (prompt("Hi", (), ()), True),
         (prompt("Which?", [work.folder / "red.png"], ()), False),

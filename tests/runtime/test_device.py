@@ -158,7 +158,7 @@ OFF = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     [
         ("auto", {}, ["transformers"]),
         night("npu", {}, []),
-        ("npu", OFF, []),  # asked for by name
+        night("npu", OFF, []),  # asked for by name
     ],
 )
 def test_an_npu_is_taken_where_there_is_one(

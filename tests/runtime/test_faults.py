@@ -29,11 +29,12 @@ pytestmark = pytest.mark.slow
 
 
 class Work(NamedTuple):
-    """A model at tp 2, its MM form, and data."""
+    """A model, its MM form on two stages, that of two tp ranks on each, and data."""
 
     folder: Path
     hf: Path
     mm: Path
+    four: Path
     data: Path
 
     def words(self, command: str, *more: str | Path) -> list[str]:
@@ -44,8 +45,11 @@ class Work(NamedTuple):
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     folder = tmp_path_factory.mktemp("faults")
     hf = talking.make("qwen2_vl", folder / "hf")
-    mm = tinyfamilies.convert("qwen2_vl", hf, folder / "mm", "[1,3]", "[3,0]", 2)
-    return Work(folder, hf, mm, talking.write_data(folder))
+    mm, four = (
+        tinyfamilies.convert("qwen2_vl", hf, folder / name, "[1,3]", "[3,0]", tp)
+        for name, tp in (("mm", 1), ("four", 2))
+    )
+    return Work(folder, hf, mm, four, talking.write_data(folder))
 
 
 # ------------------------------------------------------------------------ a training under way
@@ -62,9 +66,9 @@ def training(work: Work, save: Path) -> Iterator[Forked]:
 
 
 def workers(process: Forked) -> list[int]:
-    """The four processes that compute."""
+    """The two processes that compute."""
     found = [pid for pid in process.members() if pid != process.pid]
-    assert len(found) == 4
+    assert len(found) == 2
     return found
 
 
@@ -78,7 +82,7 @@ def ends(process: Forked) -> tuple[int, str]:
 def whole_checkpoint(save: Path) -> None:
     """What the tracker file names is there, whole."""
     number = int((save / "latest_checkpointed_iteration.txt").read_text())
-    assert len(list((save / f"iter_{number:07d}").glob(f"*/{RANK_FILE}"))) == 4
+    assert len(list((save / f"iter_{number:07d}").glob(f"*/{RANK_FILE}"))) == 2
     run_cli("inspect", save, check=0)
 
 
@@ -146,7 +150,7 @@ def test_too_little_memory_is_no_fault_of_ours() -> None:
 
 def test_a_killed_worker_ends_the_run_with_one_error(work: Work, tmp_path: Path) -> None:
     with training(work, tmp_path / "save") as process:
-        os.kill(workers(process)[2], signal.SIGKILL)
+        os.kill(workers(process)[1], signal.SIGKILL)
         code, errors = ends(process)
     assert code == 2
     assert errors.count("error:") == 1
@@ -185,7 +189,7 @@ def test_another_model_of_the_family_is_different(work: Work, tmp_path: Path) ->
 
 
 def test_a_truncated_rank_file_is_named(work: Work, tmp_path: Path) -> None:
-    mm = copied(work.mm, tmp_path / "mm")
+    mm = copied(work.four, tmp_path / "mm")
     path = rank_files(mm)["mp_rank_01_001"]
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(CheckpointError, match="mp_rank_01_001"):
@@ -193,7 +197,7 @@ def test_a_truncated_rank_file_is_named(work: Work, tmp_path: Path) -> None:
 
 
 def test_a_missing_rank_folder_is_named(work: Work, tmp_path: Path) -> None:
-    mm = copied(work.mm, tmp_path / "mm")
+    mm = copied(work.four, tmp_path / "mm")
     path = rank_files(mm)["mp_rank_01_001"]
     path.unlink()
     path.parent.rmdir()

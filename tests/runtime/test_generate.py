@@ -29,7 +29,7 @@ from mmconvert.runtime.conversation import prompt
 from mmconvert.runtime.sampling import Sampling
 from nights import night
 
-MOST = 16
+MOST = 8
 QUESTION = "What is this?"
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
@@ -53,14 +53,12 @@ CASES = [
     Case("qwen2_vl", ("[1,3]", "[3,0]", 1), lively, 1.3),
     Case("qwen2_5_vl", ("[0,4]", "[2,1]", 1), lambda: tiny.tiny_model("qwen2_5_vl")),
     night(Case("qwen3_vl", ("[0,4]", "[2,1]", 2), lambda: tiny.tiny_model("qwen3_vl"))),
-    Case(
-        "qwen3_vl_moe",
-        ("[1,3]", "[3,0]", 1, "ep_size=2"),
-        lambda: tiny.tiny_model("qwen3_vl_moe"),
-    ),
-    Case("glm4v", ("[1,3]", "[3,0]", 2), lambda: tiny.tiny_model("glm4v")),
+    Case("qwen3_vl_moe", ("[4]", "[3]", 1, "ep_size=2"), lambda: tiny.tiny_model("qwen3_vl_moe")),
+    Case("glm4v", ("[1,3]", "[3,0]", 1), lambda: tiny.tiny_model("glm4v")),
     Case("omni", ("[[0,1],[1,2]]", "[[2,1],[0,0]]", 1), tinyfamilies.omni_thinker),
-    Case("intern-qwen2", ("[4]", "[3]", 2), lambda: tinyfamilies.native_intern("intern-qwen2")),
+    night(
+        Case("intern-qwen2", ("[4]", "[3]", 2), lambda: tinyfamilies.native_intern("intern-qwen2"))
+    ),
     night(
         Case(
             "intern-llama",
@@ -70,7 +68,7 @@ CASES = [
     ),
     Case(
         "intern-internlm2",
-        ("[1,3]", "[3,0]", 2),
+        ("[4]", "[3]", 2),
         lambda: tinyfamilies.native_intern("intern-internlm2"),
     ),
 ]

@@ -197,19 +197,19 @@ def by_hand(folder: Path, steps: int) -> list[float]:
 def test_the_curve_is_that_of_a_loop_by_hand_and_goes_on_after_a_stop(
     folder: Path, tmp_path: Path
 ) -> None:
-    straight = losses(trained(folder, tmp_path / "a", 4))
-    assert straight == pytest.approx(by_hand(folder, 4), rel=1e-5)
+    straight = losses(trained(folder, tmp_path / "a", 3))
+    assert straight == pytest.approx(by_hand(folder, 3), rel=1e-5)
     assert straight[-1] < straight[0]
     trained(folder, tmp_path / "b", 2)
     with pytest.raises(MMConvertError):
-        trained(folder, tmp_path / "b", 4)
+        trained(folder, tmp_path / "b", 3)
     with pytest.raises(MMConvertError) as error:
-        trained(folder, tmp_path / "b", 4, resume=True, size=2)
+        trained(folder, tmp_path / "b", 3, resume=True, size=2)
     assert "size" in error.value.what
-    assert losses(trained(folder, tmp_path / "b", 4, resume=True)) == straight
+    assert losses(trained(folder, tmp_path / "b", 3, resume=True)) == straight
     assert losses(trained(folder, tmp_path / "c", 2, recompute=True)) == pytest.approx(straight[:2])
     # The checkpoint is a Hugging Face folder: the encoder as it was, the resampler not.
-    last = tmp_path / "a" / "iter_0000004"
+    last = tmp_path / "a" / "iter_0000003"
     new, old = golden.load(last).state_dict(), golden.load(folder / "hf").state_dict()
     moved = {name for name in new if not torch.equal(new[name], old[name])}
     assert moved == set(training.freeze(golden.load(last), []))
@@ -244,16 +244,16 @@ def test_evaluations_are_the_loss_of_the_samples(folder: Path, tmp_path: Path) -
 
 
 def test_sigterm_saves_and_resume_goes_on(folder: Path, tmp_path: Path) -> None:
-    straight = losses(trained(folder, tmp_path / "a", 5))
+    straight = losses(trained(folder, tmp_path / "a", 3))
 
     def stop(event: object) -> None:
         if isinstance(event, Line) and event.iteration == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    ended = finetuned(folder, tmp_path / "b", 5, stop)
+    ended = finetuned(folder, tmp_path / "b", 3, stop)
     assert ended.stopped  # after the step in which the signal comes
-    assert 1 <= ended.iteration < 5
-    assert losses(trained(folder, tmp_path / "b", 5, resume=True)) == straight
+    assert 1 <= ended.iteration < 3
+    assert losses(trained(folder, tmp_path / "b", 3, resume=True)) == straight
 
 
 def test_replicas_learn_what_one_process_learns(folder: Path, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_replicas_learn_what_one_process_learns(folder: Path, tmp_path: Path) ->
             folder / "hf", folder / "x.ckpt", folder / "hf" / "qwen.tiktoken", length=400
         )
         sources = (SampleSource((folder / "mixed.json",), 0, (folder / "coco",)),)
-        what = plan(save, 3, replicas=replicas, order="file", count=4, evaluate_every=3)
+        what = plan(save, 3, replicas=replicas, order="file", evaluate_every=3)
         training.finetune(source, Data(sources, sources), what, "fp32", print, resume=False)
         lines = (save / "loss.jsonl").read_text().splitlines()
         found.append([json.loads(line) for line in lines])
