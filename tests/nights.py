@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 from _pytest.mark import ParameterSet
+from hypothesis import settings
 
 
 def night(*values: object) -> ParameterSet:
@@ -34,3 +35,8 @@ def nightly(names: Iterable[str], but: tuple[str, ...]) -> list[ParameterSet]:
     known = list(names)
     assert set(but) <= set(known), set(but) - set(known)
     return [pytest.param(n, marks=() if n in but else pytest.mark.nightly) for n in known]
+
+
+def examples(today: int, nightly: int) -> settings:
+    """The settings of a property with fewer examples in `make test`; no two sets are alike."""
+    return settings(max_examples=today if settings().derandomize else nightly, deadline=None)

@@ -13,15 +13,16 @@ from hypothesis import HealthCheck, settings
 
 from mmconvert.config import Options
 from mmconvert.plan.plan import Plan, matrix
+from nights import examples
 
 DRY = Options(dry_run=True, workers=1)
 NORMAL = Options(workers=2)
 
 
-def tries(count: int) -> Callable[[Any], Any]:
-    """The settings of a property with `count` examples."""
+def tries(count: int, nightly: int = 0) -> Callable[[Any], Any]:
+    """The settings of a property with `count` examples, or another number of them nightly."""
     return settings(
-        max_examples=count,
+        examples(count, nightly or count),
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 

@@ -16,8 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
+from forked import Forked
 from mmconvert import cli
 from mmconvert.executor.casts import Loss
 from mmconvert.executor.jobs import Job
@@ -42,17 +44,17 @@ def stopped(
 
     A run that has too few jobs is a fault of the test, and fails it.
     """
-    done = subprocess.run(
-        [sys.executable, *command(number, place, count, *words)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    given = [str(word) for word in words]
+
+    def program() -> int:
+        os.chdir(cwd or Path.cwd())
+        return _run(int(number), place, count, given)
+
+    with closing(Forked(program)) as child:
+        code, errors = child.ends()
     expected = -9 if number == signal.SIGKILL else 130
-    assert done.returncode == expected, f"{done.returncode}\n{done.stdout}{done.stderr}"
-    return done
+    assert code == expected, f"{code}\n{errors}"
+    return Done(given, code, "", errors)
 
 
 def staging(out: Path) -> Path:
@@ -66,9 +68,8 @@ def noted(out: Path) -> int:
     return sum(len(path.read_bytes().splitlines()) - 1 for path in journals)
 
 
-def main() -> int:
-    """The program."""
-    number, place, count, words = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:]
+def _run(number: int, place: str, count: int, words: list[str]) -> int:
+    """In a process of its own, which ends after this."""
     note, seen = Journal.add, 0
 
     def stop() -> None:
@@ -94,4 +95,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_run(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:]))

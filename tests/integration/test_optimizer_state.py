@@ -29,6 +29,7 @@ from commands import (
     resplit,
     target,
 )
+from nights import examples
 from optimizerstate import ITERATION, Kind, Parts, assemble, make_parts
 
 LAYOUTS: dict[str, tuple[Any, ...]] = {
@@ -97,9 +98,7 @@ def same_state(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(examples(3, nightly=8), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(list(LAYOUTS)),
     st.sampled_from(list(LAYOUTS)),

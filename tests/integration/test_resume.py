@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from cli import run_cli
 from commands import QWEN2VL, Done, copied, layout, litter, refused, target, untouched
 from filesystems import file_system
+from journals import JOURNALS, a_folder
 from mmconvert.executor.journal import PREFIX
 from mmconvert.playground.checkpoints import make_hf
 from mmconvert.words import amount
+from nights import night, nightly
 from stopping import noted, staging, stopped
 
 ROWS = 128 << 10  # of the word embedding, 18 MiB: larger than what is put together in one job
@@ -134,18 +136,17 @@ POINTS = {
     "resplit": ("resplit", "keep", "after", 2),
     "resplit, cast": ("resplit", "fp32", "after", 3),
 }
+POINTS_TODAY = ("first job", "large tensors, cast", "to hf", "resplit, cast")
 
 
-@pytest.mark.parametrize(("verb", "dtype", "place", "count"), POINTS.values(), ids=POINTS.keys())
+@pytest.mark.parametrize("point", nightly(POINTS, but=POINTS_TODAY))
 def test_a_killed_run_goes_on(
-    verb: str,
-    dtype: str,
-    place: str,
-    count: int,
+    point: str,
     works: dict[str, Work],
     undisturbed: Ask,
     out: Path,
 ) -> None:
+    verb, dtype, place, count = POINTS[point]
     flags = ("--dtype", dtype)
     stopped(*works[verb].words(out, *flags, "--workers", "1"), place=place, count=count)
     assert not out.exists()
@@ -405,58 +406,27 @@ def test_odd_names(works: dict[str, Work], undisturbed: Ask, tmp_path: Path) -> 
 
 
 # ------------------------------------------------------------- what is left is damaged
-def first_line(path: Path) -> bytes:
-    return path.read_bytes().partition(b"\n")[0] + b"\n"
+# Each of them is read in test_journal.py too, without a conversion.
+JOURNALS_TODAY = ("another request", "another start of the machine", "too many losses", "a folder")
 
 
-def replaced(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
-def a_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-JOURNALS: dict[str, Callable[[Path], object]] = {
-    "empty": lambda p: replaced(p, b""),
-    "random bytes": lambda p: replaced(p, bytes(range(256)) * 50),
-    "no head": lambda p: replaced(p, p.read_bytes().partition(b"\n")[2]),
-    "another request": lambda p: replaced(p, b"0" * 32 + p.read_bytes()[32:]),
-    "another start of the machine": lambda p: replaced(
-        p, first_line(p)[:-5] + b"0000\n" + p.read_bytes().partition(b"\n")[2]
-    ),
-    "no start of a machine": lambda p: replaced(
-        p, first_line(p)[:33] + b"\n" + p.read_bytes().partition(b"\n")[2]
-    ),
-    "a folder": a_folder,
-    "bytes among the lines": lambda p: replaced(p, p.read_bytes() + b"\xff\xfe\n"),
-    "a line of no JSON": lambda p: replaced(p, p.read_bytes() + b"abc {nope\n"),
-    "JSON of another kind": lambda p: replaced(p, p.read_bytes() + b"abc [1, 2]\n"),
-    "losses of another kind": lambda p: replaced(p, p.read_bytes() + b'abc {"a": ["x", 1]}\n'),
-    "too many losses": lambda p: replaced(p, p.read_bytes() + b'abc {"a": [1, 2, 3]}\n'),
-    "deep JSON": lambda p: replaced(p, p.read_bytes() + b"abc " + b"[" * 100_000 + b"\n"),
-    "a second journal of another request": lambda p: replaced(
-        p.with_name(f"{PREFIX}.7.x"), b"0" * 32 + p.read_bytes()[32:]
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", JOURNALS.values(), ids=JOURNALS.keys())
+@pytest.mark.parametrize("damage", nightly(JOURNALS, but=JOURNALS_TODAY))
 def test_a_damaged_journal_counts_for_nothing(
-    damage: Callable[[Path], object], works: dict[str, Work], undisturbed: Ask, out: Path
+    damage: str, works: dict[str, Work], undisturbed: Ask, out: Path
 ) -> None:
     """So does one of another start of the machine: a crash may have lost what it tells of."""
     work = works["resplit"]
     stopped(*work.words(out, "--dtype", "fp32", "--workers", "1"), count=3)
-    damage(next(staging(out).glob(f"{PREFIX}.*")))
+    JOURNALS[damage](next(staging(out).glob(f"{PREFIX}.*")))
     done = work.run(out, "--dtype", "fp32", "--json")
     assert report(done)["resumed_bytes"] == 0
     check(out, undisturbed("resplit", "fp32"), done)
 
 
 @pytest.mark.parametrize(
-    "line", [b"abc\n", b"0" * 24 + b"\n", b'0 {"a": [5, 5]}\n', b"cut off"], ids=repr
+    "line",
+    [night(b"abc\n"), b"0" * 24 + b"\n", night(b'0 {"a": [5, 5]}\n'), b"cut off"],
+    ids=repr,
 )
 def test_lines_of_no_job_of_ours(
     line: bytes, works: dict[str, Work], undisturbed: Ask, out: Path

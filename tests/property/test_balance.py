@@ -6,15 +6,16 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import assume, event, example, given, settings
+from hypothesis import assume, event, example, given
 from hypothesis import strategies as st
 
 from mmconvert.errors import LayoutError
 from mmconvert.sharding.stages import check_grids, flat
 from mmconvert.tools.suggest.chains import Chain, Problem, level, rank_loads
 from mmconvert.tools.suggest.optimum import Balance, balance
+from nights import examples
 
-SLOW = settings(max_examples=150)
+SLOW = examples(50, nightly=150)
 NAMES = ("vit", "audio")
 MOST_STAGES = {0: 12, 1: 12, 2: 6}  # by number of encoders: more than these take too long
 MOST_TRIED = 60_000

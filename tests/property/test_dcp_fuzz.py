@@ -9,11 +9,12 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cli import run_cli
 from mmconvert.playground.checkpoints import make_hf
+from painting import tries
 
 SECONDS = 60  # far more than any of these takes: what is endless is found
 
@@ -75,14 +76,14 @@ def check(folders: dict[str, Path], kind: str, seed: int) -> None:
         assert time.monotonic() - began < SECONDS, seed
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@tries(8)
 @given(kind=st.sampled_from(("dcp", "torch_dist")), seed=st.integers(0, 2**32))
 def test_damaged_folders(folders: dict[str, Path], kind: str, seed: int) -> None:
     check(folders, kind, seed)
 
 
 @pytest.mark.nightly
-@settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow])
+@tries(600)
 @given(kind=st.sampled_from(("dcp", "torch_dist")), seed=st.integers(0, 2**32))
 def test_many_damaged_folders(folders: dict[str, Path], kind: str, seed: int) -> None:
     check(folders, kind, seed)

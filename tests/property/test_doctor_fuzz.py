@@ -12,11 +12,12 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inprocess import call
 from mutations import KINDS, VERBS, Base, bounded, command, linked, make_base, mutate
+from painting import tries
 
 MODELS = ("qwen2vl-2b", "internvl2-76b")
 VERDICTS = (0, 3)
@@ -71,20 +72,14 @@ def run(seed: int, bases: dict[str, Base]) -> None:
         assert not fault, fault
 
 
-CALM = [HealthCheck.too_slow, HealthCheck.data_too_large]
-
-
-@settings(
-    max_examples=30,
-    suppress_health_check=CALM,
-)
+@tries(10)
 @given(seed=st.integers(0, 2**32))
 def test_damaged_checkpoints(bases: dict[str, Base], seed: int) -> None:
     run(seed, bases)
 
 
 @pytest.mark.nightly
-@settings(max_examples=1500, suppress_health_check=CALM)
+@tries(1500)
 @given(seed=st.integers(0, 2**32))
 def test_damaged_checkpoints_often(bases: dict[str, Base], seed: int) -> None:
     run(seed, bases)

@@ -100,7 +100,7 @@ def check(model: Sizes, a: Shape, b: Shape, *, known: bool) -> None:
         assert_none(differences(mm_of(model, b), read_mm(other)))
 
 
-@tries(30)
+@tries(10)
 @given(cases())
 def test_any_model_in_any_layout(case: tuple[Sizes, Shape, Shape]) -> None:
     check(*case, known=True)

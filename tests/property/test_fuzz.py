@@ -16,11 +16,12 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mutations
 from mutations import KINDS, MODELS, Base, linked, make_base, mutate, try_one
+from painting import tries
 
 SLOW_RUNS = 4000
 WORKERS = 2
@@ -33,10 +34,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Base]:
     return {model: make_base(model, folder / model) for model in MODELS}
 
 
-@settings(
-    max_examples=120,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@tries(40, nightly=120)
 @given(seed=st.integers(0, 2**32))
 def test_damaged_checkpoints(bases: dict[str, Base], seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

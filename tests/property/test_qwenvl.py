@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmconvert.config import HFConfig, Options
@@ -15,6 +15,7 @@ from mmconvert.directions.mindspore import hf_to_ms, ms_to_hf, resplit
 from mmconvert.playground.qwenvl import PlaygroundSizes
 from mmconvert.tools.comparison.verification import verify
 from mmread import compare_hf
+from nights import examples
 from qwenvl import make_qwenvl
 
 SIZES = st.builds(
@@ -49,7 +50,7 @@ def config(layout: dict[str, int], layers: int) -> DeviceConfig:
     return DeviceConfig(**flags, llm_pp_layers=grid)  # pyright: ignore[reportArgumentType] - of st
 
 
-@settings(max_examples=12, deadline=None)
+@examples(4, nightly=12)
 @given(SIZES, LAYOUT, LAYOUT, st.sampled_from(["ckpt", "safetensors"]))
 def test_there_through_two_layouts_and_back(
     sizes: PlaygroundSizes, one: dict[str, int], two: dict[str, int], suffix: str

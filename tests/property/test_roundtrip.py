@@ -131,7 +131,7 @@ def check_round_trip(case: Case) -> None:
         assert changed == []
 
 
-@tries(25)
+@tries(10)
 @given(cases())
 def test_back_to_the_same_files(case: Case) -> None:
     """HF -> MM -> HF is the identity, byte for byte, and both plans paint every element."""
@@ -187,7 +187,7 @@ def fits(case: Case) -> bool:
     )
 
 
-@tries(80)
+@tries(25, nightly=80)
 @given(unfitting())
 def test_sizes_fit_or_are_refused(case: Case) -> None:
     """No row is ever lost: what cannot be cut is refused and nothing is written."""
@@ -216,7 +216,7 @@ def check_reshard(case: Case, with_hf: bool, with_manifest: bool) -> None:
         assert_none(compare_mm(b, other))
 
 
-@tries(25)
+@tries(10)
 @given(cases(), st.booleans(), st.booleans())
 def test_reshard_is_a_direct_conversion(case: Case, with_hf: bool, with_manifest: bool) -> None:
     """From layout to layout: what a conversion from HF would have written, tensor by tensor.
@@ -287,7 +287,7 @@ def check_broken_plans(case: Case, seed: int) -> None:
         assert not accepted(replace(plan, targets=targets))
 
 
-@tries(25)
+@tries(10)
 @given(cases(), st.integers(0, 2**32))
 def test_a_broken_plan_is_refused(case: Case, seed: int) -> None:
     check_broken_plans(case, seed)

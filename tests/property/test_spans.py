@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from mmconvert.errors import LayoutError, TensorError
@@ -26,8 +26,9 @@ from mmconvert.sharding.stages import (
     show,
     total,
 )
+from nights import examples
 
-FAST = settings(max_examples=200)
+FAST = examples(70, nightly=200)
 
 COUNTS = st.integers(0, 12)
 

@@ -8,13 +8,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmconvert.executor.casts import DTYPES, Loss, Losses
 from mmconvert.executor.values import Cast, cast, rounded
 from mmconvert.plan.dtypes import cast_dtype
 from mmconvert.stored import FLOATS, ITEM_SIZE, SCALED
+from nights import examples
 
 TORCH = {
     "F16": torch.float16,
@@ -131,7 +132,7 @@ F64_BITS = st.one_of(
 
 
 @given(st.lists(F32_BITS, min_size=1, max_size=64))
-@settings(max_examples=300, deadline=None)
+@examples(100, nightly=300)
 def test_f32(patterns: list[int]) -> None:
     data = struct.pack(f"<{len(patterns)}I", *patterns)
     same(data, "F32", "F16")
@@ -139,7 +140,7 @@ def test_f32(patterns: list[int]) -> None:
 
 
 @given(st.lists(F64_BITS, min_size=1, max_size=64))
-@settings(max_examples=300, deadline=None)
+@examples(100, nightly=300)
 def test_f64(patterns: list[int]) -> None:
     """Torch rounds to 16 bits by way of float32, so exact arithmetic is the judge there."""
     data = struct.pack(f"<{len(patterns)}Q", *patterns)

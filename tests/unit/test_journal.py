@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from journals import JOURNALS
 from mmconvert.executor import journal
 from mmconvert.executor.casts import Loss
 from mmconvert.executor.jobs import Job
@@ -82,6 +83,16 @@ def test_another_request(folder: Path, machine: Machine) -> None:
     assert done(folder, "a", request="another") == set()
     note(folder, 1, 2, request="another")
     assert done(folder, "a", request="another") == done(folder, "a") == set()
+
+
+@pytest.mark.parametrize("damage", JOURNALS)
+def test_damaged_ones(damage: str, folder: Path, machine: Machine) -> None:
+    """They count for nothing as a whole."""
+    machine.be("some start")
+    note(folder, 0, 1, 2)
+    assert done(folder, "some start") == {1, 2}
+    JOURNALS[damage](next(folder.glob(f"{PREFIX}.*")))
+    assert done(folder, "some start") == set()
 
 
 def test_ranks_that_change_machines(folder: Path, machine: Machine) -> None:

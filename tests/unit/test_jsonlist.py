@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmconvert.datasets import jsonlist, listwriter
 from mmconvert.datasets.jsonlist import read_items
 from mmconvert.datasets.listwriter import ListWriter
 from mmconvert.errors import DatasetError, OutputError
+from nights import examples
 
 VALUE = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False),
@@ -31,7 +32,7 @@ def read(content: bytes, folder: Path) -> list[dict[str, Any]]:
     return list(read_items(path))
 
 
-@settings(max_examples=200, deadline=None)
+@examples(40, nightly=200)
 @given(ITEMS, st.integers(1, 40), st.sampled_from([None, 1]), st.booleans())
 def test_what_json_reads(items: list[Any], chunk: int, indent: int | None, ascii_: bool) -> None:
     """However the file is cut into blocks: inside words, escapes and characters."""
@@ -45,7 +46,7 @@ def test_what_json_reads(items: list[Any], chunk: int, indent: int | None, ascii
             jsonlist.CHUNK = before
 
 
-@settings(max_examples=300, deadline=None)
+@examples(100, nightly=300)
 @given(st.data())
 def test_what_json_refuses_we_refuse(data: st.DataObject) -> None:
     text = bytearray(b'\n[ {"a": [1, {"b": "\\u00e9]"}]} ,\t{}, {"c": -1.5e3, "d": null} ] ')
@@ -126,7 +127,7 @@ def fill(path: Path, items: list[Any], **more: Any) -> None:
         out.commit()
 
 
-@settings(max_examples=100, deadline=None)
+@examples(30, nightly=100)
 @given(ITEMS, st.booleans(), st.integers(1, 100))
 def test_files_are_those_of_json_dump(items: list[Any], ascii_only: bool, chunk: int) -> None:
     before = listwriter.CHUNK

@@ -16,6 +16,7 @@ from mmconvert.executor.measure import STEP, Measured, add, measure
 from mmconvert.executor.values import as_floats
 from mmconvert.plan.plan import Copy
 from mmconvert.stored import ITEM_SIZE
+from nights import examples
 
 TORCH = {
     "BF16": torch.bfloat16,
@@ -73,7 +74,7 @@ def expected(x: list[float], y: list[float]) -> Measured:
     return Measured(float(gap), float(square), different, largest, place, *at, *counts)
 
 
-@settings(deadline=None, max_examples=200)
+@examples(70, nightly=200)
 @given(st.data(), st.sampled_from(FLOATS), st.sampled_from(FLOATS), st.integers(1, 40))
 def test_every_bit_pattern_of_two_dtypes(
     data: st.DataObject, one: str, two: str, count: int

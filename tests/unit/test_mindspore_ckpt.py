@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import mscodec
@@ -23,6 +23,7 @@ from mmconvert.formats.containers.image import create, finish
 from mmconvert.plan.plan import matrix
 from mmconvert.stored import ITEM_SIZE, StoredTensor, Target
 from mscodec import Named, blob, ckpt, num, record, tensor
+from nights import examples
 
 # save_checkpoint of MindSpore 2.7.0 wrote this: [2, 3] Float16 "b", scalar Float32 "s" of 1.5,
 # and append_dict={"epoch": 3, "flag": True, "text": "hé"}.
@@ -102,7 +103,7 @@ def test_a_hash_table_is_left_over(tmp_path: Path) -> None:
     assert scanned(content, tmp_path).leftovers[0] == Leftover("table", "map", 0)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(60, nightly=200)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.sampled_from(range(5)))
 def test_pieces_of_any_size_are_joined(sizes: list[int], number: int) -> None:
     """Also pieces that end inside a row, or inside an element."""
@@ -204,7 +205,7 @@ def test_no_file(tmp_path: Path) -> None:
         read_ckpt(tmp_path / "pipe.ckpt")
 
 
-@settings(max_examples=600, deadline=None)
+@examples(200, nightly=600)
 @given(st.data())
 def test_damaged_files_are_an_error_or_keep_to_their_bounds(data: st.DataObject) -> None:
     content = bytearray(data.draw(st.sampled_from([REAL, mscodec.with_crc(ckpt(SMALL, [40, 9]))])))
@@ -269,7 +270,7 @@ def test_a_checksum_that_is_written_in_part(short: int, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(40, nightly=100)
 @given(st.booleans(), st.integers(1, 12).map(lambda n: 8 * n))
 def test_what_we_write_is_what_mindspore_writes(crc: bool, chunk: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -298,7 +299,7 @@ def test_a_real_embedding_is_cut_every_512_mib() -> None:
     assert [extent.nbytes for extent in image.pieces[0].extents] == [2**29, 2**29, 170_917_888]
 
 
-@settings(max_examples=200, deadline=None)
+@examples(60, nightly=200)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 30))
 def test_rectangles_tile_the_tensor(rows: int, cols: int, per_chunk: int) -> None:
     """Each element once, in runs; at most three rectangles for each piece."""

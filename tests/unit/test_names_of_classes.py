@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "mmconvert"
@@ -12,6 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "mmconvert"
 SHARED: dict[str, str] = {}
 
 
+@cache
 def classes(package: Path) -> dict[str, list[str]]:
     """Where the public classes of a package are, by name."""
     found: dict[str, list[str]] = defaultdict(list)

@@ -7,7 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from drawings import parts
@@ -19,6 +19,7 @@ from mmconvert.report.stacks import stacks_drawing
 from mmconvert.report.style import WIDTHS
 from mmconvert.report.svg import Drawing
 from mmconvert.words import amount, printable, ranges
+from nights import examples
 
 NAMES = st.text(max_size=300)
 
@@ -79,7 +80,7 @@ def test_bars_keep_their_order_and_stay_on_the_axis(values: list[float]) -> None
 
 
 # ----------------------------------------------------------------------------------- drawings
-@settings(deadline=None, max_examples=50)
+@examples(20, nightly=50)
 @given(st.lists(st.tuples(NAMES, st.integers(0, 10**12)), min_size=1, max_size=8))
 def test_files_of_any_name_and_size(files: list[tuple[str, int]]) -> None:
     boxes: list[Box] = []

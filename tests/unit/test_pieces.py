@@ -8,7 +8,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmconvert.errors import LayoutError, TensorError
@@ -26,6 +26,7 @@ from mmconvert.plan.proof import prove
 from mmconvert.sharding.slices import Slicing
 from mmconvert.sharding.spans import Part, Span
 from mmconvert.stored import StoredTensor, Target, transpose
+from nights import examples
 
 
 def read(path: Path) -> np.ndarray:
@@ -37,7 +38,7 @@ def read(path: Path) -> np.ndarray:
     return np.frombuffer(data, "<f4").reshape(t.shape)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(20, nightly=60)
 @given(
     st.integers(1, 40),
     st.integers(1, 40),
@@ -113,7 +114,7 @@ def test_only_a_matrix_can_be_transposed() -> None:
 AXES = st.sampled_from([((), ()), ((0,), ()), ((), (0,)), ((1,), (0,)), ((1, 0), ()), ((), (1,))])
 
 
-@settings(max_examples=100, deadline=None)
+@examples(40, nightly=100)
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 3)),
     AXES,

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmconvert.cli import parsing, plain
@@ -16,6 +16,7 @@ from mmconvert.cli.commands import DCP_VERBS, LORA_VERBS, MS_VERBS, VERBS
 from mmconvert.cli.spelling import flag_paths, normalise
 from mmconvert.config import Options
 from mmconvert.errors import RequestError
+from nights import examples
 
 ALL = VERBS | LORA_VERBS | DCP_VERBS | MS_VERBS
 FORMS = sorted({form for form, _, _ in ALL.values()})
@@ -63,7 +64,7 @@ def lines(draw: st.DrawFn) -> tuple[str, list[str]]:
     return form, words
 
 
-@settings(max_examples=60, deadline=None)
+@examples(20, nightly=60)
 @given(lines())
 def test_what_is_plain_means_the_same_to_tyro(line: tuple[str, list[str]]) -> None:
     form, words = line

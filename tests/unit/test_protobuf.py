@@ -13,6 +13,7 @@ import mscodec
 from mmconvert.errors import FormatError
 from mmconvert.formats.containers import protobuf
 from mmconvert.formats.containers.protobuf import GROUP, LENGTH, VARINT, WireFile, signed
+from nights import examples
 
 
 def fields_of(content: bytes, folder: Path) -> list[tuple[int, int, object]]:
@@ -140,7 +141,7 @@ def test_messages_come_back(rows: list[tuple[int, int, object]]) -> None:
         assert fields_of(encoded(rows), Path(folder)) == rows
 
 
-@settings(max_examples=500, deadline=None)
+@examples(150, nightly=500)
 @given(st.lists(FIELD, min_size=1, max_size=4), st.data())
 def test_damage_is_an_error_or_another_message(
     rows: list[tuple[int, int, object]], data: st.DataObject
@@ -160,7 +161,7 @@ def test_damage_is_an_error_or_another_message(
     assert sum(len(v) for _, _, v in found if isinstance(v, bytes)) <= len(content)
 
 
-@settings(max_examples=500, deadline=None)
+@examples(150, nightly=500)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_an_error_or_a_message(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -23,6 +23,7 @@ from mmconvert.formats.containers.image import create
 from mmconvert.formats.containers.pickles import Inert, StorageRef
 from mmconvert.formats.containers.ptfile import PtFile, Slot, pt_image, read_pt
 from mmconvert.stored import StoredTensor, Target
+from nights import examples
 
 TORCH = {
     "BF16": torch.bfloat16,
@@ -211,6 +212,7 @@ def test_no_tensors(tmp_path: Path) -> None:
     assert read_pt(path).content == {"model": {}, "checkpoint_version": 3.0}
 
 
+@pytest.mark.nightly
 def test_more_records_than_a_plain_zip_counts(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     write(path, {f"t{i}": Slot("U8", (1,)) for i in range(65_540)})
@@ -584,9 +586,7 @@ def test_hostile_pickle_is_not_run(small: bytes, tmp_path: Path) -> None:
     assert marker.exists()
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(examples(60, nightly=150), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutations_give_a_result_or_an_error(
     small: bytes, tmp_path: Path, data: st.DataObject

@@ -19,7 +19,7 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
@@ -31,6 +31,7 @@ from mmconvert.formats.containers.safetensors import (
     safetensors_image,
 )
 from mmconvert.stored import ITEM_SIZE, Target
+from nights import examples
 
 Header = dict[str, Any]
 
@@ -148,7 +149,7 @@ def test_we_read_the_librarys_from_numpy(file: Path) -> None:
         assert raw[t.offset : t.offset + t.nbytes] == arrays[t.name].tobytes()
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@examples(25, nightly=60)
 @given(
     st.dictionaries(
         st.text(min_size=1, max_size=6).filter(lambda n: n != "__metadata__"),
@@ -414,7 +415,7 @@ HOSTILE: list[object] = [
 ]
 
 
-@settings(max_examples=250, deadline=None, database=None)
+@examples(80, nightly=250)
 @given(st.data())
 def test_mutations_give_the_librarys_answer_or_an_error(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mmconvert.errors import CheckpointError, FormatError, LayoutError, MMConvertError
@@ -24,6 +24,7 @@ from mmconvert.formats.mindspore.strategy_writer import (
 )
 from mmconvert.sharding.slices import Slicing, slice_parts
 from mscodec import blob, num
+from nights import examples
 
 DP2_MP2 = (2, 2)
 SLICINGS = {
@@ -100,7 +101,7 @@ def slicings(draw: st.DrawFn, dims: int) -> Slicing:
     return Slicing(devices, plain.axes, draw(st.sampled_from(expected)))
 
 
-@settings(max_examples=300, deadline=None)
+@examples(100, nightly=300)
 @given(st.data(), st.integers(0, 4))
 def test_slices_are_those_of_mindspore(data: st.DataObject, dims: int) -> None:
     s = data.draw(slicings(dims))
@@ -172,7 +173,7 @@ def test_strategies_come_back(as_json: bool, tmp_path: Path) -> None:
     assert [two.stage_of(r) for r in range(8)] == [0] * 4 + [1] * 4
 
 
-@settings(max_examples=150, deadline=None)
+@examples(50, nightly=150)
 @given(st.data())
 def test_any_strategy_comes_back(data: st.DataObject) -> None:
     dims = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
@@ -263,7 +264,7 @@ def test_no_file(tmp_path: Path) -> None:
         read_strategies(tmp_path)
 
 
-@settings(max_examples=400, deadline=None)
+@examples(130, nightly=400)
 @given(st.data())
 def test_damage_is_an_error_or_a_strategy(data: st.DataObject) -> None:
     layouts = {k: s for k, s in SLICINGS.items() if s.ranks == 4}
