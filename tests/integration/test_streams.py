@@ -45,7 +45,7 @@ def test_a_conversion_without_standard_streams(closed: str, tied_hf: Path, out: 
     run_cli("verify", tied_hf, out, check=0)
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize("closed", [night(">&-"), night("2>&-"), ">&- 2>&-"])
 def test_exit_codes_without_standard_streams(closed: str, tied_hf: Path, out: Path) -> None:
     assert shell(closed, "inspect", tied_hf).returncode == 0
     assert shell(closed, "verify", tied_hf, out).returncode == 3
@@ -79,22 +79,26 @@ def test_a_full_standard_error_stops_no_conversion(tied_hf: Path, out: Path) -> 
 
 # ---------------------------------------------------------------------------- narrow terminals
 @pytest.mark.parametrize("columns", ["1", night("5"), "20"])
-def test_a_narrow_terminal(columns: str, tied_hf: Path, out: Path) -> None:
-    env = {"COLUMNS": columns}
-    help_text = run_cli(QWEN2VL, "hf_to_mm", "-h", env=env, check=0).stdout
+def test_a_narrow_terminal(
+    columns: str, tied_hf: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    help_text = run_cli(QWEN2VL, "hf_to_mm", "-h", check=0).stdout
     assert "--cfg.mm_dir" in help_text
-    assert "--cfg.mm_dir" in run_cli(QWEN2VL, "hf_to_mm", env=env, check=2).stderr
+    assert "--cfg.mm_dir" in run_cli(QWEN2VL, "hf_to_mm", check=2).stderr
     hf_to_mm(tied_hf, out)
     for words in (["inspect", out], ["suggest", tied_hf, "--pp", "2"]):
-        assert "rank" in run_cli(*words, env=env, check=0).stdout
+        assert "rank" in run_cli(*words, check=0).stdout
 
 
-def test_headings_keep_whole_words(tied_hf: Path, out: Path) -> None:
+def test_headings_keep_whole_words(
+    tied_hf: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On 60 columns, numbers with their units too."""
     hf_to_mm(tied_hf, out)
-    env = {"COLUMNS": "60"}
+    monkeypatch.setenv("COLUMNS", "60")
     for words in (["inspect", out], ["suggest", tied_hf, "--pp", "2", "--tp", "2"]):
-        shown = run_cli(*words, env=env, check=0).stdout
+        shown = run_cli(*words, check=0).stdout
         assert "…" not in shown
     assert {"parameters", "weights", "layers", "TFLOP"} <= set(shown.split())
     assert re.search(r"\d kB$", shown, re.MULTILINE)
