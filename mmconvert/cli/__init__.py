@@ -6,6 +6,7 @@ that help is fast.
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,10 @@ from mmconvert.errors import MMConvertError, RequestError
 from mmconvert.executor import group, ranks
 from mmconvert.version import VERSION
 
+# Plans are millions of small tuples, none of them garbage: looking for some took a third of the
+# time of a large plan.
+SELDOM = (100_000, 50, 50)
+
 
 def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
     """Runs one command line; returns the exit code (see the error tree).
@@ -23,20 +28,28 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
         launched: whether torchrun may have started this process as one of several.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    thresholds = gc.get_threshold()
     signal.signal(signal.SIGTERM, ending.terminated)
     screen.prepare()
     try:
+        if _tool_of(words) not in commands.RUNTIME:
+            gc.set_threshold(*SELDOM)
         group.expect(_ranks(words, launched=launched))
         return _guarded(words)
     except MMConvertError as error:  # of a launcher's variables
         return ending.fail(error, words)
     finally:
         group.leave()
+        gc.set_threshold(*thresholds)
+
+
+def _tool_of(words: list[str]) -> str:
+    return _of_script(words)[0] if words else "--help"
 
 
 def _ranks(words: list[str], *, launched: bool) -> ranks.Ranks:
     """Which of several processes this one is, as far as a launcher's variables tell."""
-    tool = _of_script(words)[0] if words else "--help"
+    tool = _tool_of(words)
     if tool in commands.RUNTIME:
         return ranks.ALONE
     found = ranks.of_environment(launched=launched)

@@ -101,23 +101,23 @@ class Stretch(NamedTuple):
     nbytes: int
 
 
-def _whole_rows(copy: Copy, tensor: StoredTensor) -> bool:
-    return copy.cols == matrix(tensor.shape)[1]
-
-
 def _scatters_to(source: StoredTensor, target: StoredTensor, copy: Copy) -> bool:
-    return _whole_rows(copy, target) and is_plain(source) and source.dtype == target.dtype
+    whole = copy.cols == matrix(target.shape)[1]
+    return whole and is_plain(source) and source.dtype == target.dtype
 
 
 def _linear_runs(plan: Plan, target: StoredTensor, copies: Sequence[Copy]) -> list[Stretch] | None:
     """The copies as runs, neighbouring ones joined; None if some copy is no run, or is cast."""
     runs: list[Stretch] = []
+    width, line = matrix(target.shape)[1], row_bytes(target)
     for c in sorted(copies, key=lambda c: c.dst_row):
         source = plan.sources[c.src]
-        if not (_scatters_to(source, target, c) and _whole_rows(c, source)):
+        if not (is_plain(source) and source.dtype == target.dtype):
             return None
-        start, at = rect_offset(source, c.src_row, 0), rect_offset(target, c.dst_row, 0)
-        nbytes = c.rows * row_bytes(target)
+        if not c.cols == width == matrix(source.shape)[1]:
+            return None
+        start, at = source.offset + c.src_row * line, target.offset + c.dst_row * line
+        nbytes = c.rows * line
         if runs:
             last = runs[-1]
             joined = last.start + last.nbytes == start and last.at + last.nbytes == at

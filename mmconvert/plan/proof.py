@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from mmconvert.errors import MMConvertError
@@ -121,11 +122,16 @@ def covers(rects: Iterable[Rect], rows: int, cols: int, *, once: bool) -> bool:
     """Whether rectangles fill a matrix: without overlap if ``once``, in any case without gap
     and without reaching outside.
     """
-    found = [r for r in rects if r.rows and r.cols]
+    found = tuple([r for r in rects if r[2] and r[3]])
     if not rows or not cols:
         return not found
     if len(found) == 1:  # most tensors are copied whole
         return found[0] == (0, 0, rows, cols)
+    return _covers(found, rows, cols, once)
+
+
+@lru_cache(maxsize=1024)  # the layers of a model are alike
+def _covers(found: tuple[Rect, ...], rows: int, cols: int, once: bool) -> bool:
     if any(r.row < 0 or r.col < 0 or r.row + r.rows > rows for r in found):
         return False
     cuts = sorted({0, cols, *(r.col for r in found), *(r.col + r.cols for r in found)})

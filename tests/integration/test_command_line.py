@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -895,3 +896,14 @@ sys.exit(130)
 def test_a_signal_while_the_interpreter_ends_changes_no_exit_code() -> None:
     done = subprocess.run([sys.executable, "-c", SLOW_END], check=False, timeout=60)
     assert done.returncode == 130
+
+
+@pytest.mark.parametrize("words", [["--version"], ["inspect", "nowhere"]], ids=str)
+def test_a_program_that_calls_the_command_keeps_its_collector(words: list[str]) -> None:
+    before = gc.get_threshold()
+    gc.set_threshold(before[0] + 1, *before[1:])
+    try:
+        run_cli(*words)
+        assert gc.get_threshold() == (before[0] + 1, *before[1:])
+    finally:
+        gc.set_threshold(*before)

@@ -8,6 +8,7 @@ layout, what cannot a lower bound: when both meet, the layout is proven optimal.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -123,7 +124,7 @@ def _smallest(
     """
     best: BalancedLayers | None = None
     step = max(1, low // 256)
-    try:
+    with suppress(EffortSpent):
         if not sure and next(layouts(high, effort), None) is None:
             return None, high + 1
         trial = low
@@ -143,8 +144,6 @@ def _smallest(
             return None, low
         for found in layouts(low, effort, every=True):
             best = min(best, found, key=lambda f: f.rank_order)
-    except EffortSpent:
-        pass
     return best, low
 
 
