@@ -21,6 +21,7 @@ from megatron_ranks import Case
 from megatron_text import WORLD
 from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_hf
+from nights import in_turns, nightly
 from tinymodels import CONVERTERS, TEXT_LAYERS, VIT_LAYERS, save, tiny_model
 from torchdistranks import BEFORE, FUSED, run
 
@@ -111,8 +112,7 @@ def test_megatron_loads_it(made: Made, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("form", ["saved", "single"])
+@pytest.mark.parametrize(("name", "form"), in_turns(NAMES, ("saved", "single")))
 def test_a_trained_text_model_comes_back(made: Made, name: str, form: str) -> None:
     """What Megatron saves of the text decoder, in either form, beside our vision encoder."""
     ours, theirs = (mmconvert.open(made.folder / n) for n in ("dist", f"{name}.{form}"))
@@ -139,7 +139,12 @@ def test_what_megatron_saves_is_read(made: Made, name: str) -> None:
         assert torch.equal(ours[key], theirs[local[key]]), key
 
 
-@pytest.mark.parametrize("model", ["qwen2.5vl-7b", "qwen3vl-8b", "qwen3vl-30b-a3b"])
+@pytest.mark.parametrize(
+    "model",
+    nightly(
+        ("qwen2.5vl-7b", "qwen3vl-8b", "qwen3vl-30b-a3b"), but=("qwen2.5vl-7b", "qwen3vl-30b-a3b")
+    ),
+)
 def test_there_and_back(model: str, tmp_path: Path) -> None:
     """Hugging Face, torch_dist, MM and DCP, straight."""
     small: dict[str, Any] = {"layers": 2, "vit_layers": 2} | (
@@ -250,8 +255,10 @@ def test_a_wrapper_around_the_vision_encoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning")
-@pytest.mark.parametrize("before", ["visual.", "visual.visual."])
-@pytest.mark.parametrize("model", ["qwen3vl-8b", "qwen3vl-30b-a3b"])
+@pytest.mark.parametrize(
+    ("model", "before"),
+    in_turns(("qwen3vl-8b", "qwen3vl-30b-a3b"), ("visual.", "visual.visual.")),
+)
 def test_the_vision_encoder_of_transformers(model: str, before: str, tmp_path: Path) -> None:
     """Qwen3-VL in a trainer that keeps the encoder of Hugging Face."""
     hf = make_hf(model, tmp_path / "hf", **MODELS["qwen3vl-30b-a3b"])

@@ -195,12 +195,12 @@ def disagreed(done: Done, out: Path, *words: str) -> None:
     assert litter(out) == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # without torchrun: test_ranks
 @pytest.mark.parametrize(
     ("verb", "own", "named"),
     [
-        pytest.param("hf_to_mm", ["--dry-run"], "--dry-run", marks=pytest.mark.nightly),
-        pytest.param("mm_to_hf", ["--dtype", "bf16"], "--dtype", marks=pytest.mark.nightly),
+        ("hf_to_mm", ["--dry-run"], "--dry-run"),
+        ("mm_to_hf", ["--dtype", "bf16"], "--dtype"),
         ("resplit", ["--cfg.target_parallel_config.tp_size", "2"], "target_parallel_config.tp"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

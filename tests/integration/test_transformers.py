@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 from api import Shape, to_hf, to_mm
 from mmconvert.playground.checkpoints import NEW_NAMES, renamed
 from mmread import MANIFEST, compare_mm, files_in
+from nights import in_turns
 from tinymodels import CONVERTERS, inputs, save, tiny_model
 
 # TP 2, PP 2, VPP 2: the encoder crosses a virtual stage, the text decoder two.
 LAYOUT = Shape(vit=[[1, 2], [0, 0]], llm=[[0, 1], [2, 1]], tp=2)
 FOLDERS = {"mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"}
 
-KINDS = pytest.mark.parametrize("kind", CONVERTERS)
-RENAMED = pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])  # by transformers 4.52
+SPELT_ANEW = ("qwen2_vl", "qwen2_5_vl")  # by transformers 4.52
+RENAMED = pytest.mark.parametrize("kind", SPELT_ANEW)
 DENSE = pytest.mark.parametrize("kind", [kind for kind in CONVERTERS if "moe" not in kind])
-TIED = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-FILES = pytest.mark.parametrize("size", ["5GB", "60KB"], ids=["one file", "many files"])
+TIED, SIZES = (False, True), ("5GB", "60KB")
 
 
 def assert_same_files(want: Path, got: Path) -> None:
@@ -84,9 +84,7 @@ def test_the_inner_model_saved_alone(kind: str, tmp_path: Path) -> None:
     assert (tmp_path / "back" / name).read_bytes() == (inner / name).read_bytes()
 
 
-@KINDS
-@TIED
-@FILES
+@pytest.mark.parametrize(("kind", "tied", "size"), in_turns(tuple(CONVERTERS), TIED, SIZES))
 def test_back_byte_for_byte(kind: str, tied: bool, size: str, tmp_path: Path) -> None:
     """The folder comes back as it was, and the library loads it to the same logits."""
     dtype = torch.bfloat16 if size == "60KB" else torch.float32
@@ -120,9 +118,7 @@ def tensor_names(folder: Path) -> set[str]:
     return {key for path in paths for key in load_file(path)}
 
 
-@RENAMED
-@TIED
-@FILES
+@pytest.mark.parametrize(("kind", "tied", "size"), in_turns(SPELT_ANEW, TIED, SIZES))
 def test_names_of_later_versions(kind: str, tied: bool, size: str, tmp_path: Path) -> None:
     """`model.language_model.*` and `model.visual.*` come back under these names."""
     model = tiny_model(kind, tied=tied)

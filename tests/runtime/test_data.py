@@ -129,11 +129,11 @@ def test_omni_learns_from_all_kinds_at_once(layout: Any, tmp_path: Path) -> None
     hf = talking.make("omni", tmp_path / "hf")
     data = mixed(tmp_path)
     mm = tinyfamilies.convert("omni", hf, tmp_path / "mm", *layout)
-    what = talking.plan(tmp_path / "save", 8, size=2, count=3)
+    what = talking.plan(tmp_path / "save", 5, size=2, count=3)
     curve = talking.learn(mm, hf, [data], what)
-    assert curve[-1][1] < 0.8 * curve[0][1]
+    assert curve[-1][1] < 0.9 * curve[0][1]
     alone = tinyfamilies.convert("omni", hf, tmp_path / "alone", "[4]", "[3]")
-    what = talking.plan(tmp_path / "save alone", 8, size=2, count=3)
+    what = talking.plan(tmp_path / "save alone", 5, size=2, count=3)
     same = talking.learn(alone, hf, [data], what)
     assert [line[1] for line in curve] == pytest.approx([line[1] for line in same], rel=1e-5)
 

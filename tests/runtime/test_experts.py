@@ -90,7 +90,7 @@ TODAY = ("ep 2, two replicas, optimizer divided",)
 
 @pytest.fixture(scope="module")
 def alone(hf: Path, data: Path) -> talking.Curve:
-    what = talking.plan(hf.parent / "alone", 4, count=4, loss="per_token")
+    what = talking.plan(hf.parent / "alone", 3, count=4, loss="per_token")
     return talking.learn(mm(hf, ONE), hf, [data], what)
 
 
@@ -99,7 +99,7 @@ def test_the_layout_has_no_part_in_what_is_learnt(
     name: str, hf: Path, data: Path, alone: talking.Curve, tmp_path: Path
 ) -> None:
     layout, more = LAYOUTS[name]
-    what = talking.plan(tmp_path / "save", 4, count=4, loss="per_token", **more)
+    what = talking.plan(tmp_path / "save", 3, count=4, loss="per_token", **more)
     curve = talking.learn(mm(hf, layout), hf, [data], what)
     assert [line[1] for line in curve] == pytest.approx([line[1] for line in alone], rel=1e-6)
     assert [line[3] for line in curve] == pytest.approx([line[3] for line in alone], rel=1e-5)

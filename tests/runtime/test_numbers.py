@@ -129,7 +129,7 @@ DP_TODAY = ("DP2, optimizer divided", "DP2 PP2, recomputed")
 
 @pytest.fixture(scope="module")
 def alone(hf: Path, data: Path) -> talking.Curve:
-    what = talking.plan(hf.parent / "alone", 4, count=4, loss="per_token")
+    what = talking.plan(hf.parent / "alone", 3, count=4, loss="per_token")
     return talking.learn(mm(hf, "[4]", "[3]", 1), hf, [data], what)
 
 
@@ -138,7 +138,7 @@ def test_replicas_have_no_part_in_what_is_learnt(
     name: str, hf: Path, data: Path, alone: talking.Curve, tmp_path: Path
 ) -> None:
     layout, more = DP[name]
-    what = talking.plan(tmp_path / "save", 4, count=4, loss="per_token", replicas=2, **more)
+    what = talking.plan(tmp_path / "save", 3, count=4, loss="per_token", replicas=2, **more)
     curve = talking.learn(mm(hf, *layout), hf, [data], what)
     assert [line[1] for line in curve] == pytest.approx([line[1] for line in alone], rel=1e-6)
     assert [line[3] for line in curve] == pytest.approx([line[3] for line in alone], rel=1e-5)
@@ -191,7 +191,7 @@ class Summed:
 
     def __call__(self, device: torch.device, emit: Emit) -> float:
         run = engines.load(self.arch, self.stored, device, torch.bfloat16)
-        feed = Feed(Speaker(self.arch, self.hf), read_samples([self.data], 0), 1, 64)
+        feed = Feed(Speaker(self.arch, self.hf), read_samples([self.data], 0), 1, 16)
         batches = feed.step(0)
         named = [(n, p) for n, p, _ in run.parameters()]
         sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in named}
@@ -216,4 +216,4 @@ def test_bf16_gradients_are_added_in_fp32(hf: Path, data: Path) -> None:
     arch, stored = load_folder(hf, mm(hf, "[4]", "[3]", 1))
     apart = launch(Summed(arch, stored, hf, data), 1, lambda event: None)
     assert isinstance(apart, float)
-    assert apart < 4e-3  # of one rounding to bf16 in each micro-batch, by other weights
+    assert apart < 1e-6  # added in bf16: 5e-3

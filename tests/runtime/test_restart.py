@@ -204,7 +204,7 @@ def test_iteration_and_schedule_survive_a_resplit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tp", "alone"), [(1, (0, 1)), night(2, (1, 2))])
+@pytest.mark.parametrize(("tp", "alone"), [(1, (1,)), night(1, (0,)), night(2, (1, 2))])
 def test_a_sample_that_one_process_alone_cannot_read_is_left_out_by_all(
     tp: int, alone: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

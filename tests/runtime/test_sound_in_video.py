@@ -131,7 +131,7 @@ def test_sounds_that_are_not_one_for_each_video_are_named(
 @pytest.mark.slow
 def test_the_model_computes_what_transformers_computes(hf: Path, tmp_path: Path) -> None:
     """Positions too: transformers finds its own, by use_audio_in_video."""
-    mm = tinyfamilies.convert("omni", hf, tmp_path / "mm", "[1,3]", "[3,0]", 2)
+    mm = tinyfamilies.convert("omni", hf, tmp_path / "mm", "[1,3]", "[3,0]", 1)
     arch, stored = load_folder(hf, mm)
     made = speaker(hf).batch(asked("<video>What?", [hf.parent / "a.mp4"]), answer=True)
     files = (made.pixels, made.grid, 0, made.features, made.lengths, made.seconds, made.woven)

@@ -169,7 +169,7 @@ def test_the_commands_of_the_runtimes_page_run(
 ) -> None:
     """As they stand there, but for the number of steps."""
     hf = talking.make("qwen2_vl", tmp_path / "hf")
-    tinyfamilies.convert("qwen2_vl", hf, tmp_path / "mm", "[1,3]", "[3,0]", 2)
+    tinyfamilies.convert("qwen2_vl", hf, tmp_path / "mm", "[1,3]", "[3,0]")
     talking.write_data(tmp_path, "train.json")
     talking.picture(tmp_path / "cat.png", "red")
     monkeypatch.chdir(tmp_path)
