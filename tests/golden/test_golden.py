@@ -84,13 +84,14 @@ ONE_WAY = [r for r in GOOD if not any(step["step"] == "mm_to_hf" for step in r.s
 
 
 # Going back without flags: what has no step of its own that goes back, and a layout of each kind;
-# the others nightly.
-WITHOUT_FLAGS = {
-    *(record.id for record in ONE_WAY),
+# the others with flags, and all both ways nightly.
+KINDS = {
     *("qwen2vl-7b/tp4_vit_tp2", "qwen2.5vl-7b/canonical_tp1_pp2", "internvl2-8b/tp2_pp2"),
     *("qwen2.5omni-7b/tp4_vit_tp1_audio_tp1", "qwen3vl-30b-a3b/tp1_ep2", "glm4.1v-9b/tp1_pp4"),
     "deepseekvl2/tp2_pp1_ep2",
 }
+WITHOUT_FLAGS = {record.id for record in ONE_WAY} | KINDS
+WITH_FLAGS = {record.id for record in ALL} - KINDS
 
 
 def records(chosen: list[Record], today: Container[str] = ()) -> pytest.MarkDecorator:
@@ -259,7 +260,7 @@ def test_hf_to_mm(record: Record, workshop: Workshop, out: Path) -> None:
     _check(record, "hf_to_mm", workshop, out)
 
 
-@records(_with_step("mm_to_hf"))
+@records(_with_step("mm_to_hf"), today=WITH_FLAGS)
 def test_mm_to_hf(record: Record, workshop: Workshop, out: Path) -> None:
     _check(record, "mm_to_hf", workshop, out)
 

@@ -15,7 +15,7 @@ from cli import run_cli
 from commands import refused, snapshot
 from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_hf, compare_mm
-from nights import night
+from nights import in_turns, night
 from qwenvl import make_qwenvl
 from stopping import noted, staging, stopped
 
@@ -123,7 +123,13 @@ def same_files(a: Path, b: Path) -> None:
     assert [name for name in one if one[name] != two[name]] == []
 
 
-@pytest.mark.parametrize("cell", MM_CELLS, ids=lambda cell: cell[2])
+@pytest.mark.parametrize(
+    ("cell", "model"),
+    in_turns(MM_CELLS, [*MODELS]),
+    indirect=["model"],
+    ids=lambda v: v[2] if isinstance(v, tuple) else v,
+    scope="module",
+)
 def test_every_cell(cell: tuple[str, str, str], model: Made, tmp_path: Path) -> None:
     """What a format gives is, byte for byte, what Hugging Face gives."""
     kind, to, _ = cell
@@ -168,7 +174,15 @@ def test_from_python(model: Made, tmp_path: Path) -> None:
         assert seen.family in ("Qwen2.5-VL", "Qwen3-VL")
 
 
-@pytest.mark.parametrize("kind", ["dcp", "torch_dist"])
+two_kinds = pytest.mark.parametrize(
+    ("kind", "model"),
+    in_turns(["dcp", "torch_dist"], [*MODELS]),
+    indirect=["model"],
+    scope="module",
+)
+
+
+@two_kinds
 def test_tools(kind: str, model: Made, tmp_path: Path) -> None:
     """Each says the same of the folder, of the one in it, and of one without our manifest."""
     folder = model.by_format[kind]
@@ -193,7 +207,7 @@ def test_tools(kind: str, model: Made, tmp_path: Path) -> None:
     assert len(back["layouts"]) == (2 if kind == "dcp" else 1)
 
 
-@pytest.mark.parametrize("kind", ["dcp", "torch_dist"])
+@two_kinds
 def test_a_changed_value_is_seen(kind: str, model: Made, tmp_path: Path) -> None:
     """verify and diff end with 1, and name the tensor."""
     out = tmp_path / kind

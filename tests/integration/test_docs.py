@@ -23,6 +23,7 @@ from mmconvert import converters
 from mmconvert.cli.commands import TOOLS
 from mmconvert.converters.family import Variant
 from mmconvert.version import VERSION
+from nights import night
 from pages import FENCE, ROOT, TIMES, Block, blocks, run_block
 
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
@@ -45,8 +46,15 @@ def play(playground: Path, tmp_path: Path) -> Path:
     return copied(playground, tmp_path / "work" / "play")
 
 
+# What these show is tested daily too, but for the words: test_lora*.py, test_dcp*.py,
+# test_qwenvl.py, test_experts.py and test_roundtrip_command.py.
+LONG = {"lora", "dcp", "qwen-vl", "experts"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", RUNNING, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [night(p) if p.stem in LONG else p for p in RUNNING], ids=lambda p: p.stem
+)
 def test_the_commands_of_a_page_do_what_it_shows(path: Path, play: Path) -> None:
     for block in blocks(path, *RUN)[1:]:
         run_block(block, play)
@@ -71,7 +79,7 @@ def _demo() -> int:
     return 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_demo_prints_what_is_shown() -> None:
     shown = next(
         b.text for b in blocks(DOC / "index.md", "text") if "The demo has passed." in b.text

@@ -17,6 +17,7 @@ from commands import copied, edit_json, edit_rank, rank_files
 from inprocess import BACK, HF, MM, SOURCE, TARGET, call
 from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_hf, compare_mm
+from nights import in_turns
 
 Json = dict[str, Any]
 NAME = "Qwen3VLMegatronConverter"
@@ -168,8 +169,7 @@ def later(hf: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("sizes", [{}, {"moe_inter": 24}], ids=["", "2x = h"])
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(("tp", "sizes"), in_turns([2, 1], [{}, {"moe_inter": 24}]))
 def test_experts_that_stand_blindly_transposed(tp: int, sizes: Json, tmp_path: Path) -> None:
     """As the reference makes them of stacks that are stored the other way round: told with and
     without hf_dir, refused by conversions, mended by the command that doctor prints.

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from inprocess import BACK, HF, MM, call
 from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_mm
+from nights import in_turns
 
 SIZES: dict[str, Any] = {
     "layers": 2,
@@ -87,8 +88,10 @@ EP = ["--cfg.parallel_config.ep_size", "2"]
 DENSE: dict[str, Any] = {"layers": 2, "vit_layers": 1}
 
 
-@pytest.mark.parametrize("block", [(128, 128), (48, 80)], ids=str)
-@pytest.mark.parametrize("model", ["qwen3vl-30b-a3b", "qwen3vl-8b", "qwen2.5vl-7b"])
+@pytest.mark.parametrize(
+    ("block", "model"),
+    in_turns([(48, 80), (128, 128)], ["qwen3vl-30b-a3b", "qwen3vl-8b", "qwen2.5vl-7b"]),
+)
 def test_values_are_torchs_rounded_once(model: str, block: tuple[int, int], tmp_path: Path) -> None:
     """Stacked experts that are transposed, fused and cut: as if bf16 had been there before."""
     sizes = SIZES if "30b" in model else {**DENSE, **({"deepstack": [0]} if "3vl" in model else {})}

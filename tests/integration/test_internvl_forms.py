@@ -13,6 +13,7 @@ from commands import layout
 from inprocess import BACK, HF, MM, SOURCE, TARGET, call
 from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_hf, compare_mm
+from nights import in_turns, night
 from tinyfamilies import make_intern, native_intern
 
 KINDS = ("intern-qwen2", "intern-qwen3", "intern-llama")
@@ -24,8 +25,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize(("kind", "tied"), in_turns([*KINDS], [False, True]))
 def test_both_forms_of_one_model_are_the_same_in_mm(kind: str, tied: bool, tmp_path: Path) -> None:
     """And each comes back from the MM files of the other."""
     native = tmp_path / "native"
@@ -42,7 +42,7 @@ def test_both_forms_of_one_model_are_the_same_in_mm(kind: str, tied: bool, tmp_p
             assert compare_hf(hf, back) == []
 
 
-@pytest.mark.parametrize("model", ["internvl3.5-1b", "internvl3.5-8b"])
+@pytest.mark.parametrize("model", ["internvl3.5-1b", night("internvl3.5-8b")])
 def test_internvl35_in_any_layout(model: str, tmp_path: Path) -> None:
     """Qwen3's norms of q and k, no biases: by hand, and from layout to layout."""
     hf = make_hf(model, tmp_path / "hf", layers=4, vit_layers=3)

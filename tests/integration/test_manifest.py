@@ -20,7 +20,7 @@ from inprocess import call, to_hf, to_mm, to_other
 from mmconvert.formats import manifest
 from mmconvert.playground.checkpoints import make_hf
 from mmread import MANIFEST, tensor_data
-from nights import in_turns
+from nights import night
 
 Digests = dict[str, str]
 QWEN, OMNI = "qwen2vl-2b", "qwen2.5omni-7b"
@@ -320,6 +320,7 @@ def test_junk_is_ignored(
 
 
 ODD = (None, 10**30, float("nan"), "\0", [], "\ud800", {"tied": {}, "a": []}, [[]])
+TODAY: tuple[object, ...] = ([], {"tied": {}, "a": []})
 KEYS = ("converter", "family", "variant", "layout", "dims", "kind", "command", "source", "cast")
 HOSTILE = {
     "dims": {"llm.layers": 10**30, "llm.heads": -1, "x": "y", "vit.heads": True},
@@ -341,7 +342,7 @@ def ask(folder: Path, out: Path) -> list[tuple[str | Path, ...]]:
     ]
 
 
-@pytest.mark.parametrize("value", in_turns(ODD), ids=repr)
+@pytest.mark.parametrize("value", [v if v in TODAY else night(v) for v in ODD], ids=repr)
 def test_any_value_in_any_field(value: object, mm: Path, tmp_path: Path) -> None:
     """`"converter": []` ended every command that asks for the family with exit code 70."""
     folder = tmp_path / "mm"

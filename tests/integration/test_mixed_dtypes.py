@@ -16,6 +16,7 @@ from commands import Tensors, edit_rank, edit_single, layout, none, refused
 from inprocess import call, to_hf, to_mm, to_other
 from mmconvert.playground.checkpoints import make_hf
 from mmread import compare_mm
+from nights import in_turns
 
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2vl-2b": {"layers": 2, "vit_layers": 1},
@@ -56,15 +57,13 @@ def cast_by_torch(hf: Path, to: Path, dtype: torch.dtype) -> Path:
     return to
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kinds", MIXES.values(), ids=MIXES.keys())
-@pytest.mark.parametrize("model", ["qwen2vl-2b", "qwen2.5omni-7b"])
-def test_each_part_is_cast_once(
-    model: str, kinds: dict[str, torch.dtype], dtype: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("model", "kinds", "dtype"), in_turns(["qwen2vl-2b", "qwen2.5omni-7b"], [*MIXES], [*DTYPES])
+)
+def test_each_part_is_cast_once(model: str, kinds: str, dtype: str, tmp_path: Path) -> None:
     """The bytes of a checkpoint that torch has cast before, tensor by tensor."""
     hf = make_hf(model, tmp_path / "hf", shards=1, **MODELS[model])
-    mix(hf, kinds)
+    mix(hf, MIXES[kinds])
     want = cast_by_torch(hf, tmp_path / "want", DTYPES[dtype])
     to_mm(model, want, tmp_path / "plain")
     to_mm(model, hf, tmp_path / "mm", "--dtype", dtype)

@@ -6,6 +6,7 @@ neither ``copy_file_range`` nor ``posix_fallocate``. How paths and renames behav
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,8 +72,8 @@ def call(*words: str, code: int = 0) -> str:
     return f"assert main({list(words)!r}) == {code}, {words!r}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("system", nightly(SYSTEMS, but=("Windows",)))
+@pytest.mark.nightly
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_tools_and_other_formats(system: str, tmp_path: Path) -> None:
     hf = ("--cfg.hf_config.hf_dir", "play/hf")
     family = "Qwen2VLConverter"
@@ -116,9 +117,13 @@ def test_several_processes_are_refused_without_locks(playground: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_a_checkpoint_goes_there_and_back(system: str, playground: Path, tmp_path: Path) -> None:
-    copied(playground, tmp_path / "play")
+@pytest.mark.parametrize("system", nightly(SYSTEMS, but=("Windows",)))
+def test_a_checkpoint_goes_there_and_back(
+    system: str, playground: Path, tied_hf: Path, tmp_path: Path
+) -> None:
+    copied(tied_hf, tmp_path / "play" / "hf")
+    copied(playground / "coco", tmp_path / "play" / "coco")
+    shutil.copy(playground / "llava.json", tmp_path / "play")
     hf, mm = ("--cfg.hf_config.hf_dir", "play/hf"), ("--cfg.mm_dir", "mm")
     layout = ("--cfg.parallel_config.tp_size", "2")
     converter = "Qwen2VLConverter"

@@ -32,7 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-TODAY = ("internvl3.5-1b", "qwen3vl-30b-a3b", "qwen2.5omni-7b")
+TODAY = ("internvl3.5-1b", "qwen2.5omni-7b")
 
 
 def flags(model: str, tp: int) -> list[str]:

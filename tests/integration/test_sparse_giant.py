@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from nights import night
+
 LLM = "[[0,0,0,1,5,6,7,7,7,7,7,7,7,7,6,6]]"
 VIT = "[[11,12,12,10,0,0,0,0,0,0,0,0,0,0,0,0]]"
 HIDDEN, LAYERS, KV, FFN, VOCAB = 8192, 80, 1024, 28672, 128265
@@ -186,7 +188,7 @@ def test_the_stand_in_is_the_real_thing(giant: tuple[Path, int, int]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("PP 16, as documented", flags(LLM, VIT, 1)), ("TP 8", flags("[80]", "[45]", 8))],
+    [("PP 16, as documented", flags(LLM, VIT, 1)), night("TP 8", flags("[80]", "[45]", 8))],
 )
 def test_a_dry_run(
     name: str,

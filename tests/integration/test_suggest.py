@@ -17,6 +17,7 @@ from cli import run_cli
 from commands import edit_json, install, rank_files, refused
 from mmconvert.playground.checkpoints import make_hf
 from mmconvert.sharding.stages import check_grids, parse_grid
+from nights import night
 
 LAYERS = {
     "qwen2vl-2b": {"vit": 32, "llm": 28},
@@ -26,11 +27,11 @@ LAYERS = {
 }
 CASES = [
     ("qwen2vl-2b", ["--pp", "4", "--tp", "2"]),
-    ("qwen2vl-2b", ["--pp", "2", "--vpp", "2", "--freeze", "image_encoder"]),
+    night("qwen2vl-2b", ["--pp", "2", "--vpp", "2", "--freeze", "image_encoder"]),
     ("qwen2.5vl-7b", ["--pp", "4", "--vpp", "3", "--by", "parameters"]),
-    ("qwen2.5omni-7b", ["--pp", "4", "--tp", "4", "--audio-tp", "1"]),
+    night("qwen2.5omni-7b", ["--pp", "4", "--tp", "4", "--audio-tp", "1"]),
     ("qwen2.5omni-7b", ["--pp", "2", "--vpp", "2", "--freeze=image_encoder,audio_encoder"]),
-    ("internvl2-76b", ["--pp", "8", "--vpp", "2"]),
+    night("internvl2-76b", ["--pp", "8", "--vpp", "2"]),
 ]
 
 

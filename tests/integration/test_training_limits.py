@@ -10,6 +10,7 @@ import pytest
 
 from inprocess import HF, MM, SOURCE, TARGET, Done, call
 from mmconvert.playground.checkpoints import make_hf
+from nights import in_turns
 
 OMNI, INTERN = "Qwen2_5_OmniConverter", "InternVLConverter"
 P = "--cfg.parallel_config."
@@ -88,11 +89,14 @@ def test_resplit_says_so_too(omni: Path, tmp_path: Path) -> None:
     assert "on several stages" in call(*words).stderr
 
 
-@pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (3, 2)])
-@pytest.mark.parametrize("by", ["flops", "parameters"])
+@pytest.mark.parametrize(
+    ("stages", "by"),
+    in_turns([(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (3, 2)], ["flops", "parameters"]),
+)
 def test_suggest_keeps_the_audio_encoder_beside_the_text(
-    pp: int, vpp: int, by: str, omni: Path, tmp_path: Path
+    stages: tuple[int, int], by: str, omni: Path, tmp_path: Path
 ) -> None:
+    pp, vpp = stages
     words = ("suggest", omni, "--pp", str(pp), "--vpp", str(vpp), "--by", by, "--json")
     layout = json.loads(call(*words).stdout)["parallel_config"]
     layout.pop("tp_size")
