@@ -10,7 +10,6 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -98,6 +97,8 @@ def sync_all(files: Iterable[str | Path]) -> None:
 
 
 def _at_once(sync: Callable[[str | Path], None], paths: list[str] | list[str | Path]) -> None:
+    from concurrent.futures import ThreadPoolExecutor  # slow to load
+
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(sync, paths))  # what one raises is raised here
 
