@@ -57,7 +57,7 @@ class MM(Format):
         """Its ranks; its wholes under MM names with the model's own layer numbers."""
         from mmconvert.formats import contents
         from mmconvert.formats.mm.folder import OPTIMIZER
-        from mmconvert.formats.mm.opening import state_at_a_glance
+        from mmconvert.formats.mm.optimizer.placing import state_at_a_glance
 
         stored = self.open(path, Opening(self.family(path), Options()))
         model, layout, side = stored.model, stored.ranks, stored.opened.side()
@@ -101,7 +101,7 @@ class MM(Format):
         placed = Placed(side=side, layout=layout, notes=tuple(notes))
         if not asked.options.optimizer:
             return placed
-        from mmconvert.formats.mm.opening import placed_state
+        from mmconvert.formats.mm.optimizer.placing import placed_state
 
         return placed_state(placed, asked, layout)
 
@@ -112,7 +112,7 @@ class MM(Format):
         assert isinstance(placed.layout, Layout)  # noqa: S101 - narrows the type: it is our own
         if not asked.options.optimizer:
             return rank_images(placed.layout, targets)
-        from mmconvert.formats.mm.opening import state_images
+        from mmconvert.formats.mm.optimizer.placing import state_images
 
         return state_images(placed.layout, targets, placed, asked)
 

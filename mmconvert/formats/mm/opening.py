@@ -1,38 +1,27 @@
-"""MM checkpoints that are read, and those that are written with their optimizer state."""
+"""MM checkpoints that are read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmconvert.config import ParallelConfig
 from mmconvert.converters.rows import Module
-from mmconvert.errors import CheckpointError, MMConvertError, RequestError
-from mmconvert.formats.base import Opening, Placed, Placing, StoredCheckpoint
-from mmconvert.formats.containers.image import FileImage
-from mmconvert.formats.mm.folder import HINTS, OPTIMIZER
+from mmconvert.errors import CheckpointError, RequestError
+from mmconvert.formats.base import Opening, StoredCheckpoint
 from mmconvert.formats.mm.model import OpenedMM, mm_model
-from mmconvert.formats.mm.optimizer.opening import check_state, open_state
-from mmconvert.formats.mm.optimizer.state import GroupKey, OptimizerState
-from mmconvert.formats.mm.optimizer.telling import (
-    StateSummary,
-    about_of,
-    notes_left,
-    notes_of,
-    summary_of,
-    values_of,
-)
-from mmconvert.formats.mm.optimizer.wholes import PlacedState, groups_of, place_state, with_state
-from mmconvert.formats.mm.optimizer.writing import StateWriter
-from mmconvert.formats.mm.output import rank_images
 from mmconvert.formats.mm.source import ChunkTensors, transposed_wholes
+from mmconvert.formats.model import Model
 from mmconvert.formats.untied import ties, untied_model, untied_side
 from mmconvert.plan.plan import Key, Side
 from mmconvert.plan.reorder import reorder
 from mmconvert.sharding.layout import Layout
-from mmconvert.stored import Target
+
+if TYPE_CHECKING:  # few read the optimizer state
+    from mmconvert.formats.mm.optimizer.state import GroupKey, OptimizerState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +59,17 @@ class MMStored(StoredCheckpoint):
             )
         side = reorder(side, model.modules, model.plain_modules, model.dims)
         side = untied_side(side, self.heads)
-        return side if self.state is None else with_state(side, self.state)
+        if self.state is None:
+            return side
+        from mmconvert.formats.mm.optimizer.wholes import with_state
+
+        return with_state(side, self.state)
 
     @cached_property
     def groups(self) -> dict[Key, GroupKey]:
         """The optimizer's group of each weight that learns."""
+        from mmconvert.formats.mm.optimizer.wholes import groups_of
+
         return groups_of(self.opened.side(), self.state) if self.state else {}
 
     def untied(self) -> MMStored:
@@ -82,40 +77,32 @@ class MMStored(StoredCheckpoint):
         return replace(self, model=untied_model(self.model), heads=ties(self.model))
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlacedMM(Placed):
-    """An MM checkpoint that is to be written with its optimizer state."""
-
-    state: PlacedState
-
-
-def placed_state(placed: Placed, asked: Placing, layout: Layout) -> Placed:
-    """With the optimizer state."""
-    source = asked.source
-    assert isinstance(source, MMStored)  # noqa: S101 - only MM checkpoints are read with it
-    state = source.state
-    assert state is not None  # noqa: S101 - it was asked for
-    once = state.kind == "distributed"
-    found = place_state(placed.side, asked.wholes, source.groups, layout.ep, once=once)
-    return PlacedMM(
-        side=placed.side,
-        layout=layout,
-        notes=(*placed.notes, *notes_of(state)),
-        about={"optimizer": about_of(state)},
-        state=found,
-    )
-
-
-def state_images(
-    layout: Layout, targets: Sequence[Target], placed: Placed, asked: Placing
-) -> Iterator[FileImage]:
-    """The files of a checkpoint with its optimizer state."""
-    source = asked.source
-    assert isinstance(placed, PlacedMM) and isinstance(source, MMStored) and source.state  # noqa: S101, PT018 - by placed_state
-    tied = source.model.variant.tied
-    writer = StateWriter(source.state, placed.state, targets, layout, tied=tied)
-    weights = targets[: placed.state.weights]
-    return rank_images(layout, weights, str(source.state.iteration), writer)
+def check_state(told: Opening, model: Model) -> None:
+    """Raises RequestError where the weights would not be those of the optimizer state."""
+    options = told.options
+    if not options.optimizer:
+        if options.optimizer_kind != "same":
+            raise RequestError(
+                f"--optimizer-kind {options.optimizer_kind} says how optimizer state is written; "
+                "none is without --optimizer",
+                "--optimizer too",
+            )
+        return
+    if model.adapter is not None:
+        raise RequestError(
+            "--optimizer carries the state of a whole model's training; these are adapters", "",
+            "leave --optimizer out: lora_resplit brings adapters to another layout",
+        )  # fmt: skip
+    for flag, given in (
+        (f"--dtype {options.dtype}", options.dtype != "keep"),
+        ("--drop", bool(options.drop)),
+        ("--cfg.save_vit_only", told.encoders_only),
+    ):
+        if given:
+            raise RequestError(
+                f"--optimizer needs the weights as they are, and {flag} changes them",
+                "one of the two",
+            )
 
 
 def open_mm_stored(path: Path, told: Opening) -> MMStored:
@@ -147,36 +134,26 @@ def open_mm_stored(path: Path, told: Opening) -> MMStored:
             "leave the flag out: the structure is recognised by the names",
         )
     checkpoint = opened.chart.checkpoint
-    state = None
+    state, training = None, dict[str, object]()
     check_state(told, model)
     if told.options.optimizer:
+        from mmconvert.formats.mm.optimizer.opening import open_state
+        from mmconvert.formats.mm.optimizer.telling import notes_left, values_of
+
         state = open_state(opened.parts, checkpoint.folder, checkpoint.iteration)
         if told.options.optimizer_kind != "same":
             from mmconvert.formats.mm.optimizer.kinds import as_kind
 
             state = as_kind(state, told.options.optimizer_kind)
         model = replace(model, notes=notes_left(model.notes, checkpoint.folder))
+        training = values_of(state)
     return MMStored(
         format="mm",
         path=path,
         model=model,
         layout=opened.layout,
         iteration=checkpoint.iteration,
-        training={} if state is None else values_of(state),
+        training=training,
         opened=opened,
         state=state,
     )
-
-
-def state_at_a_glance(opened: OpenedMM) -> tuple[dict[str, object], str]:
-    """The optimizer state of a checkpoint as JSON and in words; nothing without any."""
-    checkpoint = opened.chart.checkpoint
-    if checkpoint.optimizer is None:
-        return {}, ""
-    try:
-        state = open_state(opened.parts, checkpoint.folder, checkpoint.iteration)
-    except MMConvertError as error:
-        found, hint = StateSummary(None, fault=error.what), ""
-    else:
-        found, hint = summary_of(state), HINTS[OPTIMIZER]
-    return found.as_dict(), found.describe(sum(map(len, opened.parts.values()))) + hint

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mmconvert.errors import CheckpointError, RequestError
-from mmconvert.formats.base import Opening
 from mmconvert.formats.mm.optimizer.order import Order
 from mmconvert.formats.mm.optimizer.pairing import paired
 from mmconvert.formats.mm.optimizer.rankstate import ALONE, RankState, arguments
@@ -19,37 +18,8 @@ from mmconvert.formats.mm.optimizer.state import (
     OptimizerState,
 )
 from mmconvert.formats.mm.optimizer.telling import CARRIED, LEFT_BEHIND
-from mmconvert.formats.model import Model
 from mmconvert.sharding.layout import Chunk, Rank
 from mmconvert.stored import StoredTensor
-
-
-def check_state(told: Opening, model: Model) -> None:
-    """Raises RequestError where the weights would not be those of the optimizer state."""
-    options = told.options
-    if not options.optimizer:
-        if options.optimizer_kind != "same":
-            raise RequestError(
-                f"--optimizer-kind {options.optimizer_kind} says how optimizer state is written; "
-                "none is without --optimizer",
-                "--optimizer too",
-            )
-        return
-    if model.adapter is not None:
-        raise RequestError(
-            "--optimizer carries the state of a whole model's training; these are adapters", "",
-            "leave --optimizer out: lora_resplit brings adapters to another layout",
-        )  # fmt: skip
-    for flag, given in (
-        (f"--dtype {options.dtype}", options.dtype != "keep"),
-        ("--drop", bool(options.drop)),
-        ("--cfg.save_vit_only", told.encoders_only),
-    ):
-        if given:
-            raise RequestError(
-                f"--optimizer needs the weights as they are, and {flag} changes them",
-                "one of the two",
-            )
 
 
 def open_state(
