@@ -8,14 +8,15 @@ from collections.abc import Callable
 # Seconds of work before fewer are tried, that a number is measured for, and until the next trial.
 # A trial of half as many may cost half a second, so short work is done without.
 FIRST, SPAN, REST = 4.0, 1.0, 30.0
-JOBS = 4  # jobs of each worker that a measurement counts at least
+JOBS = 2  # jobs of each worker that a measurement counts at least
 WORTH = 1.1  # times that another number must be faster: less is chance
 
 
 class Crew:
     """The workers of a run. Disks that seek, and servers that throttle, are slower with more.
 
-    From time to time half as many as now are tried, or twice as many if there are more.
+    From time to time half as many as now are tried, or twice as many if there are more. Those are
+    chosen which were faster than the present number, measured before and after.
 
     Attributes:
         size: how many are to be at work.
@@ -26,6 +27,7 @@ class Crew:
         self._clock = clock
         self._down = True
         self._rate = 0.0  # bytes a second of the chosen number
+        self._rival: tuple[int, float] | None = None  # a number that was faster once, and its rate
         self._measure(FIRST)
 
     def _measure(self, seconds: float, under_way: int = 0) -> None:
@@ -46,16 +48,22 @@ class Crew:
 
     def _measured(self, rate: float) -> None:
         """What follows from how fast the present number is."""
-        now = self.size
-        if now == self._chosen:
+        now, rival, self._rival = self.size, self._rival, None
+        if now == self._chosen and rival is None:
             self._rate = rate
             self._down = now == self._most or (self._down and now > 1)
             self.size = now // 2 or 1 if self._down else min(2 * now, self._most)
             self._measure(SPAN, now)
-        elif rate > WORTH * self._rate:
-            self._chosen = now  # and further in that direction
-            self._measure(SPAN)
-        else:
-            self._down = not self._down
+            return
+        if now != self._chosen:
+            won = rate > WORTH * self._rate
+            self._rival = (now, rate) if won else None
             self.size = self._chosen
-            self._measure(REST, now)
+        else:  # the chosen number once more: was that chance?
+            size, best = rival or (now, 0.0)
+            won = best > WORTH * rate
+            if won:
+                self.size = self._chosen = size
+        if not won:
+            self._down = not self._down
+        self._measure(SPAN if won else REST, now)

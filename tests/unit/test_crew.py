@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from mmconvert.executor.crew import FIRST, Crew
+from mmconvert.executor.crew import FIRST, REST, Crew
 
 JOB = 32 << 20
 DISK = 1 << 30  # bytes a second
@@ -62,7 +62,7 @@ def test_the_number_that_moves_most_is_at_work(
 ) -> None:
     """But for a while of trials, which is at most a twentieth."""
     sizes = worked(most, speed, 600.0)
-    assert share(sizes, best, 60.0) >= 0.95
+    assert share(sizes, best, 120.0) >= 0.95
 
 
 def test_short_work_is_done_by_all() -> None:
@@ -80,3 +80,16 @@ def test_a_disk_that_is_busy_for_a_while_does_not_keep_workers_idle_for_ever() -
         sizes.append((now, crew.size))
     assert min(size for _, size in sizes) == 1
     assert share(sizes, 8, 300.0) >= 0.9
+
+
+def test_one_slow_moment_is_no_reason_for_fewer() -> None:
+    """All were slow while they were measured, so the number after that looks fast, once."""
+    now = 0.0
+    crew = Crew(2, lambda: now)
+    at_work: list[tuple[float, int]] = []
+    while now < REST:
+        now += JOB / memory(crew.size) * (4 if now < FIRST else 1)
+        crew.ended(JOB)
+        at_work.append((now, crew.size))
+    assert share(at_work, 1, FIRST) > 0  # it was tried
+    assert share(at_work, 2, 2 * FIRST) == 1
