@@ -18,6 +18,7 @@ from mmconvert.errors import CheckpointError, ReplicaError
 from mmconvert.events import Events
 from mmconvert.tools.comparison.diff import diff
 from mmconvert.tools.comparison.verification import verify
+from nights import in_turns
 from qwenvl import make_qwenvl
 
 
@@ -87,10 +88,13 @@ def test_hf_to_mm(
     refused(path, out, events, lambda: hf_to_mm(converters.load(QWEN2VL), cfg, None, events))
 
 
-@pytest.mark.parametrize("phase", ["comparing replicas", "converting"])
-@pytest.mark.parametrize("change", CHANGES[:2], ids=lambda c: c.__name__)
 @pytest.mark.parametrize(
-    "name", ["rank file", "latest_checkpointed_iteration.txt", "mmconvert.json", "config.json"]
+    ("phase", "change", "name"),
+    in_turns(
+        ["comparing replicas", "converting"],
+        CHANGES[:2],
+        ["rank file", "latest_checkpointed_iteration.txt", "mmconvert.json", "config.json"],
+    ),
 )
 def test_mm_to_hf(
     name: str,

@@ -30,6 +30,7 @@ from filesystems import bind, file_system
 from inprocess import BACK, HF, MM, SOURCE, TARGET, call
 from mmconvert.playground.checkpoints import make_hf
 from mmread import INDEX, MANIFEST, TRACKER, files_in, weight_files
+from nights import in_turns, night
 
 OMNI = "Qwen2_5_OmniConverter"
 QWEN = "Qwen2VLConverter"
@@ -73,9 +74,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     }
 
 
-EVERY = pytest.mark.parametrize(
-    "name", ["hf_to_mm", "mm_to_hf", "resplit", "omni hf_to_mm", "omni mm_to_hf"]
-)
+NAMES = ("hf_to_mm", "mm_to_hf", "resplit", "omni hf_to_mm", "omni mm_to_hf")
+EVERY = pytest.mark.parametrize("name", NAMES)
 
 
 # ---------------------------------------------------------------------- nothing is written
@@ -125,8 +125,7 @@ def test_the_probe_takes_no_room(cases: dict[str, Case], tmp_path: Path) -> None
 
 
 # --------------------------------------------------------------------------- it comes true
-@EVERY
-@pytest.mark.parametrize("flags", [(), ("--dtype", "fp32")], ids=["keep", "cast"])
+@pytest.mark.parametrize(("flags", "name"), in_turns([(), ("--dtype", "fp32")], NAMES))
 def test_the_files(
     name: str, flags: tuple[str, ...], cases: dict[str, Case], tmp_path: Path
 ) -> None:
@@ -321,7 +320,7 @@ def test_quiet(cases: dict[str, Case], tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------- the environment of others
-@pytest.mark.parametrize("size", ["8", "junk"])
+@pytest.mark.parametrize("size", ["8", night("junk")])
 def test_a_tool_in_an_environment_of_torchrun(
     size: str, cases: dict[str, Case], tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from commands import Tensors, edit_rank, layout, litter, rank_files, target
 from inprocess import Done, call, converter_of, to_hf, to_mm, to_other
 from mmconvert.playground.checkpoints import make_hf, nested_config
 from mmread import tensor_data
+from nights import in_turns
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -112,23 +113,19 @@ QWEN_LAYOUTS = {
 }
 
 
-@EVERY
-@pytest.mark.parametrize("shape", QWEN_LAYOUTS.values(), ids=QWEN_LAYOUTS.keys())
-def test_to_mm(shape: tuple[Any, ...], dtype: str, qwen: Source, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "shape"), in_turns([*DTYPES], [*QWEN_LAYOUTS]))
+def test_to_mm(shape: str, dtype: str, qwen: Source, tmp_path: Path) -> None:
     plain, cast = tmp_path / "plain", tmp_path / "cast"
-    to_mm(qwen.model, qwen.hf, plain, *layout(*shape))
-    to_mm(qwen.model, qwen.hf, cast, *layout(*shape), "--dtype", dtype)
+    to_mm(qwen.model, qwen.hf, plain, *layout(*QWEN_LAYOUTS[shape]))
+    to_mm(qwen.model, qwen.hf, cast, *layout(*QWEN_LAYOUTS[shape]), "--dtype", dtype)
     assert (check_cast(plain, cast, DTYPES[dtype]) == 0) == (dtype == "bf16")
 
 
-@EVERY
-@pytest.mark.parametrize("shape", QWEN_LAYOUTS.values(), ids=QWEN_LAYOUTS.keys())
-def test_to_another_layout(
-    shape: tuple[Any, ...], dtype: str, qwen: Source, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("shape", "dtype"), in_turns([*QWEN_LAYOUTS], [*reversed(DTYPES)]))
+def test_to_another_layout(shape: str, dtype: str, qwen: Source, tmp_path: Path) -> None:
     plain, cast = tmp_path / "plain", tmp_path / "cast"
-    to_other(qwen.model, qwen.mm, plain, *target(*shape))
-    to_other(qwen.model, qwen.mm, cast, *target(*shape), "--dtype", dtype)
+    to_other(qwen.model, qwen.mm, plain, *target(*QWEN_LAYOUTS[shape]))
+    to_other(qwen.model, qwen.mm, cast, *target(*QWEN_LAYOUTS[shape]), "--dtype", dtype)
     assert (check_cast(plain, cast, DTYPES[dtype]) == 0) == (dtype == "bf16")
 
 
