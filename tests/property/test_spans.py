@@ -339,7 +339,7 @@ def painted(found: Sequence[Rect], rows: int, cols: int, *, once: bool) -> bool:
 @given(st.lists(rects, max_size=6), SIDE, SIDE, st.booleans())
 @example([Rect(0, 0, 2, 2), Rect(0, 0, 2, 2)], 2, 2, True)
 @example([Rect(-1, 0, 3, 2)], 2, 2, False)
-@example([Rect(0, 0, 1, 2)], 2, 2, True)
+@example([Rect(0, 0, 1, 2), Rect(1, 0, 1, 2)], 3, 2, True)
 def test_covers_any_rectangles(found: list[Rect], rows: int, cols: int, once: bool) -> None:
     assert covers(found, rows, cols, once=once) == painted(found, rows, cols, once=once)
 
