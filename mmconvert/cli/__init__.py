@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
         return ending.fail(error, words)
     finally:
         group.leave()
+        group.expect(ranks.ALONE)  # what a program calls after this command is not part of it
         gc.set_threshold(*thresholds)
 
 

@@ -16,6 +16,7 @@ import pytest
 from cli import run_cli
 from commands import QWEN2VL, copied, layout, litter
 from mmconvert.errors import RequestError
+from mmconvert.executor import group
 from mmconvert.executor.ranks import ALONE, Ranks, of_environment, of_flag
 from mmconvert.playground.checkpoints import make_hf
 from nights import night
@@ -239,4 +240,5 @@ def test_a_task_whose_others_do_something_else(
         monkeypatch.setenv(name, value)
     done = run_cli(*words(hf, out), check=0)
     assert "none of the other processes has come, of 4: this one goes on alone" in done.stderr
+    group.join(out, "", 1, pytest.fail)  # what is called later in this process waits for nobody
     same(out, alone)
