@@ -21,6 +21,7 @@ from mmconvert.executor.fileio import (
     Files,
     read_pieces,
     write_pieces,
+    write_run,
 )
 from mmconvert.executor.pace import PACE
 
@@ -72,11 +73,10 @@ def _copied_from_memory(files: Files, span: ByteRange, target: Path, at: int) ->
             pages = first, skip + done + size - first
             with suppress(OSError):  # older than Linux 5.14
                 mapped.madvise(_POPULATE, *pages)
-            end, began, piece = done + size, time.perf_counter(), PACE.next()
-            while done < end:
-                part = min(piece - (at + done) % piece, end - done)
-                done += os.pwrite(dst, view[skip + done : skip + done + part], at + done)
+            began, piece = time.perf_counter(), PACE.next()
+            write_run(dst, view[skip + done : skip + done + size], at + done, piece)
             PACE.took(piece, time.perf_counter() - began, size)
+            done += size
             mapped.madvise(mmap.MADV_DONTNEED, *pages)
     return done
 

@@ -140,7 +140,7 @@ def read_pieces(files: Files, path: Path, offset: int, pieces: Sequence[memoryvi
         CheckpointError: the file cannot be read, or ends before.
     """
     fd = files.fd(path)
-    for batch in _calls(pieces, offset, ANY):
+    for batch in _calls(pieces, ANY):
         left = sum(map(len, batch))
         while left:
             try:
@@ -162,27 +162,35 @@ def write_pieces(files: Files, path: Path, offset: int, pieces: Sequence[memoryv
     Raises:
         OutputError: the disk is full, or the file cannot be written.
     """
-    fd = files.fd(path, os.O_WRONLY)
-    for batch in _calls(pieces, offset, PACE.best if files.near(path) else CALL):
-        left = sum(map(len, batch))
-        while left:
-            try:
+    fd, most = files.fd(path, os.O_WRONLY), PACE.best if files.near(path) else CALL
+    try:
+        if len(pieces) == 1:
+            write_run(fd, pieces[0], offset, most)
+            return
+        for batch in _calls(pieces, most):
+            left = sum(map(len, batch))
+            while left:
                 done = positioned.pwritev(fd, batch, offset)
-            except OSError as error:
-                raise _failed(path, error, writing=True) from error
-            offset, left = offset + done, left - done
-            batch = _after(batch, done) if left else batch
+                offset, left = offset + done, left - done
+                batch = _after(batch, done) if left else batch
+    except OSError as error:
+        raise _failed(path, error, writing=True) from error
 
 
-def _calls(pieces: Sequence[memoryview], offset: int, most: int) -> Iterator[list[memoryview]]:
-    """Buffers, as many as one call moves; one of its own is cut at multiples of ``most``."""
-    if len(pieces) == 1:
-        piece = pieces[0]
-        first = most - offset % most
-        yield [piece[:first]]
-        for start in range(first, len(piece), most):
-            yield [piece[start : start + most]]
-        return
+def write_run(fd: int, data: memoryview, offset: int, most: int) -> None:
+    """Writes a buffer in calls that end at multiples of ``most`` bytes of the file.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    done = 0
+    while done < len(data):
+        size = most - (offset + done) % most
+        done += positioned.pwrite(fd, data[done : done + size], offset + done)
+
+
+def _calls(pieces: Sequence[memoryview], most: int) -> Iterator[list[memoryview]]:
+    """Buffers, as many as one call moves."""
     width = len(pieces[0]) if pieces else 0
     count = min(IOV_MAX, max(1, most // max(1, width)))
     for start in range(0, len(pieces), count):
