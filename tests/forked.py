@@ -85,6 +85,8 @@ def _become(program: Callable[[], int], out: int, errors: int, *, terminal: bool
     code = 70
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python starts: a command that
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ended in this process has left its own
         os.dup2(out, 1)
         os.dup2(errors, 2)
         if terminal:
