@@ -20,61 +20,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import runpy
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from timing import CONVERTER, LAYOUT, Timing, checkpoint, machine, read, run
 
+SPLIT = Path(__file__).with_name("split.py")
 PARTS = ("start", "plan", "move", "sync", "commit")
 LOOSE, SAFE = "as cp does", "until all is on the disk"
 
 Round = dict[str, tuple[Timing, list[float]]]  # by command: what it took, and its PARTS
 
 
-def split(out: Path, words: list[str]) -> None:
-    """Runs the command in this process, and writes when its parts began and ended."""
-    marks = [time.monotonic()]
-
-    def marked(room: Any, name: str, *, after: bool) -> None:  # noqa: ANN401 - a module or class
-        function: Callable[..., object] = getattr(room, name)
-
-        def call(*args: object, **more: object) -> object:
-            if len(marks) < len(PARTS):
-                marks.append(time.monotonic())
-            result = function(*args, **more)
-            if after:
-                marks.append(time.monotonic())
-            return result
-
-        setattr(room, name, call)
-
-    import mmconvert.executor.moving
-    import mmconvert.formats.reading
-    import mmconvert.run
-
-    marked(mmconvert.run.Conversion, "__init__", after=False)
-    marked(mmconvert.executor.moving, "run_jobs", after=True)
-    marked(mmconvert.formats.reading.FileWatch, "check", after=False)
-    sys.argv = ["mm-convert", *words]
-    try:
-        runpy.run_module("mmconvert", run_name="__main__")
-    finally:
-        out.write_text(json.dumps(marks))
-
-
 def timed(words: list[str]) -> tuple[Timing, list[float]]:
     """A conversion, and how long each of its PARTS took."""
     with tempfile.NamedTemporaryFile() as file:
         began = time.monotonic()
-        timing = run([sys.executable, __file__, "split", file.name, *words])
+        timing = run([sys.executable, str(SPLIT), file.name, *words])
         ended = time.monotonic()
         marks = [began, *json.loads(Path(file.name).read_text())[1:], ended]
     return timing, [b - a for a, b in pairwise(marks)]
@@ -155,7 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["split"]:
-        split(Path(sys.argv[2]), sys.argv[3:])
-    else:
-        main()
+    main()
