@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
     except MMConvertError as error:  # of a launcher's variables
         return ending.fail(error, words)
     finally:
+        gc.set_threshold(*thresholds)
         group.leave()
         group.expect(ranks.ALONE)  # what a program calls after this command is not part of it
-        gc.set_threshold(*thresholds)
 
 
 def _tool_of(words: list[str]) -> str:

@@ -74,7 +74,8 @@ def _copied_from_memory(files: Files, span: ByteRange, target: Path, at: int) ->
             with suppress(OSError):  # older than Linux 5.14
                 mapped.madvise(_POPULATE, *pages)
             began, piece = time.perf_counter(), PACE.next()
-            write_run(dst, view[skip + done : skip + done + size], at + done, piece)
+            with view[skip + done : skip + done + size] as part:  # released before the mapping
+                write_run(dst, part, at + done, piece)
             PACE.took(piece, time.perf_counter() - began, size)
             done += size
             mapped.madvise(mmap.MADV_DONTNEED, *pages)

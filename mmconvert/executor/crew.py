@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 
 # Seconds of work before fewer are tried, that a number is measured for, and until the next trial.
-# A trial of half as many may cost half a second, so short work is done without.
+# A trial of half as many costs up to half of its time, so short work is done without.
 FIRST, SPAN, REST = 4.0, 1.0, 30.0
+RESTS = 20  # times what a trial took, where jobs take long, that pass until the next
 JOBS = 2  # jobs of each worker that a measurement counts at least
 WORTH = 1.1  # times that another number must be faster: less is chance
 
@@ -26,7 +27,9 @@ class Crew:
         self.size = self._chosen = self._most = most
         self._clock = clock
         self._down = True
-        self._rate = 0.0  # bytes a second of the chosen number
+        self._rate = self._tried = (
+            0.0  # bytes a second of the chosen number; when others were tried
+        )
         self._rival: tuple[int, float] | None = None  # a number that was faster once, and its rate
         self._measure(FIRST)
 
@@ -53,6 +56,7 @@ class Crew:
             self._rate = rate
             self._down = now == self._most or (self._down and now > 1)
             self.size = now // 2 or 1 if self._down else min(2 * now, self._most)
+            self._tried = self._clock()
             self._measure(SPAN, now)
             return
         if now != self._chosen:
@@ -66,4 +70,5 @@ class Crew:
                 self.size = self._chosen = size
         if not won:
             self._down = not self._down
-        self._measure(SPAN if won else REST, now)
+        rest = max(REST, RESTS * (self._clock() - self._tried))
+        self._measure(SPAN if won else rest, now)

@@ -11,6 +11,8 @@ from mmconvert.errors import MMConvertError
 from mmconvert.plan.dtypes import cast_dtype
 from mmconvert.plan.plan import Plan, Term, matrix
 
+MOST_KEPT = 64  # rectangles of a matrix that are remembered with what came of them
+
 
 def prove(plan: Plan) -> None:
     """Every element of every target is written once, every source element is used.
@@ -127,10 +129,11 @@ def covers(rects: Iterable[Rect], rows: int, cols: int, *, once: bool) -> bool:
         return not found
     if len(found) == 1:  # most tensors are copied whole
         return found[0] == (0, 0, rows, cols)
+    if len(found) <= MOST_KEPT:
+        return _covers_again(found, rows, cols, once)
     return _covers(found, rows, cols, once)
 
 
-@lru_cache(maxsize=1024)  # the layers of a model are alike
 def _covers(found: tuple[Rect, ...], rows: int, cols: int, once: bool) -> bool:
     if any(r.row < 0 or r.col < 0 or r.row + r.rows > rows for r in found):
         return False
@@ -146,6 +149,9 @@ def _covers(found: tuple[Rect, ...], rows: int, cols: int, once: bool) -> bool:
         if end != rows:
             return False
     return True
+
+
+_covers_again = lru_cache(maxsize=256)(_covers)  # the layers of a model are alike
 
 
 def _strips(rects: Sequence[Rect], cuts: Sequence[int]) -> list[list[Rect]]:

@@ -10,7 +10,8 @@ from journals import JOURNALS
 from mmconvert.executor import journal
 from mmconvert.executor.casts import Loss
 from mmconvert.executor.jobs import Job
-from mmconvert.executor.journal import PREFIX, Journal, job_key, read, remove
+from mmconvert.executor.journal import PREFIX, Journal, job_key, read, remove, request_of
+from mmconvert.plan.plan import Copy, Plan
 
 REQUEST = "0123456789abcdef" * 2
 
@@ -158,3 +159,15 @@ def test_removal(folder: Path, machine: Machine) -> None:
     (folder / "weights").write_text("stay")
     remove(folder)
     assert [p.name for p in folder.iterdir()] == ["weights"]
+
+
+def test_every_number_of_a_plan_decides_the_request() -> None:
+    """Also those of a tensor without rows, whose columns may be more than any machine counts."""
+    copies = [Copy(0, 0, 0, 0, 0, 0, 4, 6), Copy(1, 0, 0, 1, 0, 0, 0, 1 << 96)]
+    others = [[*copies[:1]], copies[::-1]]
+    for number, copy in enumerate(copies):
+        for field, value in copy._asdict().items():
+            changed = copy._replace(**{field: value + 1})
+            others.append([changed if i == number else c for i, c in enumerate(copies)])
+    digests = {request_of(Plan([], [], some, []), ()) for some in (copies, *others)}
+    assert len(digests) == 1 + len(others)
