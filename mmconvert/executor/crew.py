@@ -27,9 +27,8 @@ class Crew:
         self.size = self._chosen = self._most = most
         self._clock = clock
         self._down = True
-        self._rate = self._tried = (
-            0.0  # bytes a second of the chosen number; when others were tried
-        )
+        self._rate = 0.0  # bytes a second of the chosen number
+        self._tried = 0.0  # when another was tried
         self._rival: tuple[int, float] | None = None  # a number that was faster once, and its rate
         self._measure(FIRST)
 
