@@ -29,10 +29,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from split import PARTS
 from timing import CONVERTER, LAYOUT, Timing, checkpoint, machine, read, run
 
 SPLIT = Path(__file__).with_name("split.py")
-PARTS = ("start", "plan", "move", "sync", "commit")
 LOOSE, SAFE = "as cp does", "until all is on the disk"
 
 Round = dict[str, tuple[Timing, list[float]]]  # by command: what it took, and its PARTS

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-MARKS = 5  # the parts that are told apart
+PARTS = ("start", "plan", "move", "sync", "commit")
 
 
 def split(out: Path, words: list[str]) -> None:
@@ -26,7 +26,7 @@ def split(out: Path, words: list[str]) -> None:
         function: Callable[..., object] = getattr(room, name)
 
         def call(*args: object, **more: object) -> object:
-            if len(marks) < MARKS:
+            if len(marks) < len(PARTS):
                 marks.append(time.monotonic())
             result = function(*args, **more)
             if after:

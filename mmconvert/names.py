@@ -54,8 +54,8 @@ def _pattern(text: str) -> re.Pattern[str]:
     return re.compile(words, re.DOTALL)
 
 
-def _is_number(text: str) -> bool:
-    return text.isdigit() and text.isascii() and len(text) < 10 and str(int(text)) == text
+def _is_plain(digits: str) -> bool:
+    return digits.isascii() and len(digits) < 10 and str(int(digits)) == digits
 
 
 class TemplateIndex(Generic[T]):
@@ -99,7 +99,7 @@ class TemplateIndex(Generic[T]):
         """Every way to read numbers of a dotted name as a layer, and one behind it as an expert."""
         yield name, NO_LAYER, NO_EXPERT
         words = name.split(".")
-        numbers = [(i, int(w)) for i, w in enumerate(words) if w.isdigit() and _is_number(w)]
+        numbers = [(i, int(w)) for i, w in enumerate(words) if w.isdigit() and _is_plain(w)]
         for place, (i, layer) in enumerate(numbers):
             one = [*words[:i], LAYER, *words[i + 1 :]]
             yield ".".join(one), layer, NO_EXPERT

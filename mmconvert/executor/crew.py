@@ -51,22 +51,22 @@ class Crew:
     def _measured(self, rate: float) -> None:
         """What follows from how fast the present number is."""
         now, rival, self._rival = self.size, self._rival, None
-        if now == self._chosen and rival is None:
+        if now != self._chosen:
+            won = rate > WORTH * self._rate
+            self._rival = (now, rate) if won else None
+            self.size = self._chosen
+        elif rival is not None:  # the chosen number once more: was that chance?
+            size, best = rival
+            won = best > WORTH * rate
+            if won:
+                self.size = self._chosen = size
+        else:
             self._rate = rate
             self._down = now == self._most or (self._down and now > 1)
             self.size = now // 2 or 1 if self._down else min(2 * now, self._most)
             self._tried = self._clock()
             self._measure(SPAN, now)
             return
-        if now != self._chosen:
-            won = rate > WORTH * self._rate
-            self._rival = (now, rate) if won else None
-            self.size = self._chosen
-        else:  # the chosen number once more: was that chance?
-            size, best = rival or (now, 0.0)
-            won = best > WORTH * rate
-            if won:
-                self.size = self._chosen = size
         if not won:
             self._down = not self._down
         rest = max(REST, RESTS * (self._clock() - self._tried))

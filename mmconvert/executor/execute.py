@@ -101,9 +101,12 @@ class Stretch(NamedTuple):
     nbytes: int
 
 
+def _same_bits(source: StoredTensor, target: StoredTensor) -> bool:
+    return is_plain(source) and source.dtype == target.dtype
+
+
 def _scatters_to(source: StoredTensor, target: StoredTensor, copy: Copy) -> bool:
-    whole = copy.cols == matrix(target.shape)[1]
-    return whole and is_plain(source) and source.dtype == target.dtype
+    return copy.cols == matrix(target.shape)[1] and _same_bits(source, target)
 
 
 def _linear_runs(plan: Plan, target: StoredTensor, copies: Sequence[Copy]) -> list[Stretch] | None:
@@ -112,9 +115,7 @@ def _linear_runs(plan: Plan, target: StoredTensor, copies: Sequence[Copy]) -> li
     width, line = matrix(target.shape)[1], row_bytes(target)
     for c in sorted(copies, key=lambda c: c.dst_row):
         source = plan.sources[c.src]
-        if not (is_plain(source) and source.dtype == target.dtype):
-            return None
-        if not c.cols == width == matrix(source.shape)[1]:
+        if not (c.cols == width == matrix(source.shape)[1] and _same_bits(source, target)):
             return None
         start, at = source.offset + c.src_row * line, target.offset + c.dst_row * line
         nbytes = c.rows * line

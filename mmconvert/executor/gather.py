@@ -28,10 +28,9 @@ if TYPE_CHECKING:
     from mmconvert.executor.values import Cast
 
 MOST_SMALL = 32  # tensors of one job
-TRANSPOSED_BAND = (
-    8 << 20
-)  # bytes of a target that is put together from a transposed source: each of
-# its columns is a run of the source, which should not be too short to read
+# Bytes of a target that is put together from a transposed source: each of its columns is a run of
+# the source, which should not be too short to read.
+TRANSPOSED_BAND = 8 << 20
 
 
 class Origin(NamedTuple):
