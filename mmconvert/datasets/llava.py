@@ -11,6 +11,7 @@ image is there.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal, NoReturn
@@ -93,7 +94,7 @@ class Images:
         return named, looked_for, os.path.exists(looked_for)
 
 
-class Converter:
+class Converter(ABC):
     """What both forms share: checks, counts, images.
 
     Args:
@@ -108,13 +109,13 @@ class Converter:
         self.compat = compat
         self.report = ItemCounts()
 
+    @abstractmethod
     def convert(self, item: Item, index: int) -> Item | None:
         """The item in the other form; None if it is left out.
 
         Raises:
             DatasetError: an item that has not the form of LLaVA, or what ``strict`` forbids.
         """
-        raise NotImplementedError
 
     def fail(self, index: int, what: str, expected: str, fix: str = "") -> NoReturn:
         """Raises DatasetError for an item."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,8 @@ class Yaml:
         if value is None:
             return default
         if isinstance(default, float) and isinstance(value, (int, str)):
-            try:
+            with suppress(ValueError):
                 return float(value)  # YAML takes 1e-8 for a word
-            except ValueError:
-                pass
         if not isinstance(value, type(default)):
             raise RequestError(
                 f"{self.path}: {path} is {value!r:.80}", f"a value such as {default!r}"
