@@ -1,16 +1,17 @@
-"""Runs of bytes from file to file, through small buffers or straight from the page cache.
+"""Runs of bytes from file to file, through small buffers or inside the kernel.
 
-What lies in this machine's memory or on its disks is copied once: the source is mapped, and the
-kernel writes from there. Across a network, page faults are orders of magnitude slower, so both
-sides are read and written with large positioned calls, or the file server copies by itself.
+What lies in this machine's memory or on its disks is copied once: the pages that hold the source
+are handed to a pipe, and written from there. Across a network both sides are read and written with
+large positioned calls, or the file server copies by itself.
 """
 
 from __future__ import annotations
 
-import mmap
+import errno
 import os
 import time
-from contextlib import closing, suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmconvert.executor.fileio import (
@@ -21,13 +22,11 @@ from mmconvert.executor.fileio import (
     Files,
     read_pieces,
     write_pieces,
-    write_run,
 )
-from mmconvert.executor.pace import PACE
+from mmconvert.executor.pace import LARGE, PACE
 
-WINDOW = 2 << 20  # bytes of a source that one thread has mapped at a time
+WINDOW = 2 << 20  # bytes that are timed together
 KERNEL_PIECE = 8 << 20  # bytes that one call inside the kernel copies
-_POPULATE = 22  # MADV_POPULATE_READ, madvise(2): one call in the place of a fault for each page
 
 
 def copy_range(files: Files, source: Path, start: int, target: Path, at: int, nbytes: int) -> None:
@@ -41,7 +40,7 @@ def copy_range(files: Files, source: Path, start: int, target: Path, at: int, nb
     span, done = ByteRange(source, start, nbytes), 0
     src, dst = files.near(source), files.near(target)
     if src and dst:
-        done = _copied_from_memory(files, span, target, at)
+        done = _spliced(files, span, target, at)
     elif src is False and dst is False:
         done = _copied_elsewhere(files, span, target, at)
     size = CALL if False in (src, dst) else BAND
@@ -52,34 +51,40 @@ def copy_range(files: Files, source: Path, start: int, target: Path, at: int, nb
         done += len(buffer)
 
 
-def _copied_from_memory(files: Files, span: ByteRange, target: Path, at: int) -> int:
-    """Bytes, from the first on, that the kernel has written from the page cache of the source.
-
-    Only the kernel touches the mapping: where the source ends early, the call fails.
-    """
-    dst, done = files.fd(target, os.O_WRONLY), 0
-    begin = span.start - span.start % mmap.ALLOCATIONGRANULARITY
-    skip = span.start - begin
-    try:
-        mapped = mmap.mmap(
-            files.fd(span.path), skip + span.nbytes, prot=mmap.PROT_READ, offset=begin
-        )
-    except (OSError, ValueError):
-        return 0
-    with closing(mapped), memoryview(mapped) as view, suppress(OSError):
+def _spliced(files: Files, span: ByteRange, target: Path, at: int) -> int:
+    """Bytes, from the first on, that the kernel has written from where it holds the source."""
+    src, dst, done = files.fd(span.path), files.fd(target, os.O_WRONLY), 0
+    with suppress(OSError), _pipe() as (outlet, inlet):
         while done < span.nbytes:
-            size = min(WINDOW - (at + done) % WINDOW, span.nbytes - done)
-            first = (skip + done) // mmap.PAGESIZE * mmap.PAGESIZE
-            pages = first, skip + done + size - first
-            with suppress(OSError):  # older than Linux 5.14
-                mapped.madvise(_POPULATE, *pages)
-            began, piece = time.perf_counter(), PACE.next()
-            with view[skip + done : skip + done + size] as part:  # released before the mapping
-                write_run(dst, part, at + done, piece)
-            PACE.took(piece, time.perf_counter() - began, size)
-            done += size
-            mapped.madvise(mmap.MADV_DONTNEED, *pages)
+            start, piece, began = done, PACE.next(), time.perf_counter()
+            stop = min(done + WINDOW - (at + done) % WINDOW, span.nbytes)
+            while done < stop:
+                size = min(piece - (at + done) % piece, stop - done)
+                held = os.splice(src, inlet, size, offset_src=span.start + done)
+                if not held:  # a real end of file shows when it is read
+                    return done
+                while held:
+                    wrote = os.splice(outlet, dst, held, offset_dst=at + done)
+                    held, done = held - wrote, done + wrote
+            PACE.took(piece, time.perf_counter() - began, stop - start)
     return done
+
+
+@contextmanager
+def _pipe() -> Generator[tuple[int, int]]:
+    """Both ends of a pipe that holds as much as one call writes, if the system allows so much."""
+    if not hasattr(os, "splice"):
+        raise OSError(errno.ENOSYS, "no splice")
+    import fcntl  # not on Windows
+
+    ends = os.pipe()
+    try:
+        with suppress(OSError):  # the pipes of this user hold too much already
+            fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, LARGE)
+        yield ends
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 def _copied_elsewhere(files: Files, span: ByteRange, target: Path, at: int) -> int:
