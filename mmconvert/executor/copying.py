@@ -26,6 +26,7 @@ from mmconvert.executor.fileio import (
 from mmconvert.executor.pace import LARGE, PACE
 
 WINDOW = 2 << 20  # bytes that are timed together
+PIPE = 2 * LARGE  # bytes: what a call writes may begin in the middle of a page, and takes one more
 KERNEL_PIECE = 8 << 20  # bytes that one call inside the kernel copies
 
 
@@ -72,7 +73,7 @@ def _spliced(files: Files, span: ByteRange, target: Path, at: int) -> int:
 
 @contextmanager
 def _pipe() -> Generator[tuple[int, int]]:
-    """Both ends of a pipe that holds as much as one call writes, if the system allows so much."""
+    """Both ends of a pipe, which holds all that one call writes if the system allows so much."""
     if not hasattr(os, "splice"):
         raise OSError(errno.ENOSYS, "no splice")
     import fcntl  # not on Windows
@@ -80,7 +81,7 @@ def _pipe() -> Generator[tuple[int, int]]:
     ends = os.pipe()
     try:
         with suppress(OSError):  # the pipes of this user hold too much already
-            fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, LARGE)
+            fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, PIPE)
         yield ends
     finally:
         for end in ends:

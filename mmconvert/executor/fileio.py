@@ -16,8 +16,8 @@ from mmconvert.errors import CheckpointError, MMConvertError, cannot_read, canno
 from mmconvert.executor.pace import PACE
 
 BAND = 512 << 10  # bytes that one buffer holds, in the processor's cache
+BLOCK = 2 << 20  # bytes of a target that are put together: most of them fill whole calls
 CALL = 1 << 20  # bytes that one call moves across a network
-ANY = 1 << 62  # bytes that one call may move where there is no reason for fewer
 IOV_MAX = 1024  # buffers of one vectored call, on Linux and macOS
 MOST_PIECES = 8192  # of buffers that one thread keeps, of 184 bytes each
 MOST_OPEN = 16  # descriptors that one thread keeps for its next job
@@ -130,7 +130,16 @@ def expect(files: Files, reads: Iterable[Sequence[ByteRange]]) -> None:
     for span in chain.from_iterable(reads):
         with suppress(OSError):
             fd = files.fd(span.path)
-            os.posix_fadvise(fd, span.start, span.nbytes, os.POSIX_FADV_WILLNEED)
+            if not _in_memory(fd, span.start + span.nbytes - 1):  # else each page is looked at
+                os.posix_fadvise(fd, span.start, span.nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def _in_memory(fd: int, at: int) -> bool:
+    """Whether a byte is there without the disk; False also where the system does not tell."""
+    try:
+        return os.preadv(fd, [bytearray(1)], at, os.RWF_NOWAIT) > 0
+    except (AttributeError, OSError):
+        return False
 
 
 def read_pieces(files: Files, path: Path, offset: int, pieces: Sequence[memoryview]) -> None:
@@ -140,7 +149,8 @@ def read_pieces(files: Files, path: Path, offset: int, pieces: Sequence[memoryvi
         CheckpointError: the file cannot be read, or ends before.
     """
     fd = files.fd(path)
-    for batch in _calls(pieces, ANY):
+    for start in range(0, len(pieces), IOV_MAX):
+        batch = list(pieces[start : start + IOV_MAX])
         left = sum(map(len, batch))
         while left:
             try:
@@ -157,17 +167,14 @@ def read_pieces(files: Files, path: Path, offset: int, pieces: Sequence[memoryvi
 
 
 def write_pieces(files: Files, path: Path, offset: int, pieces: Sequence[memoryview]) -> None:
-    """Writes buffers, one after the other, as one run of a file's bytes from ``offset`` on.
+    """Writes buffers, all of one length, as one run of a file's bytes from ``offset`` on.
 
     Raises:
         OutputError: the disk is full, or the file cannot be written.
     """
     fd, most = files.fd(path, os.O_WRONLY), PACE.best if files.near(path) else CALL
     try:
-        if len(pieces) == 1:
-            write_run(fd, pieces[0], offset, most)
-            return
-        for batch in _calls(pieces, most):
+        for batch in _calls(pieces, offset, most):
             left = sum(map(len, batch))
             while left:
                 done = positioned.pwritev(fd, batch, offset)
@@ -177,24 +184,18 @@ def write_pieces(files: Files, path: Path, offset: int, pieces: Sequence[memoryv
         raise _failed(path, error, writing=True) from error
 
 
-def write_run(fd: int, data: memoryview, offset: int, most: int) -> None:
-    """Writes a buffer in calls that end at multiples of ``most`` bytes of the file.
-
-    Raises:
-        OSError: the disk is full, or the file cannot be written.
-    """
-    done = 0
-    while done < len(data):
-        size = most - (offset + done) % most
-        done += positioned.pwrite(fd, data[done : done + size], offset + done)
-
-
-def _calls(pieces: Sequence[memoryview], most: int) -> Iterator[list[memoryview]]:
-    """Buffers, as many as one call moves."""
-    width = len(pieces[0]) if pieces else 0
-    count = min(IOV_MAX, max(1, most // max(1, width)))
-    for start in range(0, len(pieces), count):
-        yield list(pieces[start : start + count])
+def _calls(pieces: Sequence[memoryview], offset: int, most: int) -> Iterator[list[memoryview]]:
+    """Buffers of one length, cut into calls that end at multiples of ``most`` bytes of the file."""
+    width, done = len(pieces[0]) if pieces else 0, 0
+    while done < width * len(pieces):
+        size = min(most - (offset + done) % most, width * len(pieces) - done, width * (IOV_MAX - 1))
+        (first, skipped), (last, kept) = divmod(done, width), divmod(done + size, width)
+        batch = list(pieces[first : last + bool(kept)])
+        if kept:
+            batch[-1] = batch[-1][:kept]
+        batch[0] = batch[0][skipped:]
+        yield batch
+        done += size
 
 
 def _after(batch: list[memoryview], done: int) -> list[memoryview]:

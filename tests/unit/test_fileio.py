@@ -52,7 +52,8 @@ def test_a_range_is_copied_and_nothing_else(folder: Path, start: int, at: int, n
         (LARGE - 1, [1]),
         (5, [9000] * 200),
         (9, [3] * (IOV_MAX + 7)),
-        (1, [2 * LARGE, 2 * LARGE, 100]),
+        (1, [2 * LARGE + 7] * 3),
+        (LARGE - 10, [LARGE, LARGE]),
         (4, []),
     ],
 )
