@@ -17,7 +17,7 @@ except ImportError:  # Windows: what is in use is not counted
 
 from mmconvert.errors import MMConvertError
 from mmconvert.executor.execute import jobs_of
-from mmconvert.executor.fileio import BLOCK
+from mmconvert.executor.fileio import BAND
 from mmconvert.executor.jobs import MOST_THREADS, Job, cores, run_jobs, threads_for
 from mmconvert.executor.staging import free_bytes
 from mmconvert.plan.plan import Plan
@@ -26,7 +26,7 @@ from mmconvert.stored import StoredTensor
 PROBE_SECONDS = 0.4
 PROBE_FILES = 8  # files that the probe writes, at most
 PROBE_ROUND = 1  # jobs for each thread between two looks at the clock
-BUFFERS_EACH = 4  # times BLOCK bytes that one thread holds, at most
+BUFFERS_EACH = 4  # times BAND bytes that one thread holds, at most
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _memory(workers: int) -> int:
     """What this process, with the whole plan in memory, has used so far; and its buffers."""
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes, but bytes on macOS
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0
-    return used + workers * BUFFERS_EACH * BLOCK
+    return used + workers * BUFFERS_EACH * BAND
 
 
 def _seconds(plan: Plan, folder: Path, workers: int) -> float | None:

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None, *, launched: bool = False) -> int:
         gc.set_threshold(*thresholds)
         group.leave()
         group.expect(ranks.ALONE)  # what a program calls after this command is not part of it
+        if argv is None:
+            gc.freeze()  # the process ends, and all it holds with it
 
 
 def _tool_of(words: list[str]) -> str:

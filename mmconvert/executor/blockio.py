@@ -69,7 +69,7 @@ def read_compact(files: Files, tensor: StoredTensor, region: Region, use: str) -
     """The region's bits row by row, in this thread's buffer of that ``use``."""
     width = region.cols * ITEM_SIZE[tensor.dtype]
     buffer = BUFFERS.get(use, region.rows * width)
-    read_region(files, tensor, region, Window(buffer, 0, width))
+    read_region(files, tensor, region, Window(buffer, 0, width, use))
     return buffer
 
 

@@ -130,24 +130,24 @@ def _equal(left: memoryview, right: memoryview) -> bool:
     """Whether bits in writable buffers are equal, compared while other threads run."""
     if len(left) != len(right) or not left:
         return len(left) == len(right)
-    ours, theirs = (_addressed(bits) for bits in (left, right))
-    return not _memcmp()(ours, theirs, len(left))
-
-
-def _addressed(bits: memoryview) -> object:
-    from ctypes import byref, c_char
-
-    return byref(c_char.from_buffer(bits))
+    return _compare()(left, right)
 
 
 @cache
-def _memcmp() -> Callable[[object, object, int], int]:
-    """The C library's, which needs no interpreter: Python would compare views item by item."""
-    from ctypes import CDLL, c_int, c_size_t, c_void_p  # of use where something is compared
+def _compare() -> Callable[[memoryview, memoryview], bool]:
+    """Whether bits of one length are equal, by the C library's memcmp, which needs no interpreter:
+    Python would compare views item by item.
+    """
+    from ctypes import CDLL, byref, c_char, c_int, c_size_t, c_void_p  # where something is compared
 
-    found = CDLL("msvcrt" if os.name == "nt" else None).memcmp
-    found.argtypes, found.restype = (c_void_p, c_void_p, c_size_t), c_int
-    return found
+    memcmp = CDLL("msvcrt" if os.name == "nt" else None).memcmp
+    memcmp.argtypes, memcmp.restype = (c_void_p, c_void_p, c_size_t), c_int
+    at = c_char.from_buffer
+
+    def equal(left: memoryview, right: memoryview) -> bool:
+        return not memcmp(byref(at(left)), byref(at(right)), len(left))
+
+    return equal
 
 
 def _job(sides: Sides, batch: list[Comparison], number: int) -> Job:

@@ -27,7 +27,7 @@ from mmconvert.executor.blockio import (
     rows_range,
 )
 from mmconvert.executor.copying import copy_range
-from mmconvert.executor.fileio import BLOCK, ByteRange, Files, write_pieces
+from mmconvert.executor.fileio import BAND, ByteRange, Files, write_pieces
 from mmconvert.executor.gather import Origin, batches, gathers
 from mmconvert.executor.jobs import Job, job_size, load_numpy
 from mmconvert.executor.replicas import Pairs, on_the_way
@@ -174,7 +174,7 @@ def _scatter_job(
     def run(files: Files) -> None:
         width, line = matrix(source.shape)[1], row_bytes(source)
         item = ITEM_SIZE[source.dtype]
-        for begin, end in steps(top, bottom, line, BLOCK):
+        for begin, end in steps(top, bottom, line, BAND):
             band = read_compact(files, source, Region(begin, 0, end - begin, width), "band")
             for c in cut(copies, begin, end, source=True):
                 block = Window(band, (c.src_row - begin) * line + c.src_col * item, line, "band")

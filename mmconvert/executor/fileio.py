@@ -15,8 +15,8 @@ from mmconvert.disks import is_near
 from mmconvert.errors import CheckpointError, MMConvertError, cannot_read, cannot_write
 from mmconvert.executor.pace import PACE
 
-BAND = 512 << 10  # bytes that one buffer holds, in the processor's cache
-BLOCK = 2 << 20  # bytes of a target that are put together: most of them fill whole calls
+# Bytes that one buffer holds: in the processor's cache, and enough to fill whole calls with.
+BAND = 2 << 20
 CALL = 1 << 20  # bytes that one call moves across a network
 IOV_MAX = 1024  # buffers of one vectored call, on Linux and macOS
 MOST_PIECES = 8192  # of buffers that one thread keeps, of 184 bytes each

@@ -18,7 +18,7 @@ from mmconvert.executor.blockio import (
 )
 from mmconvert.executor.casts import Loss, LossByTensor
 from mmconvert.executor.differences import place
-from mmconvert.executor.fileio import BLOCK, BUFFERS, Files, write_pieces
+from mmconvert.executor.fileio import BAND, BUFFERS, Files, write_pieces
 from mmconvert.executor.jobs import Job
 from mmconvert.executor.replicas import Pairs, Replicas
 from mmconvert.plan.plan import Copy, matrix
@@ -66,7 +66,7 @@ def _gather_job(
             _gather(files, origin, target, part, (begin, end), tally)
         return tally.losses
 
-    size = TRANSPOSED_BAND if any(is_transposed(origin.sources[c.src]) for c in copies) else BLOCK
+    size = TRANSPOSED_BAND if any(is_transposed(origin.sources[c.src]) for c in copies) else BAND
     nbytes = (bottom - top) * row_bytes(target)
     path = str(target.path)
     reads = tuple(r for c in copies for r in rows_range(origin.sources[c.src], c.src_row, c.rows))
