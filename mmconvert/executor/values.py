@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -163,7 +164,23 @@ def cast(data: memoryview, old: str, new: str) -> Cast:
         data: the bits of the values.
         old, new: dtypes among F16, BF16, F32 and F64.
     """
-    return _cast(floats(data, old), new)
+    if ITEM_SIZE[old] > 2 or (old, new) == ("BF16", "F32"):
+        return _cast(floats(data, old), new)
+    bits, overflows, underflows = _every_value(old, new)
+    values = np.frombuffer(data, "<u2")
+    lost = (int(np.count_nonzero(f[values])) if f.any() else 0 for f in (overflows, underflows))
+    return Cast(bits[values].data.cast("B"), *lost)
+
+
+@cache
+def _every_value(old: str, new: str) -> tuple[Array, Array, Array]:
+    """What becomes of each of the 65,536 values of a dtype of two bytes: its bits, and whether it
+    overflows or underflows. Looked up, values take a seventh of the time.
+    """
+    each = np.arange(1 << 16, dtype="<u2")
+    values = floats(each.data.cast("B"), old)
+    bits, result = from_floats(values, new)
+    return np.frombuffer(bits, f"<u{ITEM_SIZE[new]}"), *_lost(values, result)
 
 
 def dequantise(
@@ -197,9 +214,12 @@ class BlockNumbers(NamedTuple):
 
 def _cast(values: Array, new: str) -> Cast:
     bits, result = from_floats(values, new)
-    overflowed = int((np.isinf(result) & np.isfinite(values)).sum())
-    underflowed = int(((result == 0) & (values != 0)).sum())
-    return Cast(bits, overflowed, underflowed)
+    return Cast(bits, *(int(flags.sum()) for flags in _lost(values, result)))
+
+
+def _lost(values: Array, result: Array) -> tuple[Array, Array]:
+    """Which of some values became infinite, and which became zero, by a cast."""
+    return np.isinf(result) & np.isfinite(values), (result == 0) & (values != 0)
 
 
 def from_floats(values: Array, dtype: str) -> tuple[memoryview, Array]:
