@@ -185,7 +185,7 @@ def _scatter_job(
     nbytes = sum(c.rows * c.cols for c in copies) * ITEM_SIZE[source.dtype]
     writes = tuple(sorted({str(targets[c.dst].path) for c in copies}))
     reads = rows_range(source, top, bottom - top)
-    return Job(writes, (str(source.path), reads[0].start), nbytes, run, reads)
+    return Job(writes, (str(source.path), reads[0].start), nbytes, run, reads, mixed=True)
 
 
 def _repeats(copies: Sequence[Copy]) -> Pairs:

@@ -70,7 +70,7 @@ def _gather_job(
     nbytes = (bottom - top) * row_bytes(target)
     path = str(target.path)
     reads = tuple(r for c in copies for r in rows_range(origin.sources[c.src], c.src_row, c.rows))
-    return Job((path,), (path, rect_offset(target, top, 0)), nbytes, run, reads)
+    return Job((path,), (path, rect_offset(target, top, 0)), nbytes, run, reads, mixed=True)
 
 
 def _gather(
@@ -175,4 +175,4 @@ def _batch_job(origin: Origin, batch: list[tuple[StoredTensor, list[Copy]]], siz
         return tally.losses
 
     path = str(batch[0][0].path)
-    return Job((path,), (path, batch[0][0].offset), size, run)
+    return Job((path,), (path, batch[0][0].offset), size, run, mixed=True)

@@ -37,6 +37,9 @@ class Job(NamedTuple):
         run: does it, maybe in a forked process, so that what it finds is what it returns: of jobs
             that move bytes, what casts have lost, or None.
         reads: what it reads, as far as it is worth fetching before.
+        mixed: it reads between its writes, which leaves room for another that writes to the same
+            file: only one does at a time. So these are done last, when there may be fewer files
+            than processes.
     """
 
     writes: tuple[str, ...]
@@ -44,6 +47,7 @@ class Job(NamedTuple):
     nbytes: int
     run: Callable[[Files], Any]
     reads: tuple[ByteRange, ...] = ()
+    mixed: bool = False
 
 
 Done = Callable[[Job, Any], None]  # a job, and what it has returned
@@ -137,7 +141,7 @@ class JobQueue:
         self._left: dict[tuple[str, ...], int] = defaultdict(int)
         self._active: dict[str, int] = defaultdict(int)  # threads by file
         self._told: dict[tuple[str, ...], int] = defaultdict(int)  # waiting jobs told of already
-        for job in sorted(jobs, key=lambda job: job.place):
+        for job in sorted(jobs, key=lambda job: (job.mixed, job.place)):
             self._waiting[job.writes].append(job)
             self._left[job.writes] += job.nbytes
 

@@ -54,7 +54,7 @@ def _job(
 
     path = str(target.path)
     nbytes = (bottom - top) * row_bytes(target)
-    return Job((path,), (path, rect_offset(target, top, 0)), nbytes, run)
+    return Job((path,), (path, rect_offset(target, top, 0)), nbytes, run, mixed=True)
 
 
 def merged_bands(

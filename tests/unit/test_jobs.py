@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmconvert.executor.execute import jobs_of
-from mmconvert.executor.jobs import run_jobs
+from mmconvert.executor.jobs import Job, JobQueue, run_jobs
 from mmconvert.plan.plan import Copy, Plan
 from mmconvert.plan.proof import prove
 from mmconvert.stored import StoredTensor, Target
@@ -68,3 +68,9 @@ def test_gather_columns(seam: int, tmp_path: Path) -> None:
     plan = [Copy(0, 0, 0, 0, 0, 0, ROWS, seam), Copy(1, 0, 0, 0, 0, seam, ROWS, COLS - seam)]
     (found,) = moved(tmp_path, [left, right], [16, 0], plan)
     np.testing.assert_array_equal(found, np.concatenate([left, right], axis=1))
+
+
+def test_what_reads_between_its_writes_is_done_last() -> None:
+    jobs = [Job(("file",), ("file", i), 1, lambda files: None, mixed=i in {0, 2}) for i in range(4)]
+    queue = JobQueue(jobs)
+    assert [job.place[1] for job in iter(queue.take, None)] == [1, 3, 0, 2]
