@@ -66,6 +66,8 @@ def _spliced(files: Files, span: ByteRange, target: Path, at: int) -> int:
                     return done
                 while held:
                     wrote = os.splice(outlet, dst, held, offset_dst=at + done)
+                    if not wrote:
+                        return done
                     held, done = held - wrote, done + wrote
             PACE.took(piece, time.perf_counter() - began, stop - start)
     return done
