@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,15 +17,14 @@ from mmconvert.executor.fileio import (
     BAND,
     BUFFERS,
     CALL,
+    PIECE,
     ByteRange,
     Files,
     read_pieces,
     write_pieces,
 )
-from mmconvert.executor.pace import LARGE, PACE
 
-WINDOW = 2 << 20  # bytes that are timed together
-PIPE = 2 * LARGE  # bytes: what a call writes may begin in the middle of a page, and takes one more
+PIPE = 2 * PIECE  # bytes: what a call writes may begin in the middle of a page, and takes one more
 KERNEL_PIECE = 8 << 20  # bytes that one call inside the kernel copies
 
 
@@ -57,19 +55,15 @@ def _spliced(files: Files, span: ByteRange, target: Path, at: int) -> int:
     src, dst, done = files.fd(span.path), files.fd(target, os.O_WRONLY), 0
     with suppress(OSError), _pipe() as (outlet, inlet):
         while done < span.nbytes:
-            start, piece, began = done, PACE.next(), time.perf_counter()
-            stop = min(done + WINDOW - (at + done) % WINDOW, span.nbytes)
-            while done < stop:
-                size = min(piece - (at + done) % piece, stop - done)
-                held = os.splice(src, inlet, size, offset_src=span.start + done)
-                if not held:  # a real end of file shows when it is read
+            size = min(PIECE - (at + done) % PIECE, span.nbytes - done)
+            held = os.splice(src, inlet, size, offset_src=span.start + done)
+            if not held:  # a real end of file shows when it is read
+                break
+            while held:
+                wrote = os.splice(outlet, dst, held, offset_dst=at + done)
+                if not wrote:
                     return done
-                while held:
-                    wrote = os.splice(outlet, dst, held, offset_dst=at + done)
-                    if not wrote:
-                        return done
-                    held, done = held - wrote, done + wrote
-            PACE.took(piece, time.perf_counter() - began, stop - start)
+                held, done = held - wrote, done + wrote
     return done
 
 

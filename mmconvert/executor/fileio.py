@@ -13,11 +13,14 @@ from typing import NamedTuple
 from mmconvert import positioned
 from mmconvert.disks import is_near
 from mmconvert.errors import CheckpointError, MMConvertError, cannot_read, cannot_write
-from mmconvert.executor.pace import PACE
 
 # Bytes that one buffer holds: in the processor's cache, and enough to fill whole calls with.
 BAND = 2 << 20
 CALL = 1 << 20  # bytes that one call moves across a network
+# Bytes that one call writes here, up to a multiple of them in the file: the kernel allocates its
+# pages in one piece. Larger pieces may not be at hand where memory is in use; smaller ones cost a
+# quarter more.
+PIECE = 256 << 10
 IOV_MAX = 1024  # buffers of one vectored call, on Linux and macOS
 MOST_PIECES = 8192  # of buffers that one thread keeps, of 184 bytes each
 MOST_OPEN = 16  # descriptors that one thread keeps for its next job
@@ -172,7 +175,7 @@ def write_pieces(files: Files, path: Path, offset: int, pieces: Sequence[memoryv
     Raises:
         OutputError: the disk is full, or the file cannot be written.
     """
-    fd, most = files.fd(path, os.O_WRONLY), PACE.best if files.near(path) else CALL
+    fd, most = files.fd(path, os.O_WRONLY), PIECE if files.near(path) else CALL
     try:
         for batch in _calls(pieces, offset, most):
             left = sum(map(len, batch))

@@ -12,8 +12,7 @@ import pytest
 
 from mmconvert.errors import CheckpointError
 from mmconvert.executor.copying import copy_range
-from mmconvert.executor.fileio import BAND, IOV_MAX, open_files, write_pieces
-from mmconvert.executor.pace import LARGE, SMALL, TRIAL, Pace
+from mmconvert.executor.fileio import BAND, IOV_MAX, PIECE, open_files, write_pieces
 
 IN_MEMORY = Path("/dev/shm")  # a file system without a device of its own
 
@@ -47,13 +46,13 @@ def test_a_range_is_copied_and_nothing_else(folder: Path, start: int, at: int, n
 @pytest.mark.parametrize(
     ("at", "sizes"),
     [
-        (0, [3 * LARGE + 5]),
-        (77, [2 * LARGE]),
-        (LARGE - 1, [1]),
+        (0, [3 * PIECE + 5]),
+        (77, [2 * PIECE]),
+        (PIECE - 1, [1]),
         (5, [9000] * 200),
         (9, [3] * (IOV_MAX + 7)),
-        (1, [2 * LARGE + 7] * 3),
-        (LARGE - 10, [LARGE, LARGE]),
+        (1, [2 * PIECE + 7] * 3),
+        (PIECE - 10, [PIECE, PIECE]),
         (4, []),
     ],
 )
@@ -64,30 +63,6 @@ def test_buffers_are_written_one_after_the_other(at: int, sizes: list[int], tmp_
     with open_files() as files:
         write_pieces(files, tmp_path / "to", at, [memoryview(piece) for piece in pieces])
     assert (tmp_path / "to").read_bytes() == b"\7" * at + whole + b"\7" * 3
-
-
-@pytest.mark.parametrize(
-    ("seconds", "best"), [({LARGE: 1, SMALL: 3}, LARGE), ({LARGE: 3, SMALL: 1}, SMALL)]
-)
-def test_the_size_that_is_faster_is_used_and_the_other_tried_again(
-    seconds: dict[int, int], best: int
-) -> None:
-    pace = Pace()
-
-    def turns(count: int, cost: dict[int, int]) -> list[int]:
-        used: list[int] = []
-        for _ in range(count):
-            used.append(pace.next())
-            pace.took(used[-1], cost[used[-1]], 1)
-        return used
-
-    used = turns(5 * TRIAL, seconds)
-    assert set(used[:2]) == {LARGE, SMALL}
-    assert used[TRIAL:].count(best) == 4 * TRIAL - 4
-    assert pace.best == best
-    other = LARGE + SMALL - best
-    turns(8 * TRIAL, {best: 9, other: 1})
-    assert pace.best == other
 
 
 def test_between_file_systems(folder: Path, tmp_path: Path) -> None:
