@@ -14,8 +14,9 @@ from mmconvert import positioned
 from mmconvert.disks import is_near
 from mmconvert.errors import CheckpointError, MMConvertError, cannot_read, cannot_write
 
-# Bytes that one buffer holds: in the processor's cache, and enough to fill whole calls with.
-BAND = 2 << 20
+# Bytes that one buffer holds: in the processor's cache, enough to fill whole calls with, and below
+# 100 MiB for sixteen threads that hold some each.
+BAND = 1 << 20
 CALL = 1 << 20  # bytes that one call moves across a network
 # Bytes that one call writes here, up to a multiple of them in the file: the kernel allocates its
 # pages in one piece. Larger pieces may not be at hand where memory is in use; smaller ones cost a

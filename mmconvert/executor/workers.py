@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -130,21 +130,17 @@ def run_in_processes(
     numbers = {id(job): number for number, job in enumerate(jobs)}
     workers: list[Worker] = []
 
-    def employ() -> None:
-        idle = [worker for worker in workers if worker.job is None]
-        busy = len(workers) - len(idle)
-        for worker in idle[: max(0, crew.size - busy)]:
-            if (job := queue.take()) is not None:
-                worker.order(job, [numbers[id(j)] for j in (job, *queue.upcoming(job))])
+    def employ(worker: Worker) -> None:
+        if (job := queue.take()) is not None:
+            worker.order(job, [numbers[id(j)] for j in (job, *queue.upcoming(job))])
 
     try:
-        _fork(workers, jobs, count)
+        _fork(workers, jobs, count, employ)
         crew = Crew(len(workers))
         by_answers = {worker.answers: worker for worker in workers}
         poll = select.poll()
         for worker in workers:
             poll.register(worker.answers, select.POLLIN)
-        employ()
         while any(worker.job for worker in workers):
             for descriptor, _ in poll.poll():
                 worker = by_answers[descriptor]
@@ -154,7 +150,10 @@ def run_in_processes(
                     continue
                 queue.done(job)
                 crew.ended(job.nbytes)
-                employ()
+                idle = [worker for worker in workers if worker.job is None]
+                busy = len(workers) - len(idle)
+                for worker in idle[: max(0, crew.size - busy)]:
+                    employ(worker)
                 if finished:
                     finished(job, result)
         return bool(workers)
@@ -174,9 +173,11 @@ def _forked(*pipes: int) -> int:
         raise
 
 
-def _fork(workers: list[Worker], jobs: Sequence[Job], count: int) -> None:
-    """Adds ``count`` workers. Signals wait meanwhile: what their handlers raise in the middle of a
-    fork is lost.
+def _fork(
+    workers: list[Worker], jobs: Sequence[Job], count: int, employ: Callable[[Worker], None]
+) -> None:
+    """Adds ``count`` workers, each at work before the next one is made. Signals wait meanwhile:
+    what their handlers raise in the middle of a fork is lost.
     """
     came: list[int] = []
     before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in SIGNALS}
@@ -184,6 +185,7 @@ def _fork(workers: list[Worker], jobs: Sequence[Job], count: int) -> None:
         with suppress(OSError):  # no more are allowed here: fewer do as well
             for _ in range(count):
                 workers.append(Worker(jobs, workers))
+                employ(workers[-1])
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
