@@ -60,7 +60,7 @@ def load_pickle(data: bytes, where: str) -> object:
 
 def _run(machine: Machine, data: bytes) -> object:
     at, end = 0, len(data)
-    stack, memo, memory = machine.stack, machine.memo, 0
+    stack, memo, ops, memory = machine.stack, machine.memo, _OPS, 0
     while at < end:
         code = data[at]
         # The three that are two thirds of all.
@@ -79,9 +79,13 @@ def _run(machine: Machine, data: bytes) -> object:
             at += 2
             memory += WORD
             continue
-        op, at = _step(machine, data, at, memory)
+        machine.position = at
+        read, handler, nbytes = ops[code]
+        argument, at = (None, at + 1) if read is None else read(data, at + 1)
+        machine.spend(1, nbytes + memory)
         memory = 0
-        if op.name == "STOP":
+        handler(machine, argument)
+        if code == _STOP:
             break
     else:
         raise ValueError("there is no STOP at the end")
@@ -90,27 +94,6 @@ def _run(machine: Machine, data: bytes) -> object:
     if len(stack) != 1 or machine.marks:
         raise ValueError(f"{len(stack)} objects at the end instead of one")
     return stack[0]
-
-
-def _step(machine: Machine, data: bytes, at: int, nbytes: int) -> tuple[_Op, int]:
-    """Does what stands at a place; says where the next opcode stands.
-
-    Args:
-        nbytes: of memory that those before it took.
-    """
-    machine.position = at
-    op = _OPS.get(data[at])
-    if op is None:
-        raise ValueError(f"opcode {data[at]:#04x} is unknown or not supported")
-    name, read, handler, size = op
-    argument, at = (None, at + 1) if read is None else read(data, at + 1)
-    machine.spend(1, size + nbytes)
-    if handler is not None:
-        handler(machine, argument)
-    elif name != "STOP":
-        machine.spend(0, getsizeof(argument))
-        machine.stack.append(argument)
-    return op, at
 
 
 # Bytes that CPython 3.10 to 3.13 takes for what an opcode makes, rounded up.
@@ -177,23 +160,34 @@ _HANDLERS: dict[str, Callable[[Machine, Any], object]] = {
     "NEWOBJ_EX": lambda m, _: m.new_with_keywords(),
     "BUILD": lambda m, _: m.build(),
     "BINPERSID": lambda m, _: m.stack.append(storage_ref(m.pop())),
+    "STOP": lambda m, _: None,
 }
 
 
 class _Op(NamedTuple):
-    """An opcode.
+    """What an opcode does.
 
     Attributes:
-        name: as pickletools has it.
         argument: reads it from the data at a place, and says where it ends; None if there is none.
-        handler: what it does; None for STOP, and for those whose argument is the object itself.
+        handler: does it.
         nbytes: of memory that it takes.
     """
 
-    name: str
     argument: Callable[[bytes, int], tuple[Any, int]] | None
-    handler: Callable[[Machine, Any], object] | None
+    handler: Callable[[Machine, Any], object]
     nbytes: int
+
+
+def _literal(machine: Machine, value: object) -> None:
+    machine.spend(0, getsizeof(value))
+    machine.stack.append(value)
+
+
+def _unknown(code: int) -> _Op:
+    def refuse(machine: Machine, _: None) -> None:
+        raise ValueError(f"opcode {code:#04x} is unknown or not supported")
+
+    return _Op(None, refuse, 0)
 
 
 def _fixed(size: int, signed: bool = False) -> Callable[[bytes, int], tuple[Any, int]]:
@@ -248,12 +242,11 @@ def _op(info: pickletools.OpcodeInfo) -> _Op:
     read = _READERS.get(info.name)
     if read is None and info.arg is not None:
         read = _by_pickletools(info.arg.reader)
-    return _Op(info.name, read, _HANDLERS.get(info.name), _SIZES.get(info.name, WORD))
+    return _Op(read, _HANDLERS.get(info.name, _literal), _SIZES.get(info.name, WORD))
 
 
-_OPS: dict[int, _Op] = {
-    ord(info.code): _op(info)
-    for info in pickletools.opcodes
-    if info.name in _HANDLERS or info.name in _LITERALS or info.name == "STOP"
-}
-_MEMOIZE, _BINGET, _BININT1 = 0x94, 0x68, 0x4B
+_OPS = [_unknown(code) for code in range(256)]
+for _info in pickletools.opcodes:
+    if _info.name in _HANDLERS or _info.name in _LITERALS:
+        _OPS[ord(_info.code)] = _op(_info)
+_MEMOIZE, _BINGET, _BININT1, _STOP = b"\x94hK."
