@@ -45,6 +45,8 @@ SPANS, PLAN, PROOF = "sharding/spans.py", "plan/build.py", "plan/proof.py"
 BLOCKS, SOURCE, DETECT = "converters/blocks.py", "formats/mm/source.py", "formats/mm/detect.py"
 INSTANCES, VALUES = "formats/mm/instances.py", "executor/values.py"
 EXECUTE, GATHER = "executor/execute.py", "executor/gather.py"
+ROUNDING, COPYING = "executor/rounding.py", "executor/copying.py"
+FILEIO = "executor/fileio.py"
 TP2, PP4 = golden("qwen2vl-2b/tp2_pp1"), golden("qwen2vl-2b/tp1_pp4")
 BACK = golden("qwen2vl-2b/tp2_pp1", "mm_to_hf")
 SPAN_TESTS, EXPERT_TESTS = "property/test_spans.py", "property/test_experts.py"
@@ -52,6 +54,7 @@ ANY_KIND = f"{EXPERT_TESTS}::test_a_layout_is_read_off_the_folder_alone"
 BROKEN = "property/test_roundtrip.py::test_a_broken_plan_is_refused"
 REFERENCE = "integration/test_reference_faults.py"
 CASTS, JOURNAL = "unit/test_casts.py", "unit/test_journal.py"
+FILES = "unit/test_fileio.py"
 HF_OUTPUT, SAFETENSORS = "integration/test_hf_output.py", "unit/test_safetensors.py"
 
 FUSE_AND_SHARD = (
@@ -451,17 +454,38 @@ BYTES = (
     ),
     Fault(
         "an F64 rounded twice",
-        VALUES,
+        ROUNDING,
         "if values.dtype.itemsize > wide.dtype.itemsize:",
         "if values.dtype.itemsize < wide.dtype.itemsize:",
         (f"{CASTS}::test_f64_is_rounded_once",),
     ),
     Fault(
         "ties rounded up",
-        VALUES,
+        ROUNDING,
         "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16",
         "(bits + 0x8000) >> 16",
         (f"{CASTS}::test_f32",),
+    ),
+    Fault(
+        "what a table loses counted as underflow throughout",
+        ROUNDING,
+        "(result == 0) & (values != 0)",
+        "result == 0",
+        (CASTS,),
+    ),
+    Fault(
+        "a second piece read from the start again",
+        COPYING,
+        "offset_src=span.start + done",
+        "offset_src=span.start",
+        (FILES,),
+    ),
+    Fault(
+        "a row that one call has begun, written whole by the next",
+        FILEIO,
+        "batch[0] = batch[0][skipped:]",
+        "batch[0] = batch[0][:]",
+        (FILES,),
     ),
     Fault(
         "losses counted on every rank",

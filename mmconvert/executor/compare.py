@@ -117,13 +117,13 @@ def _alike(
 
 def _rounded(data: memoryview, old: str, new: str) -> memoryview:
     """Values in another dtype."""
-    from mmconvert.executor import values  # numpy: see _describe
+    from mmconvert.executor import rounding  # numpy: see _describe
 
     if (old, new) == ("F32", "BF16"):  # masters and weights, which may be all that there is
         out = BUFFERS.get("rounded", len(data) // 2)
-        if values.rounded(data, out):
+        if rounding.rounded(data, out):
             return out
-    return values.cast(data, old, new).bits
+    return rounding.cast(data, old, new).bits
 
 
 def _equal(left: memoryview, right: memoryview) -> bool:

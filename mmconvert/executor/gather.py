@@ -25,7 +25,7 @@ from mmconvert.plan.plan import Copy, matrix
 from mmconvert.stored import ITEM_SIZE, Scales, StoredTensor
 
 if TYPE_CHECKING:
-    from mmconvert.executor.values import Cast
+    from mmconvert.executor.rounding import Cast
 
 MOST_SMALL = 32  # tensors of one job
 # Bytes of a target that is put together from a transposed source: each of its columns is a run of
@@ -119,7 +119,7 @@ def _read_cast(
     files: Files, source: StoredTensor, region: Region, dtype: str, window: Window
 ) -> Loss:
     """Reads a region of a source in another dtype into the rows of a window."""
-    from mmconvert.executor.values import cast
+    from mmconvert.executor.rounding import cast
 
     data = read_compact(files, source, region, "cast")
     if source.scales is not None:
@@ -139,7 +139,7 @@ def _dequantised(
     files: Files, scales: Scales, data: memoryview, region: Region, dtype: str
 ) -> Cast:
     """The values of a region of scaled fp8."""
-    from mmconvert.executor.values import BlockNumbers, dequantise
+    from mmconvert.executor.rounding import BlockNumbers, dequantise
 
     first = (region.row // scales.rows, region.col // scales.cols)
     down = [(region.row + i) // scales.rows - first[0] for i in range(region.rows)]

@@ -186,6 +186,6 @@ def load_numpy() -> None:
     set_here = BLAS_THREADS not in os.environ
     if set_here:
         os.environ[BLAS_THREADS] = "1"
-    import_module("mmconvert.executor.values")
+    import_module("mmconvert.executor.rounding")
     if set_here:
         del os.environ[BLAS_THREADS]

@@ -20,7 +20,8 @@ from mmconvert.executor.bands import cut, steps
 from mmconvert.executor.blockio import Region, read_compact, rect_offset, row_bytes
 from mmconvert.executor.fileio import BUFFERS, Files, write_pieces
 from mmconvert.executor.jobs import JOB_SIZE, Job
-from mmconvert.executor.values import Array, floats, from_floats, narrow, small, widen
+from mmconvert.executor.rounding import floats, from_floats, narrow, small, widen
+from mmconvert.executor.values import Array
 from mmconvert.plan.plan import Block, Copy, Plan, Term, matrix
 from mmconvert.stored import StoredTensor
 

@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from mmconvert.executor.values import Array, from_floats
+from mmconvert.executor.rounding import from_floats
+from mmconvert.executor.values import Array
 from mmconvert.formats.containers.image import create
 from mmconvert.formats.containers.ptfile import Slot, pt_image, read_pt
 from mmconvert.formats.containers.safetensors import read_weight_file

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmconvert.executor.casts import DTYPES, Loss, Losses
-from mmconvert.executor.values import Cast, cast, rounded
+from mmconvert.executor.rounding import Cast, cast, rounded
 from mmconvert.plan.dtypes import cast_dtype
 from mmconvert.stored import FLOATS, ITEM_SIZE, SCALED
 from nights import examples
