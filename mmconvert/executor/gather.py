@@ -31,6 +31,9 @@ MOST_SMALL = 32  # tensors of one job
 # Bytes of a target that is put together from a transposed source: each of its columns is a run of
 # the source, which should not be too short to read.
 TRANSPOSED_BAND = 8 << 20
+# Bytes of a target whose values are cast: numpy makes several arrays of each band, and the C library
+# gives larger ones back to the system each time (measured: fp32 to bf16 takes three times as long).
+CAST_BAND = 512 << 10
 
 
 class Origin(NamedTuple):
@@ -61,16 +64,34 @@ def _gather_job(
 ) -> Job:
     def run(files: Files) -> LossByTensor:
         tally = _Tally()
-        for begin, end in steps(top, bottom, row_bytes(target), size):
-            part = cut(copies, begin, end, source=False)
-            _gather(files, origin, target, part, (begin, end), tally)
+        _gather_rows(files, origin, target, copies, (top, bottom), tally)
         return tally.losses
 
-    size = TRANSPOSED_BAND if any(is_transposed(origin.sources[c.src]) for c in copies) else BAND
     nbytes = (bottom - top) * row_bytes(target)
     path = str(target.path)
     reads = tuple(r for c in copies for r in rows_range(origin.sources[c.src], c.src_row, c.rows))
     return Job((path,), (path, rect_offset(target, top, 0)), nbytes, run, reads, mixed=True)
+
+
+def _gather_rows(
+    files: Files,
+    origin: Origin,
+    target: StoredTensor,
+    copies: Sequence[Copy],
+    rows: tuple[int, int],
+    tally: _Tally,
+) -> None:
+    """Puts rows of a target together and writes them, band by band."""
+    size = _band_size([origin.sources[c.src] for c in copies], target)
+    for begin, end in steps(*rows, row_bytes(target), size):
+        part = cut(copies, begin, end, source=False)
+        _gather(files, origin, target, part, (begin, end), tally)
+
+
+def _band_size(sources: Sequence[StoredTensor], target: StoredTensor) -> int:
+    if any(is_transposed(source) for source in sources):
+        return TRANSPOSED_BAND
+    return BAND if all(source.dtype == target.dtype for source in sources) else CAST_BAND
 
 
 def _gather(
@@ -171,7 +192,7 @@ def _batch_job(origin: Origin, batch: list[tuple[StoredTensor, list[Copy]]], siz
     def run(files: Files) -> LossByTensor:
         tally = _Tally()
         for target, copies in batch:
-            _gather(files, origin, target, copies, (0, matrix(target.shape)[0]), tally)
+            _gather_rows(files, origin, target, copies, (0, matrix(target.shape)[0]), tally)
         return tally.losses
 
     path = str(batch[0][0].path)
