@@ -26,7 +26,7 @@ from mmconvert.stored import StoredTensor
 PROBE_SECONDS = 0.4
 PROBE_FILES = 8  # files that the probe writes, at most
 PROBE_ROUND = 1  # jobs for each thread between two looks at the clock
-BUFFERS_EACH = 4  # times BAND bytes that one thread holds, at most
+BUFFERS_EACH = 10  # times BAND bytes that one thread holds, at most: where it casts and compares
 
 
 @dataclass(frozen=True)

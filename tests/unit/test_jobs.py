@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mmconvert.estimate import BUFFERS_EACH
 from mmconvert.executor.execute import jobs_of
+from mmconvert.executor.fileio import BAND, open_files
 from mmconvert.executor.jobs import Job, JobQueue, run_jobs
 from mmconvert.plan.plan import Copy, Plan
 from mmconvert.plan.proof import prove
 from mmconvert.stored import StoredTensor, Target
 
-ROWS, COLS = 1500, 900  # of 4 bytes: five bands of 1 MiB and more
+ROWS, COLS = 1500, 900  # of 4 bytes: more than five bands
 
 
 def numbers(rows: int, cols: int, seed: int) -> np.ndarray:
@@ -68,6 +71,25 @@ def test_gather_columns(seam: int, tmp_path: Path) -> None:
     plan = [Copy(0, 0, 0, 0, 0, 0, ROWS, seam), Copy(1, 0, 0, 0, 0, seam, ROWS, COLS - seam)]
     (found,) = moved(tmp_path, [left, right], [16, 0], plan)
     np.testing.assert_array_equal(found, np.concatenate([left, right], axis=1))
+
+
+@pytest.mark.parametrize(("old", "new"), [("F32", "BF16"), ("BF16", "F32")])
+def test_a_cast_holds_no_more_than_the_estimate_says(old: str, new: str, tmp_path: Path) -> None:
+    shape = (8 * BAND // 4096, 1024)
+    source = StoredTensor("s", old, shape, tmp_path / "source", 0)
+    place = StoredTensor("t", new, shape, tmp_path / "target", 0)
+    for tensor in (source, place):
+        tensor.path.write_bytes(bytes(tensor.nbytes))
+    copies = [Copy(0, 0, 0, 0, 0, 0, *shape)]
+    jobs = jobs_of(Plan([source], [Target("t", new, shape)], copies, [], cast=new), [place])
+    tracemalloc.start()
+    try:
+        with open_files() as files:
+            for job in jobs:
+                job.run(files)
+        assert tracemalloc.get_traced_memory()[1] < BUFFERS_EACH * BAND
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_reads_between_its_writes_is_done_last() -> None:
