@@ -31,8 +31,8 @@ MOST_SMALL = 32  # tensors of one job
 # Bytes of a target that is put together from a transposed source: each of its columns is a run of
 # the source, which should not be too short to read.
 TRANSPOSED_BAND = 8 << 20
-# Bytes of a target whose values are cast: numpy makes several arrays of each band, and the C library
-# gives larger ones back to the system each time (measured: fp32 to bf16 takes three times as long).
+# Bytes of a target whose values are cast: numpy makes several arrays of each band, and the C
+# library gives larger ones back to the system each time: fp32 to bf16 took three times as long.
 CAST_BAND = 512 << 10
 
 
