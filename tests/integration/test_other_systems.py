@@ -1,7 +1,8 @@
 """What only some systems have is taken away, and the main job is done all the same.
 
 Windows has no positioned calls, no locks of ``fcntl``, no ``fork``, no signals but a few; macOS has
-neither ``copy_file_range`` nor ``posix_fallocate``. How paths and renames behave is not shown.
+neither ``splice``, ``copy_file_range`` nor ``posix_fallocate``. How paths and renames behave is not
+shown.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from nights import nightly
 ROOT = Path(__file__).parents[2]
 LINUX_ONLY = (
     *("copy_file_range", "posix_fallocate", "posix_fadvise", "sched_getaffinity", "O_TMPFILE"),
-    "memfd_create",
+    *("memfd_create", "splice", "RWF_NOWAIT"),
 )
 POSIX_ONLY = (
     *LINUX_ONLY,

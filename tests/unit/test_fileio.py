@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -63,6 +64,42 @@ def test_buffers_are_written_one_after_the_other(at: int, sizes: list[int], tmp_
     with open_files() as files:
         write_pieces(files, tmp_path / "to", at, [memoryview(piece) for piece in pieces])
     assert (tmp_path / "to").read_bytes() == b"\7" * at + whole + b"\7" * 3
+
+
+def refuse(*given: object, **named: object) -> int:
+    raise OSError(errno.EINVAL, "refused")
+
+
+def halting(calls: int) -> Callable[..., int]:
+    """A splice that moves fewer bytes than it is asked to, and refuses after so many calls."""
+    splice, left = os.splice, iter(range(calls))
+
+    def some(source: int, target: int, count: int, **offsets: int) -> int:
+        if next(left, None) is None:
+            refuse()
+        return splice(source, target, count - count // 3, **offsets)
+
+    return some
+
+
+@pytest.mark.skipif(not hasattr(os, "splice"), reason="Linux alone has it")
+@pytest.mark.parametrize("way", ["none", "no pipe", "short", "halts", "halts later"])
+def test_what_the_kernel_does_not_move_is_read_and_written(
+    way: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "none":
+        monkeypatch.delattr(os, "splice")
+    elif way == "no pipe":
+        monkeypatch.setattr(os, "pipe", refuse)
+    else:
+        calls = {"short": 1 << 20, "halts": 8, "halts later": 9}[way]
+        monkeypatch.setattr(os, "splice", halting(calls))
+    data = random.Random(2).randbytes(5 * PIECE + 11)
+    (folder / "from").write_bytes(data)
+    (folder / "to").write_bytes(bytes(77))
+    with open_files() as files:
+        copy_range(files, folder / "from", 3, folder / "to", 77, len(data) - 3)
+    assert (folder / "to").read_bytes() == bytes(77) + data[3:]
 
 
 def test_between_file_systems(folder: Path, tmp_path: Path) -> None:
