@@ -159,14 +159,15 @@ def _job(sides: Sides, batch: list[Comparison], number: int) -> Job:
             found.look(files, piece)
         return found.listed()
 
+    met: dict[tuple[int, int], tuple[int, int]] = {}  # rows by side and tensor: pieces adjoin
+    for _, c in batch:
+        for tensor, row in (((0, c.src), c.src_row), ((1, c.dst), c.dst_row)):
+            first, last = met.get(tensor, (row, row))
+            met[tensor] = min(first, row), max(last, row + c.rows)
     reads = tuple(
         r
-        for piece in batch
-        for tensor, row in (
-            (a[piece.copy.src], piece.copy.src_row),
-            (b[piece.copy.dst], piece.copy.dst_row),
-        )
-        for r in rows_range(tensor, row, piece.copy.rows)
+        for (side, tensor), (first, last) in met.items()
+        for r in rows_range((a, b)[side][tensor], first, last - first)
     )
     return Job((), ("comparisons", number), comparison_bytes(batch, a), run, reads)
 
