@@ -7,7 +7,6 @@ large positioned calls, or the file server copies by itself.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -16,15 +15,16 @@ from pathlib import Path
 from mmconvert.executor.fileio import (
     BAND,
     BUFFERS,
-    CALL,
-    PIECE,
+    FAR_CALL,
+    NEAR_CALL,
     ByteRange,
     Files,
     read_pieces,
     write_pieces,
 )
 
-PIPE = 2 * PIECE  # bytes: what a call writes may begin in the middle of a page, and takes one more
+# Bytes: what a call writes may begin in the middle of a page, and takes one more.
+PIPE = 2 * NEAR_CALL
 KERNEL_PIECE = 8 << 20  # bytes that one call inside the kernel copies
 
 
@@ -38,11 +38,11 @@ def copy_range(files: Files, source: Path, start: int, target: Path, at: int, nb
     """
     span, done = ByteRange(source, start, nbytes), 0
     src, dst = files.near(source), files.near(target)
-    if src and dst:
+    if src and dst and hasattr(os, "splice"):
         done = _spliced(files, span, target, at)
     elif src is False and dst is False:
         done = _copied_elsewhere(files, span, target, at)
-    size = CALL if False in (src, dst) else BAND
+    size = FAR_CALL if False in (src, dst) else BAND
     while done < nbytes:
         buffer = BUFFERS.get("copy", min(size - (at + done) % size, nbytes - done))
         read_pieces(files, source, start + done, [buffer])
@@ -55,10 +55,10 @@ def _spliced(files: Files, span: ByteRange, target: Path, at: int) -> int:
     src, dst, done = files.fd(span.path), files.fd(target, os.O_WRONLY), 0
     with suppress(OSError), _pipe() as (outlet, inlet):
         while done < span.nbytes:
-            size = min(PIECE - (at + done) % PIECE, span.nbytes - done)
+            size = min(NEAR_CALL - (at + done) % NEAR_CALL, span.nbytes - done)
             held = os.splice(src, inlet, size, offset_src=span.start + done)
             if not held:  # a real end of file shows when it is read
-                break
+                return done
             while held:
                 wrote = os.splice(outlet, dst, held, offset_dst=at + done)
                 if not wrote:
@@ -70,8 +70,6 @@ def _spliced(files: Files, span: ByteRange, target: Path, at: int) -> int:
 @contextmanager
 def _pipe() -> Generator[tuple[int, int]]:
     """Both ends of a pipe, which holds all that one call writes if the system allows so much."""
-    if not hasattr(os, "splice"):
-        raise OSError(errno.ENOSYS, "no splice")
     import fcntl  # not on Windows
 
     ends = os.pipe()

@@ -17,11 +17,11 @@ from mmconvert.errors import CheckpointError, MMConvertError, cannot_read, canno
 # Bytes that one buffer holds: in the processor's cache, enough to fill whole calls with, and below
 # 100 MiB for sixteen threads that hold some each.
 BAND = 1 << 20
-CALL = 1 << 20  # bytes that one call moves across a network
+FAR_CALL = 1 << 20  # bytes that one call moves across a network
 # Bytes that one call writes here, up to a multiple of them in the file: the kernel allocates its
 # pages in one piece. Larger pieces may not be at hand where memory is in use; smaller ones cost a
 # quarter more.
-PIECE = 256 << 10
+NEAR_CALL = 256 << 10
 IOV_MAX = 1024  # buffers of one vectored call, on Linux and macOS
 MOST_PIECES = 8192  # of buffers that one thread keeps, of 184 bytes each
 MOST_OPEN = 16  # descriptors that one thread keeps for its next job
@@ -176,7 +176,7 @@ def write_pieces(files: Files, path: Path, offset: int, pieces: Sequence[memoryv
     Raises:
         OutputError: the disk is full, or the file cannot be written.
     """
-    fd, most = files.fd(path, os.O_WRONLY), PIECE if files.near(path) else CALL
+    fd, most = files.fd(path, os.O_WRONLY), NEAR_CALL if files.near(path) else FAR_CALL
     try:
         for batch in _calls(pieces, offset, most):
             left = sum(map(len, batch))

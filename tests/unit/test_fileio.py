@@ -13,7 +13,7 @@ import pytest
 
 from mmconvert.errors import CheckpointError
 from mmconvert.executor.copying import copy_range
-from mmconvert.executor.fileio import BAND, IOV_MAX, PIECE, open_files, write_pieces
+from mmconvert.executor.fileio import BAND, IOV_MAX, NEAR_CALL, open_files, write_pieces
 
 IN_MEMORY = Path("/dev/shm")  # a file system without a device of its own
 
@@ -47,13 +47,13 @@ def test_a_range_is_copied_and_nothing_else(folder: Path, start: int, at: int, n
 @pytest.mark.parametrize(
     ("at", "sizes"),
     [
-        (0, [3 * PIECE + 5]),
-        (77, [2 * PIECE]),
-        (PIECE - 1, [1]),
+        (0, [3 * NEAR_CALL + 5]),
+        (77, [2 * NEAR_CALL]),
+        (NEAR_CALL - 1, [1]),
         (5, [9000] * 200),
         (9, [3] * (IOV_MAX + 7)),
-        (1, [2 * PIECE + 7] * 3),
-        (PIECE - 10, [PIECE, PIECE]),
+        (1, [2 * NEAR_CALL + 7] * 3),
+        (NEAR_CALL - 10, [NEAR_CALL, NEAR_CALL]),
         (4, []),
     ],
 )
@@ -94,7 +94,7 @@ def test_what_the_kernel_does_not_move_is_read_and_written(
     else:
         calls = {"short": 1 << 20, "halts": 8, "halts later": 9}[way]
         monkeypatch.setattr(os, "splice", halting(calls))
-    data = random.Random(2).randbytes(5 * PIECE + 11)
+    data = random.Random(2).randbytes(5 * NEAR_CALL + 11)
     (folder / "from").write_bytes(data)
     (folder / "to").write_bytes(bytes(77))
     with open_files() as files:
